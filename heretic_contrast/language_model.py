@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+A loaded language model, as everything below the two hosts sees it.
+
+Nothing here knows a version of Heretic: the hosts hand over a transformers model, its tokenizer, and the
+output projections that Heretic found in each layer.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from .errors import ContrastError
+from .prompts import Prompt
+
+Progress = Callable[[int, int], None]
+"""Called with the number of finished steps and the number of all steps."""
+
+
+def batches(n_items: int, batch_size: int) -> Iterator[slice]:
+    """Yields the slices that cut `n_items` items into batches of at most `batch_size`."""
+
+    for start in range(0, n_items, batch_size):
+        yield slice(start, min(start + batch_size, n_items))
+
+
+def winsorize(residuals: Tensor, quantile: float) -> Tensor:
+    """
+    Clamps the components of each residual to a quantile of their absolute values, as Heretic's option does.
+
+    Tensor of shape (..., hidden_size). A quantile of 1 changes nothing.
+    """
+
+    if not 0 <= quantile < 1:
+        return residuals
+    thresholds = torch.quantile(residuals.abs(), quantile, dim=-1, keepdim=True)
+    return torch.clamp(residuals, -thresholds, thresholds)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """
+    A causal language model with its chat format.
+
+    `layers` are the decoder layers in order. `components[i]` maps a component's name (Heretic's:
+    "attn.o_proj", "mlp.down_proj") to the modules of layer i that write into the residual stream.
+    `name` and `revision` say which model it is; they are recorded, never looked up.
+    """
+
+    model: Any
+    tokenizer: Any
+    layers: tuple[Module, ...]
+    components: tuple[dict[str, list[Module]], ...]
+    name: str
+    revision: str | None = None
+    system_prompt: str = "You are a helpful assistant."
+    response_prefix: str = ""
+    batch_size: int = 32
+    winsorization_quantile: float = 1.0
+
+    @property
+    def n_layers(self) -> int:
+        """The number of decoder layers."""
+
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the residual stream."""
+
+        return int(self.model.get_input_embeddings().weight.shape[-1])
+
+    @property
+    def component_names(self) -> list[str]:
+        """The names of all components, sorted, as Heretic lists them."""
+
+        return sorted({name for modules in self.components for name in modules})
+
+    def chat_texts(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Returns the prompts in the model's chat format, up to and with the common response prefix."""
+
+        chats = [
+            [
+                {
+                    "role": "system",
+                    "content": self.system_prompt if prompt.system is None else prompt.system,
+                },
+                {"role": "user", "content": prompt.text},
+            ]
+            for prompt in prompts
+        ]
+        texts = self.tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=False
+        )
+        return [text + self.response_prefix for text in texts]
+
+    def tokenize_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """
+        Returns `input_ids` and `attention_mask`, tensors of shape (n_texts, length), on the model's device.
+
+        Shorter texts are padded on the left, so that the last position is the last token of every text.
+        """
+
+        previous_side = self.tokenizer.padding_side
+        self.tokenizer.padding_side = "left"
+        try:
+            encoded = self.tokenizer(
+                list(texts), return_tensors="pt", padding=True, return_token_type_ids=False
+            )
+        finally:
+            self.tokenizer.padding_side = previous_side
+        return dict(encoded.to(self.model.device))
+
+    def tokenize(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """As `tokenize_texts`, for the prompts in chat format."""
+
+        return self.tokenize_texts(self.chat_texts(prompts))
+
+    def pad_token_id(self) -> int:
+        """The token that fills the left of shorter prompts: the tokenizer's, or the end-of-sequence token."""
+
+        token_id = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if token_id is None else token_id)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        """Returns the greedy responses to the prompts, without special tokens."""
+
+        responses: list[str] = []
+        for batch in batches(len(prompts), self.batch_size):
+            inputs = self.tokenize(prompts[batch])
+            outputs = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.pad_token_id(),
+            )
+            responses.extend(
+                self.tokenizer.batch_decode(
+                    outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+                )
+            )
+        return responses
+
+    @torch.no_grad()
+    def residuals(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> Tensor:
+        """
+        Returns the hidden states at the last position of every prompt.
+
+        Tensor of shape (n_prompts, n_layers + 1, hidden_size), float32, on the CPU. Index 0 is the output of
+        the embedding, index i + 1 that of decoder layer i. As in Heretic, the last index is what transformers
+        calls the last hidden state, which most models normalise.
+
+        Only the last position is ever kept, where Heretic stacks all positions first, and prompts of
+        similar length share a batch, so that little is computed on padding.
+        """
+
+        texts = self.chat_texts(prompts)
+        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]] if texts else []
+        order = sorted(range(len(texts)), key=lambda index: (lengths[index], index))
+        residuals = torch.empty(len(texts), self.n_layers + 1, self.hidden_size)
+        for batch in batches(len(order), self.batch_size):
+            chosen = order[batch]
+            inputs = self.tokenize_texts([texts[index] for index in chosen])
+            with self._capture_last_positions() as captured:
+                self.model.generate(
+                    **inputs,
+                    max_new_tokens=1,
+                    do_sample=False,
+                    use_cache=False,
+                    pad_token_id=self.pad_token_id(),
+                )
+            stacked = torch.stack(
+                [captured[index].float().cpu() for index in range(self.n_layers + 1)], dim=1
+            )
+            residuals[chosen] = winsorize(stacked, self.winsorization_quantile)
+            if progress is not None:
+                progress(batch.stop, len(order))
+        return residuals
+
+    @contextmanager
+    def _capture_last_positions(self) -> Iterator[dict[int, Tensor]]:
+        """Collects hidden states of shape (batch, hidden_size) by layer index while the model runs."""
+
+        captured: dict[int, Tensor] = {}
+
+        def capture_input(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            captured[0] = hidden_states[:, -1].detach()
+
+        def capture_output(index: int) -> Callable[..., None]:
+            def hook(module: Module, args: Any, output: Any) -> None:
+                hidden_states = output[0] if isinstance(output, tuple) else output
+                captured[index] = hidden_states[:, -1].detach()
+
+            return hook
+
+        def capture_last(module: Module, args: Any, output: Any) -> None:
+            captured[self.n_layers] = output[0][:, -1].detach()
+
+        handles = [self.layers[0].register_forward_pre_hook(capture_input, with_kwargs=True)]
+        for index, layer in enumerate(self.layers[:-1]):
+            handles.append(layer.register_forward_hook(capture_output(index + 1)))
+        handles.append(self.decoder().register_forward_hook(capture_last))
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def decoder(self) -> Module:
+        """
+        Returns the module that runs the layers and normalises their output, without the language model's head.
+
+        Raises `ContrastError` when no module holds the layers.
+        """
+
+        for module in self.model.modules():
+            children = getattr(module, "layers", None)
+            if children is not None and len(children) == self.n_layers:
+                if all(
+                    child is layer for child, layer in zip(children, self.layers, strict=True)
+                ):
+                    return cast(Module, module)
+        raise ContrastError(
+            f"The layers of {self.name} could not be found inside the model: its architecture is not supported."
+        )
+
+    def fingerprint(self) -> str:
+        """
+        Returns a digest that identifies the weights: a few elements of every parameter, and its shape.
+
+        The same model gives the same digest from any folder; fine-tuning, merging or quantizing changes it.
+        LoRA adapters are left out, since they are the intervention and not the model.
+        """
+
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" in name:
+                continue
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            flat = parameter.detach().reshape(-1)
+            stride = max(1, flat.numel() // 16)
+            sample = flat[::stride][:16].cpu()
+            if sample.is_floating_point():
+                sample = sample.float()
+            digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()
