@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Uncertainty of counts and of means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, stdev
+
+from heretic_contrast.errors import ContrastError
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """
+    Wilson score interval of a proportion, (low, high) in [0, 1].
+
+    It is the set of proportions p with |successes / n - p| <= z sqrt(p (1 - p) / n) (Wilson, 1927), without
+    continuity correction. Unlike the normal interval it keeps its coverage for small n and for 0 or n
+    successes, which is where refusal counts lie. With n = 0 nothing is known: (0, 1).
+
+    Raises `ContrastError` when successes is not in [0, n] or confidence not in (0, 1).
+    """
+    if n < 0 or not 0 <= successes <= n:
+        raise ContrastError(f"{successes} successes of {n} is no count: give 0 <= successes <= n.")
+    if not 0.0 < confidence < 1.0:
+        raise ContrastError(
+            f"The confidence {confidence} is not a probability: give a number between 0 and 1, such as 0.95."
+        )
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2.0)
+    proportion = successes / n
+    denominator = 1.0 + z * z / n
+    center = (proportion + z * z / (2 * n)) / denominator
+    half_width = (
+        z / denominator * math.sqrt(proportion * (1.0 - proportion) / n + z * z / (4 * n * n))
+    )
+    # At 0 and n successes one end is exact; rounding must not move it.
+    low = 0.0 if successes == 0 else max(0.0, center - half_width)
+    high = 1.0 if successes == n else min(1.0, center + half_width)
+    return low, high
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """
+    Standard error of the mean of independent values: sample standard deviation (n - 1) over sqrt(n).
+
+    Infinite for a single value, whose mean has no known error. Raises `ContrastError` for no values.
+    """
+    if len(values) == 0:
+        raise ContrastError("There is no standard error of no values: give at least one.")
+    if len(values) == 1:
+        return math.inf
+    return stdev(float(value) for value in values) / math.sqrt(len(values))
