@@ -2,4 +2,30 @@
 
 """Contrast baselines and multi-directional refusal ablation for Heretic (arXiv:2603.22061)."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .directions import Directions, extract_directions
+    from .modifier import ContrastAbliteration
+
+__all__ = ["ContrastAbliteration", "Directions", "extract_directions"]
+
+# Names are imported on first use, since PyTorch and Heretic take seconds and --help needs neither.
+_HOMES = {
+    "ContrastAbliteration": ".modifier",
+    "Directions": ".directions",
+    "extract_directions": ".directions",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -146,7 +146,9 @@ def effective_weight(operator: Operator) -> float:
     # With the Gram matrix G = L Lᵀ of the directions, C has the singular values of Lᵀ K L.
     eigenvalues, eigenvectors = torch.linalg.eigh(vectors @ vectors.T)
     factor = eigenvectors * eigenvalues.clamp_min(0).sqrt()
-    return float(torch.linalg.matrix_norm(factor.T @ kernel @ factor, ord=2)) if len(kernel) else 0.0
+    return (
+        float(torch.linalg.matrix_norm(factor.T @ kernel @ factor, ord=2)) if len(kernel) else 0.0
+    )
 
 
 def weight_along(operator: Operator, direction: Tensor) -> float:

@@ -130,8 +130,10 @@ class LanguageModel:
         return int(self.tokenizer.eos_token_id if token_id is None else token_id)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-        """Returns the greedy responses to the prompts, without special tokens."""
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, special_tokens: bool = False
+    ) -> list[str]:
+        """Returns the greedy responses to the prompts, with or without special tokens."""
 
         responses: list[str] = []
         for batch in batches(len(prompts), self.batch_size):
@@ -144,7 +146,8 @@ class LanguageModel:
             )
             responses.extend(
                 self.tokenizer.batch_decode(
-                    outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+                    outputs[:, inputs["input_ids"].shape[1] :],
+                    skip_special_tokens=not special_tokens,
                 )
             )
         return responses
@@ -224,11 +227,12 @@ class LanguageModel:
 
         for module in self.model.modules():
             children = getattr(module, "layers", None)
-            if children is not None and len(children) == self.n_layers:
-                if all(
-                    child is layer for child, layer in zip(children, self.layers, strict=True)
-                ):
-                    return cast(Module, module)
+            if (
+                children is not None
+                and len(children) == self.n_layers
+                and all(child is layer for child, layer in zip(children, self.layers, strict=True))
+            ):
+                return cast(Module, module)
         raise ContrastError(
             f"The layers of {self.name} could not be found inside the model: its architecture is not supported."
         )

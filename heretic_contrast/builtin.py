@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What is shipped with the package: the built-in refuser with its pools, and the matched pool for real models."""
+
+from pathlib import Path
+
+from .errors import ContrastError
+from .settings import PromptSource
+
+DATA = Path(__file__).parent / "data"
+
+PREFIX = "builtin:"
+
+REFUSER = "builtin:refuser"
+"""A tiny model that refuses harmful requests; see its model card."""
+
+
+def is_builtin(model: str) -> bool:
+    """Returns whether a model is addressed as a built-in one, or is its folder."""
+
+    return model.startswith(PREFIX) or model == str(DATA / "refuser")
+
+
+def resolve_model(model: str) -> str:
+    """
+    Returns the folder of a built-in model, and any other model unchanged.
+
+    Raises `ContrastError` when there is no built-in model of that name.
+    """
+
+    if not model.startswith(PREFIX):
+        return model
+    if model != REFUSER:
+        raise ContrastError(f"There is no built-in model {model}: the only one is {REFUSER}.")
+    return str(DATA / "refuser")
+
+
+def model_name(model: str) -> str:
+    """Returns what a model is called in stored results: never an absolute path."""
+
+    if is_builtin(model):
+        return REFUSER
+    path = Path(model)
+    return path.resolve().name if path.exists() else model
+
+
+def refuser_pool(pool: str, split: str) -> PromptSource:
+    """Returns a pool of the built-in refuser: "harmful", "matched" or "harmless", "train" or "test"."""
+
+    return PromptSource(dataset=str(DATA / "refuser_prompts" / pool / f"{split}.jsonl"))
+
+
+def matched_pool() -> PromptSource:
+    """Returns the matched pool for real models."""
+
+    return PromptSource(dataset=str(DATA / "matched" / "train.jsonl"))
+
+
+def harmless_pool(split: str) -> PromptSource:
+    """Returns the general harmless prompts that Heretic uses by default."""
+
+    return PromptSource(dataset="mlabonne/harmless_alpaca", split=split, column="text")
+
+
+def harmful_pool(split: str) -> PromptSource:
+    """Returns the harmful prompts that Heretic uses by default."""
+
+    return PromptSource(dataset="mlabonne/harmful_behaviors", split=split, column="text")

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""`heretic-contrast demo`: the whole way on the built-in model, headless."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ..builtin import REFUSER, refuser_pool
+from ..cli import PROGRAM
+from ..errors import ContrastError
+from ..files import require_writable_directory, write_text_atomically
+from ..hosts.settings import HostSettings, load_settings
+
+MAX_RESPONSE_LENGTH = 40
+"""The built-in model's longest response, in tokens, with room to spare."""
+
+
+class DemoSettings(HostSettings):
+    """Settings of `demo`."""
+
+    model: str = Field(default=REFUSER, description="The built-in model.")
+
+    output: str | None = Field(
+        default=None,
+        description="Directory for the saved model, the directions and summary.json.",
+        exclude=True,
+    )
+
+    n_trials: int = Field(default=60, description="Number of trials.")
+
+    n_startup_trials: int = Field(default=20, description="Number of trials that sample randomly.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """
+    Extracts, searches, saves, reloads and judges the built-in model.
+
+    Raises `ContrastError` when the output does not work, or no trial was finished.
+    """
+
+    started = time.perf_counter()
+    settings = load_settings(DemoSettings, f"{PROGRAM} demo", list(arguments))
+    if settings.output is None:
+        raise ContrastError("The demo needs a place for its results: give --output DIR.")
+    output = Path(settings.output)
+    require_writable_directory(output)
+    model_directory = output / "model"
+
+    sys.argv = [
+        PROGRAM,
+        *headless_arguments(settings, output),
+        # What the user gave comes last and wins.
+        *without_output(arguments),
+        "--model",
+        settings.model,
+    ]
+    from ..hosts import heretic14
+
+    settings = load_settings(HostSettings, PROGRAM, sys.argv[1:])
+    heretic14.run(settings)
+
+    summary = judge(settings, model_directory, output / "directions.safetensors")
+    summary["model_directory"] = str(model_directory)
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    write_text_atomically(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    show(summary, output)
+
+
+def headless_arguments(settings: DemoSettings, output: Path) -> list[str]:
+    """Returns the flags that let Heretic run without asking."""
+
+    return [
+        "--seed=0",
+        f"--n-trials={settings.n_trials}",
+        f"--n-startup-trials={settings.n_startup_trials}",
+        "--batch-size=64",
+        f"--max-response-length={MAX_RESPONSE_LENGTH}",
+        # Given, so that no forward pass looks for one: the refuser's responses have none.
+        "--response-prefix=",
+        "--checkpoint-action=restart",
+        "--trial-index=0",
+        "--model-action=save",
+        "--export-strategy=merge",
+        f"--save-directory={output / 'model'}",
+        f"--study-checkpoint-dir={output / 'checkpoints'}",
+        f"--contrast.save-directions={output / 'directions.safetensors'}",
+    ]
+
+
+def without_output(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments without `--output`, which Heretic does not know."""
+
+    kept = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--output":
+            skip = True
+        elif not argument.startswith("--output="):
+            kept.append(argument)
+    return kept
+
+
+def judge(settings: HostSettings, model_directory: Path, directions_file: Path) -> dict[str, Any]:
+    """
+    Reloads the saved model with plain transformers, and compares it with the original on held-out prompts.
+
+    Returns refusals by Heretic's markers before and after, false refusals of held-out harmless prompts, and the KL
+    divergence of the first token's distribution on held-out general prompts, in nats.
+    """
+
+    import torch
+    from heretic.main import Evaluator
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..directions import Directions
+    from ..hosts.surface import wrap
+    from ..prompts import read_json_lines
+
+    pools = {
+        name: read_json_lines(Path(refuser_pool(name, "test").dataset), refuser_pool(name, "test"))
+        for name in ("harmful", "matched", "harmless")
+    }
+    # Heretic's own judgement needs the settings and nothing else of an evaluator.
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator.settings = settings
+    refusals: dict[str, dict[str, int]] = {}
+    first_tokens = {}
+    for name, folder in (("original", settings.model), ("modified", str(model_directory))):
+        model = wrap(
+            AutoModelForCausalLM.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
+            name=name,
+            batch_size=64,
+        )
+        refusals[name] = {
+            pool: sum(
+                evaluator.is_refusal(response)
+                for response in model.generate(prompts, MAX_RESPONSE_LENGTH)
+            )
+            for pool, prompts in pools.items()
+        }
+        with torch.no_grad():
+            logits = model.model(**model.tokenize(pools["harmless"]), logits_to_keep=1).logits
+        first_tokens[name] = torch.log_softmax(logits[:, -1].float(), dim=-1)
+    base, modified = first_tokens["original"], first_tokens["modified"]
+    divergence = (base.exp() * (base - modified)).sum(dim=-1).mean()
+    directions = Directions.load(directions_file)
+    return {
+        "base_refusals": refusals["original"]["harmful"],
+        "refusals": refusals["modified"]["harmful"],
+        "n_prompts": len(pools["harmful"]),
+        "base_false_refusals": refusals["original"]["matched"] + refusals["original"]["harmless"],
+        "false_refusals": refusals["modified"]["matched"] + refusals["modified"]["harmless"],
+        "n_harmless_prompts": len(pools["matched"]) + len(pools["harmless"]),
+        "kl_divergence": float(divergence),
+        "baseline": settings.contrast.baseline,
+        "n_directions": directions.n_directions,
+    }
+
+
+def show(summary: dict[str, Any], output: Path) -> None:
+    """Prints the comparison as a table."""
+
+    from rich.table import Table
+
+    from ..hosts.surface import log
+
+    table = Table(title="Held-out prompts, judged on the saved model")
+    table.add_column("Measurement")
+    table.add_column("Original", justify="right")
+    table.add_column("Modified", justify="right")
+    table.add_row(
+        f"Refused, of {summary['n_prompts']} harmful",
+        str(summary["base_refusals"]),
+        str(summary["refusals"]),
+    )
+    table.add_row(
+        f"Refused, of {summary['n_harmless_prompts']} harmless",
+        str(summary["base_false_refusals"]),
+        str(summary["false_refusals"]),
+    )
+    table.add_row("KL divergence of the first token", "0", f"{summary['kl_divergence']:.4f}")
+    log()
+    log(table)
+    log(f"Finished in {summary['seconds']:.0f} s. Everything is in [bold]{output}[/].")

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""`heretic-contrast doctor`: says what this installation can do, and what mends it."""
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from .. import __version__
+from ..errors import ContrastError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: what was looked at, whether it is fine, and the command that mends it."""
+
+    subject: str
+    fine: bool
+    detail: str
+    remedy: str = ""
+    required: bool = True
+
+
+def heretic_finding() -> Finding:
+    """Looks at the installed Heretic and its plugin surface."""
+
+    try:
+        installed = version("heretic-llm")
+    except PackageNotFoundError:
+        return Finding("Heretic", False, "not installed", 'pip install "heretic-llm>=1.4"')
+    numbers = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())
+    if numbers < (1, 4):
+        return Finding(
+            "Heretic",
+            False,
+            f"{installed}, older than 1.4",
+            'pip install --upgrade "heretic-llm>=1.4"',
+        )
+    if importlib.util.find_spec("heretic.modifier") is not None:
+        surface = (
+            'plugin surface of 2.0: heretic --modifiers \'[{"plugin": "heretic_contrast.ContrastAbliteration"}]\' '
+            "--model MODEL"
+        )
+    else:
+        surface = "no plugin surface: heretic-contrast MODEL hosts the plugin"
+    return Finding("Heretic", True, f"{installed}, {surface}")
+
+
+def torch_finding() -> Finding:
+    """Looks at PyTorch and its device."""
+
+    try:
+        import torch
+    except ImportError:
+        return Finding("PyTorch", False, "not installed", "pip install torch")
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name(0)
+    elif torch.backends.mps.is_available():
+        device = "Apple GPU"
+    else:
+        device = f"CPU with {torch.get_num_threads()} threads"
+    return Finding("PyTorch", True, f"{torch.__version__}, {device}")
+
+
+def module_finding(module: str, purpose: str, remedy: str, required: bool = True) -> Finding:
+    """Looks for an importable module."""
+
+    present = importlib.util.find_spec(module) is not None
+    return Finding(purpose, present, module if present else "not installed", remedy, required)
+
+
+def cache_finding() -> Finding:
+    """Looks at the folder where residuals are cached."""
+
+    from ..residual_cache import default_directory
+
+    directory = default_directory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        return Finding(
+            "Residual cache",
+            False,
+            f"{directory} is not writable ({error.strerror})",
+            "give --contrast.residual-cache DIR",
+            required=False,
+        )
+    return Finding("Residual cache", True, str(directory))
+
+
+def findings() -> list[Finding]:
+    """Looks at everything."""
+
+    return [
+        Finding("heretic-contrast", True, __version__),
+        heretic_finding(),
+        torch_finding(),
+        module_finding("numba", "Fast maps", "pip install numba", required=False),
+        module_finding("minisom", "Reference maps", "pip install minisom"),
+        module_finding(
+            "matplotlib", "Plots", 'pip install "heretic-contrast[plot]"', required=False
+        ),
+        module_finding("bitsandbytes", "4-bit models", "pip install bitsandbytes", required=False),
+        cache_finding(),
+    ]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """
+    Prints what was found.
+
+    Raises `ContrastError` when something required is missing, or an argument is given.
+    """
+
+    if arguments:
+        raise ContrastError(
+            f"doctor takes no arguments, but {arguments[0]} was given: leave it out."
+        )
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("")
+    table.add_column("Subject")
+    table.add_column("Found", overflow="fold")
+    table.add_column("Remedy", overflow="fold")
+    found = findings()
+    for finding in found:
+        mark = (
+            "[green]Ok[/]"
+            if finding.fine
+            else "[red]No[/]"
+            if finding.required
+            else "[yellow]No[/]"
+        )
+        table.add_row(
+            mark,
+            finding.subject,
+            finding.detail.replace("[", "\\["),
+            "" if finding.fine else finding.remedy.replace("[", "\\["),
+        )
+    Console(highlight=False).print(table)
+    missing = [finding for finding in found if finding.required and not finding.fine]
+    if missing:
+        raise ContrastError(
+            f"{missing[0].subject} is required but {missing[0].detail}: {missing[0].remedy}."
+        )

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""`heretic-contrast extract`: extracts directions, and reports on them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from ..cli import PROGRAM
+from ..errors import ContrastError
+from ..files import require_writable_directory
+from ..hosts.settings import HostSettings, load_settings
+
+
+class ExtractSettings(HostSettings):
+    """Settings of `extract`."""
+
+    output: str | None = Field(
+        default=None,
+        description=(
+            "File to save the directions to. With several presets, the name of each is added before the suffix."
+        ),
+        exclude=True,
+    )
+
+    report: str | None = Field(
+        default=None,
+        description="Directory to write tables and plots of the directions' geometry to.",
+        exclude=True,
+    )
+
+
+def output_path(output: str, name: str, several: bool) -> Path:
+    """Returns the file for one configuration."""
+
+    path = Path(output)
+    return path.with_name(f"{path.stem}-{name}{path.suffix}") if several else path
+
+
+def main(arguments: Sequence[str]) -> None:
+    """
+    Extracts directions of one or several configurations.
+
+    Raises `ContrastError` when the settings, the prompts or the output do not work.
+    """
+
+    settings = load_settings(ExtractSettings, f"{PROGRAM} extract", list(arguments))
+    if settings.output is None and settings.report is None:
+        raise ContrastError(
+            "Nothing would be written: give --output FILE.safetensors, --report DIR, or both."
+        )
+    if settings.output is not None:
+        require_writable_directory(Path(settings.output).parent)
+    if settings.report is not None:
+        require_writable_directory(Path(settings.report))
+    configurations = settings.contrast.configurations()
+
+    # Heavy imports come last, so that bad settings are answered at once.
+    from ..extraction import extract, load_pools
+    from ..hosts.loading import load_language_model, with_response_prefix
+    from ..hosts.surface import log, progress_bar, prompt_loader
+
+    model, context = load_language_model(settings, settings.contrast.batch_size)
+    load = prompt_loader(context)
+    results = {}
+    for name, contrast in configurations.items():
+        log()
+        log(f"Extracting directions of [bold]{name}[/]...")
+        pools = load_pools(contrast, load, model)
+        model = with_response_prefix(model, settings, pools.bulk, pools.harmful)
+        with progress_bar() as progress:
+            directions = extract(
+                model, pools, contrast, log, progress, settings.max_response_length
+            )
+        results[name] = directions
+        if settings.output is not None:
+            path = output_path(settings.output, name, len(configurations) > 1)
+            directions.save(path)
+            log(
+                f"* Saved [bold]{directions.n_directions}[/] directions per layer to [bold]{path}[/]"
+            )
+    if settings.report is not None:
+        from ..report import write_extraction_report
+
+        write_extraction_report(model, results, configurations, load, Path(settings.report), log)
+        log(f"* Report written to [bold]{settings.report}[/]")

@@ -1,0 +1,616 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Refusal directions: from residuals to the tensor that is ablated (design, section 5).
+
+Difference vectors come from a contrast baseline, a self-organizing map per class and layer (or the mean) turns
+them into class directions, an optional SVD orthogonalizes those, and the scale decides their length.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from . import __version__
+from .baselines import BaselineOptions, LayerResiduals, get_baseline, mean
+from .errors import ContrastError
+from .files import write_bytes_atomically
+from .language_model import LanguageModel, Progress
+from .settings import Classes, ContrastSettings, Control, Method, Scale, SmallClasses
+from .som import SomSettings, train_maps
+
+FORMAT = "heretic-contrast directions 1"
+
+FALLBACK_CLASS = "miscellaneous"
+"""The class that small classes are merged into."""
+
+
+@dataclass(frozen=True)
+class PoolResiduals:
+    """
+    The residuals of all pools, at all layers.
+
+    `harmful`: Tensor of shape (n_harmful, n_layers + 1, hidden_size), float32, with a class each.
+    `bulk`: Tensor of shape (n_bulk, n_layers + 1, hidden_size), general harmless prompts.
+    `matched`: Tensor of shape (n_matched, n_layers + 1, hidden_size), with a class each; may be empty.
+    """
+
+    harmful: Tensor
+    harmful_classes: tuple[str, ...]
+    bulk: Tensor
+    matched: Tensor
+    matched_classes: tuple[str, ...]
+
+    def layer(self, index: int) -> LayerResiduals:
+        """Returns views of the residuals of one layer."""
+
+        return LayerResiduals(
+            harmful=self.harmful[:, index],
+            harmful_classes=self.harmful_classes,
+            bulk=self.bulk[:, index],
+            matched=self.matched[:, index],
+            matched_classes=self.matched_classes,
+        )
+
+
+@dataclass(frozen=True)
+class Directions:
+    """
+    Directions of every layer, with what is needed to trust them.
+
+    `tensor`: Tensor of shape (n_layers + 1, n_directions, hidden_size), float32; index 0 is the embedding.
+    `names`: one per direction: its class (with the rank of the neuron where there are several), or "svd 1" ....
+    `aligned`: whether direction k of neighboring layers belongs to the same class, so that interpolating
+    between layers has a meaning.
+    `norms`: Tensor of shape (n_layers + 1, n_directions), the lengths before scaling (after SVD: singular values).
+    `singular_values`: Tensor of shape (n_layers + 1, min(n_class_directions, hidden_size)), of the class
+    directions as trained.
+    `class_directions`: Tensor of shape (n_layers + 1, n_class_directions, hidden_size), as trained, before SVD and
+    scale; named by `class_names`.
+    `mean_direction`: Tensor of shape (n_layers + 1, hidden_size), mean harmful minus mean general harmless residual.
+    `hits`: Tensor of shape (n_layers + 1, n_classes, n_neurons), int64, the prompts that each neuron wins;
+    empty for `method = "mean"`.
+    `provenance`: model, prompts' digests, settings and versions; JSON.
+    """
+
+    tensor: Tensor
+    names: tuple[str, ...]
+    aligned: bool
+    norms: Tensor
+    singular_values: Tensor
+    class_directions: Tensor
+    class_names: tuple[str, ...]
+    mean_direction: Tensor
+    hits: Tensor
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_directions(self) -> int:
+        """The number of directions per layer."""
+
+        return self.tensor.shape[1]
+
+    def digest(self) -> str:
+        """Returns a digest of the tensor and its names."""
+
+        digest = hashlib.sha256(json.dumps(self.names).encode())
+        digest.update(self.tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """
+        Saves everything as one safetensors file, through a temporary file.
+
+        The same directions give the same bytes. Raises `ContrastError` when the file cannot be written.
+        """
+
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        metadata = {
+            "format": FORMAT,
+            "names": json.dumps(self.names),
+            "class_names": json.dumps(self.class_names),
+            "aligned": json.dumps(self.aligned),
+            "provenance": json.dumps(self.provenance, sort_keys=True),
+            "digest": _content_digest(tensors),
+        }
+        write_bytes_atomically(Path(path), _canonical_safetensors(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Directions":
+        """
+        Loads directions.
+
+        Raises `ContrastError` when the file is missing, is not a whole directions file, or holds damaged
+        or non-finite numbers.
+        """
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                if metadata.get("format") != FORMAT:
+                    raise ContrastError(
+                        f"{path} is not a directions file of this version of heretic-contrast: "
+                        "make one with heretic-contrast extract."
+                    )
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+            names = tuple(json.loads(metadata["names"]))
+            class_names = tuple(json.loads(metadata["class_names"]))
+            aligned = bool(json.loads(metadata["aligned"]))
+            provenance = json.loads(metadata["provenance"])
+        except FileNotFoundError as error:
+            raise ContrastError(
+                f"There is no directions file {path}: make one with heretic-contrast extract."
+            ) from error
+        except ContrastError:
+            raise
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            RecursionError,
+            RuntimeError,
+        ) as error:
+            raise ContrastError(
+                f"{path} cannot be read as a directions file, it may be cut off or damaged: extract it again."
+            ) from error
+        if metadata.get("digest") != _content_digest(tensors):
+            raise ContrastError(
+                f"The numbers in {path} do not match their digest, so the file is damaged: extract it again."
+            )
+        shape = tensors["tensor"].shape
+        if (
+            len(shape) != 3
+            or shape[1] != len(names)
+            or not isinstance(provenance, dict)
+            or not all(isinstance(name, str) for name in (*names, *class_names))
+            or tensors["norms"].shape != shape[:2]
+            or tensors["mean_direction"].shape != (shape[0], shape[2])
+        ):
+            raise ContrastError(
+                f"The shapes in {path} contradict each other, so the file is damaged: extract it again."
+            )
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise ContrastError(
+                f"{path} holds numbers that are not finite, so it cannot be used: extract it again."
+            )
+        return cls(
+            **tensors,
+            names=names,
+            class_names=class_names,
+            aligned=aligned,
+            provenance=provenance,
+        )
+
+    def require_model(self, model: LanguageModel, source: str) -> None:
+        """
+        Checks that the directions belong to the model.
+
+        `source` names where they come from in the message. Raises `ContrastError` when the shape or the
+        fingerprint of the weights does not fit.
+        """
+
+        expected = (model.n_layers + 1, model.hidden_size)
+        found = (self.tensor.shape[0], self.tensor.shape[2])
+        if found != expected:
+            raise ContrastError(
+                f"The directions in {source} were made for a model with {found[0] - 1} layers of {found[1]} dimensions, "
+                f"but {model.name} has {expected[0] - 1} layers of {expected[1]}: extract directions for this model."
+            )
+        if self.provenance.get("fingerprint") not in (None, model.fingerprint()):
+            raise ContrastError(
+                f"The directions in {source} were made for another model of the same shape "
+                f"({self.provenance.get('model')}) than {model.name}: extract directions for this model."
+            )
+
+
+_TENSORS = (
+    "tensor",
+    "norms",
+    "singular_values",
+    "class_directions",
+    "mean_direction",
+    "hits",
+)
+
+
+def _content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Returns a digest of the numbers of all tensors."""
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _canonical_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """
+    Returns a safetensors file whose bytes depend on its content alone.
+
+    The library writes its metadata in the order of a hash map with a random seed, so the header is written anew
+    with sorted keys. Its length stays the same.
+    """
+
+    content = save(tensors, metadata)
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    canonical = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    padding = -len(canonical) % 8
+    canonical += b" " * padding
+    return len(canonical).to_bytes(8, "little") + canonical + content[8 + length :]
+
+
+def extract_directions(
+    residuals: PoolResiduals,
+    settings: ContrastSettings,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Directions:
+    """
+    Extracts directions from residuals.
+
+    Deterministic: the same residuals, settings and versions give the same bytes.
+
+    Raises `ContrastError` when residuals are not finite, a class is too small, a baseline lacks the prompts it
+    needs, or no class is left.
+    """
+
+    for what, tensor in (
+        ("harmful", residuals.harmful),
+        ("general harmless", residuals.bulk),
+        ("matched harmless", residuals.matched),
+    ):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ContrastError(
+                f"The residuals of the {what} prompts are not all finite, so no direction can be extracted: "
+                "load the model with another dtype, for example --dtypes float32."
+            )
+    for what, tensor in (("harmful", residuals.harmful), ("general harmless", residuals.bulk)):
+        if len(tensor) == 0:
+            raise ContrastError(f"The pool of {what} prompts is empty: give one with prompts.")
+
+    residuals, class_names = select_classes(residuals, settings)
+    as_trained, hits, names = class_directions(residuals, class_names, settings, progress)
+
+    bulk_means = torch.stack(
+        [mean(residuals.bulk[:, index]) for index in range(residuals.bulk.shape[1])]
+    )
+    mean_direction = (
+        torch.stack(
+            [mean(residuals.harmful[:, index]) for index in range(residuals.harmful.shape[1])]
+        )
+        - bulk_means
+    )
+
+    if settings.orthogonalize_direction:
+        # Implements https://huggingface.co/blog/grimjim/projected-abliteration, as Heretic does.
+        harmless = F.normalize(bulk_means, dim=-1)[:, None]
+        as_trained = as_trained - (as_trained * harmless).sum(-1, keepdim=True) * harmless
+
+    if settings.control is Control.RANDOM:
+        as_trained = random_directions(as_trained, settings.seed)
+
+    singular_values = torch.linalg.svdvals(as_trained)
+    if settings.svd:
+        vectors, norms = orthogonalize(as_trained, mean_direction, settings.svd_rank)
+        names = tuple(f"svd {index + 1}" for index in range(vectors.shape[1]))
+    else:
+        vectors, norms = unit_vectors(as_trained)
+
+    if settings.scale is Scale.RAW:
+        vectors = vectors * norms[..., None]
+    elif settings.scale is Scale.UNMATCHED:
+        vectors = vectors * unmatched_norms(residuals, class_names, settings, as_trained)[..., None]
+
+    return Directions(
+        tensor=vectors.float().contiguous(),
+        names=names,
+        aligned=not settings.svd,
+        norms=norms.float(),
+        singular_values=singular_values.float(),
+        class_directions=as_trained.float().contiguous(),
+        class_names=tuple(class_names),
+        mean_direction=mean_direction.float(),
+        hits=hits,
+        provenance={
+            **(provenance or {}),
+            "settings": extraction_settings(settings),
+            "n_prompts": {
+                "harmful": dict(
+                    sorted(
+                        (name, residuals.harmful_classes.count(name))
+                        for name in set(residuals.harmful_classes)
+                    )
+                ),
+                "harmless": len(residuals.bulk),
+                "matched": len(residuals.matched),
+            },
+            "versions": {
+                "heretic-contrast": __version__,
+                **{name: version(name) for name in ("minisom", "numpy", "torch", "transformers")},
+            },
+        },
+    )
+
+
+EXTRACTION_FIELDS = (
+    "baseline",
+    "mixing",
+    "n_neighbors",
+    "classes",
+    "category_source",
+    "exclude_categories",
+    "small_classes",
+    "method",
+    "som_rows",
+    "som_columns",
+    "som_iterations",
+    "som_sigma",
+    "som_learning_rate",
+    "som_neighborhood",
+    "som_topology",
+    "winners",
+    "svd",
+    "svd_rank",
+    "scale",
+    "orthogonalize_direction",
+    "control",
+    "drop_misbehaving",
+    "seed",
+)
+"""The settings that decide directions."""
+
+
+def extraction_settings(settings: ContrastSettings) -> dict[str, Any]:
+    """Returns the settings that decide directions, as JSON values."""
+
+    return settings.model_dump(mode="json", include=set(EXTRACTION_FIELDS))
+
+
+def select_classes(
+    residuals: PoolResiduals, settings: ContrastSettings
+) -> tuple[PoolResiduals, list[str]]:
+    """
+    Returns the residuals of the classes that get directions, and the sorted names of these classes.
+
+    Applies `classes`, `exclude_categories` and `small_classes`.
+
+    Raises `ContrastError` when a class is too small, or none is left.
+    """
+
+    harmful_classes = list(residuals.harmful_classes)
+    matched_classes = list(residuals.matched_classes)
+    unknown = set(settings.exclude_categories) - set(harmful_classes)
+    if unknown:
+        raise ContrastError(
+            f"The category {sorted(unknown)[0]!r} cannot be excluded, since no harmful prompt has it: "
+            f"the categories are {', '.join(sorted(set(harmful_classes)))}."
+        )
+    kept = [
+        index
+        for index, name in enumerate(harmful_classes)
+        if name not in settings.exclude_categories
+    ]
+
+    if settings.classes is Classes.SINGLE:
+        # With one class for everything, the matched pool of that class is all matched prompts.
+        harmful_classes = ["all"] * len(harmful_classes)
+        matched_classes = ["all"] * len(matched_classes)
+    else:
+        # A map cannot tell more groups of prompts apart than it has neurons to win them.
+        needed = max(
+            settings.som_rows * settings.som_columns if settings.method is Method.SOM else 1,
+            1,
+        )
+        counts = {
+            name: sum(harmful_classes[index] == name for index in kept)
+            for name in {harmful_classes[index] for index in kept}
+        }
+        small = {
+            name: count
+            for name, count in sorted(counts.items())
+            if count < needed and name != FALLBACK_CLASS
+        }
+        if small and settings.small_classes is SmallClasses.MERGE:
+            harmful_classes = [
+                FALLBACK_CLASS if name in small else name for name in harmful_classes
+            ]
+            matched_classes = [
+                FALLBACK_CLASS if name in small else name for name in matched_classes
+            ]
+            counts = {
+                FALLBACK_CLASS: sum(harmful_classes[index] == FALLBACK_CLASS for index in kept)
+            }
+        small = {name: count for name, count in sorted(counts.items()) if count < needed}
+        if small and settings.small_classes is SmallClasses.ERROR:
+            name, count = next(iter(small.items()))
+            raise ContrastError(
+                f'The class "{name}" has {count} prompts, fewer than the {needed} neurons of its map: give it more prompts, '
+                'use a smaller map, or set small_classes to "drop" or "merge".'
+            )
+        if small and FALLBACK_CLASS in small and settings.small_classes is SmallClasses.MERGE:
+            raise ContrastError(
+                f'Even merged, the class "{FALLBACK_CLASS}" has {small[FALLBACK_CLASS]} prompts, fewer than the {needed} '
+                'neurons of its map: give more prompts, use a smaller map, or set small_classes to "drop".'
+            )
+        kept = [index for index in kept if harmful_classes[index] not in small]
+
+    if not kept:
+        raise ContrastError(
+            "No class of harmful prompts is left to extract a direction from: exclude fewer, or give more prompts."
+        )
+    names = [harmful_classes[index] for index in kept]
+    selected = replace(
+        residuals,
+        harmful=residuals.harmful[kept]
+        if len(kept) < len(residuals.harmful)
+        else residuals.harmful,
+        harmful_classes=tuple(names),
+        matched_classes=tuple(matched_classes),
+    )
+    return selected, sorted(set(names))
+
+
+def class_directions(
+    residuals: PoolResiduals,
+    class_names: Sequence[str],
+    settings: ContrastSettings,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """
+    Returns class directions as trained, the hits of their maps, and the directions' names.
+
+    Directions: Tensor of shape (n_layers + 1, n_classes * winners, hidden_size), float64.
+    Hits: Tensor of shape (n_layers + 1, n_classes, n_neurons), int64; no neurons for `method = "mean"`.
+    """
+
+    baseline = get_baseline(settings.baseline)
+    options = BaselineOptions(mixing=settings.mixing, n_neighbors=settings.n_neighbors)
+    members = {
+        name: [index for index, other in enumerate(residuals.harmful_classes) if other == name]
+        for name in class_names
+    }
+    n_layers = residuals.harmful.shape[1]
+    samples: list[np.ndarray] = []
+    for index in range(n_layers):
+        differences = baseline(residuals.layer(index), options)
+        samples.extend(differences[members[name]].numpy() for name in class_names)
+
+    if settings.method is Method.MEAN:
+        means = [torch.from_numpy(sample.mean(axis=0, dtype=np.float64)) for sample in samples]
+        directions = torch.stack(means).reshape(n_layers, len(class_names), -1)
+        return (
+            directions,
+            torch.zeros(n_layers, len(class_names), 0, dtype=torch.int64),
+            tuple(class_names),
+        )
+
+    n_neurons = settings.som_rows * settings.som_columns
+    if settings.winners > n_neurons:
+        raise ContrastError(
+            f"{settings.winners} winners are asked for, but a map of {settings.som_rows} × {settings.som_columns} has "
+            f"{n_neurons} neurons: use a larger map or fewer winners."
+        )
+    maps = train_maps(
+        samples, som_settings(settings), backend=settings.som_backend, progress=progress
+    )
+    vectors = [
+        torch.from_numpy(trained.vectors(trained.densest(settings.winners))) for trained in maps
+    ]
+    hits = torch.from_numpy(np.stack([trained.hits for trained in maps]).astype(np.int64))
+    names = tuple(
+        name if settings.winners == 1 else f"{name} {rank + 1}"
+        for name in class_names
+        for rank in range(settings.winners)
+    )
+    directions = torch.cat(vectors).reshape(n_layers, len(names), -1)
+    return directions, hits.reshape(n_layers, len(class_names), n_neurons), names
+
+
+def som_settings(settings: ContrastSettings) -> SomSettings:
+    """Returns the settings of the maps alone."""
+
+    return SomSettings(
+        rows=settings.som_rows,
+        columns=settings.som_columns,
+        iterations=settings.som_iterations,
+        sigma=settings.som_sigma,
+        learning_rate=settings.som_learning_rate,
+        neighborhood=settings.som_neighborhood,
+        topology=settings.som_topology,
+        seed=settings.seed,
+    )
+
+
+def unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Returns vectors of length 1, and the lengths that they had.
+
+    Tensor of shape (..., hidden_size). A zero vector, such as every difference at the embedding of a common
+    last token, stays zero.
+    """
+
+    norms = vectors.norm(dim=-1)
+    return vectors / norms[..., None].clamp_min(torch.finfo(vectors.dtype).tiny), norms
+
+
+def orthogonalize(
+    vectors: Tensor, mean_direction: Tensor, rank: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """
+    Returns the right singular vectors of each layer's directions, and their singular values.
+
+    D_l = U S Vᵀ; the rows of Vᵀ, ordered by singular value, replace the directions, each with the sign that
+    gives it a non-negative product with the mean direction. Where D_l has a lower rank, rows are zero.
+
+    `vectors`: Tensor of shape (n_layers + 1, n_directions, hidden_size), float64.
+    `mean_direction`: Tensor of shape (n_layers + 1, hidden_size).
+    Returns tensors of shape (n_layers + 1, rank, hidden_size) and (n_layers + 1, rank).
+    """
+
+    _, singular_values, rows = torch.linalg.svd(vectors, full_matrices=False)
+    n_rows = min(rank or rows.shape[1], rows.shape[1])
+    singular_values, rows = singular_values[:, :n_rows], rows[:, :n_rows]
+    # Directions below rounding are arbitrary: an ablation along them would be noise.
+    relative = 1e-6 * singular_values[:, :1]
+    meaningful = (singular_values > relative) & (singular_values > 0)
+    signs = torch.where((rows * mean_direction[:, None]).sum(-1) < 0, -1.0, 1.0)
+    rows = rows * (signs * meaningful)[..., None]
+    return rows, singular_values * meaningful
+
+
+def unmatched_norms(
+    residuals: PoolResiduals,
+    class_names: Sequence[str],
+    settings: ContrastSettings,
+    as_trained: Tensor,
+) -> Tensor:
+    """
+    Returns the lengths that the unmatched baseline gives for the same classes and layers.
+
+    Tensor of shape (n_layers + 1, n_directions). After SVD these are the singular values of the unmatched
+    directions.
+    """
+
+    if settings.baseline == "unmatched" and settings.control is Control.NONE:
+        unmatched = as_trained
+    else:
+        unmatched, _, _ = class_directions(
+            residuals, class_names, settings.model_copy(update={"baseline": "unmatched"})
+        )
+    if not settings.svd:
+        return unmatched.norm(dim=-1)
+    singular_values = torch.linalg.svdvals(unmatched)
+    return singular_values[:, : settings.svd_rank or singular_values.shape[1]]
+
+
+def random_directions(vectors: Tensor, seed: int) -> Tensor:
+    """
+    Returns random directions of the same count, norms and mutual cosines: the floor for every comparison.
+
+    With D = U S Vᵀ, the result is U S Qᵀ with Q a random orthonormal basis of the same size, so that the
+    Gram matrix of the directions is exactly that of D.
+
+    Tensor of shape (n_layers + 1, n_directions, hidden_size), float64, to one of the same shape.
+    """
+
+    generator = torch.Generator().manual_seed(seed)
+    left, singular_values, rows = torch.linalg.svd(vectors, full_matrices=False)
+    noise = torch.randn(
+        vectors.shape[0], vectors.shape[2], rows.shape[1], generator=generator, dtype=vectors.dtype
+    )
+    basis, _ = torch.linalg.qr(noise)
+    return (left * singular_values[:, None]) @ basis.transpose(1, 2)

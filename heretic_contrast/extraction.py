@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""From a loaded model and pools of prompts to directions: what both hosts and the command line share."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import residual_cache
+from .baselines import NEEDS_MATCHED
+from .builtin import harmful_pool, harmless_pool, matched_pool
+from .categories import assign, classify_with_model
+from .directions import Directions, PoolResiduals, extract_directions
+from .errors import ContrastError
+from .evaluation.responses import Tier, classify_response
+from .language_model import LanguageModel, Progress
+from .prompts import Prompt, PromptLoader, load_pool, prompts_digest
+from .settings import CategorySource, Classes, ContrastSettings
+
+Log = Callable[[str], None]
+"""Prints a line with rich markup."""
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The prompts that directions are fitted to; the harmful and the matched ones with their categories."""
+
+    harmful: tuple[Prompt, ...]
+    bulk: tuple[Prompt, ...]
+    matched: tuple[Prompt, ...]
+    dropped: tuple[tuple[str, int, int], ...] = ()
+    """What a behavior filter found: name of the pool, number of misbehaving prompts, number of all prompts."""
+
+
+def load_pools(settings: ContrastSettings, load: PromptLoader, model: LanguageModel) -> Pools:
+    """
+    Loads the pools that the settings name, and assigns categories.
+
+    Raises `ContrastError` when a pool cannot be read or is empty, a category is missing, or a prompt stands both
+    in the harmful and in a harmless pool.
+    """
+
+    harmful = load_pool(settings.bad_prompts or harmful_pool("train[:400]"), load, "harmful")
+    bulk = load_pool(settings.good_prompts or harmless_pool("train[:400]"), load, "harmless")
+    if settings.classes is Classes.CATEGORY:
+        harmful = assign_categories(harmful, settings.category_source, model, "harmful")
+    matched: list[Prompt] = []
+    if settings.matched_prompts is not None or settings.baseline in NEEDS_MATCHED:
+        source = settings.matched_prompts or matched_pool()
+        matched = load_pool(source, load, "matched harmless")
+        if settings.classes is Classes.CATEGORY:
+            matched = assign_categories(
+                matched, settings.category_source, model, "matched harmless"
+            )
+    for name, pool in (("harmless", bulk), ("matched harmless", matched)):
+        shared = {prompt.text for prompt in harmful} & {prompt.text for prompt in pool}
+        if shared:
+            raise ContrastError(
+                f'The prompt "{min(shared)}" stands both in the harmful and in the {name} pool, so it would be contrasted '
+                "with itself: remove it from one of them."
+            )
+    return Pools(harmful=tuple(harmful), bulk=tuple(bulk), matched=tuple(matched))
+
+
+def assign_categories(
+    prompts: Sequence[Prompt], source: CategorySource, model: LanguageModel | None, what: str
+) -> list[Prompt]:
+    """
+    Returns the prompts with a category each.
+
+    Raises `ContrastError` when the source is the column and a prompt has none; `what` names the pool.
+    """
+
+    if source is CategorySource.LEXICON:
+        return [replace(prompt, category=assign(prompt.text)) for prompt in prompts]
+    if source is CategorySource.MODEL and model is not None:
+        categories = classify_with_model(model, prompts)
+        return [
+            replace(prompt, category=category)
+            for prompt, category in zip(prompts, categories, strict=True)
+        ]
+    missing = [prompt.text for prompt in prompts if prompt.category is None]
+    if missing and source is CategorySource.COLUMN:
+        raise ContrastError(
+            f"{len(missing)} of {len(prompts)} {what} prompts have no category, but one direction per category is asked for: "
+            'name the column with category_column, set category_source to "lexicon", or set classes to "single".'
+        )
+    return [
+        prompt if prompt.category is not None else replace(prompt, category=assign(prompt.text))
+        for prompt in prompts
+    ]
+
+
+def filter_by_behavior(pools: Pools, model: LanguageModel, max_new_tokens: int) -> Pools:
+    """
+    Drops harmful prompts that the model does not refuse, and harmless ones that it refuses (Arditi et al., 2024).
+
+    Raises `ContrastError` when a pool would be empty.
+    """
+
+    found = []
+    kept = {}
+    for name, prompts, should_refuse in (
+        ("harmful", pools.harmful, True),
+        ("harmless", pools.bulk, False),
+        ("matched harmless", pools.matched, False),
+    ):
+        responses = model.generate(prompts, max_new_tokens)
+        kept[name] = tuple(
+            prompt
+            for prompt, response in zip(prompts, responses, strict=True)
+            if (classify_response(prompt.text, response) is Tier.REFUSE) == should_refuse
+        )
+        found.append((name, len(prompts) - len(kept[name]), len(prompts)))
+        if prompts and not kept[name]:
+            raise ContrastError(
+                f"The model {'answers' if should_refuse else 'refuses'} all {len(prompts)} {name} prompts, so none would be left: "
+                "use other prompts, or leave drop_misbehaving off."
+            )
+    return Pools(
+        harmful=kept["harmful"],
+        bulk=kept["harmless"],
+        matched=kept["matched harmless"],
+        dropped=tuple(found),
+    )
+
+
+def collect_residuals(
+    model: LanguageModel,
+    pools: Pools,
+    cache_directory: Path | None,
+    progress: Progress | None = None,
+) -> PoolResiduals:
+    """Returns the residuals of all pools, from the cache where they are there."""
+
+    fingerprint = model.fingerprint()
+    harmful, bulk, matched = (
+        residual_cache.cached_residuals(model, fingerprint, prompts, cache_directory, progress)
+        for prompts in (pools.harmful, pools.bulk, pools.matched)
+    )
+    return PoolResiduals(
+        harmful=harmful,
+        harmful_classes=tuple(prompt.category or "all" for prompt in pools.harmful),
+        bulk=bulk,
+        matched=matched,
+        matched_classes=tuple(prompt.category or "all" for prompt in pools.matched),
+    )
+
+
+def extract(
+    model: LanguageModel,
+    pools: Pools,
+    settings: ContrastSettings,
+    log: Log,
+    progress: Progress | None = None,
+    max_response_length: int = 50,
+) -> Directions:
+    """
+    Extracts directions for a loaded model.
+
+    Raises `ContrastError` as `load_pools` and `extract_directions` do.
+    """
+
+    if settings.drop_misbehaving:
+        log("* Checking which prompts the model refuses...")
+        pools = filter_by_behavior(pools, model, max_response_length)
+        for name, dropped, total in pools.dropped:
+            log(f"* Dropped [bold]{dropped}[/] of [bold]{total}[/] {name} prompts")
+    if settings.classes is Classes.CATEGORY:
+        counts = Counter(prompt.category for prompt in pools.harmful)
+        listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=str))
+        log(f"* Harmful prompts by category: {listed}")
+    log(
+        f"* Obtaining residuals for [bold]{len(pools.harmful)}[/] harmful, [bold]{len(pools.bulk)}[/] harmless and "
+        f"[bold]{len(pools.matched)}[/] matched prompts..."
+    )
+    cache = None if settings.residual_cache is None else Path(settings.residual_cache)
+    residuals = collect_residuals(model, pools, cache, progress)
+    log(f"* Extracting directions (baseline [bold]{settings.baseline}[/])...")
+    return extract_directions(
+        residuals,
+        settings,
+        provenance={
+            "model": model.name,
+            "revision": model.revision,
+            "fingerprint": model.fingerprint(),
+            "system_prompt": model.system_prompt,
+            "response_prefix": model.response_prefix,
+            "prompts": {
+                "harmful": prompts_digest(pools.harmful),
+                "harmless": prompts_digest(pools.bulk),
+                "matched": prompts_digest(pools.matched),
+            },
+            "dropped": [list(entry) for entry in pools.dropped],
+        },
+    )

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The host for Heretic 1.4: runs the Heretic 2.0 modifier inside 1.4's own `run()`.
+
+Heretic 1.4 has no plugins, but its `run()` reads the classes and functions that it works with from its module's
+globals. The host substitutes a few of them for one run, and restores them.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import heretic.main
+import heretic.utils
+import torch
+from heretic.config import RowNormalization as HereticRowNormalization
+from optuna import Trial
+from questionary import Choice
+from torch import Tensor
+
+from .. import __version__
+from ..errors import ContrastError
+from ..files import require_writable_directory
+from ..modifier import ContrastAbliteration
+from ..search import Parameters
+from .checkpoint import repair_checkpoints
+from .sampler import make_sampler
+from .settings import HostSettings
+from .surface import log
+
+SEAMS = (
+    "Settings",
+    "Model",
+    "Evaluator",
+    "TPESampler",
+    "get_trial_parameters",
+    "get_readme_intro",
+    "prompt_select",
+    "prompt_path",
+    "upload_reproduce_folder",
+)
+"""The names in `heretic.main` that are substituted."""
+
+TRIAL_KEY = "contrast"
+"""The trial's user attribute that holds the plugin's parameters."""
+
+CHECKPOINT_QUESTION = "How would you like to proceed?"
+TRIAL_QUESTION = "Which trial do you want to use?"
+ACTION_QUESTION = "What do you want to do with the decensored model?"
+REPRODUCIBILITY_QUESTION = "Which reproducibility information do you want to add?"
+ACTIONS = {
+    "save": "Save the model to a local folder",
+    "upload": "Upload the model to Hugging Face",
+}
+
+
+class HostModel(heretic.main.Model):
+    """Heretic 1.4's model, with LoRA adapters on request, as in Heretic 2.0."""
+
+    lora_rank: int | None = None
+
+    def apply_lora(self, rank: int) -> None:
+        """Applies LoRA adapters of a rank, now and after every reload."""
+
+        self.lora_rank = rank
+        self._apply_lora()
+
+    def _apply_lora(self) -> None:
+        # Heretic's constructor calls this before the directions are known.
+        if self.lora_rank is None:
+            return
+        # Heretic reads the rank from its settings under "full" row normalization, and takes 1 otherwise.
+        settings = self.settings
+        self.settings = settings.model_copy(
+            update={
+                "row_normalization": HereticRowNormalization.FULL,
+                "full_normalization_lora_rank": self.lora_rank,
+            }
+        )
+        try:
+            super()._apply_lora()
+        finally:
+            self.settings = settings
+
+    def reset_model(self) -> bool:
+        """Resets the model; the adapters are in place afterwards, which Heretic 2.0 reports as True."""
+
+        super().reset_model()
+        return True
+
+
+class HostContext:
+    """Heretic 2.0's plugin context, on top of Heretic 1.4's model."""
+
+    def __init__(self, model: heretic.main.Model, settings: HostSettings) -> None:
+        self._model = model
+        self._settings = settings
+
+    def get_model(self) -> Any:
+        """Returns Heretic's model."""
+
+        return self._model
+
+    def load_prompts(self, specification: Any) -> list[Any]:
+        """Loads prompts as Heretic does."""
+
+        return heretic.utils.load_prompts(self._settings, specification)
+
+    def get_responses(self, prompts: list[Any]) -> list[str]:
+        """Returns the model's responses."""
+
+        return self._model.get_responses_batched(prompts, skip_special_tokens=True)
+
+
+class Host:
+    """One run of the modifier inside Heretic 1.4."""
+
+    def __init__(self, settings: HostSettings) -> None:
+        self.settings = settings
+        self.modifier: ContrastAbliteration | None = None
+        self.context: HostContext | None = None
+        self.parameters: Parameters | None = None
+        self.trial_was_chosen = False
+        self.action_was_taken = False
+
+    def start(self, model: HostModel) -> None:
+        """Runs the modifier's `init` at the point where Heretic computes its own directions."""
+
+        if self.modifier is None:
+            settings = model.settings
+            self.context = HostContext(model, settings)
+            self.modifier = ContrastAbliteration(
+                heretic_settings=settings, settings=settings.contrast
+            )
+            self.modifier.init(self.context)
+
+    def model_class(host) -> type[HostModel]:
+        """Returns the class that stands in for Heretic's model."""
+
+        class Model(HostModel):
+            def get_residuals_mean(self, prompts: list[Any]) -> Tensor:
+                # Heretic's own direction is never used, so its forward passes are saved.
+                host.start(self)
+                return torch.zeros(len(self.get_layers()) + 1, 1)
+
+            def get_residuals_batched(self, prompts: list[Any]) -> Tensor:
+                # Called for plots and printed geometry, which show the real residuals.
+                host.start(self)
+                return super().get_residuals_batched(prompts)
+
+            def get_abliterable_components(self) -> list[str]:
+                # Without components, Heretic leaves the search space to the plugin.
+                return []
+
+            def abliterate(self, *args: Any, **kwargs: Any) -> None:
+                assert host.modifier is not None and host.context is not None
+                assert host.parameters is not None
+                host.modifier.modify_model(host.context, host.parameters)
+
+        return Model
+
+    def get_trial_parameters(self, trial: Any) -> dict[str, str]:
+        """
+        Returns what is shown of a trial's parameters.
+
+        Heretic calls this once before each modification: with the live trial, which is sampled here, or with a stored
+        one, which is restored here.
+        """
+
+        assert self.modifier is not None and self.context is not None
+        if isinstance(trial, Trial):
+            self.parameters = self.modifier.suggest_parameters(self.context, trial)
+            trial.set_user_attr(TRIAL_KEY, self.parameters.to_dict())
+        else:
+            stored = trial.user_attrs.get(TRIAL_KEY)
+            if stored is None:
+                raise ContrastError(
+                    f"Trial {trial.number + 1} of the checkpoint was not made by heretic-contrast: start from scratch."
+                )
+            self.parameters = Parameters.from_dict(stored)
+        return self.parameters.to_presentation_dict()
+
+    def make_sampler(self, *args: Any, seed: int, n_startup_trials: int, **kwargs: Any) -> Any:
+        """Returns the study's sampler."""
+
+        assert self.modifier is not None
+        contrast = self.modifier.settings
+        # Heretic samples these itself; where they have no meaning they are kept out of the search.
+        fixed = (
+            {}
+            if self.modifier.directions.aligned
+            else {"direction_scope": "per layer", "direction_index": None}
+        )
+        return make_sampler(contrast.sampler, seed, n_startup_trials, fixed)
+
+    def evaluator_class(host) -> type[heretic.main.Evaluator]:
+        """Returns Heretic's evaluator, which may judge refusals by tiers."""
+
+        class Evaluator(heretic.main.Evaluator):
+            def is_refusal(self, response: str) -> bool:
+                if self.settings.contrast.refusal_classifier == "markers":
+                    return super().is_refusal(response)
+                from ..evaluation.responses import Tier, classify_response
+
+                return classify_response("", response) is Tier.REFUSE
+
+        return Evaluator
+
+    def prompt_select(self, message: str, choices: list[Any]) -> Any:
+        """Answers Heretic's questions from the settings of headless mode, or asks the user."""
+
+        settings = self.settings
+        if message == CHECKPOINT_QUESTION and settings.checkpoint_action is not None:
+            return settings.checkpoint_action
+        if message == CHECKPOINT_QUESTION and not sys.stdin.isatty():
+            raise ContrastError(
+                "There is a checkpoint of this configuration and no terminal to ask in: "
+                "give --checkpoint-action continue or --checkpoint-action restart."
+            )
+        if message == TRIAL_QUESTION and settings.trial_index is not None:
+            return self._choose_trial(choices, settings.trial_index)
+        if message == ACTION_QUESTION and settings.model_action is not None:
+            if self.action_was_taken:
+                return ""
+            self.action_was_taken = True
+            return ACTIONS[settings.model_action]
+        if message == REPRODUCIBILITY_QUESTION:
+            log("Reproducibility information is left out, since it could not rebuild this model.")
+            return "none"
+        return heretic.utils.prompt_select(message, choices)
+
+    def _choose_trial(self, choices: list[Any], index: int) -> Any:
+        """Returns a trial of the Pareto front once, and then the answer that ends the program."""
+
+        if self.trial_was_chosen:
+            return ""
+        self.trial_was_chosen = True
+        trials = [
+            choice.value
+            for choice in choices
+            if isinstance(choice, Choice) and choice.value not in ("", "continue")
+        ]
+        if index >= len(trials):
+            raise ContrastError(
+                f"Trial index {index} is asked for, but the Pareto front has {len(trials)} trials: "
+                f"choose between 0 and {len(trials) - 1}; the study is kept and can be continued."
+            )
+        return trials[index]
+
+    def prompt_path(self, message: str) -> str:
+        """Returns the folder to save to, from the settings or from the user."""
+
+        if self.settings.save_directory is not None:
+            return self.settings.save_directory
+        return heretic.utils.prompt_path(message)
+
+    def get_readme_intro(self, *args: Any, **kwargs: Any) -> str:
+        """Returns the model card's introduction, which names the plugin and its settings."""
+
+        assert self.modifier is not None
+        intro = heretic.utils.get_readme_intro(*args, **kwargs)
+        contrast = self.modifier.settings
+        rows = "\n".join(
+            f"| **{name}** | {getattr(value, 'value', value)} |"
+            for name, value in contrast.model_dump(
+                mode="json",
+                exclude={
+                    "good_prompts",
+                    "bad_prompts",
+                    "matched_prompts",
+                    "residual_cache",
+                    "directions",
+                    "save_directions",
+                },
+            ).items()
+        )
+        plugin = (
+            f"\nThe directions were made by heretic-contrast v{__version__} (arXiv:2603.22061), "
+            "without which Heretic cannot rebuild this model.\n\n"
+            f"| heretic-contrast setting | Value |\n| :------- | :---: |\n{rows}\n"
+        )
+        heading, separator, rest = intro.partition("## Performance")
+        return heading + plugin.lstrip("\n") + "\n" + separator + rest
+
+    def substitutes(self) -> dict[str, Any]:
+        """Returns what stands in for each seam."""
+
+        def no_reproduce_folder(*args: Any, **kwargs: Any) -> None:
+            """Plain Heretic could not rebuild the model from a reproduce.json, so none is written."""
+
+        return {
+            "Settings": type(self.settings),
+            "Model": self.model_class(),
+            "Evaluator": self.evaluator_class(),
+            "TPESampler": self.make_sampler,
+            "get_trial_parameters": self.get_trial_parameters,
+            "get_readme_intro": self.get_readme_intro,
+            "prompt_select": self.prompt_select,
+            "prompt_path": self.prompt_path,
+            "upload_reproduce_folder": no_reproduce_folder,
+        }
+
+
+@contextmanager
+def substituted(substitutes: dict[str, Any]) -> Iterator[None]:
+    """
+    Substitutes names in `heretic.main`, and restores them.
+
+    Raises `ContrastError` when one is missing: this Heretic is not the one the host was written for.
+    """
+
+    missing = [name for name in substitutes if not hasattr(heretic.main, name)]
+    if missing:
+        raise ContrastError(
+            f"The installed Heretic has no {missing[0]} in heretic.main, so the plugin cannot be hosted in it: "
+            "install heretic-llm 1.4, or use Heretic 2.0's --modifiers."
+        )
+    originals = {name: getattr(heretic.main, name) for name in substitutes}
+    # The model card of Heretic calls this one in its own module.
+    parameters = heretic.utils.get_trial_parameters
+    try:
+        for name, value in substitutes.items():
+            setattr(heretic.main, name, value)
+        heretic.utils.get_trial_parameters = substitutes["get_trial_parameters"]
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(heretic.main, name, value)
+        heretic.utils.get_trial_parameters = parameters
+
+
+def run(settings: HostSettings, before: Callable[[], None] | None = None) -> None:
+    """
+    Runs Heretic 1.4 with the modifier.
+
+    `sys.argv` must be what `settings` were parsed from, since Heretic parses it again.
+
+    Raises `ContrastError` when the settings do not work, or the model was not saved in headless mode.
+    """
+
+    settings.contrast.require_single_configuration()
+    if settings.reproduce is not None or settings.collect_reproducibles is not None:
+        raise ContrastError(
+            "Reproducing and collecting models is plain Heretic's task, which knows no plugin: run heretic instead."
+        )
+    require_writable_directory(Path(settings.study_checkpoint_dir))
+    if settings.save_directory is not None:
+        require_writable_directory(Path(settings.save_directory))
+    if settings.contrast.save_directions is not None:
+        require_writable_directory(Path(settings.contrast.save_directions).parent)
+    if settings.checkpoint_action != "restart":
+        repair_checkpoints(Path(settings.study_checkpoint_dir))
+    else:
+        shutil.rmtree(settings.study_checkpoint_dir, ignore_errors=True)
+    host = Host(settings)
+    with substituted(host.substitutes()):
+        heretic.main.main()
+    if settings.model_action == "save" and settings.save_directory is not None:
+        saved = Path(settings.save_directory)
+        if not any((saved / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise ContrastError(
+                f"The model could not be saved to {saved}; the study is kept: give --checkpoint-action continue to try again."
+            )

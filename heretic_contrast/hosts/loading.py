@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Loading a model through Heretic outside of a run: for extraction and sweeps."""
+
+import logging
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import heretic.utils
+import torch
+import transformers
+from heretic.model import Model
+
+from ..errors import ContrastError
+from ..language_model import LanguageModel
+from ..prompts import Prompt
+from .surface import from_heretic, log
+
+
+class PlainModel(Model):
+    """Heretic's model without LoRA adapters, which hooks do not need."""
+
+    def _apply_lora(self) -> None:
+        """Heretic 1.4's constructor calls this; Heretic 2.0 leaves it to modifiers."""
+
+
+class LoadedContext:
+    """The part of Heretic 2.0's plugin context that loading prompts needs."""
+
+    def __init__(self, model: Model, settings: Any) -> None:
+        self._model = model
+        self._settings = settings
+
+    def get_model(self) -> Any:
+        """Returns Heretic's model."""
+
+        return self._model
+
+    def load_prompts(self, specification: Any) -> list[Any]:
+        """Loads prompts as Heretic does."""
+
+        return heretic.utils.load_prompts(self._settings, specification)
+
+    def get_responses(self, prompts: list[Any]) -> list[str]:
+        """Returns the model's responses."""
+
+        return self._model.get_responses_batched(prompts, skip_special_tokens=True)
+
+
+def open_model(settings: Any) -> LoadedContext:
+    """
+    Loads the model that the settings name, with Heretic's choice of data type, device and quantization.
+
+    Raises `ContrastError` when it cannot be loaded.
+    """
+
+    torch.set_grad_enabled(False)
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if settings.seed is None:
+        settings.seed = random.randint(0, 2**32 - 1)
+    heretic.utils.set_seed(settings.seed)
+    try:
+        return LoadedContext(PlainModel(settings), settings)
+    except Exception as error:
+        # Whatever transformers raises, the user needs to know that it was the model.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ContrastError(
+            f"The model {settings.model} could not be loaded ({reason[:300]}): check its name or path."
+        ) from error
+
+
+def with_response_prefix(
+    model: LanguageModel,
+    settings: Any,
+    harmless: Sequence[Prompt],
+    harmful: Sequence[Prompt],
+) -> LanguageModel:
+    """
+    Returns the model with the common prefix of its responses, as Heretic determines it.
+
+    A chain of thought that all responses open with is closed, so that the residual is taken where the actual
+    response starts. A prefix that is given in the settings is used as it is.
+    """
+
+    if settings.response_prefix is None:
+        prompts = [*harmless[:100], *harmful[:100]]
+        log("* Checking for common response prefix...")
+        prefix = _common_prefix(model, prompts, settings.max_response_length)
+        for initializer, closed_block in settings.chain_of_thought_skips:
+            if prefix.startswith(initializer):
+                closed = replace(model, response_prefix=closed_block)
+                extra = _common_prefix(closed, prompts, settings.max_response_length)
+                prefix = closed_block + extra
+                break
+        settings.response_prefix = prefix
+        if prefix:
+            log(f"* Prefix found: [bold]{prefix!r}[/]")
+    return replace(model, response_prefix=settings.response_prefix)
+
+
+def _common_prefix(model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int) -> str:
+    """Returns what all responses start with, special tokens included, without trailing spaces."""
+
+    responses = model.generate(prompts, max_new_tokens, special_tokens=True)
+    # Whatever the first and the last in order share, all in between share as well.
+    first, last = min(responses), max(responses)
+    length = next(
+        (index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )
+    return first[:length].rstrip(" ")
+
+
+def load_language_model(
+    settings: Any, batch_size: int | None = None
+) -> tuple[LanguageModel, LoadedContext]:
+    """Loads a model; returns the wrapper around it, and the context that loads prompts."""
+
+    context = open_model(settings)
+    return from_heretic(context.get_model(), settings, batch_size), context

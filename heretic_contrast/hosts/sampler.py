@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Samplers whose proposal for a trial depends on the seed, the trial's number and the earlier trials alone."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from ..settings import Sampler
+
+
+def trial_seed(seed: int, number: int) -> int:
+    """Returns the seed of one trial: 32 bits that differ between trials and between studies."""
+
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+class PerTrialSampler(BaseSampler):
+    """
+    Makes a sampler anew for each trial, with a seed of the trial's own.
+
+    A sampler that lives through a study draws from one stream of random numbers, so that a resumed study differs
+    from an uninterrupted one. Here both are the same.
+
+    `fixed` names parameters that have no meaning in this configuration: they get the given value and take no
+    part in the search.
+    """
+
+    def __init__(
+        self, make: Callable[[int], BaseSampler], seed: int, fixed: dict[str, Any]
+    ) -> None:
+        self._make = make
+        self._seed = seed
+        self._fixed = fixed
+        self._sampler = make(trial_seed(seed, 0))
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._sampler = self._make(trial_seed(self._seed, trial.number))
+        self._sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        space = self._sampler.infer_relative_search_space(study, trial)
+        return {name: value for name, value in space.items() if name not in self._fixed}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        if param_name in self._fixed:
+            value = self._fixed[param_name]
+            return getattr(param_distribution, "low", None) if value is None else value
+        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        self._sampler.after_trial(study, trial, state, values)
+
+
+def make_sampler(
+    kind: Sampler, seed: int, n_startup_trials: int, fixed: dict[str, Any]
+) -> PerTrialSampler:
+    """Returns Heretic's multivariate TPE, or NSGA-II, seeded per trial."""
+
+    def make_tpe(trial: int) -> BaseSampler:
+        return TPESampler(
+            n_startup_trials=n_startup_trials,
+            n_ei_candidates=128,
+            multivariate=True,
+            seed=trial,
+        )
+
+    def make_nsga2(trial: int) -> BaseSampler:
+        # A generation as large as Heretic's random start-up keeps both samplers comparable.
+        return NSGAIISampler(population_size=max(2, min(n_startup_trials, 50)), seed=trial)
+
+    return PerTrialSampler(make_tpe if kind is Sampler.TPE else make_nsga2, seed, fixed)

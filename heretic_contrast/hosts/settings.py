@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Heretic 1.4's settings with those of the plugin.
+
+Imports Heretic's configuration alone, which is light, so that `--help` is as fast as Heretic's.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from heretic.config import Settings
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from ..builtin import DATA, is_builtin, refuser_pool, resolve_model
+from ..errors import ContrastError
+from ..settings import ContrastSettings, PromptSource
+
+PLUGIN = "heretic_contrast.ContrastAbliteration"
+TABLE = "ContrastAbliteration"
+
+
+def contrast_table(config: dict[str, Any]) -> dict[str, Any]:
+    """
+    Returns the table `[modifier.ContrastAbliteration]` of a configuration.
+
+    Raises `ContrastError` when the configuration names another modifier, or several.
+    """
+
+    modifiers = config.get("modifiers")
+    if modifiers is not None:
+        plugins = [entry.get("plugin") if isinstance(entry, dict) else entry for entry in modifiers]
+        if plugins != [PLUGIN]:
+            raise ContrastError(
+                f"The configuration names the modifiers {plugins}, but heretic-contrast runs exactly one, {PLUGIN}: "
+                "leave the others out, or run plain heretic."
+            )
+    tables = config.get("modifier", {})
+    table = tables.get(TABLE, {}) if isinstance(tables, dict) else {}
+    if not isinstance(table, dict):
+        raise ContrastError(f"[modifier.{TABLE}] in config.toml must be a table of settings.")
+    return table
+
+
+class ContrastTomlSource(TomlConfigSettingsSource):
+    """Reads `config.toml` as Heretic does, with Heretic 2.0's table for the plugin."""
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        try:
+            super().__init__(settings_cls, toml_file="config.toml")
+        except (ValueError, OSError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise ContrastError(
+                f"config.toml in the current directory cannot be read ({reason}): correct or remove it."
+            ) from error
+
+    def __call__(self) -> dict[str, Any]:
+        config = dict(super().__call__())
+        table = contrast_table(config)
+        config.pop("modifiers", None)
+        config.pop("modifier", None)
+        if table:
+            config["contrast"] = {**table, **config.get("contrast", {})}
+        return config
+
+
+class HostSettings(Settings):
+    """Settings of Heretic 1.4, of the plugin, and of Heretic 2.0's headless mode."""
+
+    contrast: ContrastSettings = Field(
+        default_factory=ContrastSettings,
+        description="Settings of the plugin; in config.toml the table [modifier.ContrastAbliteration].",
+    )
+
+    checkpoint_action: Literal["continue", "restart"] | None = Field(
+        default=None,
+        description='Action to take in case a checkpoint exists: "continue", "restart", or unset to prompt the user.',
+        exclude=True,
+    )
+
+    trial_index: NonNegativeInt | None = Field(
+        default=None,
+        description="Index (in the sorted Pareto front) of the trial to use, or unset to prompt the user.",
+        exclude=True,
+    )
+
+    model_action: Literal["save", "upload"] | None = Field(
+        default=None,
+        description='Action to take with the decensored model: "save", "upload", or unset to prompt the user.',
+        exclude=True,
+    )
+
+    save_directory: str | None = Field(
+        default=None,
+        description="Directory to save the model to, or unset to prompt the user.",
+        exclude=True,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # Heretic reads config.toml last; the replacement knows the plugin's table.
+        sources = super().settings_customise_sources(
+            settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings
+        )
+        return (*sources[:-1], ContrastTomlSource(settings_cls))
+
+    @model_validator(mode="after")
+    def complete(self) -> "HostSettings":
+        """Fills in what follows from other settings: pools, Heretic's own options, the checkpoint folder."""
+
+        given = set(self.model_fields_set)
+        builtin = is_builtin(self.model)
+        self.model = resolve_model(self.model)
+        if builtin:
+            self._use_builtin_pools(given)
+        updates: dict[str, Any] = {}
+        for name in ("good_prompts", "bad_prompts"):
+            # Heretic 2.0 has moved these pools to the modifiers' own settings.
+            specification = getattr(self, name, None)
+            if getattr(self.contrast, name) is None and specification is not None:
+                updates[name] = PromptSource(
+                    **specification.model_dump(
+                        exclude={"residual_plot_label", "residual_plot_color"}
+                    )
+                )
+        # Heretic's own flags mean the plugin's settings of the same name.
+        for name in (
+            "row_normalization",
+            "orthogonalize_direction",
+            "full_normalization_lora_rank",
+        ):
+            if name in given and name not in self.contrast.model_fields_set:
+                value = getattr(self, name)
+                updates[name] = getattr(value, "value", value)
+        if updates:
+            self.contrast = ContrastSettings.model_validate(
+                {
+                    **{
+                        name: getattr(self.contrast, name)
+                        for name in self.contrast.model_fields_set
+                    },
+                    **updates,
+                }
+            )
+        self.study_checkpoint_dir = str(
+            Path(self.study_checkpoint_dir) / f"contrast-{self.configuration_digest()[:16]}"
+        )
+        return self
+
+    def _use_builtin_pools(self, given: set[str]) -> None:
+        """Points every pool that was not given to those of the built-in refuser."""
+
+        for name, pool, split in (
+            ("good_prompts", "harmless", "train"),
+            ("bad_prompts", "harmful", "train"),
+            ("good_evaluation_prompts", "harmless", "test"),
+            ("bad_evaluation_prompts", "harmful", "test"),
+        ):
+            if name not in given and hasattr(self, name):
+                specification = type(getattr(self, name))(
+                    dataset=str(DATA / "refuser_prompts" / pool), split=split, column="text"
+                )
+                setattr(self, name, specification)
+        pools = {
+            "bad_prompts": refuser_pool("harmful", "train"),
+            "good_prompts": refuser_pool("harmless", "train"),
+            "matched_prompts": refuser_pool("matched", "train"),
+        }
+        missing = {
+            name: pool
+            for name, pool in pools.items()
+            if name not in given and getattr(self.contrast, name) is None
+        }
+        self.contrast = self.contrast.model_copy(update=missing)
+
+    def configuration_digest(self) -> str:
+        """Returns a digest of everything that decides the trials of a study."""
+
+        content = self.model_dump(
+            mode="json",
+            exclude={
+                # Decided during the run, or without influence on trials.
+                "batch_size",
+                "response_prefix",
+                "n_trials",
+                "export_strategy",
+                "max_shard_size",
+                "device_map",
+                "max_memory",
+            },
+        )
+        for name in ("save_directions", "residual_cache"):
+            content["contrast"].pop(name)
+        directions = self.contrast.directions
+        if directions is not None and os.path.isfile(directions):
+            content["contrast"]["directions"] = hashlib.sha256(
+                Path(directions).read_bytes()
+            ).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def normalize_arguments(arguments: list[str]) -> list[str]:
+    """Returns the arguments with the model, if it stands last without a flag, behind `--model`, as Heretic does."""
+
+    if arguments and "--model" not in arguments and not arguments[-1].startswith("-"):
+        return [*arguments[:-1], "--model", arguments[-1]]
+    return arguments
+
+
+def validation_sentence(error: ValidationError) -> str:
+    """Returns the first complaint of a validation error as one sentence."""
+
+    details = error.errors()[0]
+    names = [str(part) for part in details["loc"]]
+    where = ".".join(name.replace("_", "-") for name in names)
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, ContrastError):
+        return str(cause)
+    if details["type"] == "missing":
+        return f"The setting --{where} is required: give it on the command line or in config.toml."
+    message = details["msg"][:1].lower() + details["msg"][1:]
+    return f"The setting --{where} does not work ({message}): correct it, or see heretic-contrast --help."
+
+
+def load_settings(
+    settings_class: type[HostSettings], program: str, arguments: list[str]
+) -> HostSettings:
+    """
+    Parses command line, environment and `config.toml`.
+
+    Raises `ContrastError` with the first complaint.
+    """
+
+    sys.argv = [program, *normalize_arguments(arguments)]
+    try:
+        return settings_class()  # type: ignore[call-arg]
+    except ValidationError as error:
+        raise ContrastError(validation_sentence(error)) from error
+    except SettingsError as error:
+        cause = error.__cause__
+        reason = " ".join(str(cause or error).split())
+        raise ContrastError(f"The settings cannot be read ({reason}): correct them.") from error

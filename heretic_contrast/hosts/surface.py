@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+What the plugins need of the installed Heretic, whichever it is.
+
+Importing this module imports Heretic and PyTorch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import heretic.config
+from heretic.utils import print as log
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..builtin import model_name
+from ..language_model import LanguageModel
+from ..language_model import Progress as ProgressCallback
+from ..prompts import Prompt, PromptLoader
+from ..settings import PromptSource
+
+try:
+    # Present in Heretic 2.0 alone.
+    from heretic.modifier import Modifier
+    from heretic.scorer import Score, Scorer
+
+    HAS_PLUGIN_SURFACE = True
+except ImportError:
+    from .base import Modifier, Score, Scorer
+
+    HAS_PLUGIN_SURFACE = False
+
+__all__ = [
+    "HAS_PLUGIN_SURFACE",
+    "Context",
+    "Modifier",
+    "Score",
+    "Scorer",
+    "dataset_specification",
+    "language_model",
+    "log",
+    "progress_bar",
+    "prompt_loader",
+    "wrap",
+]
+
+
+class Context(Protocol):
+    """What a plugin gets from Heretic 2.0, or from the host for Heretic 1.4."""
+
+    def get_model(self) -> Any: ...
+
+    def load_prompts(self, specification: Any) -> list[Any]: ...
+
+    def get_responses(self, prompts: list[Any]) -> list[str]: ...
+
+
+def language_model(
+    ctx: Context, heretic_settings: Any, batch_size: int | None = None
+) -> LanguageModel:
+    """Returns the wrapper around the model that Heretic has loaded at this moment."""
+
+    return from_heretic(ctx.get_model(), heretic_settings, batch_size)
+
+
+def from_heretic(
+    heretic_model: Any, heretic_settings: Any, batch_size: int | None = None
+) -> LanguageModel:
+    """
+    Returns the wrapper around a Heretic model: its layers, its components and its chat format are Heretic's.
+
+    Made anew for every use, because Heretic loads the model again after an export.
+    """
+
+    layers = tuple(heretic_model.get_layers())
+    return LanguageModel(
+        model=heretic_model.model,
+        tokenizer=heretic_model.tokenizer,
+        layers=layers,
+        components=tuple(heretic_model.get_layer_modules(index) for index in range(len(layers))),
+        name=model_name(heretic_settings.model),
+        revision=heretic_settings.model_commit,
+        system_prompt=heretic_settings.system_prompt,
+        response_prefix=heretic_settings.response_prefix or "",
+        batch_size=batch_size or heretic_settings.batch_size or 32,
+        winsorization_quantile=getattr(heretic_settings, "winsorization_quantile", 1.0),
+    )
+
+
+def wrap(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    system_prompt: str = "You are a helpful assistant.",
+    batch_size: int = 32,
+) -> LanguageModel:
+    """
+    Returns the wrapper around a plain transformers model, with the components that Heretic finds in it.
+
+    `name` is recorded in results. The tokenizer needs a chat template.
+    """
+
+    from heretic.model import Model
+
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # Heretic's constructor loads a model; finding components needs only the attribute.
+    shell = Model.__new__(Model)
+    shell.model = model
+    layers = tuple(shell.get_layers())
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        layers=layers,
+        components=tuple(shell.get_layer_modules(index) for index in range(len(layers))),
+        name=name,
+        system_prompt=system_prompt,
+        batch_size=batch_size,
+    )
+
+
+def dataset_specification(source: PromptSource) -> Any:
+    """Returns Heretic's own specification of a dataset."""
+
+    specification = getattr(heretic.config, "SingleDatasetSpecification", None)
+    if specification is None:
+        specification = heretic.config.DatasetSpecification
+    return specification(
+        **source.model_dump(exclude={"category_column"}, exclude_none=True),
+    )
+
+
+def prompt_loader(ctx: Context) -> PromptLoader:
+    """Returns a function that loads prompts through Heretic."""
+
+    def load(source: PromptSource) -> list[Prompt]:
+        prompts = ctx.load_prompts(dataset_specification(source))
+        return [Prompt(text=prompt.user, system=prompt.system) for prompt in prompts]
+
+    return load
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressCallback]:
+    """Shows a progress bar for work that is counted in steps; each first step starts a new count."""
+
+    with Progress(
+        TextColumn("  "),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update

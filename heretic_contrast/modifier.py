@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The plugin itself: a Heretic 2.0 modifier, which the host for Heretic 1.4 runs as well."""
+
+import torch
+from optuna import Trial
+from peft.tuners.lora.layer import LoraLayer
+
+from .ablation import compose, equalize
+from .directions import Directions
+from .errors import ContrastError
+from .extraction import extract, load_pools
+from .hosts.surface import Context, Modifier, language_model, log, progress_bar, prompt_loader
+from .lora import base_weight, lora_factors
+from .search import Parameters, layer_vectors, suggest_parameters
+from .settings import ContrastSettings, RowNormalization
+
+
+class ContrastAbliteration(Modifier[Parameters]):
+    """
+    Ablates refusal directions that come from a selectable contrast baseline.
+
+    One direction per harm class and layer (arXiv:2603.22061), with a weight each that Heretic's study searches.
+    """
+
+    settings: ContrastSettings
+    directions: Directions
+
+    @property
+    def modifier_name(self) -> str:
+        """What the command line and the model card call the plugin."""
+
+        return "Contrast abliteration"
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether Heretic can rebuild a model from its settings alone: it would need this package."""
+
+        return False
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank of the LoRA adapters: that of the change, which is exact but for `full` row normalization."""
+
+        n_directions = self.directions.n_directions
+        if self.settings.row_normalization is RowNormalization.FULL:
+            return self.settings.full_normalization_lora_rank or n_directions + 2
+        return n_directions
+
+    def init(self, ctx: Context) -> None:
+        """
+        Extracts the directions, or loads them, and applies LoRA adapters of their rank to the model.
+
+        Raises `ContrastError` when the settings, the prompts or a directions file do not fit.
+        """
+
+        self.settings.require_single_configuration()
+        model = language_model(ctx, self.heretic_settings, self.settings.batch_size)
+        if self.settings.directions is not None:
+            self.directions = Directions.load(self.settings.directions)
+            self.directions.require_model(model, self.settings.directions)
+        else:
+            pools = load_pools(self.settings, prompt_loader(ctx), model)
+            with progress_bar() as progress:
+                self.directions = extract(model, pools, self.settings, log, progress)
+        if self.settings.save_directions is not None:
+            self.directions.save(self.settings.save_directions)
+        if not bool(self.directions.tensor.any()):
+            raise ContrastError(
+                "All directions are zero, so there is nothing to ablate: the harmful and the harmless prompts do not differ."
+            )
+        log(
+            f"* Directions: [bold]{self.directions.n_directions}[/] per layer ({', '.join(self.directions.names)})"
+        )
+        ctx.get_model().apply_lora(self.lora_rank)
+
+    def suggest_parameters(self, ctx: Context, trial: Trial) -> Parameters:
+        """Samples the parameters of a trial: see `search.suggest_parameters`."""
+
+        model = language_model(ctx, self.heretic_settings)
+        return suggest_parameters(trial, model.component_names, model.n_layers, self.directions)
+
+    @torch.no_grad()
+    def modify_model(self, ctx: Context, parameters: Parameters) -> None:
+        """
+        Writes the LoRA factors of every component in every layer.
+
+        Both factors are written even where the weight is 0, since resetting a model clears only one of them, and
+        the same parameters must give the same factors after any history.
+        """
+
+        model = language_model(ctx, self.heretic_settings)
+        scales = torch.tensor(
+            [parameters.scales[name] for name in self.directions.names], dtype=torch.float64
+        )
+        for layer_index, components in enumerate(model.components):
+            vectors = layer_vectors(
+                self.directions, parameters.direction_index, layer_index, self.settings.scale
+            )
+            for component, modules in components.items():
+                weights = scales * parameters.kernels[component].weight(layer_index)
+                if self.settings.equal_effective_weight:
+                    weights = equalize(vectors, weights)
+                operator = compose(vectors, weights, self.settings.composition)
+                for module in modules:
+                    if not isinstance(module, LoraLayer):
+                        raise ContrastError(
+                            f"The {component} of layer {layer_index} carries no LoRA adapter, so it cannot be modified: "
+                            "this version of Heretic is not supported."
+                        )
+                    factor_a = module.lora_A["default"].weight
+                    factor_b = module.lora_B["default"].weight
+                    if not bool(weights.any()):
+                        factor_a.data = torch.zeros_like(factor_a)
+                        factor_b.data = torch.zeros_like(factor_b)
+                        continue
+                    new_a, new_b = lora_factors(
+                        operator,
+                        base_weight(module),
+                        self.settings.row_normalization,
+                        self.lora_rank,
+                        self.settings.seed,
+                    )
+                    factor_a.data = new_a.to(factor_a.dtype).contiguous()
+                    factor_b.data = new_b.to(factor_b.dtype).contiguous()
+
+    def reset_model(self, ctx: Context) -> None:
+        """Undoes the modification; after an export, the reloaded model gets its LoRA adapters anew."""
+
+        model = ctx.get_model()
+        if not model.reset_model():
+            model.apply_lora(self.lora_rank)

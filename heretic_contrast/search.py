@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The parameters of a trial, and the space that Optuna searches them in (design, section 5)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .directions import Directions
+from .settings import Scale
+
+if TYPE_CHECKING:
+    from optuna import Trial
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """
+    Heretic's weight as a function of the layer, for one component.
+
+    It falls linearly from `max_weight` at layer `max_weight_position` to `min_weight` at a distance of
+    `min_weight_distance` layers, and is 0 beyond.
+    """
+
+    max_weight: float
+    max_weight_position: float
+    min_weight: float
+    min_weight_distance: float
+
+    def weight(self, layer_index: int) -> float:
+        """Returns the weight at a layer."""
+
+        distance = abs(layer_index - self.max_weight_position)
+        if distance > self.min_weight_distance:
+            return 0.0
+        return self.max_weight + (distance / self.min_weight_distance) * (
+            self.min_weight - self.max_weight
+        )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """
+    What one trial does to the model: w_k(l) = s_k · kernel(l) for direction k, layer l and each component.
+
+    `direction_index`: index of the layer whose directions are used for all layers (interpolated between
+    neighbors where it is fractional), or None for directions per layer.
+    `kernels`: by component. `scales`: s_k by name of the direction.
+    """
+
+    direction_index: float | None
+    kernels: dict[str, Kernel]
+    scales: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values that `from_dict` turns into the same parameters, bit for bit."""
+
+        return asdict(self)
+
+    def to_presentation_dict(self) -> dict[str, str]:
+        """Returns what the command line and the model card show."""
+
+        shown = {
+            "direction_index": "per layer"
+            if self.direction_index is None
+            else f"{self.direction_index:.2f}"
+        }
+        for component, kernel in self.kernels.items():
+            for name, value in asdict(kernel).items():
+                shown[f"{component}.{name}"] = f"{value:.2f}"
+        for name, value in self.scales.items():
+            shown[f"scale.{name}"] = f"{value:.2f}"
+        return shown
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Parameters":
+        """Restores parameters from what `to_dict` returned."""
+
+        return cls(
+            direction_index=data["direction_index"],
+            kernels={name: Kernel(**values) for name, values in data["kernels"].items()},
+            scales=dict(data["scales"]),
+        )
+
+
+def suggest_parameters(
+    trial: "Trial",
+    components: Sequence[str],
+    n_layers: int,
+    directions: Directions,
+) -> Parameters:
+    """
+    Samples the parameters of a trial.
+
+    Names and ranges of the kernel and the direction index are Heretic's, so that one direction searches exactly
+    Heretic's space. Several directions add one scale each; parallel directions add up, so the range of the
+    kernel's maximum then reaches down to where their sum is as strong as Heretic's weakest single one.
+    """
+
+    last_layer_index = n_layers - 1
+    direction_index = None
+    # After SVD, direction k of neighboring layers has nothing in common, and interpolating it no meaning.
+    if directions.aligned:
+        scope = trial.suggest_categorical("direction_scope", ["global", "per layer"])
+        # Always sampled, because multivariate TPE does not work with conditional parameters.
+        index = trial.suggest_float(
+            "direction_index", 0.4 * last_layer_index, 0.9 * last_layer_index
+        )
+        direction_index = index if scope == "global" else None
+
+    n_directions = directions.n_directions
+    # The average scale is 0.5, so n parallel directions remove n / 2 times the kernel's weight.
+    lowest = 0.8 if n_directions == 1 else min(0.8, 1.6 / n_directions)
+    kernels = {}
+    for component in components:
+        max_weight = trial.suggest_float(f"{component}.max_weight", lowest, 1.5)
+        position = trial.suggest_float(
+            f"{component}.max_weight_position", 0.6 * last_layer_index, 1.0 * last_layer_index
+        )
+        # A fraction of max_weight, again because ranges must not vary.
+        min_weight = trial.suggest_float(f"{component}.min_weight", 0.0, 1.0)
+        distance = trial.suggest_float(
+            f"{component}.min_weight_distance", 1.0, max(1.0, 0.6 * last_layer_index)
+        )
+        kernels[component] = Kernel(
+            max_weight=max_weight,
+            max_weight_position=position,
+            min_weight=min_weight * max_weight,
+            min_weight_distance=distance,
+        )
+
+    if n_directions == 1:
+        # A single scale would only repeat the kernel's maximum.
+        scales = {directions.names[0]: 1.0}
+    else:
+        scales = {name: trial.suggest_float(f"scale.{name}", 0.0, 1.0) for name in directions.names}
+    return Parameters(direction_index=direction_index, kernels=kernels, scales=scales)
+
+
+def layer_vectors(
+    directions: Directions, direction_index: float | None, layer_index: int, scale: Scale
+) -> Tensor:
+    """
+    Returns the directions that are ablated at a decoder layer.
+
+    Tensor of shape (n_directions, hidden_size). The index is shifted by 1, because index 0 of the tensor is the
+    embedding. Directions interpolated between layers have length 1 again under `scale = "unit"`.
+    """
+
+    if direction_index is None:
+        return directions.tensor[layer_index + 1]
+    fraction, index = math.modf(direction_index + 1)
+    lower = directions.tensor[int(index)]
+    upper = directions.tensor[min(int(index) + 1, len(directions.tensor) - 1)]
+    vectors = torch.lerp(lower, upper, fraction)
+    return F.normalize(vectors, dim=1) if scale is Scale.UNIT else vectors

@@ -1,0 +1,512 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+All settings of the plugin, with one description per field, and presets named after their source.
+
+The same model stands behind Heretic 2.0's table `[modifier.ContrastAbliteration]` and the `--contrast.*` flags.
+This module imports neither PyTorch nor Heretic, so that `--help` stays fast.
+"""
+
+import difflib
+from enum import Enum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .errors import ContrastError
+
+
+class Method(str, Enum):
+    """How the difference vectors of one class become a direction."""
+
+    SOM = "som"
+    MEAN = "mean"
+
+
+class Classes(str, Enum):
+    """What gets a direction of its own."""
+
+    CATEGORY = "category"
+    SINGLE = "single"
+
+
+class CategorySource(str, Enum):
+    """Where a prompt's category comes from."""
+
+    AUTO = "auto"
+    COLUMN = "column"
+    LEXICON = "lexicon"
+    MODEL = "model"
+
+
+class SmallClasses(str, Enum):
+    """What happens to a class with fewer prompts than its SOM has neurons."""
+
+    ERROR = "error"
+    DROP = "drop"
+    MERGE = "merge"
+
+
+class Scale(str, Enum):
+    """The length of the directions."""
+
+    UNIT = "unit"
+    RAW = "raw"
+    UNMATCHED = "unmatched"
+
+
+class RowNormalization(str, Enum):
+    """How the rows of the weights are normalized, as in Heretic."""
+
+    NONE = "none"
+    PRE = "pre"
+    FULL = "full"
+
+
+class Sampler(str, Enum):
+    """The sampler of the study."""
+
+    TPE = "tpe"
+    NSGA2 = "nsga2"
+
+
+class Control(str, Enum):
+    """A control that takes the place of the directions."""
+
+    NONE = "none"
+    RANDOM = "random"
+
+
+class PromptSource(BaseModel):
+    """Where a pool of prompts comes from: Heretic's dataset specification, with a category column."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dataset: str = Field(
+        description=(
+            "Hugging Face dataset ID, or path to a dataset on disk, a JSON Lines file, "
+            "or a plain text file with one prompt per line."
+        )
+    )
+
+    commit: str | None = Field(
+        default=None,
+        description="Hugging Face commit hash of the dataset.",
+    )
+
+    split: str | None = Field(
+        default=None,
+        description="Portion of the dataset to use. Required for datasets, optional for files.",
+    )
+
+    column: str | None = Field(
+        default=None,
+        description="Column that contains the prompts. Required for datasets; JSON Lines files default to text.",
+    )
+
+    category_column: str | None = Field(
+        default=None,
+        description="Column that contains the harm category of each prompt; JSON Lines files default to category.",
+    )
+
+    prefix: str = Field(
+        default="",
+        description="Text to prepend to each prompt.",
+    )
+
+    suffix: str = Field(
+        default="",
+        description="Text to append to each prompt.",
+    )
+
+    system_prompt: str | None = Field(
+        default=None,
+        description="System prompt to use with the prompts (overrides the model's if set).",
+    )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Section 3.2 of arXiv:2603.22061.
+    "paper-unmatched": {"baseline": "unmatched", "method": "som", "svd": False},
+    "paper-matched": {"baseline": "matched", "method": "som", "svd": False},
+    "paper-matched-svd": {"baseline": "matched", "method": "som", "svd": True},
+    # Piras et al. (2026): one SOM for all harmful prompts, several neurons, one ablation after the other.
+    "piras": {
+        "baseline": "unmatched",
+        "method": "som",
+        "classes": "single",
+        "som_rows": 4,
+        "som_columns": 4,
+        "winners": 7,
+        "composition": "sequential",
+    },
+    # Arditi et al. (2024): the difference in means.
+    "arditi": {"baseline": "unmatched", "method": "mean", "classes": "single"},
+    # Heretic's pull request 196, with the winners it meant to take: the densest neurons.
+    "heretic-soma": {
+        "baseline": "unmatched",
+        "method": "som",
+        "classes": "single",
+        "som_rows": 4,
+        "som_columns": 4,
+        "winners": 4,
+        "composition": "sum",
+    },
+}
+"""Settings of published configurations. What a publication leaves open keeps its default."""
+
+
+class ContrastSettings(BaseModel):
+    """Settings of the plugin."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    preset: list[str] = Field(
+        default=[],
+        description=(
+            "Published configuration to start from; other settings given explicitly override it. Options: "
+            + ", ".join(f'"{name}"' for name in PRESETS)
+            + ". Extraction and sweep accept several, to compare them."
+        ),
+    )
+
+    baseline: str = Field(
+        default="unmatched",
+        description=(
+            "What harmful residuals are contrasted against. Options: "
+            '"unmatched" (mean of general harmless prompts), '
+            '"matched" (mean of harmless prompts on the subject of the same class), '
+            '"mixed" (a mixture of both), '
+            '"nearest" (the general harmless prompts nearest to each harmful one), '
+            '"residualized" (unmatched, without what the subjects alone contribute).'
+        ),
+    )
+
+    mixing: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description='Share of the matched reference in the baseline "mixed" (0 = unmatched, 1 = matched).',
+    )
+
+    n_neighbors: int = Field(
+        default=10,
+        ge=1,
+        description='Number of harmless prompts that make the reference of the baseline "nearest".',
+    )
+
+    classes: Classes = Field(
+        default=Classes.CATEGORY,
+        description=(
+            "What gets a direction of its own. Options: "
+            '"category" (each harm category), "single" (all harmful prompts together).'
+        ),
+    )
+
+    category_source: CategorySource = Field(
+        default=CategorySource.AUTO,
+        description=(
+            "Where the category of a harmful prompt comes from. Options: "
+            '"auto" (the column where there is one, else the lexicon), "column", '
+            '"lexicon" (word list shipped with the plugin), "model" (the loaded model is asked).'
+        ),
+    )
+
+    exclude_categories: list[str] = Field(
+        default=[],
+        description=(
+            "Harm categories to leave out when directions are fitted. The control for topic: a direction of a topic "
+            "cannot know a topic it never saw."
+        ),
+    )
+
+    small_classes: SmallClasses = Field(
+        default=SmallClasses.ERROR,
+        description=(
+            "What to do with a class that has fewer prompts than the SOM has neurons. Options: "
+            '"error", "drop", "merge" (into the class miscellaneous).'
+        ),
+    )
+
+    method: Method = Field(
+        default=Method.SOM,
+        description=(
+            "How the difference vectors of a class become a direction. Options: "
+            '"som" (densest neuron of a self-organizing map), "mean" (their mean).'
+        ),
+    )
+
+    som_rows: int = Field(
+        default=3,
+        ge=1,
+        le=64,
+        description="Rows of the self-organizing map (the paper: 3).",
+    )
+
+    som_columns: int = Field(
+        default=3,
+        ge=1,
+        le=64,
+        description="Columns of the self-organizing map (the paper: 3).",
+    )
+
+    som_iterations: int = Field(
+        default=10_000,
+        ge=1,
+        description="Training iterations of the self-organizing map (the paper: 10,000).",
+    )
+
+    som_sigma: float = Field(
+        default=1.0,
+        gt=0,
+        description="Initial width of the neighborhood (the paper gives none; MiniSom's default).",
+    )
+
+    som_learning_rate: float = Field(
+        default=0.5,
+        gt=0,
+        description="Initial learning rate (the paper gives none; MiniSom's default).",
+    )
+
+    som_neighborhood: Literal["gaussian", "mexican_hat", "bubble", "triangle"] = Field(
+        default="gaussian",
+        description=(
+            "Neighborhood function (the paper gives none; MiniSom's default). Options: "
+            '"gaussian", "mexican_hat", "bubble", "triangle".'
+        ),
+    )
+
+    som_topology: Literal["rectangular", "hexagonal"] = Field(
+        default="rectangular",
+        description=(
+            "Topology of the map (the paper gives none; MiniSom's default). Options: "
+            '"rectangular", "hexagonal".'
+        ),
+    )
+
+    som_backend: Literal["numba", "minisom"] = Field(
+        default="numba",
+        description=(
+            "Implementation of the self-organizing map. Options: "
+            '"numba" (compiled; exact), "minisom" (the reference).'
+        ),
+    )
+
+    winners: int = Field(
+        default=1,
+        ge=1,
+        description="Number of neurons per class that become directions, densest first (the paper: 1).",
+    )
+
+    svd: bool = Field(
+        default=False,
+        description="Whether to orthogonalize the directions of each layer by singular value decomposition.",
+    )
+
+    svd_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of singular vectors to keep, or unset to keep as many as there were directions.",
+    )
+
+    scale: Scale = Field(
+        default=Scale.UNIT,
+        description=(
+            "Length of the directions. Options: "
+            '"unit" (Heretic\'s convention), "raw" (as trained), '
+            '"unmatched" (the length that the unmatched baseline gives; the control for magnitude).'
+        ),
+    )
+
+    orthogonalize_direction: bool = Field(
+        default=False,
+        description=(
+            "Whether to adjust the directions so that only the component that is "
+            "orthogonal to the mean residual of harmless prompts is subtracted."
+        ),
+    )
+
+    control: Control = Field(
+        default=Control.NONE,
+        description=(
+            "Control that takes the place of the directions. Options: "
+            '"none", "random" (random directions of the same count, norms and mutual cosines).'
+        ),
+    )
+
+    drop_misbehaving: bool = Field(
+        default=False,
+        description=(
+            "Whether to drop harmful prompts that the model answers and harmless prompts that it refuses "
+            "before directions are fitted (Arditi et al., 2024). They are counted either way when this is set."
+        ),
+    )
+
+    composition: Literal["sum", "sequential", "capped"] = Field(
+        default="sum",
+        description=(
+            "How the ablations of several directions are put together. Options: "
+            '"sum" (the paper), "sequential" (one after the other), '
+            '"capped" (the sum, with eigenvalues capped at the largest weight).'
+        ),
+    )
+
+    equal_effective_weight: bool = Field(
+        default=False,
+        description=(
+            "Whether to rescale the weights so that parallel directions remove no more than a single one would. "
+            "The control for compounding."
+        ),
+    )
+
+    row_normalization: RowNormalization = Field(
+        default=RowNormalization.NONE,
+        description=(
+            "How to apply row normalization of the weights. Options: "
+            '"none" (no normalization), '
+            '"pre" (compute LoRA adapter relative to row-normalized weights), '
+            '"full" (like "pre", but renormalizes to preserve original row magnitudes).'
+        ),
+    )
+
+    full_normalization_lora_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            'The rank of the LoRA adapter when "full" row normalization is used, '
+            "or unset to use the number of directions plus 2."
+        ),
+    )
+
+    sampler: Sampler = Field(
+        default=Sampler.TPE,
+        description=(
+            "Sampler of the study under Heretic 1.4. Options: "
+            '"tpe" (multivariate tree-structured Parzen estimator), '
+            '"nsga2" (evolutionary, the counterpart of the paper\'s strategy).'
+        ),
+    )
+
+    refusal_classifier: Literal["markers", "tiers"] = Field(
+        default="markers",
+        description=(
+            "What counts as a refusal in the study under Heretic 1.4. Options: "
+            '"markers" (Heretic\'s keywords), "tiers" (the three-tier classifier).'
+        ),
+    )
+
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=2**32 - 1,
+        description="Random seed of the self-organizing maps and of random controls.",
+    )
+
+    batch_size: int = Field(
+        default=32,
+        ge=1,
+        description="Number of prompts to process in parallel when residuals are collected.",
+    )
+
+    good_prompts: PromptSource | None = Field(
+        default=None,
+        description="Dataset of general harmless prompts, or unset to use Heretic's good prompts.",
+    )
+
+    bad_prompts: PromptSource | None = Field(
+        default=None,
+        description="Dataset of harmful prompts, or unset to use Heretic's bad prompts.",
+    )
+
+    matched_prompts: PromptSource | None = Field(
+        default=None,
+        description=(
+            "Dataset of harmless prompts on the subjects of the harm categories, "
+            "or unset to use the pool shipped with the plugin."
+        ),
+    )
+
+    directions: str | None = Field(
+        default=None,
+        description="File of directions to use instead of extracting them (see heretic-contrast extract).",
+    )
+
+    save_directions: str | None = Field(
+        default=None,
+        description="File to save the directions to.",
+    )
+
+    residual_cache: str | None = Field(
+        default=None,
+        description="Directory to cache residuals in, or unset to use the user's cache directory.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def apply_preset(cls, data: Any) -> Any:
+        """Names unknown keys with the nearest known one, then fills in what a single preset says."""
+
+        if not isinstance(data, dict):
+            return data
+        data = {str(name).replace("-", "_"): value for name, value in data.items()}
+        for name in data:
+            if name not in cls.model_fields:
+                close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0)
+                raise ContrastError(
+                    f'There is no setting "{name}" of the plugin: did you mean "{close[0]}"?'
+                )
+        presets = data.get("preset", [])
+        if isinstance(presets, str):
+            presets = [presets]
+        if isinstance(presets, list):
+            data = {**data, "preset": presets}
+            for name in presets:
+                if name not in PRESETS:
+                    raise ContrastError(
+                        f'There is no preset "{name}": choose one of {", ".join(PRESETS)}.'
+                    )
+            if len(presets) == 1:
+                data = {**PRESETS[presets[0]], **data}
+        return data
+
+    @field_validator("baseline")
+    @classmethod
+    def check_baseline(cls, value: str) -> str:
+        if value in BUILTIN_BASELINES:
+            return value
+        # Other packages' baselines are asked for only when they are named, since that imports PyTorch.
+        from .baselines import baseline_names
+
+        if value not in baseline_names():
+            raise ContrastError(
+                f'There is no contrast baseline "{value}": choose one of {", ".join(baseline_names())}.'
+            )
+        return value
+
+    def configurations(self) -> dict[str, "ContrastSettings"]:
+        """
+        Returns one settings object per configuration to compare, by name.
+
+        With several presets: each of them, with the settings given explicitly on top. Otherwise this one, named
+        after its preset or its baseline.
+        """
+
+        if len(self.preset) <= 1:
+            return {self.preset[0] if self.preset else self.baseline: self}
+        explicit = {name: getattr(self, name) for name in self.model_fields_set if name != "preset"}
+        return {
+            name: ContrastSettings.model_validate({"preset": [name], **explicit})
+            for name in self.preset
+        }
+
+    def require_single_configuration(self) -> None:
+        """Raises `ContrastError` when several presets are given where only one can be used."""
+
+        if len(self.preset) > 1:
+            raise ContrastError(
+                f"Several presets are given ({', '.join(self.preset)}), but a model can only be made with one: "
+                "give one, or compare them with heretic-contrast sweep."
+            )
+
+
+BUILTIN_BASELINES = ("unmatched", "matched", "mixed", "nearest", "residualized")

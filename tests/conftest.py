@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Tests must never look anything up, and never touch the user's cache.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+DATA = Path(__file__).resolve().parents[1] / "heretic_contrast" / "data"
+
+
+@pytest.fixture(autouse=True)
+def private_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gives all tests of a session one cache of their own."""
+
+    directory = tmp_path_factory.getbasetemp() / "cache"
+    directory.mkdir(exist_ok=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public research data that is not part of the repository."""
+
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    directory = Path(os.environ.get("HERETIC_CONTRAST_SHARED_DATA", default))
+    if not directory.is_dir():
+        pytest.skip("needs the research data named by HERETIC_CONTRAST_SHARED_DATA")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Any:
+    """A random Llama, wrapped."""
+
+    from heretic_contrast.hosts.surface import wrap
+    from tests.tiny_models import make_model, make_tokenizer
+
+    return wrap(make_model("llama"), make_tokenizer(), name="tiny-llama", batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_hybrid() -> Any:
+    """A random Qwen3.5 with linear and full attention, wrapped."""
+
+    from heretic_contrast.hosts.surface import wrap
+    from tests.tiny_models import make_model, make_tokenizer
+
+    return wrap(make_model("qwen3_5"), make_tokenizer(), name="tiny-hybrid", batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def refuser() -> Any:
+    """The built-in refuser, wrapped."""
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from heretic_contrast.hosts.surface import wrap
+
+    folder = DATA / "refuser"
+    return wrap(
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+        name="builtin:refuser",
+        batch_size=64,
+    )
