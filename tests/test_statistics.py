@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Intervals and errors against SciPy, and against their definitions."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.statistics import standard_error, wilson_interval
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
+@pytest.mark.parametrize("n", [1, 2, 10, 12, 100, 450])
+def test_wilson_interval_is_that_of_scipy(n: int, confidence: float) -> None:
+    for successes in sorted({0, 1, n // 3, n // 2, n - 1, n}):
+        reference = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+        assert wilson_interval(successes, n, confidence) == pytest.approx(
+            (reference.low, reference.high), abs=1e-12
+        )
+
+
+@given(st.integers(1, 2000), st.floats(0.01, 0.999), st.data())
+def test_wilson_interval_solves_its_equation(
+    n: int, confidence: float, data: st.DataObject
+) -> None:
+    successes = data.draw(st.integers(0, n))
+    low, high = wilson_interval(successes, n, confidence)
+    assert 0.0 <= low <= successes / n <= high <= 1.0
+    z = stats.norm.ppf(0.5 + confidence / 2)
+    for end in (low, high):
+        # Both ends are the proportions from which the observed one is z standard errors away.
+        distance = (successes / n - end) ** 2
+        assert distance == pytest.approx(z * z * end * (1 - end) / n, abs=1e-9)
+
+
+@given(st.integers(0, 500), st.data())
+def test_wilson_interval_mirrors_failures(n: int, data: st.DataObject) -> None:
+    successes = data.draw(st.integers(0, n))
+    low, high = wilson_interval(successes, n)
+    assert wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+def test_wilson_interval_reaches_the_ends_exactly() -> None:
+    assert wilson_interval(0, 10)[0] == 0.0
+    assert wilson_interval(10, 10)[1] == 1.0
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("successes, n", [(-1, 10), (11, 10), (0, -1), (1, 0)])
+def test_counts_that_are_none(successes: int, n: int) -> None:
+    with pytest.raises(ContrastError, match=f"{successes} successes of {n}"):
+        wilson_interval(successes, n)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0, -0.1, math.nan])
+def test_confidences_that_are_none(confidence: float) -> None:
+    with pytest.raises(ContrastError, match="not a probability"):
+        wilson_interval(1, 10, confidence)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))
+def test_standard_error_is_that_of_scipy(values: list[float]) -> None:
+    assert standard_error(values) == pytest.approx(float(stats.sem(values)), rel=1e-9, abs=1e-6)
+
+
+def test_standard_error_of_one_value_and_of_none() -> None:
+    assert standard_error([0.3]) == math.inf
+    with pytest.raises(ContrastError, match="at least one"):
+        standard_error([])
