@@ -73,6 +73,6 @@ def make_model(architecture: str = "llama", seed: int = 0, **options: Any) -> An
     # The default initialization is so small that every model answers alike.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and "conv" not in name:
+            if parameter.ndim >= 2:
                 parameter.mul_(6.0)
     return model.eval()
