@@ -8,18 +8,19 @@ then the samples at which the weights start, then the order in which samples are
 the same and trains all maps in one compiled parallel loop, in the span of each map's samples (`som_kernel`); its
 weights agree with those of the backend "minisom" to about 1e-12 of the samples' scale.
 
-Ties. Where several neurons are equally near to a sample, MiniSom takes the first, and so do both backends. Neurons that
-start at the same sample (or at equal ones) and have been moved alike are such a tie. Where two neurons differ, but by so little
-that the coordinates in the span cannot tell which is nearer, the map is trained in full dimension with MiniSom's own
-arithmetic. That is as many times slower as the samples have more dimensions than there are samples, and the only case is
-data with exact symmetries or with clusters narrower than 1e-11 of the whole.
+Ties. Where several neurons are equally near to a sample, MiniSom takes the first, and so do both backends. Where two neurons
+are so nearly equally near that rounding decides (they started at the same sample, samples lie symmetrically, or in clusters
+narrower than 1e-11 of the whole), "numba" repeats MiniSom's rounding. Many such doubts make it as slow as training in full
+dimension, which is some 20 times as long at 53 samples of 2048 dimensions, and still far from MiniSom.
 """
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -40,6 +41,9 @@ Progress = Callable[[int, int], None]
 # Maps are handed to the compiled loop in portions, so that no more than a portion is ever held twice.
 PORTION_BYTES = 16 * 2**20
 PORTION_SHARE = 8
+
+# The simplest of Numba's threading layers ends the process where two threads enter a parallel loop at once.
+_PARALLEL_LOOP = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ def train_maps(
         )
     try:
         from . import som_kernel
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         warnings.warn(
             f"Numba cannot be imported ({error}): self-organizing maps are trained by MiniSom, which takes hundreds of times "
             "longer.",
@@ -198,13 +202,15 @@ def train_maps(
     limit = max(sum(array.nbytes for array in points) // PORTION_SHARE, PORTION_BYTES)
     maps: list[TrainedMap] = []
     while len(maps) < len(points):
-        end = len(maps) + 1
-        size = points[len(maps)].nbytes
-        while end < len(points) and size + points[end].nbytes <= limit:
-            size += points[end].nbytes
+        end = len(maps)
+        portion_bytes = 0
+        while end < len(points):
+            portion_bytes += points[end].size * np.dtype(np.float64).itemsize
+            if end > len(maps) and portion_bytes > limit:
+                break
             end += 1
         maps += _train_portion(
-            som_kernel.train_all, points[len(maps) : end], len(maps), settings, rates, rate_columns
+            som_kernel, points[len(maps) : end], len(maps), settings, rates, rate_columns
         )
         if progress is not None:
             progress(len(maps), len(points))
@@ -236,7 +242,7 @@ def _diverged(index: int, settings: SomSettings) -> ContrastError:
 
 
 def _train_portion(
-    train_all: Callable[..., None],
+    som_kernel: ModuleType,
     points: list[NDArray[Any]],
     first_index: int,
     settings: SomSettings,
@@ -248,7 +254,7 @@ def _train_portion(
     shapes = np.array([array.shape for array in points], dtype=np.int64)
     sizes = shapes.prod(axis=1)
     starts = np.cumsum(sizes) - sizes
-    flat_samples = np.empty(sizes.sum(), dtype=np.result_type(*points))
+    flat_samples = np.empty(sizes.sum())
     for start, size, array in zip(starts, sizes, points, strict=True):
         flat_samples[start : start + size].reshape(array.shape)[...] = array
 
@@ -256,32 +262,34 @@ def _train_portion(
     drawn = [
         _draw(settings, int(n_samples), int(hidden_size)) for n_samples, hidden_size in distinct
     ]
-    mixtures = [np.empty((settings.n_neurons, len(array))) for array in points]
-    mixture_sizes = np.array([mixture.size for mixture in mixtures])
+    mixture_sizes = shapes[:, 0] * settings.n_neurons
     mixture_starts = np.cumsum(mixture_sizes) - mixture_sizes
     flat_mixtures = np.empty(mixture_sizes.sum())
     hits = np.empty((len(points), settings.n_neurons), dtype=np.int64)
     errors = np.empty((len(points), settings.n_neurons))
     outcomes = np.empty(len(points), dtype=np.int64)
-    train_all(
-        flat_samples,
-        starts,
-        shapes,
-        draws.reshape(-1),
-        np.stack([order for _, order in drawn]),
-        np.stack([initial for initial, _ in drawn]),
-        rates,
-        rate_columns,
-        flat_mixtures,
-        mixture_starts,
-        hits,
-        errors,
-        outcomes,
-    )
+    orders = np.stack([order for _, order in drawn])
+    initials = np.stack([initial for initial, _ in drawn])
+    with _PARALLEL_LOOP:
+        som_kernel.train_all(
+            flat_samples,
+            starts,
+            shapes,
+            draws.reshape(-1),
+            orders,
+            initials,
+            rates,
+            rate_columns,
+            flat_mixtures,
+            mixture_starts,
+            hits,
+            errors,
+            outcomes,
+        )
 
     maps = []
     for i, array in enumerate(points):
-        if outcomes[i] != 0:
+        if outcomes[i] != som_kernel.TRAINED:
             raise _diverged(first_index + i, settings)
         mixture = flat_mixtures[mixture_starts[i] : mixture_starts[i] + mixture_sizes[i]]
         maps.append(
@@ -296,7 +304,7 @@ def _train_portion(
     return maps
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _draw(
     settings: SomSettings, n_samples: int, hidden_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
