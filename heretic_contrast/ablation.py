@@ -8,7 +8,7 @@ a small matrix K (n_directions × n_directions). An output projection W (hidden_
 W − C W. The change has rank n_directions at most and is exactly a LoRA pair; the dense C is never formed.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -176,7 +176,7 @@ def equalize(vectors: Tensor, weights: Tensor) -> Tensor:
 
 
 @contextmanager
-def ablated(modules: Iterable[Module], operator: Operator) -> Iterator[None]:
+def ablated(modules: Iterable[Module], operator: "Operator | BatchOperator") -> Iterator[None]:
     """
     Ablates the outputs of output projections with forward hooks for as long as the context lasts.
 
@@ -196,3 +196,51 @@ def ablated(modules: Iterable[Module], operator: Operator) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class BatchOperator:
+    """
+    One operator per sample of a batch.
+
+    `vectors`: Tensor of shape (batch, n_directions, hidden_size). `kernels`: Tensor of shape
+    (batch, n_directions, n_directions). A sample that is not ablated has a kernel of zeros.
+    """
+
+    vectors: Tensor
+    kernels: Tensor
+
+    @classmethod
+    def stack(cls, operators: Sequence[Operator | None], hidden_size: int) -> "BatchOperator":
+        """Stacks operators, some of which may be missing or have fewer directions than others."""
+
+        n_directions = max(len(operator.kernel) for operator in operators if operator is not None)
+        vectors = torch.zeros(len(operators), n_directions, hidden_size)
+        kernels = torch.zeros(len(operators), n_directions, n_directions)
+        for index, operator in enumerate(operators):
+            if operator is not None:
+                n = len(operator.kernel)
+                vectors[index, :n] = operator.vectors
+                kernels[index, :n, :n] = operator.kernel
+        return cls(vectors, kernels)
+
+    def select(self, indices: Tensor) -> "BatchOperator":
+        """Returns the operators of some samples, in a new order."""
+
+        return BatchOperator(self.vectors[indices], self.kernels[indices])
+
+    def to(self, device: torch.device) -> "BatchOperator":
+        """Returns the operators on another device."""
+
+        return BatchOperator(self.vectors.to(device), self.kernels.to(device))
+
+    def apply(self, output: Tensor) -> Tensor:
+        """
+        Returns C y for outputs y of every sample.
+
+        Tensor of shape (batch, length, hidden_size) to one of the same shape and dtype.
+        """
+
+        coefficients = torch.bmm(output.float(), self.vectors.transpose(1, 2))
+        mixed = torch.bmm(coefficients, self.kernels.transpose(1, 2))
+        return torch.bmm(mixed, self.vectors).to(output.dtype)

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Teacher-forced passes of a model whose samples are ablated each in their own way.
+
+An intervention changes nothing below the lowest layer that it ablates. A pass over known tokens therefore starts
+there, from hidden states that the unmodified model has produced, and many interventions share one batch.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..ablation import BatchOperator, Operator, ablated
+from ..errors import ContrastError
+from ..language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """
+    Operators by layer: what is done to the output projections of one sample.
+
+    `components` names the projections, such as "attn.o_proj"; None means all.
+    """
+
+    operators: Mapping[int, Operator]
+    components: tuple[str, ...] | None = None
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest layer that is ablated."""
+
+        return min(self.operators)
+
+
+def output_projections(
+    model: LanguageModel, layer: int, components: tuple[str, ...] | None
+) -> list[Module]:
+    """
+    Returns the modules of a layer that are ablated.
+
+    A layer of a hybrid model may lack a component, and then contributes nothing to it.
+    """
+
+    return [
+        module
+        for name, modules in model.components[layer].items()
+        if components is None or name in components
+        for module in modules
+    ]
+
+
+@contextmanager
+def ablated_samples(model: LanguageModel, interventions: Sequence[Intervention]) -> Iterator[None]:
+    """
+    Ablates sample i of every batch as `interventions[i]` says, for as long as the context lasts.
+
+    Where all samples share one intervention, the modules may have any output shape. Otherwise they must keep the
+    batch dimension: see `carries_samples`.
+    """
+
+    shared = all(intervention is interventions[0] for intervention in interventions)
+    layers = sorted({layer for intervention in interventions for layer in intervention.operators})
+    with ExitStack() as stack:
+        for layer in layers:
+            modules = output_projections(model, layer, interventions[0].components)
+            if shared:
+                operator: Operator | BatchOperator = (
+                    interventions[0].operators[layer].to(model.model.device)
+                )
+            else:
+                operator = BatchOperator.stack(
+                    [intervention.operators.get(layer) for intervention in interventions],
+                    model.hidden_size,
+                ).to(model.model.device)
+            stack.enter_context(ablated(modules, operator))
+        yield
+
+
+@torch.no_grad()
+def carries_samples(model: LanguageModel) -> bool:
+    """
+    Returns whether the outputs of all output projections keep the batch dimension.
+
+    The experts of a mixture see the tokens of all samples in one list, so that a hook cannot tell them apart.
+    """
+
+    kept = True
+
+    def check(module: Module, args: Any, output: Tensor) -> None:
+        nonlocal kept
+        kept = kept and output.ndim == 3 and output.shape[0] == 2
+
+    handles = [
+        module.register_forward_hook(check)
+        for layer in range(model.n_layers)
+        for module in output_projections(model, layer, None)
+    ]
+    try:
+        token = torch.full((2, 3), model.pad_token_id(), device=model.model.device)
+        model.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """
+    Known tokens: `input_ids` and `attention_mask`, integer tensors of shape (batch, length).
+
+    Padding on the left or on the right, or both, is masked.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def select(self, indices: Tensor) -> "TokenBatch":
+        """Returns some samples, in a new order."""
+
+        return TokenBatch(self.input_ids[indices], self.attention_mask[indices])
+
+
+class _Reached(Exception):
+    """Ends a pass at the layer whose input was asked for."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
+class TeacherForcing:
+    """
+    Runs a model's decoder over known tokens.
+
+    `unmodified` gives the final hidden states, `layer_input` the input of a layer; `modified` starts at a layer from
+    such an input; `logits` applies the language model's head.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self._decoder = model.decoder()
+        self._takes_position_ids = (
+            "position_ids" in inspect.signature(self._decoder.forward).parameters
+        )
+
+    @torch.no_grad()
+    def unmodified(self, tokens: TokenBatch) -> Tensor:
+        """Returns the final (normalized) hidden states. Tensor of shape (batch, length, hidden_size)."""
+
+        return self._run(tokens)
+
+    @torch.no_grad()
+    def layer_input(self, tokens: TokenBatch, layer: int) -> Tensor:
+        """Returns the unmodified input of a layer, and computes nothing above it: (batch, length, hidden_size)."""
+
+        def hook(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+        handle = self.model.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            self._run(tokens)
+        except _Reached as reached:
+            return reached.hidden_states
+        finally:
+            handle.remove()
+        raise AssertionError("The layer was not run.")
+
+    @torch.no_grad()
+    def modified(
+        self,
+        tokens: TokenBatch,
+        interventions: Sequence[Intervention],
+        first_layer: int,
+        layer_input: Tensor,
+    ) -> Tensor:
+        """
+        Returns the final hidden states of ablated samples.
+
+        `layer_input`: Tensor of shape (batch, length, hidden_size), the input of layer `first_layer`, below which no
+        sample is ablated. Tensor of shape (batch, length, hidden_size).
+        """
+
+        if any(intervention.first_layer < first_layer for intervention in interventions):
+            raise AssertionError("An intervention starts below the layer that is replayed.")
+        with self._replayed(first_layer, layer_input), ablated_samples(self.model, interventions):
+            return self._run(tokens)
+
+    @torch.no_grad()
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """
+        Returns the logits of final hidden states, with whatever scaling or capping the model applies to them.
+
+        Tensor of shape (n_positions, hidden_size) to one of shape (n_positions, vocabulary), float32.
+        """
+
+        decoder = self._decoder
+        original = decoder.forward
+        template = self._output_template
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            template.last_hidden_state = hidden_states[None]
+            return template
+
+        decoder.forward = forward  # type: ignore[method-assign]
+        try:
+            token = torch.full(
+                (1, len(hidden_states)), self.model.pad_token_id(), device=hidden_states.device
+            )
+            return self.model.model(input_ids=token, use_cache=False).logits[0].float()
+        finally:
+            decoder.forward = original  # type: ignore[method-assign]
+            template.last_hidden_state = None
+
+    def _run(self, tokens: TokenBatch) -> Tensor:
+        """Runs the decoder, as it is hooked and patched at this moment."""
+
+        arguments: dict[str, Any] = {
+            "input_ids": tokens.input_ids,
+            "attention_mask": tokens.attention_mask,
+            "use_cache": False,
+        }
+        if self._takes_position_ids:
+            arguments["position_ids"] = (tokens.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+        output = self._decoder(**arguments)
+        self._output_template = output
+        hidden_states = output.last_hidden_state
+        output.last_hidden_state = None
+        return hidden_states
+
+    @contextmanager
+    def _replayed(self, first_layer: int, layer_input: Tensor) -> Iterator[None]:
+        """Makes the layers below `first_layer` pass on hidden states that are known already."""
+
+        skipped = self.model.layers[:first_layer]
+        originals = [layer.forward for layer in skipped]
+        # Some architectures return tuples from their layers.
+        returns_tuple = self._returns_tuple
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (layer_input,) if returns_tuple else layer_input
+
+        try:
+            for layer in skipped:
+                layer.forward = forward  # type: ignore[method-assign]
+            yield
+        finally:
+            for layer, original in zip(skipped, originals, strict=True):
+                layer.forward = original  # type: ignore[method-assign]
+
+    @property
+    def _returns_tuple(self) -> bool:
+        """Whether the layers return tuples, found out by one pass over two tokens."""
+
+        if not hasattr(self, "_tuple"):
+            found: list[bool] = []
+
+            def hook(module: Module, args: Any, output: Any) -> None:
+                found.append(isinstance(output, tuple))
+
+            handle = self.model.layers[0].register_forward_hook(hook)
+            try:
+                token = torch.full(
+                    (1, 2), self.model.pad_token_id(), device=self.model.model.device
+                )
+                self._run(TokenBatch(token, torch.ones_like(token)))
+            finally:
+                handle.remove()
+            self._tuple = found[0]
+        return self._tuple
+
+
+def require_layers(model: LanguageModel, layers: Sequence[int]) -> None:
+    """Raises `ContrastError` when a layer does not exist."""
+
+    for layer in layers:
+        if not 0 <= layer < model.n_layers:
+            raise ContrastError(
+                f"Layer {layer} is out of range: {model.name} has layers 0 to {model.n_layers - 1}."
+            )

@@ -1,0 +1,567 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The fixed-weight sweep: the paper's evaluator (section 3.3).
+
+Each layer alone, at each weight, all directions of the layer at uniform weight: which layers are functional, which
+successful, and at what cost. Interventions are forward hooks, so the model is loaded once and never changed.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ablation import Composition, Operator, compose, effective_weight, equalize, weight_along
+from ..directions import Directions
+from ..errors import ContrastError
+from ..language_model import LanguageModel, Progress, batches
+from ..prompts import Prompt, prompts_digest
+from .coherence import is_coherent
+from .divergence import (
+    SparseLogProbabilities,
+    base_statistics,
+    divergences,
+    mean_with_standard_error,
+)
+from .generation import Responder, Tokens, generate_tokens, join, prompt_tokens
+from .interventions import (
+    Intervention,
+    TeacherForcing,
+    TokenBatch,
+    carries_samples,
+    output_projections,
+    require_layers,
+)
+from .responses import Tier, classify_response
+from .results import Cell, Measurement, SweepResult, Synergy
+
+WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
+"""The paper's weights."""
+
+Classifier = Callable[[str, str], Tier]
+"""Returns the tier of a response to a prompt."""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """
+    What is swept, and how it is measured. The defaults are the paper's, where it gives any.
+
+    `layers`: decoder layers, or None for all. `components`: "attn.o_proj", "mlp.down_proj", or None for both.
+    `strengths`: "weight" (every direction has the weight), "effective" (λ_max(Σ w v vᵀ) is the weight), or both.
+    `synergy_size`: how many layers a set has; 0 leaves synergy out. `n_synergy_layers`: from how many of the best
+    layers of each configuration the sets are made.
+    """
+
+    layers: tuple[int, ...] | None = None
+    weights: tuple[float, ...] = WEIGHTS
+    components: tuple[str, ...] | None = None
+    composition: Composition = Composition.SUM
+    strengths: tuple[str, ...] = ("weight",)
+    max_new_tokens: int = 50
+    kl_tokens: int = 50
+    top_k: int = 100
+    synergy_size: int = 2
+    synergy_weight: float = 0.3
+    n_synergy_layers: int = 4
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values."""
+
+        return {
+            "layers": None if self.layers is None else list(self.layers),
+            "weights": list(self.weights),
+            "components": None if self.components is None else list(self.components),
+            "composition": Composition(self.composition).value,
+            "strengths": list(self.strengths),
+            "max_new_tokens": self.max_new_tokens,
+            "kl_tokens": self.kl_tokens,
+            "top_k": self.top_k,
+            "synergy_size": self.synergy_size,
+            "synergy_weight": self.synergy_weight,
+            "n_synergy_layers": self.n_synergy_layers,
+        }
+
+
+@dataclass(frozen=True, order=True)
+class CellKey:
+    """Which cell: configuration, strength, layers and weight."""
+
+    configuration: str
+    strength: str
+    layers: tuple[int, ...]
+    weight: float
+
+
+class References:
+    """The reference prompts with the unmodified model's continuations, and what is kept of its distributions."""
+
+    def __init__(
+        self,
+        forcing: TeacherForcing,
+        prompts: Sequence[Prompt],
+        kl_tokens: int,
+        top_k: int,
+        n_rows: int,
+    ) -> None:
+        self._forcing = forcing
+        self._n_rows = n_rows
+        self._pad = forcing.model.pad_token_id()
+        tokens = prompt_tokens(forcing.model, prompts)
+        # Prompts of similar length share a batch.
+        self._order = sorted(range(len(tokens)), key=lambda index: (len(tokens[index]), index))
+        self._prompts = [tokens[index] for index in self._order]
+        self._continuations: list[Tokens] = []
+        self._base: list[SparseLogProbabilities] = []
+        for part in batches(len(self._prompts), n_rows):
+            limits = [kl_tokens] * len(self._prompts[part])
+            self._continuations += generate_tokens(forcing.model, self._prompts[part], limits)
+        for part in batches(len(self._prompts), n_rows):
+            batch, positions = self._batch(part)
+            hidden_states = forcing.unmodified(batch)
+            flat = hidden_states[positions[0], positions[1]]
+            statistics = base_statistics(forcing, flat, top_k)
+            offset = 0
+            for continuation in self._continuations[part]:
+                chosen = torch.arange(offset, offset + len(continuation))
+                self._base.append(statistics.select(chosen.to(flat.device)))
+                offset += len(continuation)
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of positions of each prompt, up to and with the one that predicts the end."""
+
+        return [len(continuation) for continuation in self._continuations]
+
+    def n_bytes(self) -> int:
+        """Returns the memory that the unmodified model's statistics take."""
+
+        return sum(statistics.n_bytes() for statistics in self._base)
+
+    def _batch(self, part: slice) -> tuple[TokenBatch, tuple[Tensor, Tensor]]:
+        """Returns the tokens of some prompts, and the rows and positions that predict continuations."""
+
+        batch, start = join(self._prompts[part], self._continuations[part], self._pad)
+        device = self._forcing.model.model.device
+        rows, columns = [], []
+        for row, continuation in enumerate(self._continuations[part]):
+            rows += [row] * len(continuation)
+            columns += range(start - 1, start - 1 + len(continuation))
+        return (
+            TokenBatch(batch.input_ids.to(device), batch.attention_mask.to(device)),
+            (torch.tensor(rows, device=device), torch.tensor(columns, device=device)),
+        )
+
+    def measure(self, interventions: Sequence[Intervention]) -> list[tuple[float, float]]:
+        """Returns the KL divergence and its standard error under each intervention."""
+
+        n = len(interventions)
+        first_layer = min(intervention.first_layer for intervention in interventions)
+        sums: list[list[float]] = [[] for _ in interventions]
+        for part in batches(len(self._prompts), max(1, self._n_rows // n)):
+            batch, (rows, columns) = self._batch(part)
+            layer_input = self._forcing.layer_input(batch, first_layer)
+            n_prompts = len(batch.input_ids)
+            base = _concatenate(self._base[part])
+            # Interventions that do not fit into one pass beside each other take turns.
+            for turn in batches(n, max(1, self._n_rows // n_prompts)):
+                chosen = interventions[turn]
+                repeats = (len(chosen), 1)
+                hidden_states = self._forcing.modified(
+                    TokenBatch(
+                        batch.input_ids.repeat(repeats), batch.attention_mask.repeat(repeats)
+                    ),
+                    [item for item in chosen for _ in range(n_prompts)],
+                    first_layer,
+                    layer_input.repeat(len(chosen), 1, 1),
+                )
+                for index, target in enumerate(sums[turn]):
+                    flat = hidden_states[rows + index * n_prompts, columns]
+                    values = divergences(self._forcing, base, flat)
+                    lengths = [len(item) for item in self._continuations[part]]
+                    target += [float(piece.sum()) for piece in values.split(lengths)]
+        return [mean_with_standard_error(values, self.counts) for values in sums]
+
+
+def _concatenate(parts: Sequence[SparseLogProbabilities]) -> SparseLogProbabilities:
+    """Returns the statistics of several prompts as one."""
+
+    return SparseLogProbabilities(
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.tails for part in parts]),
+    )
+
+
+class SweepEvaluator:
+    """Measures cells on a loaded model. The unmodified model is run once, when the evaluator is made."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        configurations: Mapping[str, Directions],
+        harmful: Sequence[Prompt],
+        canaries: Sequence[Prompt],
+        references: Sequence[Prompt],
+        options: SweepOptions,
+        classify: Classifier = classify_response,
+    ) -> None:
+        check_options(model, configurations, harmful, references, options)
+        self.model = model
+        self.configurations = dict(configurations)
+        self.options = options
+        self._classify = classify
+        self._per_sample = carries_samples(model)
+        forcing = TeacherForcing(model)
+        n_rows = model.batch_size
+        self._harmful = Responder(
+            forcing, harmful, options.max_new_tokens, n_rows, self._per_sample
+        )
+        self._canaries = Responder(
+            forcing, canaries, options.max_new_tokens, n_rows, self._per_sample
+        )
+        self._references = References(forcing, references, options.kl_tokens, options.top_k, n_rows)
+        self.baseline = self._baseline()
+        if self.baseline.refusals == 0:
+            raise ContrastError(
+                f"{model.name} refuses none of the {len(harmful)} harmful prompts, so there is nothing to measure: "
+                "use other prompts, or a model that refuses."
+            )
+
+    @property
+    def base_responses(self) -> tuple[str, ...]:
+        """The unmodified model's responses to the harmful prompts."""
+
+        return tuple(self._harmful.base_responses())
+
+    def layers(self) -> list[int]:
+        """Returns the layers that are swept."""
+
+        return list(
+            range(self.model.n_layers) if self.options.layers is None else self.options.layers
+        )
+
+    def grid(self) -> list[CellKey]:
+        """Returns the cells of single layers, ordered so that cells of one layer follow each other."""
+
+        return [
+            CellKey(configuration, strength, (layer,), weight)
+            for layer in self.layers()
+            for configuration in self.configurations
+            for strength in self.options.strengths
+            for weight in self.options.weights
+        ]
+
+    def synergy_grid(self, cells: Sequence[Cell]) -> list[CellKey]:
+        """
+        Returns the sets of the best layers, and their single layers where these were not swept at that weight.
+
+        The best layers are those with the fewest refusals at any weight, then the least divergence.
+        """
+
+        options = self.options
+        keys: dict[CellKey, None] = {}
+        if options.synergy_size < 2:
+            return []
+        for configuration in self.configurations:
+            for strength in options.strengths:
+                for layers in self._synergy_sets(configuration, strength, cells):
+                    keys[CellKey(configuration, strength, layers, options.synergy_weight)] = None
+                    for layer in layers:
+                        keys[CellKey(configuration, strength, (layer,), options.synergy_weight)] = (
+                            None
+                        )
+        return sorted(keys, key=lambda key: (key.layers[0], key))
+
+    def _synergy_sets(
+        self, configuration: str, strength: str, cells: Sequence[Cell]
+    ) -> list[tuple[int, ...]]:
+        best: dict[int, tuple[int, float]] = {}
+        for cell in cells:
+            if (cell.configuration, cell.strength) == (configuration, strength) and len(
+                cell.layers
+            ) == 1:
+                rank = (cell.measurement.refusals, cell.measurement.kl_divergence)
+                layer = cell.layers[0]
+                best[layer] = min(best.get(layer, rank), rank)
+        chosen = sorted(best, key=lambda layer: (best[layer], layer))
+        chosen = sorted(chosen[: self.options.n_synergy_layers])
+        return list(combinations(chosen, self.options.synergy_size))
+
+    def synergies(self, cells: Sequence[Cell]) -> tuple[Synergy, ...]:
+        """Returns ΔR(set) − max over its layers of ΔR(layer alone), for every set that was measured."""
+
+        by_key = {cell.key(): cell for cell in cells}
+        found = []
+        for cell in cells:
+            if len(cell.layers) < 2:
+                continue
+            alone = [
+                by_key[
+                    cell.configuration, cell.strength, (layer,), cell.weight
+                ].measurement.refusals
+                for layer in cell.layers
+            ]
+            found.append(
+                Synergy(
+                    configuration=cell.configuration,
+                    strength=cell.strength,
+                    layers=cell.layers,
+                    weight=cell.weight,
+                    refusals=cell.measurement.refusals,
+                    # The baseline cancels: (R₀ − R(set)) − max (R₀ − R(layer)).
+                    synergy=min(alone) - cell.measurement.refusals,
+                    kl_divergence=cell.measurement.kl_divergence,
+                )
+            )
+        return tuple(found)
+
+    def operator(self, configuration: str, strength: str, layer: int, weight: float) -> Operator:
+        """Returns what is done at a layer: all its directions at uniform weight."""
+
+        vectors = self.configurations[configuration].tensor[layer + 1]
+        weights = torch.full((len(vectors),), weight, dtype=torch.float64)
+        if strength == "effective":
+            weights = equalize(vectors, weights)
+        return compose(vectors, weights, self.options.composition)
+
+    def evaluate(self, keys: Sequence[CellKey]) -> list[Cell]:
+        """Measures cells; those that start at one layer should come together."""
+
+        operators = [
+            {
+                layer: self.operator(key.configuration, key.strength, layer, key.weight)
+                for layer in key.layers
+            }
+            for key in keys
+        ]
+        interventions = [Intervention(item, self.options.components) for item in operators]
+        responses = self._harmful.respond(interventions)
+        canary_responses = self._canaries.respond(interventions)
+        if self._per_sample:
+            kl = self._references.measure(interventions)
+        else:
+            kl = [self._references.measure([item])[0] for item in interventions]
+        cells = []
+        for index, key in enumerate(keys):
+            directions = self.configurations[key.configuration]
+            cells.append(
+                Cell(
+                    configuration=key.configuration,
+                    strength=key.strength,
+                    layers=key.layers,
+                    weight=key.weight,
+                    effective_weight=max(
+                        effective_weight(operator) for operator in operators[index].values()
+                    ),
+                    weight_along_mean=max(
+                        weight_along(operator, directions.mean_direction[layer + 1])
+                        for layer, operator in operators[index].items()
+                    ),
+                    measurement=self._judge(responses[index], canary_responses[index], kl[index]),
+                    responses=tuple(responses[index]),
+                    canary_responses=tuple(canary_responses[index]),
+                )
+            )
+        return cells
+
+    def _baseline(self) -> Measurement:
+        """Measures the unmodified model, its divergence from itself by the same path as every cell's."""
+
+        nothing = Intervention(
+            {0: Operator(torch.zeros(1, self.model.hidden_size), torch.zeros(1, 1))},
+            self.options.components,
+        )
+        return self._judge(
+            self._harmful.base_responses(),
+            self._canaries.base_responses(),
+            self._references.measure([nothing])[0],
+        )
+
+    def _judge(
+        self, responses: Sequence[str], canary_responses: Sequence[str], kl: tuple[float, float]
+    ) -> Measurement:
+        """Counts tiers, incoherent responses and false refusals."""
+
+        tiers = [
+            self._classify(prompt.text, response)
+            for prompt, response in zip(self._harmful.prompts, responses, strict=True)
+        ]
+        canary_tiers = [
+            self._classify(prompt.text, response)
+            for prompt, response in zip(self._canaries.prompts, canary_responses, strict=True)
+        ]
+        return Measurement(
+            refusals=tiers.count(Tier.REFUSE),
+            evasive=tiers.count(Tier.EVASIVE),
+            complied=tiers.count(Tier.COMPLY),
+            incoherent=sum(not is_coherent(response) for response in responses),
+            n_harmful=len(responses),
+            canary_refusals=canary_tiers.count(Tier.REFUSE),
+            n_canaries=len(canary_responses),
+            kl_divergence=kl[0],
+            kl_standard_error=kl[1],
+        )
+
+    def fingerprint(self) -> str:
+        """Returns a digest of everything that decides the cells: processes that share a storage must agree on it."""
+
+        content = {
+            "model": self.model.fingerprint(),
+            "chat": [self.model.system_prompt, self.model.response_prefix],
+            "options": self.options.to_dict(),
+            "directions": {
+                name: directions.digest() for name, directions in self.configurations.items()
+            },
+            "prompts": [
+                prompts_digest(self._harmful.prompts),
+                prompts_digest(self._canaries.prompts),
+                self._references.counts,
+            ],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def result(self, cells: Sequence[Cell], pools: Mapping[str, Any]) -> SweepResult:
+        """Returns the finished sweep, its cells in the order of their keys."""
+
+        order = {name: index for index, name in enumerate(self.configurations)}
+        cells = sorted(
+            cells,
+            key=lambda cell: (
+                order[cell.configuration],
+                self.options.strengths.index(cell.strength),
+                len(cell.layers),
+                cell.layers,
+                cell.weight,
+            ),
+        )
+        return SweepResult(
+            model=self.model.name,
+            baseline=self.baseline,
+            cells=tuple(cells),
+            synergies=self.synergies(cells),
+            prompts=tuple(prompt.text for prompt in self._harmful.prompts),
+            categories=tuple(prompt.category or "" for prompt in self._harmful.prompts),
+            canaries=tuple(prompt.text for prompt in self._canaries.prompts),
+            baseline_responses=self.base_responses,
+            pools=dict(pools),
+            settings={
+                **self.options.to_dict(),
+                "directions": {
+                    name: {
+                        "names": list(directions.names),
+                        "digest": directions.digest(),
+                        **directions.provenance.get("settings", {}),
+                    }
+                    for name, directions in self.configurations.items()
+                },
+            },
+        )
+
+
+def check_options(
+    model: LanguageModel,
+    configurations: Mapping[str, Directions],
+    harmful: Sequence[Prompt],
+    references: Sequence[Prompt],
+    options: SweepOptions,
+) -> None:
+    """Raises `ContrastError` when something that was asked for cannot be swept."""
+
+    if not configurations:
+        raise ContrastError("There is nothing to sweep: give at least one configuration.")
+    if not harmful or not references:
+        raise ContrastError(
+            "A sweep needs harmful prompts and harmless reference prompts: give pools with prompts."
+        )
+    if options.layers is not None:
+        require_layers(model, options.layers)
+        if not options.layers:
+            raise ContrastError("No layer is given to sweep: leave the layers out for all of them.")
+    weights = options.weights
+    if (
+        not weights
+        or any(weight < 0 for weight in weights)
+        or any(a >= b for a, b in zip(weights, weights[1:], strict=False))
+    ):
+        raise ContrastError(
+            f"The weights {list(weights)} do not work: give increasing weights that are not negative."
+        )
+    for strength in options.strengths:
+        if strength not in ("weight", "effective"):
+            raise ContrastError(
+                f'There is no strength "{strength}": choose "weight", "effective", or both.'
+            )
+    for component in options.components or ():
+        if component not in model.component_names:
+            raise ContrastError(
+                f'{model.name} has no component "{component}": choose from {", ".join(model.component_names)}.'
+            )
+    for layer in range(model.n_layers) if options.layers is None else options.layers:
+        if not output_projections(model, layer, options.components):
+            raise ContrastError(
+                f"Layer {layer} of {model.name} has none of the components {', '.join(options.components or ())}: "
+                "leave the layer or the restriction to components out."
+            )
+    for name, directions in configurations.items():
+        directions.require_model(model, name)
+
+
+def sweep(
+    model: LanguageModel,
+    configurations: Mapping[str, Directions],
+    harmful: Sequence[Prompt],
+    canaries: Sequence[Prompt],
+    references: Sequence[Prompt],
+    options: SweepOptions | None = None,
+    storage: str | None = None,
+    pools: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    classify: Classifier = classify_response,
+) -> SweepResult:
+    """
+    Sweeps a loaded model, and returns every cell.
+
+    `configurations`: directions by name. `harmful`, `canaries`, `references`: prompts for the tiers, for false
+    refusals, and for the divergence; none of them should be a prompt that directions were extracted from.
+    `storage`: URL of an Optuna storage, or path of a journal file, that holds finished cells; None keeps them in memory.
+    `pools`: recorded in the result.
+
+    Raises `ContrastError` when something that was asked for cannot be swept, or the storage belongs to
+    another sweep.
+    """
+
+    evaluator = SweepEvaluator(
+        model, configurations, harmful, canaries, references, options or SweepOptions(), classify
+    )
+    cells = run_cells(evaluator, storage, progress)
+    return evaluator.result(cells, pools or {})
+
+
+def run_cells(
+    evaluator: SweepEvaluator, storage: str | None, progress: Progress | None
+) -> list[Cell]:
+    """Measures all cells that the storage does not hold yet, single layers first."""
+
+    from .sweep_state import SweepState
+
+    state = SweepState(storage, evaluator.fingerprint())
+    single = state.run(evaluator.grid(), evaluator.evaluate, progress)
+    sets = state.run(evaluator.synergy_grid(single), evaluator.evaluate, progress)
+    return list({cell.key(): cell for cell in [*single, *sets]}.values())
+
+
+def without_extraction_prompts(
+    prompts: Sequence[Prompt], extraction: Sequence[Prompt]
+) -> tuple[list[Prompt], int]:
+    """Returns the prompts that directions were not extracted from, and how many were left out."""
+
+    used = {prompt.text for prompt in extraction}
+    kept = [prompt for prompt in prompts if prompt.text not in used]
+    return kept, len(prompts) - len(kept)

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The state of a sweep in an Optuna study: one trial per cell.
+
+Any number of processes, on any machines that reach the storage, work on one sweep. Each takes the waiting cells of
+one layer at a time, renews a lease while it computes them, and stores the results in the trials. The cells of a
+process that died are taken over when its lease ends. Cells are deterministic, so that computing one twice changes
+nothing.
+"""
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+
+from ..errors import ContrastError
+from ..language_model import Progress
+from .results import Cell
+from .sweep import CellKey
+
+STUDY_NAME = "heretic-contrast sweep"
+
+LEASE_SECONDS = 60.0
+"""How long the cells of a process that no longer renews its lease are left alone."""
+
+CELLS_PER_CLAIM = 64
+"""How many cells of one layer a process takes at a time at most."""
+
+Evaluate = Callable[[Sequence[CellKey]], list[Cell]]
+
+
+def open_storage(storage: str | None) -> BaseStorage:
+    """
+    Opens a storage: a URL that Optuna knows, the path of a journal file, or memory.
+
+    Raises `ContrastError` when it cannot be opened.
+    """
+
+    if storage is None:
+        return InMemoryStorage()
+    try:
+        if "://" in storage:
+            return optuna.storages.get_storage(storage)
+        path = Path(storage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _finish_last_line(path)
+        # A lock that a killed process left behind is given up after its grace period.
+        lock = JournalFileOpenLock(str(path), grace_period=10)
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    except Exception as error:
+        # Database drivers raise errors of their own.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ContrastError(
+            f"The storage {storage} cannot be opened ({reason[:200]}): correct its URL, or move a damaged file away."
+        ) from error
+
+
+def _finish_last_line(path: Path) -> None:
+    """Ends a line that a killed process left half written, so that what follows is read again."""
+
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if end == len(content):
+            return
+        # Other processes may be writing at this moment: only a line that does not grow is a leftover.
+        time.sleep(0.2)
+        file.seek(0)
+        if len(file.read()) == len(content):
+            file.truncate(end)
+
+
+class SweepState:
+    """A sweep's cells in a storage. `fingerprint` says which sweep: processes must agree on it."""
+
+    def __init__(self, storage: str | None, fingerprint: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._name = storage
+        self._choices: dict[str, list[str]] = {}
+        self._worker = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex[:8]}"
+        try:
+            self._study = optuna.create_study(
+                study_name=STUDY_NAME,
+                storage=open_storage(storage),
+                # Never samples: every trial is enqueued with its parameters.
+                sampler=optuna.samplers.RandomSampler(seed=0),
+                directions=["minimize", "minimize"],
+                load_if_exists=True,
+            )
+            self._study.set_metric_names(["refusals", "KL divergence"])
+            stored = self._study.user_attrs.get("fingerprint")
+            if stored is None:
+                self._study.set_user_attr("fingerprint", fingerprint)
+        except ContrastError:
+            raise
+        except Exception as error:
+            # Database drivers and the journal raise errors of their own.
+            raise ContrastError(
+                f"The storage {storage} cannot be read ({' '.join(str(error).split())[:200]}): "
+                "move a damaged file away to start anew."
+            ) from error
+        if stored not in (None, fingerprint):
+            raise ContrastError(
+                f"The storage {storage} holds another sweep (other model, prompts, directions or options): "
+                "give another output or storage, or remove that one."
+            )
+
+    def run(
+        self, keys: Sequence[CellKey], evaluate: Evaluate, progress: Progress | None = None
+    ) -> list[Cell]:
+        """Returns the cells of all keys, computing those that no process has computed."""
+
+        keys = list(dict.fromkeys(keys))
+        if not keys:
+            return []
+        self._choices = {
+            "configuration": sorted({key.configuration for key in keys}),
+            "strength": sorted({key.strength for key in keys}),
+        }
+        self._enqueue(keys)
+        while True:
+            done = self._done()
+            missing = [key for key in keys if key not in done]
+            if progress is not None:
+                progress(len(keys) - len(missing), len(keys))
+            if not missing:
+                return [done[key] for key in keys]
+            trials = self._claim(set(missing))
+            if not trials:
+                self._take_over(set(missing))
+                time.sleep(0.5)
+                continue
+            with self._leased(trials):
+                cells = evaluate([_key(trial) for trial in trials])
+            for trial, cell in zip(trials, cells, strict=True):
+                self._store(trial, cell)
+
+    def _store(self, trial: FrozenTrial, cell: Cell) -> None:
+        storage = self._study._storage
+        storage.set_trial_user_attr(trial._trial_id, "cell", cell.to_dict())
+        self._study.tell(
+            trial.number,
+            [float(cell.measurement.refusals), cell.measurement.kl_divergence],
+            skip_if_finished=True,
+        )
+
+    def _enqueue(self, keys: Sequence[CellKey]) -> None:
+        """Enqueues the cells that no trial stands for yet."""
+
+        present = {
+            _key(trial)
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.state is not TrialState.FAIL
+        }
+        for key in keys:
+            if key not in present:
+                self._study.enqueue_trial(
+                    {
+                        "configuration": key.configuration,
+                        "strength": key.strength,
+                        "layers": " ".join(map(str, key.layers)),
+                        "weight": key.weight,
+                    }
+                )
+
+    def _done(self) -> dict[CellKey, Cell]:
+        """Returns the finished cells."""
+
+        return {
+            _key(trial): Cell.from_dict(trial.user_attrs["cell"])
+            for trial in reversed(
+                self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            )
+            if "cell" in trial.user_attrs
+        }
+
+    def _claim(self, missing: set[CellKey]) -> list[FrozenTrial]:
+        """Takes waiting cells of one layer: at most `CELLS_PER_CLAIM`."""
+
+        storage = self._study._storage
+        claimed: list[FrozenTrial] = []
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            key = _key(trial)
+            if claimed and key.layers[0] != _key(claimed[0]).layers[0]:
+                break
+            # Exactly one process turns a waiting trial into a running one.
+            if not storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                continue
+            if key not in missing:
+                # A double: another trial of this cell is finished or in work.
+                storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                continue
+            self._show_parameters(trial)
+            claimed.append(trial)
+            if len(claimed) == CELLS_PER_CLAIM:
+                break
+        return claimed
+
+    def _show_parameters(self, trial: FrozenTrial) -> None:
+        """Writes the cell's parameters where optuna-dashboard shows them."""
+
+        distributions: dict[str, BaseDistribution] = {
+            "configuration": CategoricalDistribution(self._choices["configuration"]),
+            "strength": CategoricalDistribution(self._choices["strength"]),
+            "first_layer": IntDistribution(0, 1_000),
+            "weight": FloatDistribution(0.0, 1_000.0),
+        }
+        key = _key(trial)
+        values: dict[str, Any] = {
+            "configuration": key.configuration,
+            "strength": key.strength,
+            "first_layer": key.layers[0],
+            "weight": key.weight,
+        }
+        for name, distribution in distributions.items():
+            self._study._storage.set_trial_param(
+                trial._trial_id, name, distribution.to_internal_repr(values[name]), distribution
+            )
+
+    @contextmanager
+    def _leased(self, trials: Sequence[FrozenTrial]) -> Iterator[None]:
+        """Renews the lease of trials in the background, for as long as the context lasts."""
+
+        stop = threading.Event()
+
+        def renew() -> None:
+            storage = self._study._storage
+            for trial in trials:
+                storage.set_trial_user_attr(
+                    trial._trial_id,
+                    "lease",
+                    {"worker": self._worker, "until": time.time() + LEASE_SECONDS},
+                )
+
+        def keep() -> None:
+            while not stop.wait(LEASE_SECONDS / 4):
+                renew()
+
+        renew()
+        thread = threading.Thread(target=keep, daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            # Give the cells back at once, so that nobody waits for the lease to end.
+            stop.set()
+            thread.join()
+            self._give_back(trials)
+            raise
+        stop.set()
+        thread.join()
+
+    def _give_back(self, trials: Sequence[FrozenTrial]) -> None:
+        """Marks running trials as failed, and enqueues their cells again."""
+
+        for trial in trials:
+            self._study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        self._enqueue([_key(trial) for trial in trials])
+
+    def _take_over(self, missing: set[CellKey]) -> None:
+        """Gives back the cells of processes that died."""
+
+        abandoned = [
+            trial
+            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if _key(trial) in missing and self._is_abandoned(trial)
+        ]
+        self._give_back(abandoned)
+
+    def _is_abandoned(self, trial: FrozenTrial) -> bool:
+        lease: dict[str, Any] | None = trial.user_attrs.get("lease")
+        if lease is None:
+            # Killed between claiming and leasing.
+            started = trial.datetime_start
+            return started is None or time.time() - started.timestamp() > LEASE_SECONDS
+        host, pid, _ = lease["worker"].split(" ")
+        if host == socket.gethostname() and not _is_alive(int(pid)):
+            return True
+        return bool(time.time() > lease["until"])
+
+
+def _is_alive(pid: int) -> bool:
+    """Returns whether a process of this machine is running."""
+
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OSError):
+        return True
+    return True
+
+
+def _key(trial: FrozenTrial) -> CellKey:
+    """Returns the cell that a trial stands for."""
+
+    parameters = trial.system_attrs["fixed_params"]
+    return CellKey(
+        configuration=parameters["configuration"],
+        strength=parameters["strength"],
+        layers=tuple(int(layer) for layer in parameters["layers"].split()),
+        weight=float(parameters["weight"]),
+    )
