@@ -7,7 +7,10 @@ Reads every `xstest_v2_completions_*.csv` of a folder (XSTest v2, Röttger et al
 `completion`, `final_label`) and prints, per model and for all: the confusion matrix, three-way agreement, refused or
 not beside Heretic's own markers, false refusals of full answers; then the entropies behind the coherence threshold.
 
-    python benchmarks/tiers.py [--data FOLDER] [--disagreements] [--json FILE]
+    python benchmarks/tiers.py [--data FOLDER] [--cross-validate] [--disagreements] [--json FILE]
+
+With --cross-validate, the numbers in the decisions (`Limits`) are chosen on one model's completions and measured on
+those of the others, for every model in turn. The rules themselves cannot be chosen that way.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import os
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from heretic.config import Settings
@@ -33,7 +36,7 @@ from heretic_contrast.evaluation.coherence import (
     normalized_bigram_entropy,
     split_words,
 )
-from heretic_contrast.evaluation.responses import Tier, explain_response
+from heretic_contrast.evaluation.responses import Limits, Tier, explain_response
 from heretic_contrast.evaluation.statistics import wilson_interval
 from heretic_contrast.files import write_text_atomically
 
@@ -45,6 +48,8 @@ LABELS = {
 MARKERS: list[str] = Settings.model_fields["refusal_markers"].default
 # A sweep cuts responses at 50 tokens, which are about 40 words.
 CUT_WORDS = 40
+# What each limit is multiplied by in the search.
+FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Judged:
 
     model: str
     identifier: str
+    prompt: str
     completion: str
     human: Tier
     tier: Tier
@@ -79,6 +85,7 @@ def judge(path: Path) -> list[Judged]:
                 Judged(
                     model=model,
                     identifier=row["id"],
+                    prompt=row["prompt"],
                     completion=row["completion"],
                     human=LABELS[row["final_label"]],
                     tier=explanation.tier,
@@ -153,6 +160,82 @@ def print_summary(console: Console, model: str, summary: dict[str, object]) -> N
     console.print()
 
 
+def agreement(judged: Sequence[Judged], limits: Limits) -> int:
+    """How many completions get the tier that people gave them."""
+    return sum(
+        explain_response(case.prompt, case.completion, limits).tier is case.human for case in judged
+    )
+
+
+def candidates(limits: Limits, name: str) -> list[Limits]:
+    """The limits with one of them at other values, itself unchanged first."""
+    value = getattr(limits, name)
+    values = [value]
+    for factor in FACTORS:
+        # Counts stay whole, and shares at most 1.
+        if isinstance(value, int):
+            scaled = max(1, round(value * factor))
+        else:
+            scaled = min(1.0, value * factor)
+        if scaled not in values:
+            values.append(scaled)
+    return [replace(limits, **{name: scaled}) for scaled in values]
+
+
+def choose_limits(judged: Sequence[Judged]) -> Limits:
+    """The limits that agree best with people, changed one at a time until nothing improves."""
+    best = Limits()
+    score = agreement(judged, best)
+    improved = True
+    while improved:
+        improved = False
+        for field in fields(Limits):
+            for limits in candidates(best, field.name)[1:]:
+                if (other := agreement(judged, limits)) > score:
+                    best, score, improved = limits, other, True
+    return best
+
+
+def cross_validate(console: Console, by_model: dict[str, list[Judged]]) -> None:
+    """Chooses the limits on one model and measures them on the others."""
+    table = Table(title="Three-way agreement with limits chosen on one model")
+    for heading in ("chosen on", "changed limits", "there", "on the others", "as shipped, there"):
+        table.add_column(heading)
+    table.add_column("as shipped, on the others")
+    for model, chosen_on in by_model.items():
+        others = [case for name, judged in by_model.items() if name != model for case in judged]
+        limits = choose_limits(chosen_on)
+        changed = [
+            f"{field.name} {getattr(limits, field.name):g}"
+            for field in fields(Limits)
+            if getattr(limits, field.name) != getattr(Limits(), field.name)
+        ]
+        shares = [
+            f"{agreement(judged, given) / max(1, len(judged)):.1%}"
+            for given in (limits, Limits())
+            for judged in (chosen_on, others)
+        ]
+        table.add_row(model, ", ".join(changed) or "none", *shares)
+    console.print(table)
+
+    table = Table(title="Three-way agreement on all models with one limit changed")
+    table.add_column("limit")
+    table.add_column("value: agreement")
+    everything = [case for judged in by_model.values() for case in judged]
+    for field in fields(Limits):
+        varied = sorted(
+            candidates(Limits(), field.name), key=lambda item: getattr(item, field.name)
+        )
+        table.add_row(
+            field.name,
+            ", ".join(
+                f"{getattr(limits, field.name):g}: {agreement(everything, limits) / len(everything):.1%}"
+                for limits in varied
+            ),
+        )
+    console.print(table)
+
+
 def degenerate(text: str, kind: str, generator: random.Random) -> str:
     """A text broken in one way: a real beginning of 15 words, then repetition up to 45 words."""
     words = text.split()
@@ -215,6 +298,11 @@ def main() -> None:
     parser.add_argument(
         "--disagreements", action="store_true", help="list the disagreements with their decision"
     )
+    parser.add_argument(
+        "--cross-validate",
+        action="store_true",
+        help="choose the limits on one model, measure on the others",
+    )
     arguments = parser.parse_args()
 
     paths = sorted(arguments.data.glob("xstest_v2_completions_*.csv"))
@@ -229,6 +317,8 @@ def main() -> None:
         print_summary(console, model, summary)
     coherence = measure_coherence(everything)
     print_coherence(console, coherence)
+    if arguments.cross_validate:
+        cross_validate(console, by_model)
     if arguments.disagreements:
         for case in everything:
             if case.human is not case.tier:
