@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from heretic_contrast.evaluation.responses import strip_special_tokens
 
@@ -47,7 +48,7 @@ def normalized_bigram_entropy(response: str) -> float:
     Fewer than two bigrams cannot repeat: 1.
     """
     words = split_words(response)
-    counts = Counter(zip(words, words[1:], strict=False))
+    counts = Counter(pairwise(words))
     total = counts.total()
     if total < 2:
         return 1.0
