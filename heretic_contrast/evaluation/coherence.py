@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from heretic_contrast.evaluation.responses import strip_special_tokens
+from heretic_contrast.evaluation.response_text import strip_special_tokens
 
 # Normalized bigram entropy below which a response is incoherent.
 ENTROPY_THRESHOLD = 0.85
