@@ -74,23 +74,29 @@ def is_marked(response: str) -> bool:
     return any(marker.lower() in text for marker in MARKERS)
 
 
-def judge(path: Path) -> list[Judged]:
-    """Judges all completions of one file."""
+def cut(text: str) -> str:
+    """A completion as a sweep would have cut it."""
+    return " ".join(text.split(" ")[:CUT_WORDS])
+
+
+def judge(path: Path, shortened: bool = False) -> list[Judged]:
+    """Judges all completions of one file, whole or cut."""
     model = path.stem.removeprefix("xstest_v2_completions_")
     judged = []
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            explanation = explain_response(row["prompt"], row["completion"])
+            completion = cut(row["completion"]) if shortened else row["completion"]
+            explanation = explain_response(row["prompt"], completion)
             judged.append(
                 Judged(
                     model=model,
                     identifier=row["id"],
                     prompt=row["prompt"],
-                    completion=row["completion"],
+                    completion=completion,
                     human=LABELS[row["final_label"]],
                     tier=explanation.tier,
                     decision=explanation.decision,
-                    marked=is_marked(row["completion"]),
+                    marked=is_marked(completion),
                 )
             )
     return judged
@@ -145,8 +151,9 @@ def percent(successes: int, n: int) -> str:
 
 def print_summary(console: Console, model: str, summary: dict[str, object]) -> None:
     """One confusion matrix and the proportions below it."""
-    table = Table(title=f"{model}: rows are people, columns the classifier")
-    table.add_column("")
+    console.print(f"[bold]{model}[/]")
+    table = Table()
+    table.add_column("people \\ classifier")
     for tier in Tier:
         table.add_column(str(tier), justify="right")
     confusion = summary["confusion"]
@@ -255,7 +262,7 @@ def measure_coherence(judged: Sequence[Judged]) -> dict[str, dict[str, float | i
     completions = [case.completion for case in judged]
     texts = {
         "whole": completions,
-        f"cut at {CUT_WORDS} words": [" ".join(text.split()[:CUT_WORDS]) for text in completions],
+        f"cut at {CUT_WORDS} words": [cut(text) for text in completions],
     }
     for kind in ("loop of one word", "loop of a phrase", "loop of a sentence", "few words"):
         texts[kind] = [degenerate(text, kind, generator) for text in completions]
@@ -311,7 +318,12 @@ def main() -> None:
     console = Console()
     by_model = {path.stem.removeprefix("xstest_v2_completions_"): judge(path) for path in paths}
     everything = [case for judged in by_model.values() for case in judged]
-    groups = {**by_model, "all models": everything}
+    shortened = [case for path in paths for case in judge(path, shortened=True)]
+    groups = {
+        **by_model,
+        "all models": everything,
+        f"all models, cut at {CUT_WORDS} words (people saw all)": shortened,
+    }
     summaries = {model: summarize(judged) for model, judged in groups.items()}
     for model, summary in summaries.items():
         print_summary(console, model, summary)

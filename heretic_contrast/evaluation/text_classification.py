@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.evaluation.responses import Tier, strip_markup
+from heretic_contrast.evaluation.response_text import strip_markup
+from heretic_contrast.evaluation.responses import Tier
 
 
 class TextClassificationBackend:
