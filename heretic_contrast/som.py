@@ -58,7 +58,8 @@ class SomSettings:
     - `iterations`: visits of one sample each, in an order drawn at random.
     - `sigma`: initial width of the neighborhood in grid steps, at most the diagonal √(rows² + columns²).
     - `learning_rate`: initial share of its way to the sample that the winner moves.
-    - `neighborhood`: how the movement falls with the distance from the winner.
+    - `neighborhood`: how the movement falls with the distance from the winner. "mexican_hat" pushes neurons away from samples, and
+      "triangle" moves them beyond samples where sigma² · learning_rate exceeds 1: with many iterations they may diverge.
     - `decay`: how the learning rate falls over the iterations. `sigma_decay`: the same for `sigma`.
     - `topology`: arrangement of the neurons.
     - `seed`: of the generator, for every map alike.
@@ -236,8 +237,8 @@ def _checked(index: int, array: NDArray[Any]) -> NDArray[Any]:
 
 def _diverged(index: int, settings: SomSettings) -> ContrastError:
     return ContrastError(
-        f"Map {index} diverged: with the {settings.neighborhood} neighborhood use a lower sigma or learning rate than "
-        f"{settings.sigma} and {settings.learning_rate}."
+        f"Map {index} diverged: with the {settings.neighborhood} neighborhood use fewer iterations than {settings.iterations}, or "
+        f"a lower learning rate or sigma than {settings.learning_rate} and {settings.sigma}."
     )
 
 
