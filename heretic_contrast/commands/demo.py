@@ -45,7 +45,10 @@ def main(arguments: Sequence[str]) -> None:
     """
 
     started = time.perf_counter()
-    settings = load_settings(DemoSettings, f"{PROGRAM} demo", list(arguments))
+    # The model comes first, so that no argument is taken for it.
+    settings = load_settings(
+        DemoSettings, f"{PROGRAM} demo", ["--model", REFUSER, *arguments]
+    )
     if settings.output is None:
         raise ContrastError("The demo needs a place for its results: give --output DIR.")
     output = Path(settings.output)

@@ -11,13 +11,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from heretic.config import Settings
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
+    SettingsConfigDict,
     SettingsError,
     TomlConfigSettingsSource,
 )
@@ -26,6 +27,7 @@ from ..builtin import DATA, is_builtin, refuser_pool, resolve_model
 from ..errors import ContrastError
 from ..settings import ContrastSettings, PromptSource
 
+PROGRAM = "heretic-contrast"
 PLUGIN = "heretic_contrast.ContrastAbliteration"
 TABLE = "ContrastAbliteration"
 
@@ -76,6 +78,9 @@ class ContrastTomlSource(TomlConfigSettingsSource):
 
 class HostSettings(Settings):
     """Settings of Heretic 1.4, of the plugin, and of Heretic 2.0's headless mode."""
+
+    # Errors of the command line become one sentence instead of pages of usage.
+    model_config = SettingsConfigDict(cli_exit_on_error=False)
 
     contrast: ContrastSettings = Field(
         default_factory=ContrastSettings,
@@ -217,9 +222,17 @@ class HostSettings(Settings):
 
 
 def normalize_arguments(arguments: list[str]) -> list[str]:
-    """Returns the arguments with the model, if it stands last without a flag, behind `--model`, as Heretic does."""
+    """
+    Returns the arguments with the model behind `--model`, if it stands first or last without a flag.
 
-    if arguments and "--model" not in arguments and not arguments[-1].startswith("-"):
+    Last is Heretic's convention; first is what commands with more flags are written with.
+    """
+
+    if not arguments or "--model" in arguments:
+        return arguments
+    if not arguments[0].startswith("-"):
+        return ["--model", *arguments]
+    if not arguments[-1].startswith("-"):
         return [*arguments[:-1], "--model", arguments[-1]]
     return arguments
 
@@ -239,9 +252,12 @@ def validation_sentence(error: ValidationError) -> str:
     return f"The setting --{where} does not work ({message}): correct it, or see heretic-contrast --help."
 
 
+SettingsType = TypeVar("SettingsType", bound=BaseSettings)
+
+
 def load_settings(
-    settings_class: type[HostSettings], program: str, arguments: list[str]
-) -> HostSettings:
+    settings_class: type[SettingsType], program: str, arguments: list[str]
+) -> SettingsType:
     """
     Parses command line, environment and `config.toml`.
 
@@ -256,4 +272,6 @@ def load_settings(
     except SettingsError as error:
         cause = error.__cause__
         reason = " ".join(str(cause or error).split())
-        raise ContrastError(f"The settings cannot be read ({reason}): correct them.") from error
+        raise ContrastError(
+            f"The settings cannot be read ({reason}): correct them, or see {PROGRAM} --help."
+        ) from error
