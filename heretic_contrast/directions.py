@@ -115,7 +115,8 @@ class Directions:
         The same directions give the same bytes. Raises `ContrastError` when the file cannot be written.
         """
 
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        # Tensors that share memory, as unit directions and class directions may, cannot be stored as they are.
+        tensors = {name: getattr(self, name).contiguous().clone() for name in _TENSORS}
         metadata = {
             "format": FORMAT,
             "names": json.dumps(self.names),

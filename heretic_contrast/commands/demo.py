@@ -17,8 +17,8 @@ from ..errors import ContrastError
 from ..files import require_writable_directory, write_text_atomically
 from ..hosts.settings import HostSettings, load_settings
 
-MAX_RESPONSE_LENGTH = 40
-"""The built-in model's longest response, in tokens, with room to spare."""
+MAX_RESPONSE_LENGTH = 24
+"""Tokens that show whether a response of the built-in model refuses."""
 
 
 class DemoSettings(HostSettings):
@@ -32,7 +32,7 @@ class DemoSettings(HostSettings):
         exclude=True,
     )
 
-    n_trials: int = Field(default=60, description="Number of trials.")
+    n_trials: int = Field(default=40, description="Number of trials.")
 
     n_startup_trials: int = Field(default=20, description="Number of trials that sample randomly.")
 
@@ -46,9 +46,7 @@ def main(arguments: Sequence[str]) -> None:
 
     started = time.perf_counter()
     # The model comes first, so that no argument is taken for it.
-    settings = load_settings(
-        DemoSettings, f"{PROGRAM} demo", ["--model", REFUSER, *arguments]
-    )
+    settings = load_settings(DemoSettings, f"{PROGRAM} demo", ["--model", REFUSER, *arguments])
     if settings.output is None:
         raise ContrastError("The demo needs a place for its results: give --output DIR.")
     output = Path(settings.output)

@@ -120,11 +120,13 @@ class HostSettings(Settings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # Made first, because it names what is wrong with a file that cannot be read.
+        toml_source = ContrastTomlSource(settings_cls)
         # Heretic reads config.toml last; the replacement knows the plugin's table.
         sources = super().settings_customise_sources(
             settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings
         )
-        return (*sources[:-1], ContrastTomlSource(settings_cls))
+        return (*sources[:-1], toml_source)
 
     @model_validator(mode="after")
     def complete(self) -> "HostSettings":

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The plugin inside the real Heretic 1.4, from the command line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pexpect
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from tests.conftest import DATA
+
+pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+
+pytestmark = pytest.mark.slow
+
+POOLS = DATA / "refuser_prompts"
+
+
+def small_pool(directory: Path, pool: str, split: str, per_category: int) -> str:
+    """Writes a plain text file with a few prompts of each category."""
+
+    seen: dict[str, int] = {}
+    lines = []
+    for line in (POOLS / pool / f"{split}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        category = row.get("category") or ""
+        seen[category] = seen.get(category, 0) + 1
+        if seen[category] <= per_category:
+            lines.append(row["text"])
+    path = directory / f"{pool}-{split}.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def arguments(directory: Path, n_trials: int) -> list[str]:
+    """A headless run that is as small as it can be."""
+
+    return [
+        "--seed=3",
+        f"--n-trials={n_trials}",
+        "--n-startup-trials=2",
+        "--batch-size=32",
+        "--max-response-length=8",
+        "--response-prefix=",
+        f"--bad-evaluation-prompts.dataset={small_pool(directory, 'harmful', 'test', 2)}",
+        f"--good-evaluation-prompts.dataset={small_pool(directory, 'harmless', 'test', 12)}",
+        "--contrast.baseline=unmatched",
+        "--contrast.som-iterations=200",
+        f"--study-checkpoint-dir={directory / 'checkpoints'}",
+    ]
+
+
+def environment(directory: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(directory),
+        "COLUMNS": "200",
+    }
+
+
+def command(*extra: str) -> list[str]:
+    return [sys.executable, "-c", "from heretic_contrast.cli import main; main()", *extra]
+
+
+def finished_trials(directory: Path) -> list[dict[str, Any]]:
+    """The parameters and values of all trials, without times."""
+
+    (path,) = directory.glob("checkpoints/contrast-*/*.jsonl")
+    study = optuna.load_study(
+        study_name="heretic", storage=JournalStorage(JournalFileBackend(str(path)))
+    )
+    return [
+        {
+            "number": trial.number,
+            "state": trial.state.name,
+            "params": trial.params,
+            "values": trial.values,
+            "contrast": trial.user_attrs.get("contrast"),
+        }
+        for trial in study.trials
+    ]
+
+
+def test_killed_run_resumes_to_the_same_study(tmp_path: Path) -> None:
+    studies = []
+    headless = ["--trial-index=0", "--model-action=save", "--export-strategy=merge"]
+    for name in ("whole", "killed"):
+        directory = tmp_path / name
+        directory.mkdir()
+        options = [
+            *arguments(directory, 4),
+            *headless,
+            f"--save-directory={directory / 'saved'}",
+            "--model=builtin:refuser",
+        ]
+        log = (directory / "log.txt").open("w")
+        if name == "killed":
+            process = subprocess.Popen(
+                command(*options), cwd=directory, env=environment(directory), stdout=log, stderr=log
+            )
+            deadline = time.monotonic() + 240
+            while "Running trial 3" not in (directory / "log.txt").read_text():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            states = [trial["state"] for trial in finished_trials(directory)]
+            assert states.count("COMPLETE") == 2
+            options.insert(0, "--checkpoint-action=continue")
+        completed = subprocess.run(
+            command(*options),
+            cwd=directory,
+            env=environment(directory),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=400,
+        )
+        assert completed.returncode == 0, (directory / "log.txt").read_text()[-3000:]
+        studies.append(finished_trials(directory))
+        assert (directory / "saved" / "config.json").exists()
+    assert studies[0] == studies[1]
+    assert [trial["state"] for trial in studies[0]] == ["COMPLETE"] * 4
+    # Restoring a trial is exact: the saved weights are the same.
+    whole, killed = (
+        (tmp_path / name / "saved" / "model.safetensors").read_bytes()
+        for name in ("whole", "killed")
+    )
+    assert whole == killed
+
+
+def test_interactive_session(tmp_path: Path) -> None:
+    options = [item for item in arguments(tmp_path, 2) if "baseline" not in item]
+    child = pexpect.spawn(
+        sys.executable,
+        command(*options, "--model=builtin:refuser")[1:],
+        cwd=str(tmp_path),
+        env=environment(tmp_path),
+        dimensions=(50, 200),
+        timeout=300,
+        encoding="utf-8",
+    )
+    child.expect("Which contrast baseline")
+    child.send("\x1b[B\r")
+    child.expect("matched prompts")
+    child.expect("Which trial do you want to use")
+    child.send("\r")
+    child.expect("What do you want to do with the decensored model")
+    child.send("\x1b[B\x1b[B\r")
+    child.expect("User:")
+    child.send("Check a bank statement\r")
+    child.expect(r"Assistant:")
+    child.expect("User:")
+    child.send("\r")
+    child.expect("What do you want to do with the decensored model")
+    child.send("\r")
+    child.expect("Path to the folder")
+    child.send(f"{tmp_path / 'saved'}\r")
+    child.expect("How do you want to export the model")
+    child.send("\r")
+    child.expect("Model saved to")
+    child.expect("What do you want to do with the decensored model")
+    child.send("\x1b[A\r")
+    child.expect("Which trial do you want to use")
+    child.send("\x1b[A\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+    (path,) = tmp_path.glob("checkpoints/contrast-*/*.jsonl")
+    assert re.search(r'\\"baseline\\": ?\\"matched\\"', path.read_text())
