@@ -116,12 +116,25 @@ def subtract_multiple(target: Any, source: Any, factor: Any) -> None:
 
 
 @compiled()
-def span_coordinates(samples: Any) -> Any:
+def first_equals(samples: Any) -> Any:
+    """Returns for each sample the index of the first one that is equal to it. Array of shape (n_samples,), int64."""
+
+    firsts = np.arange(samples.shape[0])
+    for i in range(samples.shape[0]):
+        for earlier in range(i):
+            if equal(samples[i], samples[earlier]):
+                firsts[i] = earlier
+                break
+    return firsts
+
+
+@compiled()
+def span_coordinates(samples: Any, firsts: Any) -> Any:
     """
     Returns coordinates of the samples in their affine span, with the first sample as the origin.
 
-    Modified Gram-Schmidt: its triangular factor, which is all that is wanted, is as accurate as Householder's. Samples that
-    are equal in every bit get coordinates that are, so that they win and lose together.
+    Modified Gram-Schmidt: its triangular factor, which is all that is wanted, is as accurate as Householder's. Equal samples
+    (`firsts`, see `first_equals`) get equal coordinates, so that they win and lose together.
 
     Array of shape (n_samples, rank), float64.
     """
@@ -134,14 +147,9 @@ def span_coordinates(samples: Any) -> Any:
             rest[i, k] = samples[i, k] - origin[k]
 
     coordinates = np.zeros((n_samples, n_samples))
-    twins = np.full(n_samples, -1)
     rank = 0
     for i in range(1, n_samples):
-        for earlier in range(i):
-            if equal(samples[i], samples[earlier]):
-                twins[i] = earlier
-                break
-        if twins[i] >= 0:
+        if firsts[i] != i:
             continue
         length = np.sqrt(dot_product(rest[i], rest[i]))
         if length == 0.0:
@@ -154,9 +162,8 @@ def span_coordinates(samples: Any) -> Any:
         rank += 1
 
     for i in range(1, n_samples):
-        if twins[i] >= 0:
-            for k in range(rank):
-                coordinates[i, k] = coordinates[twins[i], k]
+        for k in range(rank):
+            coordinates[i, k] = coordinates[firsts[i], k]
     return coordinates[:, :rank].copy()
 
 
@@ -382,22 +389,39 @@ def train_map(
 
 @compiled()
 def mix(
-    winners: Any, order: Any, initial: Any, rates: Any, rate_columns: Any, mixture: Any
+    winners: Any,
+    firsts: Any,
+    order: Any,
+    initial: Any,
+    rates: Any,
+    rate_columns: Any,
+    mixture: Any,
 ) -> None:
     """
     Fills `mixture` with the matrix A (n_neurons × n_samples) of weights = A samples.
 
-    Walks back from the last iteration: what iteration t adds is multiplied by 1 − rate of all that came after it.
+    Walks back from the last iteration: what iteration t adds is multiplied by 1 − rate of all that came after it. For each
+    neuron the walk ends where it first left its initial sample. What came before would cancel but for rounding, which rates
+    below 0 or above 2 magnify without bound.
     """
 
     n_neurons = mixture.shape[0]
+    departures = np.zeros(n_neurons, dtype=np.int64)
+    for j in range(n_neurons):
+        while departures[j] < order.shape[0] and (
+            firsts[order[departures[j]]] == firsts[initial[j]]
+            or rates[departures[j], rate_columns[winners[departures[j]], j]] == 0.0
+        ):
+            departures[j] += 1
+
     mixture[:] = 0.0
     remaining = np.ones(n_neurons)
     for t in range(order.shape[0] - 1, -1, -1):
         for j in range(n_neurons):
-            rate = rates[t, rate_columns[winners[t], j]]
-            mixture[j, order[t]] += rate * remaining[j]
-            remaining[j] *= 1.0 - rate
+            if t >= departures[j]:
+                rate = rates[t, rate_columns[winners[t], j]]
+                mixture[j, order[t]] += rate * remaining[j]
+                remaining[j] *= 1.0 - rate
     for j in range(n_neurons):
         mixture[j, initial[j]] += remaining[j]
 
@@ -442,10 +466,11 @@ def train_one(
         (n_neurons, n_samples)
     )
 
+    firsts = first_equals(samples)
     winners = np.empty(len(order), dtype=np.int32)
     in_span = cheaper_in_span(n_samples, hidden_size, len(order), n_neurons)
     while True:
-        points = span_coordinates(samples) if in_span else samples
+        points = span_coordinates(samples, firsts) if in_span else samples
         weights = np.empty((n_neurons, points.shape[1]))
         if train_map(
             in_span,
@@ -462,7 +487,7 @@ def train_one(
         ):
             break
         in_span = False
-    mix(winners, order, initial, rates, rate_columns, mixture)
+    mix(winners, firsts, order, initial, rates, rate_columns, mixture)
     outcomes[i] = TRAINED if np.isfinite(weights).all() and np.isfinite(mixture).all() else DIVERGED
 
 

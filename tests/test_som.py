@@ -180,6 +180,40 @@ def test_degenerate_samples(samples: NDArray[Any]) -> None:
         assert_same_map(trained, samples, options)
 
 
+@pytest.mark.parametrize("neighborhood", ["mexican_hat", "triangle"])
+@pytest.mark.parametrize(
+    "samples",
+    [
+        pytest.param(noise(1, 40), id="one sample"),
+        pytest.param(np.repeat(noise(1, 40), 12, axis=0), id="equal samples"),
+        pytest.param(np.repeat(noise(1, 3), 12, axis=0), id="more equal samples than dimensions"),
+    ],
+)
+def test_neurons_that_never_move(neighborhood: Neighborhood, samples: NDArray[Any]) -> None:
+    # Rates below 0 or above 2 magnify every difference from the sample, but there is none. Embeddings of a last token are such samples.
+    options = SomSettings(neighborhood=neighborhood, sigma=3.0, iterations=3000)
+    (trained,) = train_maps([samples], options)
+    assert_same_map(trained, samples, options)
+    np.testing.assert_array_equal(trained.vectors([8])[0], samples[0])
+
+
+def test_neurons_that_stay_at_one_of_two_samples() -> None:
+    # The rate of a neuron next to the winner is exactly 0 here, and that of the neuron across is negative.
+    for seed in range(40):
+        options = SomSettings(
+            rows=2,
+            columns=2,
+            iterations=1000,
+            neighborhood="mexican_hat",
+            sigma_decay="inverse_decay_to_one",
+            topology="rectangular",
+            seed=seed,
+        )
+        samples = noise(2, 8, seed=seed)
+        (trained,) = train_maps([samples], options)
+        assert_same_map(trained, samples, options)
+
+
 def test_maps_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = [noise(5 + 3 * i, 64 if i % 2 else 20, seed=i) for i in range(8)]
     together = train_maps(samples, QUICK)
