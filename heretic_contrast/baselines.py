@@ -144,7 +144,7 @@ def residualized(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
     d = unmatched difference without its part in span{mean(G_c) − mean(G) : all classes c}.
 
     The spanned subspace is what the subjects alone add to general prompts. Directions of it below 1e-6 of
-    the largest singular value are rounding, and are kept in d.
+    the largest singular value, or of the residuals' length, are rounding, and are kept in d.
 
     Raises `ContrastError` when nothing would be left, because the subjects span the whole space.
     """
@@ -154,7 +154,7 @@ def residualized(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
     topics = torch.stack([topic - bulk for topic in class_means(layer).values()])
     _, singular_values, basis = torch.linalg.svd(topics, full_matrices=False)
     # What is small against the residuals themselves is rounding, too.
-    scale = max(float(singular_values[0]), 1e-6 * float(layer.bulk.abs().max()))
+    scale = max(float(singular_values[0]), float(layer.bulk.norm(dim=1).max()))
     basis = basis[singular_values > 1e-6 * scale]
     if len(basis) >= differences.shape[1]:
         raise ContrastError(

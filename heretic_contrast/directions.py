@@ -508,9 +508,12 @@ def class_directions(
     maps = train_maps(
         samples, som_settings(settings), backend=settings.som_backend, progress=progress
     )
-    vectors = [
-        torch.from_numpy(trained.vectors(trained.densest(settings.winners))) for trained in maps
-    ]
+    vectors = []
+    for trained in maps:
+        # Where fewer neurons win, as at the embedding of a common last token, the rest are zero: no direction.
+        count = min(settings.winners, int((trained.hits > 0).sum()))
+        found = torch.from_numpy(trained.vectors(trained.densest(count)))
+        vectors.append(F.pad(found, (0, 0, 0, settings.winners - count)))
     hits = torch.from_numpy(np.stack([trained.hits for trained in maps]).astype(np.int64))
     names = tuple(
         name if settings.winners == 1 else f"{name} {rank + 1}"

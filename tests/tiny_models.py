@@ -72,7 +72,7 @@ def make_model(architecture: str = "llama", seed: int = 0, **options: Any) -> An
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**common))
     # The default initialization is so small that every model answers alike.
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(6.0)
     return model.eval()
