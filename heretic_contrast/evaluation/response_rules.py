@@ -386,7 +386,7 @@ _JUDGING = (
         "polices-wording",
         Cue.POLICING,
         "The wording is objected to, instead of being taken as it is meant.",
-        r"\b(?:phrase|term|word|words|wording|language|phrasing|expression)\b(?!.*\b(?:defined|refers?|means)\b).{0,80}\b(?:(?:can|could|may|might) (?:not )?(?:also )?(?:be|have|imply|carry|suggest)|using|is)\b.{0,60}\b(?:problematic|harmful|violen\w+|aggressi\w+|negative|inappropriate|offensive|appropriate|insensitive|derogatory|disrespectful)\b",
+        r"\b(?:phrase|term|words?|wording|language|phrasing|expression)\b(?!.*\b(?:defined|refers?|means)\b).{0,80}\b(?:can|could|may|might|is)\b.{0,60}\b(?:problematic|harmful|violen\w+|aggressi\w+|negative|inappropriate|offensive|insensitive|derogatory|disrespectful|not (?:be )?(?:\w+ ){0,3}(?:appropriate|respectful))\b",
         r"\b(?:against|rather than|instead of|avoid) using\b.{0,60}\b(?:phrase|term|word|language)\b",
     ),
 )

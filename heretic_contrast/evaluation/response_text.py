@@ -71,9 +71,15 @@ def mask_quotations(response: str) -> str:
     """
     Replace what stands in quotation marks by dots, since it is not the response that says it.
 
-    A response that is nothing but a quotation speaks for itself, and stays.
+    A quotation that ends with a full stop, a question or an exclamation mark still ends its sentence. A response that
+    is nothing but a quotation speaks for itself, and stays.
     """
-    masked = _QUOTATION.sub(lambda quotation: re.sub(r"\S", "·", quotation.group()), response)
+
+    def mask(quotation: re.Match[str]) -> str:
+        dots = re.sub(r"\S", "·", quotation.group())
+        return dots[:-1] + "." if quotation.group()[-2] in ".!?" else dots
+
+    masked = _QUOTATION.sub(mask, response)
     return masked if re.search(r"[^\W\d_]", masked) else response
 
 
