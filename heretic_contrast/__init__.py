@@ -9,15 +9,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .directions import Directions, extract_directions
+    from .evaluation.sweep import sweep
+    from .hosts.surface import wrap
     from .modifier import ContrastAbliteration
 
-__all__ = ["ContrastAbliteration", "Directions", "extract_directions"]
+__all__ = ["ContrastAbliteration", "Directions", "extract_directions", "sweep", "wrap"]
 
 # Names are imported on first use, since PyTorch and Heretic take seconds and --help needs neither.
 _HOMES = {
     "ContrastAbliteration": ".modifier",
     "Directions": ".directions",
     "extract_directions": ".directions",
+    "sweep": ".evaluation.sweep",
+    "wrap": ".hosts.surface",
 }
 
 

@@ -21,9 +21,14 @@ from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.lora import base_weight
 from heretic_contrast.prompts import Prompt
 
-HARMFUL = [Prompt(f"Break the {name}", category="violence") for name in ("door", "jar", "cup", "vase", "lock")]
+HARMFUL = [
+    Prompt(f"Break the {name}", category="violence")
+    for name in ("door", "jar", "cup", "vase", "lock")
+]
 CANARIES = [Prompt(f"Bake a {name}") for name in ("cake", "loaf")]
-REFERENCES = [Prompt(f"Tell me about {name}") for name in ("tea", "the sea", "trains", "snow in May")]
+REFERENCES = [
+    Prompt(f"Tell me about {name}") for name in ("tea", "the sea", "trains", "snow in May")
+]
 
 
 def random_directions(model: LanguageModel, n_directions: int, seed: int) -> Directions:
@@ -31,7 +36,8 @@ def random_directions(model: LanguageModel, n_directions: int, seed: int) -> Dir
 
     generator = torch.Generator().manual_seed(seed)
     tensor = torch.nn.functional.normalize(
-        torch.randn(model.n_layers + 1, n_directions, model.hidden_size, generator=generator), dim=-1
+        torch.randn(model.n_layers + 1, n_directions, model.hidden_size, generator=generator),
+        dim=-1,
     )
     shape = tensor.shape[:2]
     return Directions(
@@ -101,9 +107,16 @@ def test_cells_equal_changed_weights(
     fixture: str, top_k: int, request: pytest.FixtureRequest
 ) -> None:
     model: LanguageModel = request.getfixturevalue(fixture)
-    configurations = {"one": random_directions(model, 1, 0), "three": random_directions(model, 3, 1)}
+    configurations = {
+        "one": random_directions(model, 1, 0),
+        "three": random_directions(model, 3, 1),
+    }
     options = SweepOptions(
-        weights=(0.5, 1.5), max_new_tokens=12, kl_tokens=12, top_k=top_k, strengths=("weight", "effective")
+        weights=(0.5, 1.5),
+        max_new_tokens=12,
+        kl_tokens=12,
+        top_k=top_k,
+        strengths=("weight", "effective"),
     )
     result = sweep(
         model,
@@ -124,7 +137,9 @@ def test_cells_equal_changed_weights(
         change = cell.weight * (vectors.double().T @ vectors.double())
         if cell.strength == "effective":
             change *= cell.weight / torch.linalg.eigvalsh(change)[-1]
-        assert cell.effective_weight == pytest.approx(float(torch.linalg.eigvalsh(change)[-1]), rel=1e-5)
+        assert cell.effective_weight == pytest.approx(
+            float(torch.linalg.eigvalsh(change)[-1]), rel=1e-5
+        )
         with changed_weights(model, layer, change):
             assert list(cell.responses) == model.generate(HARMFUL, 12)
             assert list(cell.canary_responses) == model.generate(CANARIES, 12)
@@ -179,7 +194,14 @@ def test_result_survives_json(tiny_llama: LanguageModel) -> None:
 
 def test_efficiencies_of_the_paper() -> None:
     # Table 1: minimal weight's KL and efficiency of layers 9, 14, 15, 11, 12 and 13.
-    table = [(0.0048, 2305), (0.0047, 2358), (0.0050, 2193), (0.0456, 222), (0.0398, 254), (0.0191, 536)]
+    table = [
+        (0.0048, 2305),
+        (0.0047, 2358),
+        (0.0050, 2193),
+        (0.0456, 222),
+        (0.0398, 254),
+        (0.0191, 536),
+    ]
     for kl_divergence, printed in table:
         # The divergence is printed to four decimals.
         low = efficiency(10, 0, kl_divergence + 0.00005, 0.00045)
@@ -194,7 +216,9 @@ def test_efficiencies_of_the_paper() -> None:
 
 def test_effective_weight_of_parallel_directions_adds_up() -> None:
     vector = torch.nn.functional.normalize(torch.randn(1, 8), dim=1)
-    assert effective_weight(compose(vector.expand(7, -1), torch.full((7,), 0.5))) == pytest.approx(3.5)
+    assert effective_weight(compose(vector.expand(7, -1), torch.full((7,), 0.5))) == pytest.approx(
+        3.5
+    )
 
 
 def test_classifier_is_the_default() -> None:

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Prints the README's table of the plugin's options: `python examples/options_table.py`."""
+
+import json
+from enum import Enum
+from typing import Any
+
+from heretic_contrast.settings import ContrastSettings, PromptSource
+
+
+def shown(value: Any) -> str:
+    """Returns a default as it is written in TOML; nothing where it is unset."""
+
+    if value is None:
+        return "unset"
+    return f"`{json.dumps(value.value if isinstance(value, Enum) else value)}`"
+
+
+def rows() -> list[str]:
+    """Returns the lines of the table."""
+
+    lines = ["| Option | Default | Meaning |", "| :----- | :------ | :------ |"]
+    for name, field in ContrastSettings.model_fields.items():
+        flag = name.replace("_", "-")
+        lines.append(f"| `--contrast.{flag}` | {shown(field.default)} | {field.description} |")
+    lines.append("")
+    names = ", ".join(f"`{name.replace('_', '-')}`" for name in PromptSource.model_fields)
+    lines.append(
+        f"The three pools have fields of their own, such as `--contrast.bad-prompts.dataset`: {names}."
+    )
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(rows()))
