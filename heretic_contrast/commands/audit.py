@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
 
     sys.argv = [f"{PROGRAM} audit", *arguments]
     try:
-        settings = AuditSettings()  # type: ignore[call-arg]
+        settings = AuditSettings()
     except ValidationError as error:
         raise ContrastError(validation_sentence(error)) from error
     require_writable_directory(Path(settings.output))

@@ -210,14 +210,14 @@ class TeacherForcing:
             template.last_hidden_state = hidden_states[None]
             return template
 
-        decoder.forward = forward  # type: ignore[method-assign]
+        decoder.forward = forward
         try:
             token = torch.full(
                 (1, len(hidden_states)), self.model.pad_token_id(), device=hidden_states.device
             )
             return self.model.model(input_ids=token, use_cache=False).logits[0].float()
         finally:
-            decoder.forward = original  # type: ignore[method-assign]
+            decoder.forward = original
             template.last_hidden_state = None
 
     def _run(self, tokens: TokenBatch) -> Tensor:
@@ -250,11 +250,11 @@ class TeacherForcing:
 
         try:
             for layer in skipped:
-                layer.forward = forward  # type: ignore[method-assign]
+                layer.forward = forward
             yield
         finally:
             for layer, original in zip(skipped, originals, strict=True):
-                layer.forward = original  # type: ignore[method-assign]
+                layer.forward = original
 
     @property
     def _returns_tuple(self) -> bool:

@@ -149,7 +149,8 @@ class References:
 
         batch, start = join(self._prompts[part], self._continuations[part], self._pad)
         device = self._forcing.model.model.device
-        rows, columns = [], []
+        rows: list[int] = []
+        columns: list[int] = []
         for row, continuation in enumerate(self._continuations[part]):
             rows += [row] * len(continuation)
             columns += range(start - 1, start - 1 + len(continuation))

@@ -74,7 +74,7 @@ class HostModel(heretic.main.Model):
         if self.lora_rank is None:
             return
         # Heretic reads the rank from its settings under "full" row normalization, and takes 1 otherwise.
-        settings = self.settings
+        settings = self.settings  # type: ignore[has-type]
         self.settings = settings.model_copy(
             update={
                 "row_normalization": HereticRowNormalization.FULL,

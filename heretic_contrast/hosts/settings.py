@@ -133,8 +133,8 @@ class HostSettings(Settings):
         """Fills in what follows from other settings: pools, Heretic's own options, the checkpoint folder."""
 
         given = set(self.model_fields_set)
-        builtin = is_builtin(self.model)
-        self.model = resolve_model(self.model)
+        builtin = is_builtin(self.model)  # type: ignore[has-type]
+        self.model = resolve_model(self.model)  # type: ignore[has-type]
         if builtin:
             self._use_builtin_pools(given)
         updates: dict[str, Any] = {}
@@ -166,8 +166,9 @@ class HostSettings(Settings):
                     **updates,
                 }
             )
+        directory: str = self.study_checkpoint_dir  # type: ignore[has-type]
         self.study_checkpoint_dir = str(
-            Path(self.study_checkpoint_dir) / f"contrast-{self.configuration_digest()[:16]}"
+            Path(directory) / f"contrast-{self.configuration_digest()[:16]}"
         )
         return self
 
@@ -268,7 +269,7 @@ def load_settings(
 
     sys.argv = [program, *normalize_arguments(arguments)]
     try:
-        return settings_class()  # type: ignore[call-arg]
+        return settings_class()
     except ValidationError as error:
         raise ContrastError(validation_sentence(error)) from error
     except SettingsError as error:
