@@ -120,7 +120,8 @@ class RenormalizedChange:
     def apply_transposed(self, left: Tensor) -> Tensor:
         """Returns the transposed change times a matrix of shape (hidden_size, n)."""
 
-        return self.weight.T @ (self.left * left) + self.factor_a.T @ (self.right.T @ left)
+        # Written with the weight on the right: the transposed order reads it several times slower.
+        return ((self.left * left).T @ self.weight).T + self.factor_a.T @ (self.right.T @ left)
 
     def truncate(self, rank: int, seed: int, n_iterations: int = 6) -> tuple[Tensor, Tensor]:
         """

@@ -151,29 +151,27 @@ def test_interactive_session(tmp_path: Path) -> None:
         timeout=300,
         encoding="utf-8",
     )
-    child.expect("Which contrast baseline")
-    child.send("\x1b[B\r")
+
+    def answer(question: str, keys: str) -> None:
+        child.expect(question)
+        # A menu shows its question before it reads keys.
+        time.sleep(1)
+        child.send(keys)
+
+    down, up, enter = "\x1b[B", "\x1b[A", "\r"
+    answer("Which contrast baseline", down + enter)
     child.expect("matched prompts")
-    child.expect("Which trial do you want to use")
-    child.send("\r")
-    child.expect("What do you want to do with the decensored model")
-    child.send("\x1b[B\x1b[B\r")
-    child.expect("User:")
-    child.send("Check a bank statement\r")
-    child.expect(r"Assistant:")
-    child.expect("User:")
-    child.send("\r")
-    child.expect("What do you want to do with the decensored model")
-    child.send("\r")
-    child.expect("Path to the folder")
-    child.send(f"{tmp_path / 'saved'}\r")
-    child.expect("How do you want to export the model")
-    child.send("\r")
+    answer("Which trial do you want to use", enter)
+    answer("What do you want to do with the decensored model", down + down + enter)
+    answer("User:", "Check a bank statement" + enter)
+    child.expect("Assistant:")
+    answer("User:", enter)
+    answer("What do you want to do with the decensored model", enter)
+    answer("Path to the folder", str(tmp_path / "saved") + enter)
+    answer("How do you want to export the model", enter)
     child.expect("Model saved to")
-    child.expect("What do you want to do with the decensored model")
-    child.send("\x1b[A\r")
-    child.expect("Which trial do you want to use")
-    child.send("\x1b[A\r")
+    answer("What do you want to do with the decensored model", up + enter)
+    answer("Which trial do you want to use", up + enter)
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
