@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Capture: how much of what tells refused from answered prompts lies along the directions (paper, section 4.4).
+
+For a pair of prompts on the same subject, one refused and one answered, δ is the difference of their residuals.
+The paper's wording fits two figures, and both are given: `subspace` is ‖P δ‖ / ‖δ‖ with P the projector on the span
+of the directions, `max_cosine` is max_k |cos(δ, v_k)|.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..builtin import DATA, REFUSER, refuser_pool
+from ..directions import Directions
+from ..errors import ContrastError
+from ..language_model import LanguageModel
+from ..prompts import Prompt, read_json_lines
+from .responses import Tier, classify_response
+
+N_PAIRS_PER_CATEGORY = 2
+"""With nine categories, 18 pairs: as many as in the paper."""
+
+RANK_TOLERANCE = 1e-6
+"""Singular values of unit directions below this share of the first one are rounding."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two prompts on the same subject: one that a model refuses, and one that it answers."""
+
+    refused: str
+    answered: str
+    category: str | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A pair that does not behave as assumed, with the tiers of the responses to its two prompts."""
+
+    pair: Pair
+    refused_tier: str
+    answered_tier: str
+
+
+@dataclass(frozen=True)
+class LayerCapture:
+    """
+    Capture at the output of one decoder layer, averaged over pairs, with standard errors over pairs.
+
+    `rank` is the dimension of the directions' span; `random_subspace` is √(rank / hidden_size), about what as many
+    random directions capture. Averages are None where no pair has a difference; errors where fewer than two have.
+    """
+
+    configuration: str
+    layer: int
+    subspace: float | None
+    subspace_error: float | None
+    max_cosine: float | None
+    max_cosine_error: float | None
+    rank: int
+    random_subspace: float
+
+
+@dataclass(frozen=True)
+class CaptureResult:
+    """Capture of every configuration at every decoder layer, and which pairs were left out."""
+
+    n_pairs: int
+    layers: tuple[LayerCapture, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+    def configurations(self) -> list[str]:
+        """Returns the names of the configurations, in order."""
+
+        return list(dict.fromkeys(layer.configuration for layer in self.layers))
+
+    def of(self, configuration: str) -> list[LayerCapture]:
+        """Returns the layers of one configuration."""
+
+        return [layer for layer in self.layers if layer.configuration == configuration]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values."""
+
+        return asdict(self)
+
+
+def load_pairs(path: Path | None = None, model: str | None = None) -> list[Pair]:
+    """
+    Returns pairs from a JSON Lines file of objects with "refused", "answered", and perhaps "category".
+
+    Without a file: pairs of held-out prompts for the built-in refuser, which knows its own subjects alone, and the
+    shipped pairs for any other model.
+
+    Raises `ContrastError` when the file cannot be read, is empty, or a line is not such an object.
+    """
+
+    if path is None:
+        if model == REFUSER:
+            return _refuser_pairs()
+        path = DATA / "pairs.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ContrastError(
+            f"The prompt pairs could not be read from {path}: give a JSON Lines file."
+        ) from error
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            pair = Pair(row["refused"], row["answered"], row.get("category"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ContrastError(
+                f'Line {number} of {path} is not a JSON object with "refused" and "answered": correct the line.'
+            ) from error
+        if (
+            not isinstance(pair.refused, str)
+            or not isinstance(pair.answered, str)
+            or not isinstance(pair.category, str | None)
+        ):
+            raise ContrastError(
+                f'Line {number} of {path} has a "refused", an "answered" or a "category" that is not text: correct the line.'
+            )
+        pairs.append(pair)
+    if not pairs:
+        raise ContrastError(f"There are no prompt pairs in {path}: give a file with pairs.")
+    return pairs
+
+
+def _refuser_pairs() -> list[Pair]:
+    """Returns the first held-out prompts of each category, harmful and matched ones in the same wording."""
+
+    harmful, matched = (
+        read_json_lines(Path(source.dataset), source)
+        for source in (refuser_pool("harmful", "test"), refuser_pool("matched", "test"))
+    )
+    counts: dict[str | None, int] = {}
+    pairs = []
+    for refused, answered in zip(harmful, matched, strict=True):
+        counts[refused.category] = counts.get(refused.category, 0) + 1
+        if counts[refused.category] <= N_PAIRS_PER_CATEGORY:
+            pairs.append(Pair(refused.text, answered.text, refused.category))
+    return pairs
+
+
+def split_by_behavior(
+    model: LanguageModel, pairs: Sequence[Pair], max_new_tokens: int = 50
+) -> tuple[list[Pair], list[LeftOut]]:
+    """Returns the pairs that the model treats as assumed, and the others with what it did."""
+
+    responses = model.generate(
+        [Prompt(text) for pair in pairs for text in (pair.refused, pair.answered)], max_new_tokens
+    )
+    kept, left_out = [], []
+    for index, pair in enumerate(pairs):
+        refused = classify_response(pair.refused, responses[2 * index])
+        answered = classify_response(pair.answered, responses[2 * index + 1])
+        if refused is Tier.REFUSE and answered is not Tier.REFUSE:
+            kept.append(pair)
+        else:
+            left_out.append(LeftOut(pair, refused.value, answered.value))
+    return kept, left_out
+
+
+def span_basis(vectors: Tensor) -> Tensor:
+    """
+    Returns an orthonormal basis of the directions' span, whatever their lengths.
+
+    Tensor of shape (n_directions, hidden_size) to one of shape (rank, hidden_size), float64. Zero directions add
+    nothing, and neither do those that depend on others.
+    """
+
+    exact = vectors.to(torch.float64)
+    norms = exact.norm(dim=-1, keepdim=True)
+    unit = exact / norms.where(norms > 0, torch.ones_like(norms))
+    _, singular_values, rows = torch.linalg.svd(unit, full_matrices=False)
+    if not len(singular_values):
+        return rows
+    return rows[(singular_values > RANK_TOLERANCE * singular_values[0]) & (singular_values > 0)]
+
+
+def subspace_capture(differences: Tensor, vectors: Tensor) -> Tensor:
+    """
+    Returns ‖P δ‖ / ‖δ‖ for every difference δ, with P the projector on the directions' span.
+
+    `differences`: Tensor of shape (n_pairs, hidden_size). `vectors`: Tensor of shape (n_directions, hidden_size).
+    Tensor of shape (n_pairs,), float64; NaN where a difference is zero.
+    """
+
+    exact = differences.to(torch.float64)
+    return (exact @ span_basis(vectors).T).norm(dim=-1) / exact.norm(dim=-1)
+
+
+def max_cosine(differences: Tensor, vectors: Tensor) -> Tensor:
+    """
+    Returns max_k |cos(δ, v_k)| for every difference δ; a zero direction has no cosine and counts as 0.
+
+    Shapes, dtype and NaN as in `subspace_capture`.
+    """
+
+    exact = differences.to(torch.float64)
+    directions = vectors.to(torch.float64)
+    norms = directions.norm(dim=-1, keepdim=True)
+    unit = directions / norms.where(norms > 0, torch.ones_like(norms))
+    return (exact @ unit.T).abs().amax(dim=-1) / exact.norm(dim=-1)
+
+
+def measure_capture(
+    differences: Tensor,
+    configurations: Mapping[str, Directions],
+    left_out: Sequence[LeftOut] = (),
+) -> CaptureResult:
+    """
+    Returns both figures for every configuration and decoder layer, averaged over pairs.
+
+    `differences`: Tensor of shape (n_pairs, n_layers + 1, hidden_size). The embedding is left out: the last token of a
+    prompt in chat format is the same for all.
+    """
+
+    layers = []
+    for name, directions in configurations.items():
+        for index in range(1, differences.shape[1]):
+            vectors = directions.tensor[index]
+            rank = len(span_basis(vectors))
+            subspace = _mean_and_error(subspace_capture(differences[:, index], vectors))
+            cosine = _mean_and_error(max_cosine(differences[:, index], vectors))
+            layers.append(
+                LayerCapture(
+                    configuration=name,
+                    layer=index - 1,
+                    subspace=subspace[0],
+                    subspace_error=subspace[1],
+                    max_cosine=cosine[0],
+                    max_cosine_error=cosine[1],
+                    rank=rank,
+                    random_subspace=math.sqrt(rank / differences.shape[2]),
+                )
+            )
+    return CaptureResult(len(differences), tuple(layers), tuple(left_out))
+
+
+def capture_pairs(
+    model: LanguageModel,
+    configurations: Mapping[str, Directions],
+    pairs: Sequence[Pair],
+    max_new_tokens: int = 50,
+) -> CaptureResult:
+    """
+    Measures capture on a model, with the pairs that behave as assumed.
+
+    Where none does, the result has no layers.
+    """
+
+    kept, left_out = split_by_behavior(model, pairs, max_new_tokens)
+    if not kept:
+        return CaptureResult(0, (), tuple(left_out))
+    residuals = model.residuals(
+        [Prompt(text) for pair in kept for text in (pair.refused, pair.answered)]
+    )
+    return measure_capture(residuals[0::2] - residuals[1::2], configurations, left_out)
+
+
+def _mean_and_error(values: Tensor) -> tuple[float | None, float | None]:
+    """Returns the mean of the finite values, and its standard error."""
+
+    finite = values[values.isfinite()]
+    if not len(finite):
+        return None, None
+    error = float(finite.std() / math.sqrt(len(finite))) if len(finite) > 1 else None
+    return float(finite.mean()), error

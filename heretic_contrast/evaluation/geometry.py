@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The geometry of directions, and how much a model's activations have to do with them (design, section 5).
+
+Three explanations of a failing baseline can be told apart here: directions of small magnitude (norms,
+perturbation), parallel directions that add up (cosines, singular values, effective weight), and a lost subject (angles
+between baselines, occupancy). Layers are decoder layers, counted from 0: layer i is residual index i + 1.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ..ablation import Composition, Operator, compose, effective_weight, weight_along
+from ..directions import Directions
+from ..language_model import LanguageModel, Progress, batches
+from ..prompts import Prompt
+from .capture import span_basis
+from .generation import end_tokens
+from .interventions import carries_samples, output_projections
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """
+    The directions of one configuration at one decoder layer.
+
+    `norms`, `cosines`, `mean_cosine`, `singular_values` and `first_share` are of the class directions as trained, before
+    SVD and scale. `mean_cosine` is over pairs of different classes, None for a single one. `first_share` is
+    σ₁² / Σ σ², None where all directions are zero. `effective_weight` is λ_max(Σ v vᵀ) of the directions as ablated, at
+    weight 1; `weight_along_mean` is r̂ᵀ (Σ v vᵀ) r̂ for the mean direction r̂.
+    """
+
+    configuration: str
+    layer: int
+    norms: tuple[float, ...]
+    cosines: tuple[tuple[float, ...], ...]
+    mean_cosine: float | None
+    singular_values: tuple[float, ...]
+    first_share: float | None
+    effective_weight: float
+    weight_along_mean: float
+
+    @property
+    def mean_norm(self) -> float:
+        """The mean norm of the class directions."""
+
+        return sum(self.norms) / len(self.norms)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Two configurations at one decoder layer.
+
+    `norm_ratio`: mean norm of the class directions as trained, second over first, over the classes of both.
+    `class_angles`: degrees between the directions of each class. `principal_angles`: degrees between the spans
+    of the directions as ablated, smallest first.
+    """
+
+    first: str
+    second: str
+    layer: int
+    norm_ratio: float | None
+    class_angles: dict[str, float]
+    principal_angles: tuple[float, ...]
+
+    @property
+    def mean_class_angle(self) -> float | None:
+        """The mean of the classes' angles, in degrees."""
+
+        angles = self.class_angles.values()
+        return sum(angles) / len(angles) if angles else None
+
+
+@dataclass(frozen=True)
+class Activity:
+    """
+    What a model's activations have to do with one configuration's directions at one decoder layer.
+
+    y is what the layer's output projections add to the residual stream, without biases. `occupancy_harmful` and
+    `occupancy_harmless`: per direction, the root mean square of v̂·y over prompts, at their last position, over that of
+    ‖y‖. `perturbations`: by weight, the root mean square of ‖C y‖ over decoding steps of harmless prompts, over the
+    root mean square deviation of the layer's output over these steps: below 1 it is smaller than the
+    model's natural variation, the paper's noise floor (section 5.1).
+    """
+
+    configuration: str
+    layer: int
+    occupancy_harmful: tuple[float, ...]
+    occupancy_harmless: tuple[float, ...]
+    natural_variation: float
+    perturbations: tuple[tuple[float, float | None], ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything that is measured of some configurations' directions."""
+
+    layers: tuple[LayerGeometry, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    activities: tuple[Activity, ...] = ()
+    class_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def configurations(self) -> list[str]:
+        """Returns the names of the configurations, in order."""
+
+        return list(dict.fromkeys(layer.configuration for layer in self.layers))
+
+    def of(self, configuration: str) -> list[LayerGeometry]:
+        """Returns the layers of one configuration."""
+
+        return [layer for layer in self.layers if layer.configuration == configuration]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values."""
+
+        return asdict(self)
+
+
+def cosine_matrix(vectors: Tensor) -> Tensor:
+    """
+    Returns the cosines between directions.
+
+    Tensor of shape (n_directions, hidden_size) to one of shape (n_directions, n_directions), float64. A zero direction
+    has cosines of 0.
+    """
+
+    exact = vectors.to(torch.float64)
+    norms = exact.norm(dim=-1, keepdim=True)
+    unit = exact / norms.where(norms > 0, torch.ones_like(norms))
+    return unit @ unit.T
+
+
+def angle(first: Tensor, second: Tensor) -> float:
+    """Returns the angle between two directions of shape (hidden_size,), in degrees; NaN where one is zero."""
+
+    a, b = first.to(torch.float64), second.to(torch.float64)
+    if not float(a.norm()) or not float(b.norm()):
+        return math.nan
+    a, b = a / a.norm(), b / b.norm()
+    # The arc cosine loses half of the digits near 0 and 180 degrees; this form does not.
+    return math.degrees(2 * math.atan2(float((a - b).norm()), float((a + b).norm())))
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """
+    Returns the principal angles between the spans of two sets of directions, in degrees, smallest first.
+
+    Tensors of shape (n_directions, hidden_size) to one of shape (min(rank, rank),), float64. From the sines where
+    cosines are near 1, as Björck and Golub (1973) propose.
+    """
+
+    bases = sorted((span_basis(first), span_basis(second)), key=len)
+    smaller, larger = bases
+    if not len(smaller):
+        return torch.zeros(0, dtype=torch.float64)
+    cosines = torch.linalg.svdvals(smaller @ larger.T).clamp(0, 1)
+    rest = smaller - (smaller @ larger.T) @ larger
+    sines = torch.linalg.svdvals(rest).flip(0)[: len(cosines)].clamp(0, 1)
+    return torch.where(cosines**2 < 0.5, cosines.arccos(), sines.arcsin()).rad2deg()
+
+
+def measure_layer(name: str, directions: Directions, layer: int) -> LayerGeometry:
+    """Returns the geometry of one configuration at one decoder layer."""
+
+    index = layer + 1
+    trained = directions.class_directions[index].to(torch.float64)
+    cosines = cosine_matrix(trained)
+    n = len(trained)
+    singular_values = torch.linalg.svdvals(trained)
+    energy = float((singular_values**2).sum())
+    operator = compose(directions.tensor[index], torch.ones(directions.n_directions))
+    return LayerGeometry(
+        configuration=name,
+        layer=layer,
+        norms=tuple(trained.norm(dim=-1).tolist()),
+        cosines=tuple(tuple(row) for row in cosines.tolist()),
+        mean_cosine=(
+            float(cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1)) if n > 1 else None
+        ),
+        singular_values=tuple(singular_values.tolist()),
+        first_share=float(singular_values[0] ** 2) / energy if energy else None,
+        effective_weight=effective_weight(operator),
+        weight_along_mean=weight_along(operator, directions.mean_direction[index]),
+    )
+
+
+def compare(
+    first_name: str, first: Directions, second_name: str, second: Directions, layer: int
+) -> Comparison:
+    """Returns how the directions of two configurations lie to each other at one decoder layer."""
+
+    index = layer + 1
+    # Several neurons of one class share its name; only single ones can be told to belong together.
+    rows = [
+        dict(zip(_direction_names(item), item.class_directions[index], strict=True))
+        for item in (first, second)
+    ]
+    common = [name for name in rows[0] if name in rows[1]]
+    lengths = [sum(float(side[name].norm()) for name in common) for side in rows]
+    angles = {name: angle(rows[0][name], rows[1][name]) for name in common}
+    return Comparison(
+        first=first_name,
+        second=second_name,
+        layer=layer,
+        norm_ratio=lengths[1] / lengths[0] if lengths[0] else None,
+        class_angles={name: value for name, value in angles.items() if not math.isnan(value)},
+        principal_angles=tuple(
+            principal_angles(first.tensor[index], second.tensor[index]).tolist()
+        ),
+    )
+
+
+def _direction_names(directions: Directions) -> list[str]:
+    """Returns a name for each class direction: its class, with the rank of its neuron where there are several."""
+
+    winners = directions.class_directions.shape[1] // len(directions.class_names)
+    if winners == 1:
+        return list(directions.class_names)
+    return [f"{name} {rank + 1}" for name in directions.class_names for rank in range(winners)]
+
+
+def measure_geometry(
+    configurations: Mapping[str, Directions], activities: Sequence[Activity] = ()
+) -> Geometry:
+    """Returns the geometry of every configuration and decoder layer, and all configurations compared in pairs."""
+
+    layers = [
+        measure_layer(name, directions, layer)
+        for name, directions in configurations.items()
+        for layer in range(directions.tensor.shape[0] - 1)
+    ]
+    comparisons = [
+        compare(first, configurations[first], second, configurations[second], layer)
+        for first, second in combinations(configurations, 2)
+        for layer in range(configurations[first].tensor.shape[0] - 1)
+    ]
+    names = tuple(
+        (name, tuple(_direction_names(directions))) for name, directions in configurations.items()
+    )
+    return Geometry(tuple(layers), tuple(comparisons), tuple(activities), names)
+
+
+@dataclass(frozen=True)
+class OutputMoments:
+    """
+    What is kept of the outputs y of every layer, averaged over prompts and decoding steps, in float64.
+
+    `second`: Tensor of shape (n_layers, n_vectors, n_vectors), mean of (V y)(V y)ᵀ. `energy`: Tensor of shape
+    (n_layers,), mean of ‖y‖². `variation`: Tensor of shape (n_layers,), mean squared deviation of a layer's output from
+    its mean over the steps of the same prompt. `n_steps`: the number of decoding steps in all.
+    """
+
+    second: Tensor
+    energy: Tensor
+    variation: Tensor
+    n_steps: int
+
+
+@torch.no_grad()
+def observe_outputs(
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    vectors: Tensor,
+    max_new_tokens: int,
+    progress: Progress | None = None,
+) -> OutputMoments:
+    """
+    Measures what the layers write to the residual stream while the model answers prompts greedily.
+
+    `vectors`: Tensor of shape (n_layers, n_vectors, hidden_size). The first step is the last position of the
+    prompt; steps after the end of a response are not counted. Only the last position of each step is
+    ever kept, and only its moments.
+    """
+
+    vectors = vectors.to(torch.float64)
+    n_layers, n_vectors, hidden_size = vectors.shape
+    second = torch.zeros(n_layers, n_vectors, n_vectors, dtype=torch.float64)
+    energy = torch.zeros(n_layers, dtype=torch.float64)
+    variation = torch.zeros(n_layers, dtype=torch.float64)
+    n_steps = 0
+    ends = torch.tensor(sorted(end_tokens(model)), dtype=torch.long)
+    for batch in batches(len(prompts), model.batch_size):
+        inputs = model.tokenize(prompts[batch])
+        n_prompts, length = inputs["input_ids"].shape
+        sums = torch.zeros(n_prompts, n_layers, hidden_size, dtype=torch.float64)
+        squares = torch.zeros(n_prompts, n_layers, dtype=torch.float64)
+        counts = torch.zeros(n_prompts, dtype=torch.float64)
+
+        with _last_positions(model) as (outputs, states):
+
+            def step(
+                tokens: Tensor,
+                length: int = length,
+                sums: Tensor = sums,
+                squares: Tensor = squares,
+                counts: Tensor = counts,
+                outputs: dict[int, Tensor] = outputs,
+                states: dict[int, Tensor] = states,
+            ) -> None:
+                alive = ~torch.isin(tokens[:, length:].cpu(), ends).any(dim=1)
+                y = torch.stack([outputs[index].cpu() for index in range(n_layers)], dim=1)[alive]
+                h = torch.stack([states[index].cpu() for index in range(n_layers)], dim=1)[alive]
+                outputs.clear()
+                y, h = y.to(torch.float64), h.to(torch.float64)
+                projections = torch.einsum("plh,lkh->plk", y, vectors)
+                second.add_(torch.einsum("plj,plk->ljk", projections, projections))
+                energy.add_((y**2).sum(dim=(0, 2)))
+                sums[alive] += h
+                squares[alive] += (h**2).sum(dim=2)
+                counts[alive] += 1
+
+            model.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=model.pad_token_id(),
+                logits_processor=LogitsProcessorList([_EveryStep(step)]),
+            )
+        deviation = squares - (sums**2).sum(dim=2) / counts[:, None]
+        variation += deviation.clamp_min(0).sum(dim=0)
+        n_steps += int(counts.sum())
+        if progress is not None:
+            progress(batch.stop, len(prompts))
+    return OutputMoments(second / n_steps, energy / n_steps, variation / n_steps, n_steps)
+
+
+class _EveryStep(LogitsProcessor):
+    """Calls a function with the tokens so far after every step of a generation, and changes nothing."""
+
+    def __init__(self, step: Callable[[Tensor], None]) -> None:
+        self._step = step
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._step(input_ids)
+        return scores
+
+
+@contextmanager
+def _last_positions(model: LanguageModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    """
+    Collects, by layer, the sum of the outputs of its projections without biases, and the layer's own output.
+
+    Tensors of shape (batch, hidden_size), at the last position of the newest pass. Whoever reads the outputs clears
+    them, since the projections of one layer add up.
+    """
+
+    outputs: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
+
+    def add_output(layer: int) -> Callable[..., None]:
+        def hook(module: Module, args: Any, output: Tensor) -> None:
+            bias = getattr(module, "bias", None)
+            last = output[:, -1].float() if bias is None else (output[:, -1] - bias).float()
+            outputs[layer] = outputs[layer] + last if layer in outputs else last
+
+        return hook
+
+    def keep_state(layer: int) -> Callable[..., None]:
+        def hook(module: Module, args: Any, output: Any) -> None:
+            hidden_states = output[0] if isinstance(output, tuple) else output
+            states[layer] = hidden_states[:, -1].float()
+
+        return hook
+
+    handles = []
+    try:
+        for index, layer in enumerate(model.layers):
+            handles.append(layer.register_forward_hook(keep_state(index)))
+            for module in output_projections(model, index, None):
+                handles.append(module.register_forward_hook(add_output(index)))
+        yield outputs, states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def occupancy(second: Tensor, energy: Tensor, vectors: Tensor) -> Tensor:
+    """
+    Returns the root mean square of v̂·y over that of ‖y‖, per direction.
+
+    `second`: Tensor of shape (n_directions, n_directions), mean of (V y)(V y)ᵀ. `energy`: mean of ‖y‖².
+    Tensor of shape (n_directions,), float64; 0 for a zero direction or an output of zero.
+    """
+
+    squares = vectors.to(torch.float64).square().sum(dim=-1) * energy
+    return (second.diagonal() / squares.where(squares > 0, torch.ones_like(squares))).sqrt()
+
+
+def perturbation(second: Tensor, operator: Operator) -> float:
+    """
+    Returns the root mean square of ‖C y‖ from the mean of (V y)(V y)ᵀ.
+
+    With C = V K Vᵀ and z = V y (directions as rows), ‖C y‖² = zᵀ Kᵀ G K z for the Gram matrix G.
+    """
+
+    vectors = operator.vectors.to(torch.float64)
+    kernel = operator.kernel.to(torch.float64)
+    form = kernel.T @ (vectors @ vectors.T) @ kernel
+    return math.sqrt(max(float((form * second).sum()), 0.0))
+
+
+def measure_activities(
+    model: LanguageModel,
+    configurations: Mapping[str, Directions],
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    weights: Sequence[float],
+    compositions: Mapping[str, Composition | str] | None = None,
+    max_new_tokens: int = 50,
+    progress: Progress | None = None,
+) -> tuple[Activity, ...]:
+    """
+    Measures occupancy and perturbation of every configuration and decoder layer, in one run of the model.
+
+    Empty for a mixture of experts, whose projections see the tokens of all prompts in one list.
+    """
+
+    if not configurations or not carries_samples(model):
+        return ()
+    vectors = torch.cat([item.tensor[1:] for item in configurations.values()], dim=1)
+    at_harmful = observe_outputs(model, harmful, vectors, 1, progress)
+    at_harmless = observe_outputs(model, harmless, vectors, 1, progress)
+    decoding = observe_outputs(model, harmless, vectors, max_new_tokens, progress)
+    activities = []
+    start = 0
+    for name, directions in configurations.items():
+        own = slice(start, start + directions.n_directions)
+        start += directions.n_directions
+        composition = (compositions or {}).get(name, Composition.SUM)
+        for layer in range(model.n_layers):
+            variation = math.sqrt(float(decoding.variation[layer]))
+            rows = directions.tensor[layer + 1]
+            perturbations = []
+            for weight in weights:
+                operator = compose(rows, torch.full((len(rows),), float(weight)), composition)
+                size = perturbation(decoding.second[layer, own, own], operator)
+                perturbations.append((float(weight), size / variation if variation else None))
+            activities.append(
+                Activity(
+                    configuration=name,
+                    layer=layer,
+                    occupancy_harmful=tuple(
+                        occupancy(
+                            at_harmful.second[layer, own, own], at_harmful.energy[layer], rows
+                        ).tolist()
+                    ),
+                    occupancy_harmless=tuple(
+                        occupancy(
+                            at_harmless.second[layer, own, own], at_harmless.energy[layer], rows
+                        ).tolist()
+                    ),
+                    natural_variation=variation,
+                    perturbations=tuple(perturbations),
+                )
+            )
+    return tuple(activities)
