@@ -146,10 +146,12 @@ def test_interactive_session(tmp_path: Path) -> None:
         sys.executable,
         command(*options, "--model=builtin:refuser")[1:],
         cwd=str(tmp_path),
-        env=environment(tmp_path),
+        # No terminal stands behind the pseudo-terminal that could answer where its cursor is.
+        env={**environment(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1"},
         dimensions=(50, 200),
         timeout=300,
         encoding="utf-8",
+        logfile=(tmp_path / "session.txt").open("w"),
     )
 
     def answer(question: str, keys: str) -> None:

@@ -112,6 +112,7 @@ def test_cells_equal_changed_weights(
         "three": random_directions(model, 3, 1),
     }
     options = SweepOptions(
+        layers=(0, 1, 3),
         weights=(0.5, 1.5),
         max_new_tokens=12,
         kl_tokens=12,
@@ -129,7 +130,7 @@ def test_cells_equal_changed_weights(
     )
     assert result.floor == pytest.approx(0, abs=1e-6)
     cells = [cell for cell in result.cells if len(cell.layers) == 1]
-    assert len(cells) >= 2 * 2 * 2 * model.n_layers
+    assert len(cells) >= 2 * 2 * 2 * 3
     assert len({cell.responses for cell in cells}) > 5
     for cell in cells:
         layer = cell.layers[0]
@@ -156,7 +157,7 @@ def test_cells_equal_changed_weights(
 def test_synergy_of_pairs(tiny_llama: LanguageModel) -> None:
     directions = random_directions(tiny_llama, 2, 3)
     options = SweepOptions(
-        weights=(1.0, 2.0), max_new_tokens=8, kl_tokens=4, synergy_weight=1.0, n_synergy_layers=3
+        weights=(1.0, 2.0), max_new_tokens=12, kl_tokens=4, synergy_weight=1.0, n_synergy_layers=3
     )
     classify = always_refuse_at_base(tiny_llama, HARMFUL)
     result = sweep(
@@ -180,7 +181,7 @@ def test_result_survives_json(tiny_llama: LanguageModel) -> None:
         HARMFUL,
         CANARIES,
         REFERENCES,
-        SweepOptions(layers=(1,), weights=(1.0,), max_new_tokens=4, kl_tokens=4),
+        SweepOptions(layers=(1,), weights=(1.0,), max_new_tokens=12, kl_tokens=4),
         classify=always_refuse_at_base(tiny_llama, HARMFUL),
     )
     import json

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
@@ -155,13 +156,23 @@ class SweepState:
                 self._store(trial, cell)
 
     def _store(self, trial: FrozenTrial, cell: Cell) -> None:
-        storage = self._study._storage
-        storage.set_trial_user_attr(trial._trial_id, "cell", cell.to_dict())
+        """Stores a cell, unless another process took the trial over in the meantime."""
+
+        with suppress(UpdateFinishedTrialError):
+            self._study._storage.set_trial_user_attr(trial._trial_id, "cell", cell.to_dict())
         self._study.tell(
             trial.number,
             [float(cell.measurement.refusals), cell.measurement.kl_divergence],
             skip_if_finished=True,
         )
+
+    def _set_state(self, trial: FrozenTrial, state: TrialState) -> bool:
+        """Changes a trial's state, and returns whether this process did it."""
+
+        try:
+            return self._study._storage.set_trial_state_values(trial._trial_id, state)
+        except UpdateFinishedTrialError:
+            return False
 
     def _enqueue(self, keys: Sequence[CellKey]) -> None:
         """Enqueues the cells that no trial stands for yet."""
@@ -196,18 +207,17 @@ class SweepState:
     def _claim(self, missing: set[CellKey]) -> list[FrozenTrial]:
         """Takes waiting cells of one layer: at most `CELLS_PER_CLAIM`."""
 
-        storage = self._study._storage
         claimed: list[FrozenTrial] = []
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             key = _key(trial)
             if claimed and key.layers[0] != _key(claimed[0]).layers[0]:
                 break
             # Exactly one process turns a waiting trial into a running one.
-            if not storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+            if not self._set_state(trial, TrialState.RUNNING):
                 continue
             if key not in missing:
                 # A double: another trial of this cell is finished or in work.
-                storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                self._set_state(trial, TrialState.FAIL)
                 continue
             self._show_parameters(trial)
             claimed.append(trial)
@@ -243,13 +253,11 @@ class SweepState:
         stop = threading.Event()
 
         def renew() -> None:
-            storage = self._study._storage
+            lease = {"worker": self._worker, "until": time.time() + LEASE_SECONDS}
             for trial in trials:
-                storage.set_trial_user_attr(
-                    trial._trial_id,
-                    "lease",
-                    {"worker": self._worker, "until": time.time() + LEASE_SECONDS},
-                )
+                # Another process may have given up on this one, which is no harm.
+                with suppress(UpdateFinishedTrialError):
+                    self._study._storage.set_trial_user_attr(trial._trial_id, "lease", lease)
 
         def keep() -> None:
             while not stop.wait(LEASE_SECONDS / 4):
@@ -273,7 +281,7 @@ class SweepState:
         """Marks running trials as failed, and enqueues their cells again."""
 
         for trial in trials:
-            self._study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            self._set_state(trial, TrialState.FAIL)
         self._enqueue([_key(trial) for trial in trials])
 
     def _take_over(self, missing: set[CellKey]) -> None:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Times the collection of residuals against Heretic's own, on the built-in refuser.
+
+    python benchmarks/residuals.py [--prompts 256] [--repeats 3]
+
+Both ways run on the same loaded model and the same prompts, of varying length, in one process; the best of
+several repeats counts. The cache is not used.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heretic_contrast.builtin import DATA, refuser_pool
+from heretic_contrast.hosts.loading import load_language_model
+from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.prompts import Prompt, read_json_lines
+
+
+def best_time(run: Callable[[], Any], repeats: int) -> float:
+    """Returns the shortest of several times, in seconds."""
+
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def main() -> None:
+    """Prints both times, their ratio, and the largest difference of the results."""
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    from heretic.utils import Prompt as HereticPrompt
+
+    settings = load_settings(
+        HostSettings,
+        sys.argv[0],
+        [
+            f"--batch-size={arguments.batch_size}",
+            "--response-prefix=",
+            "--model",
+            str(DATA / "refuser"),
+        ],
+    )
+    model, context = load_language_model(settings, arguments.batch_size)
+    source = refuser_pool("harmful", "train")
+    texts = [prompt.text for prompt in read_json_lines(Path(source.dataset), source)]
+    # Real pools hold prompts of one to several sentences: every fourth is made longer.
+    texts = [
+        " ".join(texts[index : index + (1, 1, 1, 5)[index % 4]])
+        for index in range(arguments.prompts)
+    ]
+    ours = [Prompt(text) for text in texts]
+    theirs = [HereticPrompt(system=settings.system_prompt, user=text) for text in texts]
+    heretic = context.get_model()
+
+    difference = (model.residuals(ours) - heretic.get_residuals_batched(theirs)).abs().max()
+    seconds = {
+        "Heretic": best_time(lambda: heretic.get_residuals_batched(theirs), arguments.repeats),
+        "ours": best_time(lambda: model.residuals(ours), arguments.repeats),
+    }
+    result = {
+        "seconds": seconds,
+        "Heretic / ours": seconds["Heretic"] / seconds["ours"],
+        "largest difference": float(difference),
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(result, indent=2))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
