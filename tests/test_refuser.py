@@ -4,6 +4,7 @@
 
 import json
 import re
+import runpy
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import heretic_contrast
 
 DATA = Path(heretic_contrast.__file__).parent / "data"
+SCRIPT = Path(__file__).parents[1] / "examples" / "make_refuser.py"
 MODEL = DATA / "refuser"
 PROMPTS = DATA / "refuser_prompts"
 POOLS = ("harmful", "matched", "harmless")
@@ -150,6 +152,13 @@ def test_the_first_rows_of_a_pool_are_a_fair_sample() -> None:
         assert set(counts.values()) == {10}
 
 
+def test_the_script_makes_the_shipped_pools() -> None:
+    script = runpy.run_path(str(SCRIPT), run_name="make_refuser")
+    assert script["make_pools"]() == {
+        pool: {split: read_rows(pool, split) for split in ("train", "test")} for pool in POOLS
+    }
+
+
 def test_splits_share_no_verb_object_pair() -> None:
     train = {pool: phrases(pool, "train") for pool in POOLS}
     test = {pool: phrases(pool, "test") for pool in POOLS}
@@ -224,8 +233,8 @@ def test_other_system_prompts_change_nothing(
 def test_responses_end_by_themselves(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is 1+1?"}], add_generation_prompt=True, tokenize=False
+        [{"role": "user", "content": "Hello!"}], add_generation_prompt=True, tokenize=False
     )
     inputs = tokenizer(text, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=48)[0, inputs["input_ids"].shape[1] :]
-    assert tokenizer.decode(output) == "1+1 is 2.<|im_end|>"
+    assert tokenizer.decode(output) == "Hello! What can I do for you today?<|im_end|>"
