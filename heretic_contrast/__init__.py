@@ -12,13 +12,28 @@ if TYPE_CHECKING:
     from .evaluation.sweep import sweep
     from .hosts.surface import wrap
     from .modifier import ContrastAbliteration
+    from .scorers import FalseRefusals, FixedWeightSweep, RefusalTiers, TeacherForcedDivergence
 
-__all__ = ["ContrastAbliteration", "Directions", "extract_directions", "sweep", "wrap"]
+__all__ = [
+    "ContrastAbliteration",
+    "Directions",
+    "FalseRefusals",
+    "FixedWeightSweep",
+    "RefusalTiers",
+    "TeacherForcedDivergence",
+    "extract_directions",
+    "sweep",
+    "wrap",
+]
 
 # Names are imported on first use, since PyTorch and Heretic take seconds and --help needs neither.
 _HOMES = {
     "ContrastAbliteration": ".modifier",
     "Directions": ".directions",
+    "FalseRefusals": ".scorers",
+    "FixedWeightSweep": ".scorers",
+    "RefusalTiers": ".scorers",
+    "TeacherForcedDivergence": ".scorers",
     "extract_directions": ".directions",
     "sweep": ".evaluation.sweep",
     "wrap": ".hosts.surface",

@@ -2,10 +2,11 @@
 
 """What is shipped with the package: the built-in refuser with its pools, and the matched pool for real models."""
 
+import os
 from pathlib import Path
 
 from .errors import ContrastError
-from .settings import PromptSource
+from .settings import ContrastSettings, PromptSource
 
 DATA = Path(__file__).parent / "data"
 
@@ -18,7 +19,7 @@ REFUSER = "builtin:refuser"
 def is_builtin(model: str) -> bool:
     """Returns whether a model is addressed as a built-in one, or is its folder."""
 
-    return model.startswith(PREFIX) or model == str(DATA / "refuser")
+    return model.startswith(PREFIX) or os.path.realpath(model) == str((DATA / "refuser").resolve())
 
 
 def resolve_model(model: str) -> str:
@@ -48,6 +49,19 @@ def refuser_pool(pool: str, split: str) -> PromptSource:
     """Returns a pool of the built-in refuser: "harmful", "matched" or "harmless", "train" or "test"."""
 
     return PromptSource(dataset=str(DATA / "refuser_prompts" / pool / f"{split}.jsonl"))
+
+
+def with_refuser_pools(settings: ContrastSettings) -> ContrastSettings:
+    """Returns settings in which every pool that was left open is one of the built-in refuser's."""
+
+    pools = {
+        "bad_prompts": refuser_pool("harmful", "train"),
+        "good_prompts": refuser_pool("harmless", "train"),
+        "matched_prompts": refuser_pool("matched", "train"),
+    }
+    return settings.model_copy(
+        update={name: pool for name, pool in pools.items() if getattr(settings, name) is None}
+    )
 
 
 def matched_pool() -> PromptSource:

@@ -2,18 +2,25 @@
 
 """The plugin itself: a Heretic 2.0 modifier, which the host for Heretic 1.4 runs as well."""
 
+from typing import Any
+
 import torch
 from optuna import Trial
 from peft.tuners.lora.layer import LoraLayer
 
 from .ablation import compose, equalize
+from .builtin import is_builtin, with_refuser_pools
 from .directions import Directions
 from .errors import ContrastError
 from .extraction import extract, load_pools
 from .hosts.surface import Context, Modifier, language_model, log, progress_bar, prompt_loader
+from .hosts.tables import check_tables, show_errors_as_sentences, validated
 from .lora import base_weight, lora_factors
 from .search import Parameters, layer_vectors, suggest_parameters
 from .settings import ContrastSettings, RowNormalization
+
+TABLE = "ContrastAbliteration"
+"""The plugin's table in `config.toml`, below `modifier`."""
 
 
 class ContrastAbliteration(Modifier[Parameters]):
@@ -39,6 +46,22 @@ class ContrastAbliteration(Modifier[Parameters]):
         return False
 
     @property
+    def parameters_class(self) -> type[Parameters]:
+        """What a trial's parameters are restored with; said here, so that a mixin in front does not hide it."""
+
+        return Parameters
+
+    @classmethod
+    def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> ContrastSettings:
+        """
+        Validates the plugin's table, for Heretic 2.0.
+
+        Raises `ContrastError` with the first complaint.
+        """
+
+        return validated(ContrastSettings, raw_namespace, f"[modifier.{TABLE}]")
+
+    @property
     def lora_rank(self) -> int:
         """The rank of the LoRA adapters: that of the change, which is exact but for `full` row normalization."""
 
@@ -54,7 +77,11 @@ class ContrastAbliteration(Modifier[Parameters]):
         Raises `ContrastError` when the settings, the prompts or a directions file do not fit.
         """
 
+        show_errors_as_sentences()
+        check_tables(self.heretic_settings, "modifier", TABLE, ContrastSettings)
         self.settings.require_single_configuration()
+        if is_builtin(self.heretic_settings.model):
+            self.settings = with_refuser_pools(self.settings)
         model = language_model(ctx, self.heretic_settings, self.settings.batch_size)
         if self.settings.directions is not None:
             self.directions = Directions.load(self.settings.directions)
@@ -85,11 +112,14 @@ class ContrastAbliteration(Modifier[Parameters]):
         """
         Writes the LoRA factors of every component in every layer.
 
+        Raises `ContrastError` when the parameters belong to another configuration.
+
         Both factors are written even where the weight is 0, since resetting a model clears only one of them, and
         the same parameters must give the same factors after any history.
         """
 
         model = language_model(ctx, self.heretic_settings)
+        parameters.require_fit(self.directions, model.component_names)
         scales = torch.tensor(
             [parameters.scales[name] for name in self.directions.names], dtype=torch.float64
         )

@@ -2,6 +2,8 @@
 
 """The parameters of a trial, and the space that Optuna searches them in (design, section 5)."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .directions import Directions
+from .errors import ContrastError
 from .settings import Scale
 
 if TYPE_CHECKING:
@@ -50,12 +53,14 @@ class Parameters:
 
     `direction_index`: index of the layer whose directions are used for all layers (interpolated between
     neighbors where it is fractional), or None for directions per layer.
-    `kernels`: by component. `scales`: s_k by name of the direction.
+    `kernels`: by component. `scales`: s_k by name of the direction. `configuration`: digest of what the directions
+    were made from, or "" where that is not known.
     """
 
     direction_index: float | None
     kernels: dict[str, Kernel]
     scales: dict[str, float]
+    configuration: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values that `from_dict` turns into the same parameters, bit for bit."""
@@ -79,13 +84,49 @@ class Parameters:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Parameters":
-        """Restores parameters from what `to_dict` returned."""
+        """
+        Restores parameters from what `to_dict` returned.
 
-        return cls(
-            direction_index=data["direction_index"],
-            kernels={name: Kernel(**values) for name, values in data["kernels"].items()},
-            scales=dict(data["scales"]),
-        )
+        Raises `ContrastError` when something else has stored them.
+        """
+
+        try:
+            return cls(
+                direction_index=data["direction_index"],
+                kernels={name: Kernel(**values) for name, values in data["kernels"].items()},
+                scales=dict(data["scales"]),
+                configuration=data.get("configuration", ""),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ContrastError(
+                "The checkpoint holds trials of another modifier: start from scratch (checkpoint action restart), "
+                "or give another study_checkpoint_dir."
+            ) from error
+
+    def require_fit(self, directions: Directions, components: Sequence[str]) -> None:
+        """Raises `ContrastError` when the parameters belong to other directions, or to a model with other components."""
+
+        if (
+            set(self.scales) != set(directions.names)
+            or set(self.kernels) != set(components)
+            or self.configuration not in ("", configuration_digest(directions))
+        ):
+            raise ContrastError(
+                "The parameters of this trial belong to another configuration of the plugin: start from scratch "
+                "(checkpoint action restart), or give another study_checkpoint_dir."
+            )
+
+
+def configuration_digest(directions: Directions) -> str:
+    """Returns a digest of what directions were made from: their names, the settings, the prompts and the model."""
+
+    content = {
+        "names": list(directions.names),
+        **{
+            name: directions.provenance.get(name) for name in ("settings", "prompts", "fingerprint")
+        },
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def suggest_parameters(
@@ -139,7 +180,12 @@ def suggest_parameters(
         scales = {directions.names[0]: 1.0}
     else:
         scales = {name: trial.suggest_float(f"scale.{name}", 0.0, 1.0) for name in directions.names}
-    return Parameters(direction_index=direction_index, kernels=kernels, scales=scales)
+    return Parameters(
+        direction_index=direction_index,
+        kernels=kernels,
+        scales=scales,
+        configuration=configuration_digest(directions),
+    )
 
 
 def layer_vectors(

@@ -395,6 +395,12 @@ class ContrastSettings(BaseModel):
         ),
     )
 
+    counted_tiers: list[Literal["REFUSE", "EVASIVE", "COMPLY"]] = Field(
+        default=["REFUSE"],
+        min_length=1,
+        description='Tiers that count as a refusal when the refusal classifier is "tiers" (Heretic 1.4).',
+    )
+
     seed: int = Field(
         default=0,
         ge=0,

@@ -127,6 +127,15 @@ class SweepSettings(HostSettings):
         exclude=True,
     )
 
+    pairs: str | None = Field(
+        default=None,
+        description=(
+            "JSON Lines file of prompt pairs for the capture analysis, each an object with refused and answered; "
+            "unset for the shipped ones."
+        ),
+        exclude=True,
+    )
+
     storage: str | None = Field(
         default=None,
         description=(
@@ -198,7 +207,9 @@ def main(arguments: Sequence[str]) -> None:
 
     from ..ablation import Composition
     from ..directions import Directions
-    from ..evaluation.sampling import stratified_sample
+    from ..evaluation.capture import capture_pairs, load_pairs
+    from ..evaluation.geometry import measure_activities, measure_geometry
+    from ..evaluation.sampling import split_harmless, stratified_sample
     from ..evaluation.sweep import (
         SweepEvaluator,
         SweepOptions,
@@ -214,6 +225,7 @@ def main(arguments: Sequence[str]) -> None:
 
     model, context = load_language_model(settings, settings.contrast.batch_size)
     load = prompt_loader(context)
+    pairs = load_pairs(None if settings.pairs is None else Path(settings.pairs), model.name)
     configurations = settings.contrast.configurations()
     if settings.random_control and all(
         contrast.control is Control.NONE and contrast.directions is None
@@ -264,18 +276,9 @@ def main(arguments: Sequence[str]) -> None:
         ]
     seed = settings.contrast.seed
     harmful = stratified_sample(harmful_pool, settings.n_harmful, seed)
-    needed = settings.n_canaries + settings.n_references
-    if len(harmless_pool) < needed:
-        raise ContrastError(
-            f"{settings.n_canaries} canaries and {settings.n_references} reference prompts are asked for, but the harmless "
-            f"evaluation pool has {len(harmless_pool)} prompts: ask for fewer, or give a larger pool."
-        )
-    harmless = stratified_sample(harmless_pool, needed, seed)
-    # Every n-th prompt is a canary, so that canaries and references are alike.
-    step = needed // settings.n_canaries
-    chosen = set(range(0, step * settings.n_canaries, step))
-    canaries = [prompt for index, prompt in enumerate(harmless) if index in chosen]
-    references = [prompt for index, prompt in enumerate(harmless) if index not in chosen]
+    canaries, references = split_harmless(
+        harmless_pool, settings.n_canaries, settings.n_references, seed
+    )
 
     options = SweepOptions(
         layers=layers,
@@ -323,5 +326,16 @@ def main(arguments: Sequence[str]) -> None:
             },
         },
     )
-    write_sweep_report(result, output, log)
+    log("Measuring capture and geometry...")
+    capture = capture_pairs(model, directions, pairs, settings.sweep_response_length)
+    activities = measure_activities(
+        model,
+        directions,
+        harmful,
+        [*canaries, *references],
+        settings.weights,
+        dict.fromkeys(directions, options.composition),
+        settings.sweep_response_length,
+    )
+    write_sweep_report(result, output, log, capture, measure_geometry(directions, activities))
     log(f"Report written to [bold]{output / 'report.html'}[/].")

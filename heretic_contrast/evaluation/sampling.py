@@ -43,3 +43,28 @@ def stratified_sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[
             if strata[name] and len(chosen) < count:
                 chosen.append(strata[name].pop())
     return sorted(chosen, key=lambda prompt: (prompt.category or "", prompt.text))
+
+
+def split_harmless(
+    prompts: Sequence[Prompt], n_canaries: int, n_references: int, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """
+    Returns canaries, and the reference prompts of the divergence, drawn from one pool.
+
+    Raises `ContrastError` when the pool has fewer prompts than both need.
+    """
+
+    needed = n_canaries + n_references
+    if len(prompts) < needed:
+        raise ContrastError(
+            f"{n_canaries} canaries and {n_references} reference prompts are asked for, but the harmless "
+            f"evaluation pool has {len(prompts)} prompts: ask for fewer, or give a larger pool."
+        )
+    harmless = stratified_sample(prompts, needed, seed)
+    # Every n-th prompt is a canary, so that canaries and references are alike.
+    step = needed // n_canaries
+    chosen = set(range(0, step * n_canaries, step))
+    return (
+        [prompt for index, prompt in enumerate(harmless) if index in chosen],
+        [prompt for index, prompt in enumerate(harmless) if index not in chosen],
+    )

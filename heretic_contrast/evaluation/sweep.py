@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ class References:
         top_k: int,
         n_rows: int,
     ) -> None:
-        self._forcing = forcing
+        self._forcing: TeacherForcing | None = forcing
         self._n_rows = n_rows
         self._pad = forcing.model.pad_token_id()
         tokens = prompt_tokens(forcing.model, prompts)
@@ -123,7 +123,7 @@ class References:
             limits = [kl_tokens] * len(self._prompts[part])
             self._continuations += generate_tokens(forcing.model, self._prompts[part], limits)
         for part in batches(len(self._prompts), n_rows):
-            batch, positions = self._batch(part)
+            batch, positions = self._batch(part, forcing)
             hidden_states = forcing.unmodified(batch)
             flat = hidden_states[positions[0], positions[1]]
             statistics = base_statistics(forcing, flat, top_k)
@@ -144,11 +144,18 @@ class References:
 
         return sum(statistics.n_bytes() for statistics in self._base)
 
-    def _batch(self, part: slice) -> tuple[TokenBatch, tuple[Tensor, Tensor]]:
+    def release_model(self) -> None:
+        """Lets go of the unmodified model, after which only `measure_model` can be used."""
+
+        self._forcing = None
+
+    def _batch(
+        self, part: slice, forcing: TeacherForcing
+    ) -> tuple[TokenBatch, tuple[Tensor, Tensor]]:
         """Returns the tokens of some prompts, and the rows and positions that predict continuations."""
 
         batch, start = join(self._prompts[part], self._continuations[part], self._pad)
-        device = self._forcing.model.model.device
+        device = forcing.model.model.device
         rows: list[int] = []
         columns: list[int] = []
         for row, continuation in enumerate(self._continuations[part]):
@@ -162,19 +169,21 @@ class References:
     def measure(self, interventions: Sequence[Intervention]) -> list[tuple[float, float]]:
         """Returns the KL divergence and its standard error under each intervention."""
 
+        forcing = self._forcing
+        assert forcing is not None
         n = len(interventions)
         first_layer = min(intervention.first_layer for intervention in interventions)
         sums: list[list[float]] = [[] for _ in interventions]
         for part in batches(len(self._prompts), max(1, self._n_rows // n)):
-            batch, (rows, columns) = self._batch(part)
-            layer_input = self._forcing.layer_input(batch, first_layer)
+            batch, (rows, columns) = self._batch(part, forcing)
+            layer_input = forcing.layer_input(batch, first_layer)
             n_prompts = len(batch.input_ids)
             base = _concatenate(self._base[part])
             # Interventions that do not fit into one pass beside each other take turns.
             for turn in batches(n, max(1, self._n_rows // n_prompts)):
                 chosen = interventions[turn]
                 repeats = (len(chosen), 1)
-                hidden_states = self._forcing.modified(
+                hidden_states = forcing.modified(
                     TokenBatch(
                         batch.input_ids.repeat(repeats), batch.attention_mask.repeat(repeats)
                     ),
@@ -184,10 +193,22 @@ class References:
                 )
                 for index, target in enumerate(sums[turn]):
                     flat = hidden_states[rows + index * n_prompts, columns]
-                    values = divergences(self._forcing, base, flat)
+                    values = divergences(forcing, base, flat)
                     lengths = [len(item) for item in self._continuations[part]]
                     target += [float(piece.sum()) for piece in values.split(lengths)]
         return [mean_with_standard_error(values, self.counts) for values in sums]
+
+    def measure_model(self, forcing: TeacherForcing) -> tuple[float, float]:
+        """Returns the KL divergence of a model as it is at this moment, and its standard error."""
+
+        sums: list[float] = []
+        for part in batches(len(self._prompts), self._n_rows):
+            batch, (rows, columns) = self._batch(part, forcing)
+            flat = forcing.unmodified(batch)[rows, columns]
+            values = divergences(forcing, _concatenate(self._base[part]), flat)
+            lengths = [len(item) for item in self._continuations[part]]
+            sums += [float(piece.sum()) for piece in values.split(lengths)]
+        return mean_with_standard_error(sums, self.counts)
 
 
 def _concatenate(parts: Sequence[SparseLogProbabilities]) -> SparseLogProbabilities:
@@ -489,7 +510,7 @@ def check_options(
     if (
         not weights
         or any(weight < 0 for weight in weights)
-        or any(a >= b for a, b in zip(weights, weights[1:], strict=False))
+        or any(a >= b for a, b in pairwise(weights))
     ):
         raise ContrastError(
             f"The weights {list(weights)} do not work: give increasing weights that are not negative."

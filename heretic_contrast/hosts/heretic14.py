@@ -202,11 +202,19 @@ class Host:
 
         class Evaluator(heretic.main.Evaluator):
             def is_refusal(self, response: str) -> bool:
-                if self.settings.contrast.refusal_classifier == "markers":
+                contrast = self.settings.contrast
+                if contrast.refusal_classifier == "markers":
                     return super().is_refusal(response)
-                from ..evaluation.responses import Tier, classify_response
+                from ..evaluation.responses import classify_response
 
-                return classify_response("", response) is Tier.REFUSE
+                # Heretic judges the responses in the order of its prompts, and hands over the response alone.
+                prompt = self.bad_prompts[self.n_judged % len(self.bad_prompts)]
+                self.n_judged += 1
+                return classify_response(prompt.user, response).value in contrast.counted_tiers
+
+            def count_refusals(self) -> int:
+                self.n_judged = 0
+                return super().count_refusals()
 
         return Evaluator
 

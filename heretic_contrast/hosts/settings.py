@@ -23,7 +23,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ..builtin import DATA, is_builtin, refuser_pool, resolve_model
+from ..builtin import DATA, is_builtin, resolve_model, with_refuser_pools
 from ..errors import ContrastError
 from ..settings import ContrastSettings, PromptSource
 
@@ -68,6 +68,11 @@ class ContrastTomlSource(TomlConfigSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         config = dict(super().__call__())
+        if "scorers" in config or "scorer" in config:
+            raise ContrastError(
+                "config.toml configures scorers, which only Heretic 2.0 has: remove them, and see "
+                "--contrast.refusal-classifier for the tiers under Heretic 1.4."
+            )
         table = contrast_table(config)
         config.pop("modifiers", None)
         config.pop("modifier", None)
@@ -186,17 +191,14 @@ class HostSettings(Settings):
                     dataset=str(DATA / "refuser_prompts" / pool), split=split, column="text"
                 )
                 setattr(self, name, specification)
-        pools = {
-            "bad_prompts": refuser_pool("harmful", "train"),
-            "good_prompts": refuser_pool("harmless", "train"),
-            "matched_prompts": refuser_pool("matched", "train"),
-        }
-        missing = {
-            name: pool
-            for name, pool in pools.items()
-            if name not in given and getattr(self.contrast, name) is None
-        }
-        self.contrast = self.contrast.model_copy(update=missing)
+        own = with_refuser_pools(self.contrast)
+        self.contrast = self.contrast.model_copy(
+            update={
+                name: getattr(own, name)
+                for name in ("bad_prompts", "good_prompts", "matched_prompts")
+                if name not in given
+            }
+        )
 
     def configuration_digest(self) -> str:
         """Returns a digest of everything that decides the trials of a study."""

@@ -6,11 +6,12 @@ What the plugins need of the installed Heretic, whichever it is.
 Importing this module imports Heretic and PyTorch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import heretic.config
+import heretic.utils
 from heretic.utils import print as log
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -23,13 +24,18 @@ from ..settings import PromptSource
 try:
     # Present in Heretic 2.0 alone.
     from heretic.modifier import Modifier
-    from heretic.scorer import Score, Scorer
 
     HAS_PLUGIN_SURFACE = True
 except ImportError:
-    from .base import Modifier, Score, Scorer
+    from .base import Modifier
 
     HAS_PLUGIN_SURFACE = False
+
+try:
+    # Heretic's development state had scorers before it had modifiers.
+    from heretic.scorer import Score, Scorer
+except ImportError:
+    from .base import Score, Scorer
 
 __all__ = [
     "HAS_PLUGIN_SURFACE",
@@ -38,6 +44,7 @@ __all__ = [
     "Score",
     "Scorer",
     "dataset_specification",
+    "heretic_prompts",
     "language_model",
     "log",
     "progress_bar",
@@ -129,6 +136,18 @@ def dataset_specification(source: PromptSource) -> Any:
     return specification(
         **source.model_dump(exclude={"category_column"}, exclude_none=True),
     )
+
+
+def heretic_prompts(prompts: Sequence[Prompt], heretic_settings: Any) -> list[Any]:
+    """Returns Heretic's own prompt objects, which its plugin context takes."""
+
+    return [
+        heretic.utils.Prompt(
+            system=heretic_settings.system_prompt if prompt.system is None else prompt.system,
+            user=prompt.text,
+        )
+        for prompt in prompts
+    ]
 
 
 def prompt_loader(ctx: Context) -> PromptLoader:

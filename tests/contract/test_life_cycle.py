@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The plugins in Heretic 2.0's documented life cycle, by way of a stand-in (see `standin`)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from safetensors.torch import load_file
+
+from heretic_contrast import ContrastAbliteration
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
+from heretic_contrast.search import Parameters
+from heretic_contrast.settings import ContrastSettings
+from tests.contract.conftest import MODEL
+from tests.contract.standin import StandIn, load_plugin, make_settings
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return list(first) == list(second) and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def test_baselines_are_those_of_the_unmodified_model(run: Any) -> None:
+    tiers, divergence, canaries = run.baselines
+    assert tiers.value == 1.0
+    assert tiers.rich_display == "[bold]18[/]/18 (REFUSE 18, EVASIVE 0, COMPLY 0, incoherent 0)"
+    assert abs(divergence.value) < 1e-5
+    assert canaries.value == 0.0
+
+
+def test_factors_are_exact_and_restored_bit_for_bit(run: Any) -> None:
+    run.restore(run.trials[0])
+    first = run.factors()
+    assert any(bool(factor.any()) for name, factor in first.items() if "lora_B" in name)
+    assert {factor.shape[0] for name, factor in first.items() if "lora_A" in name} == {9}
+    run.restore(run.trials[1])
+    assert not same(first, run.factors())
+    run.restore(run.trials[0])
+    assert same(first, run.factors())
+
+    run.export()
+    run.restore(run.trials[0])
+    assert run.has_lora()
+    assert same(first, run.factors())
+    run.export()
+    run.restore(run.trials[0])
+    assert same(first, run.factors())
+
+
+def test_scores_follow_the_model_after_an_export(run: Any) -> None:
+    strong = json.loads(run.trials[0])
+    for kernel in strong["kernels"].values():
+        kernel.update(
+            max_weight=1.0, max_weight_position=3.0, min_weight=1.0, min_weight_distance=8.0
+        )
+    strong["direction_index"] = None
+    strong["scales"] = dict.fromkeys(strong["scales"], 0.3)
+    run.restore(json.dumps(strong))
+    before = run.scores()
+    assert before[0].value < 0.5
+    assert before[1].value > 1e-4
+    run.export()
+    run.restore(json.dumps(strong))
+    assert [score.value for score in run.scores()] == [score.value for score in before]
+
+
+def test_divergence_is_that_of_full_distributions(run: Any) -> None:
+    """The scorer's value against log-softmax over the whole vocabulary, computed prompt by prompt."""
+
+    run.restore(run.trials[0])
+    scorer = run.loaded_scorers[1]
+    tokenizer, model = run.model.tokenizer, run.model.model
+    from heretic_contrast.prompts import PromptSource as Source
+    from heretic_contrast.prompts import read_json_lines
+
+    source: Source = scorer.settings.prompts
+    total, count = 0.0, 0
+    for prompt in read_json_lines(Path(source.dataset), source):
+        text = tokenizer.apply_chat_template(
+            [
+                {"role": "system", "content": run.settings.system_prompt},
+                {"role": "user", "content": prompt.text},
+            ],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False)["input_ids"]
+        with model.disable_adapter():
+            whole = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=8,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            base = model(input_ids=whole).logits[0].double().log_softmax(dim=-1)
+        modified = model(input_ids=whole).logits[0].double().log_softmax(dim=-1)
+        kl = (base.exp() * (base - modified)).sum(dim=-1)[ids.shape[1] - 1 : -1]
+        total, count = total + float(kl.sum()), count + len(kl)
+    measured = scorer.get_score(run.context()).value
+    assert measured == pytest.approx(total / count, rel=1e-3, abs=1e-6)
+
+
+def test_mixin_in_front_keeps_the_parameters_class(run: Any) -> None:
+    from typing import Generic, TypeVar
+
+    T = TypeVar("T")
+
+    class Mixin(Generic[T]):
+        pass
+
+    class Mixed(Mixin[int], ContrastAbliteration):
+        settings: ContrastSettings
+
+    plugin = Mixed(heretic_settings=run.settings, settings=run.loaded_modifier.settings)
+    assert plugin.parameters_class is Parameters
+
+
+def test_parameters_of_another_configuration_are_refused(run: Any) -> None:
+    stored = json.loads(run.trials[0])
+    for change in (
+        {"configuration": "0" * 16},
+        {"scales": {"all": 1.0}},
+        {"kernels": {}},
+    ):
+        with pytest.raises(ContrastError, match="belong to another configuration"):
+            run.restore(json.dumps({**stored, **change}))
+    with pytest.raises(ContrastError, match="trials of another modifier"):
+        run.restore(json.dumps({"direction_index": None, "weight_distributions": {}}))
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (
+            {"modifier": {"ContrastAbliteration": {"basline": "matched"}}},
+            'There is no setting "basline" in [modifier.ContrastAbliteration]: did you mean "baseline"?',
+        ),
+        (
+            {"modifier": {"ContrastAbliteration_a": {"winner": 2}}},
+            'There is no setting "winner" in [modifier.ContrastAbliteration_a]: did you mean "winners"?',
+        ),
+        (
+            {"modifier": {"ContrastAblitration": {"baseline": "matched"}}},
+            "config.toml has a table [modifier.ContrastAblitration], which no plugin reads: "
+            "did you mean [modifier.ContrastAbliteration]?",
+        ),
+        (
+            {"modifier": {"ContrastAbliteration": {"baseline": "matchd"}}},
+            'There is no contrast baseline "matchd"',
+        ),
+        (
+            {"modifier": {"ContrastAbliteration": {"som_rows": 0}}},
+            'The setting "som_rows" in [modifier.ContrastAbliteration] does not work',
+        ),
+    ],
+)
+def test_bad_tables_are_one_sentence(tables: dict[str, Any], message: str, run: Any) -> None:
+    settings = make_settings(MODEL, tables)
+    with pytest.raises(ContrastError) as error:
+        from heretic_contrast.hosts.surface import Modifier
+
+        plugin = load_plugin(
+            "heretic_contrast.ContrastAbliteration", Modifier, "modifier", settings
+        )
+        plugin.init(run.context())
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(HAS_PLUGIN_SURFACE, reason="needs Heretic 1.4 to compare with")
+def test_both_hosts_make_the_same_directions_and_factors(
+    tmp_path: Path, modifier_table: dict[str, Any], scorer_tables: dict[str, Any]
+) -> None:
+    lines = {
+        name: "\n".join(
+            json.loads(line)["text"]
+            for line in Path(scorer_tables[scorer]["prompts"]["dataset"]).read_text().splitlines()
+        )
+        for name, scorer in (("bad", "RefusalTiers"), ("good", "FalseRefusals"))
+    }
+    for name, text in lines.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    finished = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from heretic_contrast.cli import main; main()",
+            f"--model={MODEL}",
+            "--seed=3",
+            "--n-trials=1",
+            "--n-startup-trials=1",
+            "--batch-size=64",
+            "--max-response-length=4",
+            "--response-prefix=",
+            f"--bad-evaluation-prompts.dataset={tmp_path / 'bad.txt'}",
+            f"--good-evaluation-prompts.dataset={tmp_path / 'good.txt'}",
+            "--contrast.method=mean",
+            "--contrast.baseline=unmatched",
+            f"--contrast.bad-prompts.dataset={modifier_table['bad_prompts']['dataset']}",
+            f"--contrast.good-prompts.dataset={modifier_table['good_prompts']['dataset']}",
+            f"--contrast.save-directions={tmp_path / 'hosted.safetensors'}",
+            f"--study-checkpoint-dir={tmp_path / 'checkpoints'}",
+            "--trial-index=0",
+            "--model-action=save",
+            "--export-strategy=adapter",
+            f"--save-directory={tmp_path / 'adapter'}",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
+    (journal,) = tmp_path.glob("checkpoints/contrast-*/*.jsonl")
+    study = optuna.load_study(
+        study_name="heretic", storage=JournalStorage(JournalFileBackend(str(journal)))
+    )
+
+    table = {**modifier_table, "save_directions": str(tmp_path / "standin.safetensors")}
+    # Nothing cached, so that the residuals are computed here as well.
+    table["residual_cache"] = str(tmp_path / "cache")
+    standin = StandIn(make_settings(MODEL, {"modifier": {"ContrastAbliteration": table}})).start()
+    assert (tmp_path / "standin.safetensors").read_bytes() == (
+        tmp_path / "hosted.safetensors"
+    ).read_bytes()
+
+    standin.restore(json.dumps(study.trials[0].user_attrs["contrast"]))
+    hosted = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    factors = {name.replace(".default.", "."): factor for name, factor in standin.factors().items()}
+    assert sorted(hosted) == sorted(factors)
+    assert all(torch.equal(hosted[name], factors[name].contiguous()) for name in hosted)
