@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The report of an extraction: what a baseline does to the directions, before any model is changed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..builtin import harmful_pool, harmless_pool
+from ..directions import Directions
+from ..evaluation.capture import CaptureResult, Pair, capture_pairs, load_pairs
+from ..evaluation.geometry import Geometry, measure_activities, measure_geometry
+from ..language_model import LanguageModel
+from ..prompts import PromptLoader, load_pool
+from ..settings import ContrastSettings
+from . import plots
+from .content import Column, Figure, Report, Section, Table, number, text_column
+from .sections import (
+    capture_layers_table,
+    capture_section,
+    capture_table,
+    comparison_section,
+    compounding_section,
+    magnitude_section,
+    perturbation_section,
+    shown_layer,
+)
+from .tables import to_csv, to_rich
+from .writing import NO_PLOTS, table_files, to_json, write_report
+
+WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
+"""The paper's weights, at which the perturbation is measured."""
+
+N_PROMPTS = 64
+"""Prompts of each pool that activations are observed on."""
+
+MAX_RESPONSE_LENGTH = 50
+"""Decoding steps, as in the paper's divergence, and tokens that show whether a prompt is refused."""
+
+
+def write_extraction_report(
+    model: LanguageModel,
+    results: Mapping[str, Directions],
+    configurations: Mapping[str, ContrastSettings],
+    load: PromptLoader,
+    directory: Path,
+    log: Callable[..., None],
+    pairs: Sequence[Pair] | None = None,
+) -> None:
+    """
+    Measures capture, geometry and activations, writes them as JSON, CSV, plots and `report.html`, and prints the
+    main tables.
+
+    `pairs`: None for the shipped ones. Raises `ContrastError` when a pool cannot be read, or a file cannot be written.
+    """
+
+    log()
+    log("Measuring capture and geometry...")
+    if pairs is None:
+        pairs = load_pairs(model=model.name)
+    capture = capture_pairs(model, results, pairs, MAX_RESPONSE_LENGTH)
+    contrast = next(iter(configurations.values()))
+    harmful = load_pool(contrast.bad_prompts or harmful_pool("train[:400]"), load, "harmful")
+    bulk = load_pool(contrast.good_prompts or harmless_pool("train[:400]"), load, "harmless")
+    activities = measure_activities(
+        model,
+        results,
+        harmful[:N_PROMPTS],
+        bulk[:N_PROMPTS],
+        WEIGHTS,
+        {name: settings.composition for name, settings in configurations.items()},
+        MAX_RESPONSE_LENGTH,
+    )
+    geometry = measure_geometry(results, activities)
+    report = extraction_report(model.name, results, capture, geometry)
+    write_report(
+        report,
+        directory,
+        {
+            "capture.json": to_json(capture.to_dict()),
+            "geometry.json": to_json(geometry.to_dict()),
+            **table_files(report),
+            "capture-layers.csv": to_csv(capture_layers_table(capture)),
+        },
+    )
+    log(to_rich(configuration_table(results, geometry)))
+    if capture.layers:
+        log()
+        log(to_rich(capture_table(capture)))
+    if capture.left_out:
+        log(
+            f"* [yellow]{len(capture.left_out)} pairs are left out of the capture, since the model does not treat them as "
+            "assumed.[/]"
+        )
+    if not activities:
+        log(
+            "* Occupancy and perturbation are left out: the experts of this model do not keep prompts apart."
+        )
+    if not plots.can_plot():
+        log(f"[yellow]{NO_PLOTS.replace('[', chr(92) + '[')}[/]")
+
+
+def extraction_report(
+    model_name: str,
+    results: Mapping[str, Directions],
+    capture: CaptureResult,
+    geometry: Geometry,
+) -> Report:
+    """Returns the report of an extraction."""
+
+    layer = shown_layer(len(geometry.layers) // len(results), capture)
+    sections = [
+        Section("Overview", tables=(configuration_table(results, geometry),)),
+        capture_section(capture),
+        magnitude_section(geometry),
+        compounding_section(geometry),
+    ]
+    if geometry.comparisons:
+        sections.append(comparison_section(geometry))
+    if geometry.activities:
+        sections.append(
+            perturbation_section(
+                geometry,
+                f"The first {N_PROMPTS} prompts of the harmful and of the general harmless pool, which directions were also "
+                f"extracted from; at most {MAX_RESPONSE_LENGTH} decoding steps.",
+            )
+        )
+    sections.append(classes_section(results, geometry, layer))
+    return Report(
+        title=f"Refusal directions of {model_name}",
+        subtitle=f"{len(results)} configurations: {', '.join(results)}",
+        summary=summary(results, capture, geometry),
+        sections=tuple(sections),
+    )
+
+
+def summary(
+    results: Mapping[str, Directions], capture: CaptureResult, geometry: Geometry
+) -> tuple[str, ...]:
+    """Returns what was found, in a sentence for each configuration."""
+
+    sentences = []
+    captured = {row[0]: row for row in capture_table(capture).rows}
+    for name, directions in results.items():
+        strongest = max(geometry.of(name), key=lambda layer: layer.effective_weight)
+        sentence = (
+            f"{name}: {directions.n_directions} directions per layer, effective weight at weight 1 up to "
+            f"{strongest.effective_weight:.2f} (layer {strongest.layer})"
+        )
+        row = captured.get(name)
+        if row is not None and row[1] is not None:
+            sentence += f"; their span captures {100 * row[1]:.1f} % on average and {100 * row[2]:.1f} % at layer {row[4]}"
+        sentences.append(sentence + ".")
+    return tuple(sentences)
+
+
+def configuration_table(results: Mapping[str, Directions], geometry: Geometry) -> Table:
+    """Returns what each configuration's directions look like, averaged over layers."""
+
+    rows = []
+    for name, directions in results.items():
+        settings = directions.provenance.get("settings", {})
+        layers = geometry.of(name)
+        cosines = [layer.mean_cosine for layer in layers if layer.mean_cosine is not None]
+        shares = [layer.first_share for layer in layers if layer.first_share is not None]
+        rows.append(
+            (
+                name,
+                settings.get("baseline"),
+                directions.n_directions,
+                "yes" if settings.get("svd") else "no",
+                settings.get("scale"),
+                sum(layer.mean_norm for layer in layers) / len(layers),
+                sum(cosines) / len(cosines) if cosines else None,
+                sum(shares) / len(shares) if shares else None,
+                sum(layer.effective_weight for layer in layers) / len(layers),
+            )
+        )
+    return Table(
+        "configurations",
+        "Directions by configuration",
+        (
+            text_column("Configuration"),
+            text_column("Baseline"),
+            Column("Directions"),
+            text_column("SVD"),
+            text_column("Scale"),
+            Column("Mean norm", number(3)),
+            Column("Mean cosine", number(3)),
+            Column("Share of σ₁²", number(3)),
+            Column("Effective weight", number(2)),
+        ),
+        tuple(rows),
+        "Averages over layers; norm, cosine and share of the first squared singular value of the class directions as trained.",
+    )
+
+
+def classes_section(results: Mapping[str, Directions], geometry: Geometry, layer: int) -> Section:
+    """Returns the classes of each configuration at one layer: cosines, singular values, and maps."""
+
+    names = dict(geometry.class_names)
+    figures: list[Figure] = []
+    shown: list[Directions] = []
+    if plots.can_plot():
+        spectra = {}
+        for name in results:
+            measured = next(item for item in geometry.of(name) if item.layer == layer)
+            first = measured.singular_values[0]
+            spectra[name] = (
+                list(range(1, len(measured.singular_values) + 1)),
+                [value / first if first else None for value in measured.singular_values],
+            )
+        figures.append(
+            Figure(
+                "singular-values",
+                f"Singular values of the class directions, layer {layer}",
+                f"Line plot: singular values relative to the first one, for {', '.join(spectra)}.",
+                plots.lines(spectra, "Index", "Singular value / first one", from_zero=True),
+            )
+        )
+        for name, directions in results.items():
+            # SVD and scale change nothing about the classes themselves.
+            if any(
+                torch.equal(directions.class_directions, other.class_directions)
+                for other in shown
+                if other.class_directions.shape == directions.class_directions.shape
+            ):
+                continue
+            shown.append(directions)
+            if len(names[name]) > 1:
+                figures.append(cosine_figure(name, names[name], geometry, layer))
+            if directions.hits.numel() and not _is_random(directions):
+                figures.append(hits_figure(name, directions, layer))
+    rows = tuple(
+        (name, class_name, norm, *_densest(results[name], index, layer))
+        for name in results
+        for index, (class_name, norm) in enumerate(
+            zip(
+                names[name],
+                next(item for item in geometry.of(name) if item.layer == layer).norms,
+                strict=True,
+            )
+        )
+    )
+    table = Table(
+        "classes",
+        f"Classes at layer {layer}",
+        (
+            text_column("Configuration"),
+            text_column("Class"),
+            Column("Norm", number(3)),
+            Column("Prompts"),
+            Column("Won by the densest neuron"),
+        ),
+        rows,
+        "Norm of the class direction as trained. Prompts of the class, and how many of them its map's densest neuron wins.",
+        n_keys=2,
+    )
+    return Section(
+        "Classes",
+        (
+            f"Shown for layer {layer}, whose directions capture most of the pairs' differences; where nothing could be captured, "
+            "the middle layer. Configurations with the same class directions are drawn once.",
+        ),
+        tuple(figures),
+        (table,),
+    )
+
+
+def cosine_figure(name: str, classes: tuple[str, ...], geometry: Geometry, layer: int) -> Figure:
+    """Returns the heat map of cosines between classes."""
+
+    import numpy as np
+
+    measured = next(item for item in geometry.of(name) if item.layer == layer)
+    return Figure(
+        f"class-cosines-{_safe(name)}",
+        f"Cosines between classes: {name}, layer {layer}",
+        f"Heat map of the cosines between the directions of {', '.join(classes)}; on average {measured.mean_cosine:.2f}.",
+        plots.heat_map(
+            np.array(measured.cosines),
+            classes,
+            classes,
+            "Class",
+            "Class",
+            "Cosine",
+            limits=(-1, 1),
+            annotate="{:.2f}",
+        ),
+    )
+
+
+def hits_figure(name: str, directions: Directions, layer: int) -> Figure:
+    """Returns the maps of prompts won by each neuron."""
+
+    settings = directions.provenance.get("settings", {})
+    n_neurons = directions.hits.shape[2]
+    rows = settings.get("som_rows", 1)
+    shape = (rows, n_neurons // rows)
+    return Figure(
+        f"som-hits-{_safe(name)}",
+        f"Prompts won by each neuron: {name}, layer {layer}",
+        f"Self-organizing maps of {shape[0]} by {shape[1]} neurons with the number of prompts that each neuron wins, "
+        f"one for each of {', '.join(directions.class_names)}.",
+        plots.hit_maps(
+            [hits.reshape(shape).numpy() for hits in directions.hits[layer + 1]],
+            directions.class_names,
+        ),
+    )
+
+
+def _densest(directions: Directions, direction: int, layer: int) -> tuple[int | None, int | None]:
+    """Returns the number of prompts of a direction's class, and how many the densest neuron wins."""
+
+    if not directions.hits.numel():
+        return None, None
+    winners = directions.class_directions.shape[1] // len(directions.class_names)
+    hits = directions.hits[layer + 1, direction // winners]
+    return int(hits.sum()), int(hits.max())
+
+
+def _is_random(directions: Directions) -> bool:
+    """Whether random directions took the place of the maps'."""
+
+    return directions.provenance.get("settings", {}).get("control") == "random"
+
+
+def _safe(name: str) -> str:
+    """Returns a name that is safe in file names."""
+
+    return "".join(letter if letter.isalnum() else "-" for letter in name)

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Plots as PNG, in colors that color-blind readers can tell apart.
+
+matplotlib is optional: where it is missing, `can_plot` says so. The same data give the same bytes with the same
+version of matplotlib: nothing about time or software is written into the files.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+DOTS_PER_INCH = 144
+"""Sharp on a screen with two dots per pixel, and in print."""
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Okabe and Ito's palette, whose colors differ for all common kinds of color vision."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+MAX_TICKS = 26
+"""More labels on one axis would overlap."""
+
+
+def can_plot() -> bool:
+    """Returns whether matplotlib is installed."""
+
+    return find_spec("matplotlib") is not None
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Made without pyplot, so that no window system and no global state is involved.
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _label_axis(axis: Any, labels: Sequence[str]) -> None:
+    """Labels the positions 0, 1, ... of an axis, only some of them where there are many."""
+
+    step = -(-len(labels) // MAX_TICKS)
+    positions = range(0, len(labels), step)
+    axis.set_ticks(list(positions), [labels[index] for index in positions])
+
+
+def heat_map(
+    values: NDArray[Any],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    row_title: str,
+    column_title: str,
+    value_title: str,
+    limits: tuple[float, float] | None = None,
+    annotate: str | None = "{:.0f}",
+) -> bytes:
+    """
+    Returns a heat map.
+
+    `values`: array of shape (n_rows, n_columns); NaN leaves a cell blank. `annotate` formats the value that is
+    written into each cell; None, or more than 32 columns, leaves cells without.
+    """
+
+    n_rows, n_columns = values.shape
+    figure = _figure(
+        max(4.4, min(8.0, 1.9 + 0.5 * n_columns)), max(2.8, min(11.0, 1.3 + 0.31 * n_rows))
+    )
+    axes = figure.subplots()
+    finite = values[np.isfinite(values)]
+    low, high = limits or (
+        (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    )
+    if low == high:
+        high = low + 1
+    image = axes.imshow(
+        np.ma.masked_invalid(values), aspect="auto", cmap="cividis", vmin=low, vmax=high
+    )
+    _label_axis(axes.xaxis, columns)
+    _label_axis(axes.yaxis, rows)
+    if max(map(len, columns)) > 4:
+        axes.tick_params(axis="x", labelrotation=40)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
+            label.set_rotation_mode("anchor")
+    axes.set_xlabel(column_title)
+    axes.set_ylabel(row_title)
+    if annotate is not None and n_columns <= 32 and n_rows <= 64:
+        for row in range(n_rows):
+            for column in range(n_columns):
+                value = values[row, column]
+                if np.isfinite(value):
+                    # Black on the light half of the color map, white on the dark half.
+                    light = (value - low) / (high - low) > 0.55
+                    axes.text(
+                        column,
+                        row,
+                        annotate.format(value),
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="black" if light else "white",
+                    )
+    figure.colorbar(image, ax=axes, label=value_title, fraction=0.06)
+    return _png(figure)
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]],
+    x_title: str,
+    y_title: str,
+    logarithmic: bool = False,
+    from_zero: bool = False,
+    level: tuple[float, str] | None = None,
+    integers: bool = True,
+) -> bytes:
+    """
+    Returns lines with markers, one for each series of x and y values; None breaks a line.
+
+    `level`: a value that is drawn as a dashed horizontal line, and what it means.
+    """
+
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(6.0, 3.9)
+    axes = figure.subplots()
+    for index, (name, (x, y)) in enumerate(series.items()):
+        axes.plot(
+            x,
+            [np.nan if value is None else value for value in y],
+            label=name,
+            color=COLORS[index % len(COLORS)],
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle=("-", "--", ":", "-.")[index // len(COLORS) % 4],
+            markersize=4.5,
+            linewidth=1.4,
+        )
+    if level is not None:
+        axes.axhline(level[0], color="#555555", linestyle="--", linewidth=1, label=level[1])
+    if logarithmic and any(
+        value is not None and value > 0 for _, y in series.values() for value in y
+    ):
+        axes.set_yscale("log")
+    elif from_zero:
+        axes.set_ylim(bottom=0)
+    if integers:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(x_title)
+    axes.set_ylabel(y_title)
+    axes.grid(alpha=0.3)
+    _legend(figure, axes)
+    return _png(figure)
+
+
+def fronts(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[bool]]],
+    x_title: str,
+    y_title: str,
+) -> bytes:
+    """
+    Returns points, one color for each series, and a stepped line through those on its Pareto front.
+
+    Each series: x values (positive, on a logarithmic axis), y values, and whether each point is on the front.
+    """
+
+    figure = _figure(6.0, 4.4)
+    axes = figure.subplots()
+    for index, (name, (x, y, on_front)) in enumerate(series.items()):
+        color = COLORS[index % len(COLORS)]
+        marker = MARKERS[index % len(MARKERS)]
+        axes.scatter(x, y, s=16, color=color, marker=marker, alpha=0.35, linewidths=0)
+        front = sorted((a, b) for a, b, chosen in zip(x, y, on_front, strict=True) if chosen)
+        axes.plot(
+            [a for a, _ in front],
+            [b for _, b in front],
+            drawstyle="steps-post",
+            color=color,
+            marker=marker,
+            markersize=5,
+            linewidth=1.4,
+            linestyle=("-", "--", ":", "-.")[index // len(COLORS) % 4],
+            label=name,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel(x_title)
+    axes.set_ylabel(y_title)
+    axes.set_ylim(bottom=-0.4)
+    axes.grid(alpha=0.3)
+    _legend(figure, axes)
+    return _png(figure)
+
+
+def hit_maps(hits: Sequence[NDArray[Any]], titles: Sequence[str]) -> bytes:
+    """
+    Returns maps of the prompts that each neuron wins, side by side, with counts in the cells.
+
+    `hits`: arrays of shape (rows, columns), integers.
+    """
+
+    n_columns = min(3, len(hits))
+    n_rows = -(-len(hits) // n_columns)
+    figure = _figure(2.0 * n_columns + 0.4, 2.1 * n_rows)
+    axes_grid = figure.subplots(n_rows, n_columns, squeeze=False)
+    for axes in axes_grid.flat:
+        axes.set_axis_off()
+    for axes, counts, title in zip(axes_grid.flat, hits, titles, strict=False):
+        axes.set_axis_on()
+        high = max(1, int(counts.max()))
+        axes.imshow(counts, cmap="cividis", vmin=0, vmax=high)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_title(title, fontsize=9)
+        if counts.size <= 100:
+            for (row, column), count in np.ndenumerate(counts):
+                axes.text(
+                    column,
+                    row,
+                    str(count),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="black" if count / high > 0.55 else "white",
+                )
+    return _png(figure)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Puts the legend below the plot, where it hides nothing."""
+
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=1 if max(map(len, labels)) > 34 else 2,
+            fontsize=8,
+            frameon=False,
+        )
