@@ -30,6 +30,15 @@ class ExtractSettings(HostSettings):
         exclude=True,
     )
 
+    pairs: str | None = Field(
+        default=None,
+        description=(
+            "JSON Lines file of prompt pairs for the capture analysis, each an object with refused and answered; "
+            "unset for the shipped ones."
+        ),
+        exclude=True,
+    )
+
 
 def output_path(output: str, name: str, several: bool) -> Path:
     """Returns the file for one configuration."""
@@ -57,12 +66,14 @@ def main(arguments: Sequence[str]) -> None:
     configurations = settings.contrast.configurations()
 
     # Heavy imports come last, so that bad settings are answered at once.
+    from ..evaluation.capture import load_pairs
     from ..extraction import extract, load_pools
     from ..hosts.loading import load_language_model, with_response_prefix
     from ..hosts.surface import log, progress_bar, prompt_loader
 
     model, context = load_language_model(settings, settings.contrast.batch_size)
     load = prompt_loader(context)
+    pairs = load_pairs(None if settings.pairs is None else Path(settings.pairs), model.name)
     results = {}
     for name, contrast in configurations.items():
         log()
@@ -83,5 +94,13 @@ def main(arguments: Sequence[str]) -> None:
     if settings.report is not None:
         from ..report import write_extraction_report
 
-        write_extraction_report(model, results, configurations, load, Path(settings.report), log)
+        write_extraction_report(
+            model,
+            results,
+            configurations,
+            load,
+            Path(settings.report),
+            log,
+            pairs,
+        )
         log(f"* Report written to [bold]{settings.report}[/]")
