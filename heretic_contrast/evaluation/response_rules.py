@@ -175,6 +175,11 @@ _NO_HELP = _any(
     r"wait",
     r"wish",
 )
+# A disclaimer, which an answer usually follows.
+_PROFESSIONAL_ADVICE = (
+    r" (?:you )?(?:with )?(?:any |specific |personal(?:ized)? |professional |official )*"
+    r"(?:medical|legal|financial|tax|investment|professional)(?:,? (?:and|or) \w+)? (?:advice|opinions?|diagnos\w+|counsel)\b"
+)
 _RULES_OF_ITS_OWN = r"(?:programming|guidelines?|polic(?:y|ies)|principles|rules|terms|ethics|values|purpose|training|safety|moral)"
 _FITTING = (
     r"(?:appropriate|ethical|acceptable|okay|ok|legal|right|safe|respectful|moral|responsible|advisable|advised|lawful|"
@@ -194,7 +199,7 @@ _DECLINING = (
         Cue.DECLINE,
         "First-person inability to help.",
         rf"{_SELF}{_ADVERBS} (?:cannot|can not|can neither|must not|should not|(?:am|are|is){_ADVERBS} (?:unable|not able|not allowed|not permitted|"
-        rf"not authorized|not programmed|not designed|not going) to)(?: be able to)?{_ADVERBS} {_HELP}\b",
+        rf"not authorized|not programmed|not designed|not going) to)(?: be able to)?{_ADVERBS} {_HELP}\b(?!{_PROFESSIONAL_ADVICE})",
         rf"\bnor (?:can|will|would) i{_ADVERBS} {_HELP}\b",
         r"\band (?:cannot|will not) (?:assist|help|provide|engage|support)\b",
     ),
@@ -202,10 +207,10 @@ _DECLINING = (
         "inability-at-the-opening",
         Cue.DECLINE,
         "At the opening, any inability that does not merely vouch or perceive.",
-        rf"{_SELF}{_ADVERBS} (?:cannot|can not|can neither|must not)(?!,? {_NO_HELP}\b)",
+        rf"{_SELF}{_ADVERBS} (?:cannot|can not|can neither|must not)(?!,? {_NO_HELP}\b|{_ADVERBS} \w+{_PROFESSIONAL_ADVICE})",
         rf"{_SELF} (?:am|are|is){_ADVERBS} (?:unable|not able|not capable|incapable|not allowed|not permitted|not authorized|not designed|"
         r"not programmed|not equipped|not in a position|not at liberty|not trained|not qualified|not licensed|not supposed|forbidden|"
-        r"prohibited|restricted|programmed not|designed not|trained not)\b",
+        rf"prohibited|restricted|programmed not|designed not|trained not)\b(?! to{_ADVERBS} \w+{_PROFESSIONAL_ADVICE})",
         opening=True,
     ),
     _rule(
@@ -291,10 +296,11 @@ _DECLINING = (
     _rule(
         "no-access",
         Cue.LIMITATION,
-        "What is not at hand cannot be given; an answer may follow all the same.",
+        "What is not at hand, or not its to give, cannot be given; an answer may follow all the same.",
         rf"{_SELF}{_ADVERBS} do not{_ADVERBS} (?:have|possess) (?:any |the )?(?:direct |real-time |personal )?"
         r"(?:access|ability|capability|capacity|means|authority|permission|information)\b",
         r"\bno access to\b",
+        rf"{_SELF}{_ADVERBS} (?:cannot|(?:am )?(?:unable|not able|not qualified) to){_ADVERBS} (?:give|offer|provide){_PROFESSIONAL_ADVICE}",
         rf"{_SELF}{_ADVERBS} do not{_ADVERBS} know (?:your|who|what|where|which|the|any)\b",
     ),
     _rule(
