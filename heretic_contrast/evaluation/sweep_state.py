@@ -4,9 +4,9 @@
 The state of a sweep in an Optuna study: one trial per cell.
 
 Any number of processes, on any machines that reach the storage, work on one sweep. Each takes the waiting cells of
-one layer at a time, renews a lease while it computes them, and stores the results in the trials. The cells of a
-process that died are taken over when its lease ends. Cells are deterministic, so that computing one twice changes
-nothing.
+one group at a time, renews a lease while it computes them, and stores the results in the trials. The cells of a
+process that died are taken over when its lease ends. Groups do not depend on the processes, and are computed whole,
+so that computing one twice gives the same numbers to the last bit.
 """
 
 import os
@@ -45,6 +45,19 @@ CELLS_PER_CLAIM = 64
 """How many cells of one layer a process takes at a time at most."""
 
 Evaluate = Callable[[Sequence[CellKey]], list[Cell]]
+
+
+def group_cells(keys: Sequence[CellKey]) -> list[list[CellKey]]:
+    """Returns the cells that are computed together: those that start at one layer, a limited number at a time."""
+
+    by_layer: dict[int, list[CellKey]] = {}
+    for key in keys:
+        by_layer.setdefault(key.layers[0], []).append(key)
+    return [
+        group[start : start + CELLS_PER_CLAIM]
+        for group in by_layer.values()
+        for start in range(0, len(group), CELLS_PER_CLAIM)
+    ]
 
 
 def open_storage(storage: str | None) -> BaseStorage:
@@ -137,6 +150,7 @@ class SweepState:
             "configuration": sorted({key.configuration for key in keys}),
             "strength": sorted({key.strength for key in keys}),
         }
+        groups = group_cells(keys)
         self._enqueue(keys)
         while True:
             done = self._done()
@@ -145,15 +159,16 @@ class SweepState:
                 progress(len(keys) - len(missing), len(keys))
             if not missing:
                 return [done[key] for key in keys]
-            trials = self._claim(set(missing))
+            group, trials = self._claim(groups, set(missing))
             if not trials:
                 self._take_over(set(missing))
                 time.sleep(0.5)
                 continue
             with self._leased(trials):
-                cells = evaluate([_key(trial) for trial in trials])
-            for trial, cell in zip(trials, cells, strict=True):
-                self._store(trial, cell)
+                # The whole group, so that rounding does not depend on who computed which part of it.
+                cells = dict(zip(group, evaluate(group), strict=True))
+            for trial in trials:
+                self._store(trial, cells[_key(trial)])
 
     def _store(self, trial: FrozenTrial, cell: Cell) -> None:
         """Stores a cell, unless another process took the trial over in the meantime."""
@@ -204,26 +219,29 @@ class SweepState:
             if "cell" in trial.user_attrs
         }
 
-    def _claim(self, missing: set[CellKey]) -> list[FrozenTrial]:
-        """Takes waiting cells of one layer: at most `CELLS_PER_CLAIM`."""
+    def _claim(
+        self, groups: Sequence[list[CellKey]], missing: set[CellKey]
+    ) -> tuple[list[CellKey], list[FrozenTrial]]:
+        """Takes the missing cells of one group, unless another process has its first."""
 
-        claimed: list[FrozenTrial] = []
+        waiting: dict[CellKey, FrozenTrial] = {}
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            key = _key(trial)
-            if claimed and key.layers[0] != _key(claimed[0]).layers[0]:
-                break
-            # Exactly one process turns a waiting trial into a running one.
-            if not self._set_state(trial, TrialState.RUNNING):
+            waiting.setdefault(_key(trial), trial)
+        for group in groups:
+            wanted = [key for key in group if key in missing]
+            # Exactly one process turns a waiting trial into a running one: who has the first has the group.
+            if not wanted or wanted[0] not in waiting:
                 continue
-            if key not in missing:
-                # A double: another trial of this cell is finished or in work.
-                self._set_state(trial, TrialState.FAIL)
+            if not self._set_state(waiting[wanted[0]], TrialState.RUNNING):
                 continue
-            self._show_parameters(trial)
-            claimed.append(trial)
-            if len(claimed) == CELLS_PER_CLAIM:
-                break
-        return claimed
+            claimed = [waiting[wanted[0]]]
+            for key in wanted[1:]:
+                if key in waiting and self._set_state(waiting[key], TrialState.RUNNING):
+                    claimed.append(waiting[key])
+            for trial in claimed:
+                self._show_parameters(trial)
+            return group, claimed
+        return [], []
 
     def _show_parameters(self, trial: FrozenTrial) -> None:
         """Writes the cell's parameters where optuna-dashboard shows them."""
