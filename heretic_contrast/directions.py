@@ -28,7 +28,7 @@ from .errors import ContrastError
 from .files import write_bytes_atomically
 from .language_model import LanguageModel, Progress
 from .settings import Classes, ContrastSettings, Control, Method, Scale, SmallClasses
-from .som import SomSettings, train_maps
+from .som import SomSettings, TrainedMap, train_maps
 
 FORMAT = "heretic-contrast directions 1"
 
@@ -485,43 +485,47 @@ def class_directions(
         for name in class_names
     }
     n_layers = residuals.harmful.shape[1]
-    samples: list[np.ndarray] = []
-    for index in range(n_layers):
-        differences = baseline(residuals.layer(index), options)
-        samples.extend(differences[members[name]].numpy() for name in class_names)
-
-    if settings.method is Method.MEAN:
-        means = [torch.from_numpy(sample.mean(axis=0, dtype=np.float64)) for sample in samples]
-        directions = torch.stack(means).reshape(n_layers, len(class_names), -1)
-        return (
-            directions,
-            torch.zeros(n_layers, len(class_names), 0, dtype=torch.int64),
-            tuple(class_names),
-        )
-
     n_neurons = settings.som_rows * settings.som_columns
-    if settings.winners > n_neurons:
+    if settings.method is Method.SOM and settings.winners > n_neurons:
         raise ContrastError(
             f"{settings.winners} winners are asked for, but a map of {settings.som_rows} × {settings.som_columns} has "
             f"{n_neurons} neurons: use a larger map or fewer winners."
         )
-    maps = train_maps(
-        samples, som_settings(settings), backend=settings.som_backend, progress=progress
-    )
-    vectors = []
-    for trained in maps:
-        # Where fewer neurons win, as at the embedding of a common last token, the rest are zero: no direction.
-        count = min(settings.winners, int((trained.hits > 0).sum()))
-        found = torch.from_numpy(trained.vectors(trained.densest(count)))
-        vectors.append(F.pad(found, (0, 0, 0, settings.winners - count)))
-    hits = torch.from_numpy(np.stack([trained.hits for trained in maps]).astype(np.int64))
+    directions: list[Tensor] = []
+    hits: list[Tensor] = []
+    for index in range(n_layers):
+        # One layer at a time, so that differences of all layers never exist beside the residuals.
+        differences = baseline(residuals.layer(index), options)
+        samples = [differences[members[name]].numpy() for name in class_names]
+        if settings.method is Method.MEAN:
+            means = [torch.from_numpy(sample.mean(axis=0, dtype=np.float64)) for sample in samples]
+            directions.append(torch.stack(means))
+            hits.append(torch.zeros(len(class_names), 0, dtype=torch.int64))
+        else:
+            maps = train_maps(samples, som_settings(settings), backend=settings.som_backend)
+            directions.append(torch.cat([winning_neurons(item, settings.winners) for item in maps]))
+            hits.append(torch.from_numpy(np.stack([item.hits for item in maps]).astype(np.int64)))
+        if progress is not None:
+            progress(index + 1, n_layers)
+    n_winners = 1 if settings.method is Method.MEAN else settings.winners
     names = tuple(
-        name if settings.winners == 1 else f"{name} {rank + 1}"
+        name if n_winners == 1 else f"{name} {rank + 1}"
         for name in class_names
-        for rank in range(settings.winners)
+        for rank in range(n_winners)
     )
-    directions = torch.cat(vectors).reshape(n_layers, len(names), -1)
-    return directions, hits.reshape(n_layers, len(class_names), n_neurons), names
+    return torch.stack(directions), torch.stack(hits), names
+
+
+def winning_neurons(trained: TrainedMap, count: int) -> Tensor:
+    """
+    Returns the weights of the densest neurons. Tensor of shape (count, hidden_size), float64.
+
+    Where fewer neurons win, as at the embedding of a common last token, the rest are zero: no direction.
+    """
+
+    n_winning = min(count, int((trained.hits > 0).sum()))
+    found = torch.from_numpy(trained.vectors(trained.densest(n_winning)))
+    return F.pad(found, (0, 0, 0, count - n_winning))
 
 
 def som_settings(settings: ContrastSettings) -> SomSettings:
