@@ -461,7 +461,9 @@ class ContrastSettings(BaseModel):
                 raise ContrastError(
                     f'There is no setting "{name}" of the plugin: did you mean "{close[0]}"?'
                 )
-        presets = data.get("preset", [])
+        if "preset" not in data:
+            return data
+        presets = data["preset"]
         if isinstance(presets, str):
             presets = [presets]
         if isinstance(presets, list):

@@ -237,3 +237,16 @@ def test_damaged_directions_file(
         capsys,
     )
     assert str(path) in error
+
+
+def test_only_what_was_given_counts_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The menu asks for a baseline only where neither a baseline nor a preset was given.
+    from heretic_contrast.hosts.settings import HostSettings, load_settings
+
+    monkeypatch.setattr(sys, "argv", [])
+    plain = load_settings(HostSettings, "heretic-contrast", ["builtin:refuser"])
+    assert not {"baseline", "preset", "directions"} & plain.contrast.model_fields_set
+    preset = load_settings(
+        HostSettings, "heretic-contrast", ["--contrast.preset=arditi", "--model=builtin:refuser"]
+    )
+    assert "preset" in preset.contrast.model_fields_set
