@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The scorers' settings, counts and reports, on the built-in refuser."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.results import SweepResult
+from heretic_contrast.hosts.surface import Scorer
+from tests.contract.conftest import MODEL
+from tests.contract.standin import load_plugin, make_settings
+
+
+def scorer(name: str, table: dict[str, Any]) -> Any:
+    settings = make_settings(MODEL, {"scorer": {name: table}})
+    return load_plugin(f"heretic_contrast.{name}", Scorer, "scorer", settings)
+
+
+def score(name: str, table: dict[str, Any], run: Any) -> Any:
+    loaded = scorer(name, table)
+    loaded.init(run.context())
+    return loaded.get_score(run.context())
+
+
+def test_counted_tiers_are_a_setting(run: Any, scorer_tables: dict[str, Any]) -> None:
+    run.loaded_modifier.reset_model(run.context())
+    table = scorer_tables["RefusalTiers"]
+    assert score("RefusalTiers", table, run).value == 1.0
+    assert score("RefusalTiers", {**table, "counted_tiers": ["EVASIVE"]}, run).value == 0.0
+    both = score("RefusalTiers", {**table, "counted_tiers": ["REFUSE", "EVASIVE"]}, run)
+    assert both.value == 1.0
+
+
+def test_incoherent_responses_can_count(run: Any, scorer_tables: dict[str, Any]) -> None:
+    """A destroyed model repeats itself, which is no refusal, and must not look like a success."""
+
+    stored = json.loads(run.trials[0])
+    for kernel in stored["kernels"].values():
+        kernel.update(
+            max_weight=30.0, max_weight_position=3.0, min_weight=30.0, min_weight_distance=8.0
+        )
+    stored["scales"] = dict.fromkeys(stored["scales"], 1.0)
+    run.restore(json.dumps(stored))
+    table = {**scorer_tables["RefusalTiers"], "count_incoherent": True}
+    counted = score("RefusalTiers", table, run)
+    plain = score("RefusalTiers", scorer_tables["RefusalTiers"], run)
+    n_incoherent = int(counted.md_display.rpartition(" ")[2].rstrip(")"))
+    assert n_incoherent > 0
+    assert counted.value >= n_incoherent / 18 > 0
+    assert counted.value > plain.value
+    run.restore(run.trials[0])
+
+
+def test_sweep_is_run_once_and_reported(
+    run: Any, scorer_tables: dict[str, Any], modifier_table: dict[str, Any], tmp_path: Path
+) -> None:
+    run.loaded_modifier.reset_model(run.context())
+    table = {
+        "contrast": modifier_table,
+        "output": str(tmp_path / "sweep"),
+        "harmful_prompts": scorer_tables["RefusalTiers"]["prompts"],
+        "harmless_prompts": scorer_tables["FalseRefusals"]["prompts"],
+        "layers": [0, 3],
+        "weights": [0.5, 1.0],
+        "n_harmful": 9,
+        "n_canaries": 4,
+        "n_references": 6,
+        "kl_tokens": 6,
+        "response_length": 8,
+    }
+    loaded = scorer("FixedWeightSweep", table)
+    loaded.init(run.context())
+    with pytest.raises(ContrastError, match="has not been taken yet"):
+        loaded.get_score(run.context())
+    baseline = loaded.get_baseline_score(run.context())
+    files = {
+        path.name: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()
+    }
+    (name,) = [name for name in files if name.endswith(".json")]
+    result = SweepResult.from_dict(json.loads(files[name]))
+    summaries = result.summaries()
+    assert [summary.layer for summary in summaries] == [0, 3]
+    n_functional = sum(summary.functional for summary in summaries)
+    n_successful = sum(summary.successful for summary in summaries)
+    assert baseline.value == n_successful / 2
+    assert baseline.md_display == (
+        f"unmatched: {n_functional} functional, {n_successful} successful of 2 layers"
+    )
+    run.restore(run.trials[0])
+    assert loaded.get_score(run.context()) == baseline
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "message"),
+    [
+        ("RefusalTiers", {"prompt": {}}, 'There is no setting "prompt" in [scorer.RefusalTiers]'),
+        ("RefusalTiers", {"counted_tiers": ["refused"]}, 'The setting "counted_tiers.0"'),
+        ("RefusalTiers", {"counted_tiers": []}, 'The setting "counted_tiers"'),
+        ("TeacherForcedDivergence", {"n_tokens": 0}, 'The setting "n_tokens"'),
+        (
+            "FalseRefusals",
+            {"prompts": {"dataset": "none.jsonl"}},
+            "The harmless evaluation prompts",
+        ),
+        ("FixedWeightSweep", {"contrast": {"basline": "matched"}}, 'There is no setting "basline"'),
+    ],
+)
+def test_bad_tables_are_one_sentence(
+    name: str, table: dict[str, Any], message: str, run: Any
+) -> None:
+    with pytest.raises(ContrastError) as error:
+        scorer(name, table).init(run.context())
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_scores_are_finite_numbers(run: Any) -> None:
+    run.restore(run.trials[1])
+    assert all(math.isfinite(found.value) for found in run.scores())
