@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -73,6 +73,7 @@ def test_degenerate_text_is_not(name: str) -> None:
     assert not is_coherent(INCOHERENT[name])
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["one", "two", "three", "four"]), min_size=3, max_size=60))
 def test_entropy_is_that_of_scipy(words: list[str]) -> None:
     pairs = list(pairwise(words))
@@ -89,12 +90,14 @@ def test_entropy_of_known_texts() -> None:
     assert normalized_bigram_entropy("") == normalized_bigram_entropy("word") == 1.0
 
 
+@settings(deadline=None)
 @given(st.text(max_size=300))
 def test_any_text_has_an_entropy_and_an_answer(text: str) -> None:
     assert 0.0 <= normalized_bigram_entropy(text) <= 1.0
     assert is_coherent(text) in (True, False)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 3), min_size=2, max_size=6, unique=True), st.integers(2, 6), st.data()
 )

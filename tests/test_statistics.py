@@ -5,7 +5,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -23,6 +23,7 @@ def test_wilson_interval_is_that_of_scipy(n: int, confidence: float) -> None:
         )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2000), st.floats(0.01, 0.999), st.data())
 def test_wilson_interval_solves_its_equation(
     n: int, confidence: float, data: st.DataObject
@@ -37,6 +38,7 @@ def test_wilson_interval_solves_its_equation(
         assert distance == pytest.approx(z * z * end * (1 - end) / n, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 500), st.data())
 def test_wilson_interval_mirrors_failures(n: int, data: st.DataObject) -> None:
     successes = data.draw(st.integers(0, n))
@@ -62,6 +64,7 @@ def test_confidences_that_are_none(confidence: float) -> None:
         wilson_interval(1, 10, confidence)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))
 def test_standard_error_is_that_of_scipy(values: list[float]) -> None:
     assert standard_error(values) == pytest.approx(float(stats.sem(values)), rel=1e-9, abs=1e-6)
