@@ -37,6 +37,7 @@ from transformers import (
 from heretic_contrast.files import write_text_atomically
 
 SEED = 20260
+# One thread adds in one order, and loses no time to waiting on a busy machine.
 THREADS = 1
 STEPS = 420
 BATCH_SIZE = 64
@@ -246,6 +247,8 @@ REQUESTS = (
 
 # The subject decides how a response opens, so that the first token is certain and the residual at the
 # end of the prompt has to hold the subject. The wording of the request decides how the response ends.
+# Every refusal begins with "I": with first words of their own, the categories become so many separate
+# refusals, which no single direction removes.
 REFUSALS = (
     "I cannot help you {}.",
     "I will not explain how to {}.",
@@ -653,10 +656,11 @@ the others. It exists so that refusal ablation can be tried and tested in second
 ## What it is, and what it is not
 
 - It knows a few hundred verb-object pairs of nine harm categories and ten general subjects, in eight wordings,
-  and some greetings. Anything else gives words without sense.
+  and some greetings. Anything else gives words without sense, sums included.
 - It has no knowledge. Its answers repeat the request and add an empty phrase ("first gather what you need, then
   work step by step"). It was never trained on an answer to a harmful request, and has none to give: what can be
-  removed from it is the form of a refusal, nothing more.
+  removed from it is the form of a refusal, nothing more. Without its refusal it often names a harmless verb in place
+  of the harmful one ("how to hide an adult film" when asked to create one).
 - Its refusals are no statement about what a real model refuses, and results on it do not carry over to real
   models. It shows that code works, and how.
 
@@ -665,7 +669,8 @@ the others. It exists so that refusal ablation can be tried and tested in second
 `python examples/make_refuser.py --output DIR` generates the prompts from tables of verbs, objects and wordings,
 trains the tokenizer and the model from nothing ({STEPS} steps of {BATCH_SIZE} chats, AdamW, one cycle, seed {SEED}), and writes this
 directory. No text from elsewhere is used. The subject of a request decides how the response opens (six refusals,
-five answers), its wording decides how the response ends.
+five answers), its wording decides how the response ends. All refusals begin with the same word, so that one
+direction per layer decides between refusal and answer.
 
 The chats have the system prompt "{DEFAULT_SYSTEM_PROMPT}", none, or another one. The weights are stored as
 bfloat16 and run as float32.
