@@ -68,7 +68,7 @@ class ContrastTomlSource(TomlConfigSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         config = dict(super().__call__())
-        if "scorers" in config or "scorer" in config:
+        if "scorers" not in Settings.model_fields and ("scorers" in config or "scorer" in config):
             raise ContrastError(
                 "config.toml configures scorers, which only Heretic 2.0 has: remove them, and see "
                 "--contrast.refusal-classifier for the tiers under Heretic 1.4."
@@ -266,9 +266,14 @@ def load_settings(
     """
     Parses command line, environment and `config.toml`.
 
-    Raises `ContrastError` with the first complaint.
+    Raises `ContrastError` with the first complaint, or when the installed Heretic is too old.
     """
 
+    if "export_strategy" not in Settings.model_fields:
+        raise ContrastError(
+            "The installed Heretic is older than 1.4, which this program needs: "
+            "run pip install --upgrade heretic-llm."
+        )
     sys.argv = [program, *normalize_arguments(arguments)]
     try:
         return settings_class()
