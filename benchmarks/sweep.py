@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Times the sweep against the reference loop: change the weights, generate, measure the full-vocabulary divergence.
+
+    python benchmarks/sweep.py [--reference-cells 8] [--random-llama]
+
+Both ways judge the same cells on the same model in one process. The reference runs on every n-th cell and is scaled
+linearly, since its cost does not depend on the cell. Responses must be the same, and the divergence a lower bound.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from heretic_contrast.ablation import Operator
+from heretic_contrast.builtin import DATA, refuser_pool
+from heretic_contrast.directions import Directions
+from heretic_contrast.evaluation.generation import generate_tokens, prompt_tokens
+from heretic_contrast.evaluation.interventions import output_projections
+from heretic_contrast.evaluation.responses import Tier
+from heretic_contrast.evaluation.results import Cell
+from heretic_contrast.evaluation.sampling import stratified_sample
+from heretic_contrast.evaluation.sweep import SweepEvaluator, SweepOptions, run_cells
+from heretic_contrast.extraction import Pools, extract
+from heretic_contrast.hosts.surface import wrap
+from heretic_contrast.language_model import LanguageModel, batches
+from heretic_contrast.prompts import Prompt, read_json_lines
+from heretic_contrast.settings import ContrastSettings
+
+
+class ForwardTime:
+    """Adds up the wall time that is spent inside the model's forward passes."""
+
+    def __init__(self, module: Module) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+        self._started = 0.0
+        for child in (module, *module.modules()):
+            if child is module or type(child).__name__.endswith("Model"):
+                child.register_forward_pre_hook(self._enter)
+                child.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, module: Module, args: Any) -> None:
+        if self._depth == 0:
+            self._started = time.perf_counter()
+        self._depth += 1
+
+    def _leave(self, module: Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.seconds += time.perf_counter() - self._started
+
+
+@contextmanager
+def changed_weights(model: LanguageModel, layer: int, operator: Operator) -> Iterator[None]:
+    """Changes the weights of a layer to W − C W, and restores them."""
+
+    modules = output_projections(model, layer, None)
+    originals = [module.weight.data for module in modules]
+    try:
+        for module, original in zip(modules, originals, strict=True):
+            factor_a, factor_b = operator.lora_factors(original)
+            module.weight.data = original + factor_b @ factor_a
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.weight.data = original
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: LanguageModel, prompts: list[tuple[int, ...]], continuations: list[tuple[int, ...]]
+) -> list[torch.Tensor]:
+    """Returns the full distributions at the positions that predict the continuations, per prompt."""
+
+    found = []
+    for part in batches(len(prompts), model.batch_size):
+        sequences = [a + b for a, b in zip(prompts[part], continuations[part], strict=True)]
+        length = max(map(len, sequences))
+        ids = torch.full((len(sequences), length), model.pad_token_id())
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        logits = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for row, (prompt, continuation) in enumerate(
+            zip(prompts[part], continuations[part], strict=True)
+        ):
+            positions = slice(len(prompt) - 1, len(prompt) - 1 + len(continuation))
+            found.append(logits[row, positions].float().log_softmax(-1))
+    return found
+
+
+def build(arguments: argparse.Namespace) -> tuple[LanguageModel, Directions, list[list[Prompt]]]:
+    """Returns the model, its directions, and harmful, canary and reference prompts."""
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    pools = {
+        (name, split): read_json_lines(
+            Path(refuser_pool(name, split).dataset), refuser_pool(name, split)
+        )
+        for name in ("harmful", "harmless")
+        for split in ("train", "test")
+    }
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "refuser")
+    if arguments.random_llama:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32_000,
+                hidden_size=768,
+                intermediate_size=2_048,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                num_key_value_heads=12,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        ).eval()
+    else:
+        network = AutoModelForCausalLM.from_pretrained(DATA / "refuser")
+    model = wrap(network, tokenizer, name="benchmark", batch_size=arguments.batch_size)
+    directions = extract(
+        model,
+        Pools(tuple(pools["harmful", "train"][:180]), tuple(pools["harmless", "train"][:100]), ()),
+        ContrastSettings(preset=["paper-unmatched"], small_classes="merge"),
+        lambda line: None,
+    )
+    harmless = pools["harmless", "test"]
+    return (
+        model,
+        directions,
+        [
+            stratified_sample(pools["harmful", "test"], 10, 0),
+            harmless[:10],
+            harmless[10 : 10 + arguments.references],
+        ],
+    )
+
+
+def main() -> None:
+    """Prints times, their ratio, and the agreement."""
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--reference-cells", type=int, default=8)
+    parser.add_argument("--references", type=int, default=100)
+    parser.add_argument("--layers", type=int, nargs="*")
+    parser.add_argument(
+        "--random-llama", action="store_true", help="a random model of 134 M parameters"
+    )
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
+
+    model, directions, (harmful, canaries, references) = build(arguments)
+    options = SweepOptions(
+        layers=None if not arguments.layers else tuple(arguments.layers), synergy_size=0
+    )
+    forward = ForwardTime(model.model)
+
+    started = time.perf_counter()
+    evaluator = SweepEvaluator(
+        model,
+        {"paper-unmatched": directions},
+        harmful,
+        canaries,
+        references,
+        options,
+        # What a response is called does not matter for its time, and a random model refuses nothing.
+        classify=lambda prompt, response: Tier.REFUSE,
+    )
+    cells = run_cells(evaluator, None, None)
+    seconds = time.perf_counter() - started
+    forward_seconds = forward.seconds
+
+    prompts = prompt_tokens(model, references)
+    continuations = [
+        item
+        for part in batches(len(prompts), model.batch_size)
+        for item in generate_tokens(model, prompts[part], [options.kl_tokens] * len(prompts[part]))
+    ]
+    base = log_probabilities(model, prompts, continuations)
+
+    stride = max(1, len(cells) // arguments.reference_cells)
+    chosen: list[Cell] = cells[stride // 2 :: stride]
+    same, excess, reference_seconds = 0, 0.0, 0.0
+    for cell in chosen:
+        layer = cell.layers[0]
+        operator = evaluator.operator(cell.configuration, cell.strength, layer, cell.weight)
+        started = time.perf_counter()
+        with changed_weights(model, layer, operator):
+            responses = model.generate(harmful, options.max_new_tokens)
+            canary_responses = model.generate(canaries, options.max_new_tokens)
+            modified = log_probabilities(model, prompts, continuations)
+            total = sum(
+                float((p.exp() * (p - q)).sum()) for p, q in zip(base, modified, strict=True)
+            )
+        reference_seconds += time.perf_counter() - started
+        full = total / sum(map(len, continuations))
+        same += (
+            list(cell.responses) == responses and list(cell.canary_responses) == canary_responses
+        )
+        excess = max(excess, cell.measurement.kl_divergence - full)
+        print(
+            f"layer {layer:2} w {cell.weight:.1f}: KL {cell.measurement.kl_divergence:.6f} "
+            f"of {full:.6f}, responses {'same' if responses == list(cell.responses) else 'DIFFER'}"
+        )
+    reference_total = reference_seconds / len(chosen) * len(cells)
+    result = {
+        "cells": len(cells),
+        "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+        "seconds": seconds,
+        "reference seconds, scaled": reference_total,
+        "reference / ours": reference_total / seconds,
+        "share of time in forward passes": forward_seconds / seconds,
+        "reference cells": len(chosen),
+        "reference cells with the same responses": same,
+        "largest excess of KL over the full one": excess,
+        "bytes of base statistics per position": evaluator._references.n_bytes()
+        / sum(evaluator._references.counts),
+    }
+    print(json.dumps(result, indent=2))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
