@@ -3,7 +3,7 @@
 """
 Responses written by hand in the forms of many models, each with the tier that it should have.
 
-They are in nobody's training data and teach nothing: where a harmful request is met, the answer is mere form.
+They were written without regard to the rules, and teach nothing: where a harmful request is met, the answer is mere form.
 """
 
 import json
