@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
@@ -120,7 +121,10 @@ class SweepState:
                 directions=["minimize", "minimize"],
                 load_if_exists=True,
             )
-            self._study.set_metric_names(["refusals", "KL divergence"])
+            with warnings.catch_warnings():
+                # Optuna calls the names of metrics experimental; the dashboard shows them.
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                self._study.set_metric_names(["refusals", "KL divergence"])
             stored = self._study.user_attrs.get("fingerprint")
             if stored is None:
                 self._study.set_user_attr("fingerprint", fingerprint)

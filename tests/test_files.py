@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Writing files where writing fails."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.files import require_writable_directory, write_text_atomically
+
+
+@contextmanager
+def limited_file_size(n_bytes: int) -> Iterator[None]:
+    """Makes every write beyond a size fail, as on a disk that is full."""
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_whole_file_survives_a_failed_write(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    write_text_atomically(path, "whole")
+    with limited_file_size(1_000), pytest.raises(ContrastError, match=r"sweep\.json could not"):
+        write_text_atomically(path, "x" * 100_000)
+    assert path.read_text() == "whole"
+    assert [item.name for item in tmp_path.iterdir()] == ["sweep.json"]
+    write_text_atomically(path, "next")
+    assert path.read_text() == "next"
+
+
+def test_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ContrastError, match="cannot be written to"):
+        require_writable_directory(tmp_path / "file" / "directory")
