@@ -110,9 +110,10 @@ def test_damaged_storage_is_named(tmp_path: Path) -> None:
         SweepState(str(storage), "f")
 
 
-def test_unknown_storage_is_named() -> None:
-    with pytest.raises(ContrastError, match="nosuchdatabase"):
-        SweepState("nosuchdatabase://host/name", "f")
+def test_unknown_storage_is_named_without_its_password() -> None:
+    with pytest.raises(ContrastError, match="nosuchdatabase://me") as information:
+        SweepState("nosuchdatabase://me:secret@host/name", "f")
+    assert "secret" not in str(information.value)
 
 
 def test_cells_of_a_dead_process_are_taken_over(tmp_path: Path) -> None:

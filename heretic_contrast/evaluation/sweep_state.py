@@ -10,6 +10,7 @@ so that computing one twice gives the same numbers to the last bit.
 """
 
 import os
+import re
 import socket
 import threading
 import time
@@ -61,6 +62,12 @@ def group_cells(keys: Sequence[CellKey]) -> list[list[CellKey]]:
     ]
 
 
+def without_password(storage: str | None) -> str:
+    """Returns a storage's URL as it may be shown."""
+
+    return re.sub(r"://([^:/@]*):[^@]*@", r"://\1:***@", str(storage))
+
+
 def open_storage(storage: str | None) -> BaseStorage:
     """
     Opens a storage: a URL that Optuna knows, the path of a journal file, or memory.
@@ -83,7 +90,7 @@ def open_storage(storage: str | None) -> BaseStorage:
         # Database drivers raise errors of their own.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ContrastError(
-            f"The storage {storage} cannot be opened ({reason[:200]}): correct its URL, or move a damaged file away."
+            f"The storage {without_password(storage)} cannot be opened ({reason[:200]}): correct its URL, or move a damaged file away."
         ) from error
 
 
@@ -133,12 +140,12 @@ class SweepState:
         except Exception as error:
             # Database drivers and the journal raise errors of their own.
             raise ContrastError(
-                f"The storage {storage} cannot be read ({' '.join(str(error).split())[:200]}): "
+                f"The storage {without_password(storage)} cannot be read ({' '.join(str(error).split())[:200]}): "
                 "move a damaged file away to start anew."
             ) from error
         if stored not in (None, fingerprint):
             raise ContrastError(
-                f"The storage {storage} holds another sweep (other model, prompts, directions or options): "
+                f"The storage {without_password(storage)} holds another sweep (other model, prompts, directions or options): "
                 "give another output or storage, or remove that one."
             )
 
