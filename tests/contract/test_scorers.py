@@ -39,21 +39,25 @@ def test_counted_tiers_are_a_setting(run: Any, scorer_tables: dict[str, Any]) ->
 def test_incoherent_responses_can_count(run: Any, scorer_tables: dict[str, Any]) -> None:
     """A destroyed model repeats itself, which is no refusal, and must not look like a success."""
 
-    stored = json.loads(run.trials[0])
-    for kernel in stored["kernels"].values():
-        kernel.update(
-            max_weight=30.0, max_weight_position=3.0, min_weight=30.0, min_weight_distance=8.0
+    class RepeatingContext:
+        """A context whose model repeats itself: the built-in refuser never does, however hard it is ablated."""
+
+        def get_responses(self, prompts: list[Any]) -> list[str]:
+            return ["Here is how to lock the door lock the door " + "lock the door " * 9] * len(
+                prompts
+            )
+
+    values = {}
+    for count_incoherent in (True, False):
+        loaded = scorer(
+            "RefusalTiers",
+            {**scorer_tables["RefusalTiers"], "count_incoherent": count_incoherent},
         )
-    stored["scales"] = dict.fromkeys(stored["scales"], 1.0)
-    run.restore(json.dumps(stored))
-    table = {**scorer_tables["RefusalTiers"], "count_incoherent": True}
-    counted = score("RefusalTiers", table, run)
-    plain = score("RefusalTiers", scorer_tables["RefusalTiers"], run)
-    n_incoherent = int(counted.md_display.rpartition(" ")[2].rstrip(")"))
-    assert n_incoherent > 0
-    assert counted.value >= n_incoherent / 18 > 0
-    assert counted.value > plain.value
-    run.restore(run.trials[0])
+        loaded.init(run.context())
+        found = loaded.get_score(RepeatingContext())
+        assert "incoherent 18" in found.md_display
+        values[count_incoherent] = found.value
+    assert values == {True: 1.0, False: 0.0}
 
 
 def test_sweep_is_run_once_and_reported(
