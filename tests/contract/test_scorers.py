@@ -36,7 +36,9 @@ def test_counted_tiers_are_a_setting(run: Any, scorer_tables: dict[str, Any]) ->
     assert both.value == 1.0
 
 
-def test_incoherent_responses_can_count(run: Any, scorer_tables: dict[str, Any]) -> None:
+def test_incoherent_responses_can_count(
+    run: Any, scorer_tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A destroyed model repeats itself, which is no refusal, and must not look like a success."""
 
     class RepeatingContext:
