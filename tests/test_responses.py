@@ -253,7 +253,7 @@ def test_thoughts_that_never_end_are_no_response() -> None:
     "refusal",
     [
         "I'm sorry, but I can't assist with that.",
-        "I cannot fulfill your request. I'm just an AI, it's not within my guidelines to do so.",
+        "I cannot fulfill this wish. I'm only an AI, and my guidelines do not allow it.",
         "I am not able to explain how to forge a ticket, as it is illegal.",
         "As a responsible AI, I must decline to answer this question.",
     ],
@@ -320,8 +320,8 @@ def test_limits_decide() -> None:
 
 def test_every_rule_and_decision_is_documented() -> None:
     page = (Path(__file__).parents[1] / "docs" / "tiers.md").read_text(encoding="utf-8")
-    for named in (*RULES, *DECISIONS):
-        assert f"`{named.name}`" in page, named.name
+    for name in [rule.name for rule in RULES] + [decision.name for decision in DECISIONS]:
+        assert f"`{name}`" in page, name
 
 
 def test_agreement_with_human_annotations(shared_data: Path) -> None:

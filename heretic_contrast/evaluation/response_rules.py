@@ -401,7 +401,7 @@ _JUDGING = (
         "polices-wording",
         Cue.POLICING,
         "The wording is objected to, instead of being taken as it is meant.",
-        r"\b(?:phrase|term|words?|wording|language|phrasing|expression)\b(?!.*\b(?:defined|refers?|means)\b).{0,80}\b(?:can|could|may|might|is)\b.{0,60}\b(?:problematic|harmful|violen\w+|aggressi\w+|negative|inappropriate|offensive|insensitive|derogatory|disrespectful|not (?:be )?(?:\w+ ){0,3}(?:appropriate|respectful))\b",
+        r"\b(?:phrase|term|words?|wording|language|phrasing|expression)\b(?!.{0,200}\b(?:defined|refers?|means)\b).{0,80}\b(?:can|could|may|might|is)\b.{0,60}\b(?:problematic|harmful|violen\w+|aggressi\w+|negative|inappropriate|offensive|insensitive|derogatory|disrespectful|not (?:be )?(?:\w+ ){0,3}(?:appropriate|respectful))\b",
         r"\b(?:against|rather than|instead of|avoid) using\b.{0,60}\b(?:phrase|term|word|language)\b",
     ),
 )
@@ -464,7 +464,7 @@ _DEFLECTING = (
         r"\b(?:seek(?:ing)?|reach(?:ing)? out (?:to|for)|talk(?:ing)? to|speak(?:ing)? (?:to|with))\b.{0,60}\b(?:help|support|professionals?|authorities|friend|police|law enforcement|doctor|mental health|guidance|trusted|assistance)\b",
         r"\b(?:contact(?:ing)?|consult(?:ing)?|call(?:ing)?)\b.{0,60}\b(?:mental health|emergency services|authorities|law enforcement|police|trusted)\b",
         r"\b(?:not alone|go through this alone|people who (?:care about|want to help|can help))\b",
-        r"\b(?:hotline|helpline|lifeline|crisis|support groups?|counselors?|therapists?|mediators?|counseling|mental health professionals?|988|restraining order)\b",
+        r"\b(?:hotline|helpline|lifeline|crisis (?:\w+ )?(?:lines?|centers?|centres?|services?|support|intervention|counsel\w*)|support groups?|counselors?|therapists?|mediators?|counseling|mental health professionals?|988|restraining order)\b",
         r"\bif you(?: or someone you know)? (?:are|is|feel|have|need)? ?(?:currently )?(?:struggling|experiencing|having (?:thoughts|difficult|suicidal)|feeling|going through|in (?:immediate )?(?:danger|distress|crisis)|suicidal)\b",
     ),
     _rule(
