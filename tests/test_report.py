@@ -25,7 +25,9 @@ from heretic_contrast.evaluation.statistics import wilson_interval
 from heretic_contrast.report import plots, write_sweep_report
 from heretic_contrast.report.content import Column, Table, layers_text, significant, text_column
 from heretic_contrast.report.extraction_report import extraction_report
+from heretic_contrast.report.sections import capture_table
 from heretic_contrast.report.sweep_report import (
+    configuration_table,
     minimal_weight_table,
     pareto_front,
     refusal_table,
@@ -179,11 +181,27 @@ def test_table_in_the_terminal_does_not_read_markup() -> None:
     assert "[note]" in text
 
 
+def test_terminal_tables_fit_into_eighty_columns() -> None:
+    result = make_sweep()
+    capture, _ = make_geometry()
+    for table in (
+        minimal_weight_table(result),
+        refusal_table(result, "first", "weight"),
+        configuration_table(result),
+        capture_table(capture),
+    ):
+        console = rich.console.Console(width=80, file=io.StringIO(), record=True)
+        console.print(to_rich(table))
+        text = console.export_text()
+        for value in (cell for row in table.rows for cell in row[: table.n_keys]):
+            assert str(value) in text
+
+
 def test_minimal_weights_are_the_first_that_reach_zero() -> None:
     table = minimal_weight_table(make_sweep())
     assert [row[:4] for row in table.rows] == [
-        ("first", "equal weight", 1, 0.5),
-        ("first", "equal effective weight", 1, 0.5),
+        ("first", "weight", 1, 0.5),
+        ("first", "effective", 1, 0.5),
     ]
     divergence, efficiency = table.rows[0][5], table.rows[0][7]
     assert divergence == pytest.approx(0.001)
@@ -197,7 +215,7 @@ def test_refusals_by_layer_and_weight_carry_intervals() -> None:
     texts = refusal_table(result, "first", "weight").texts()
     assert [row[0] for row in texts] == ["0", "1", "2"]
     low, high = wilson_interval(4, 10)
-    assert texts[0][3] == f"4 ({100 * low:.0f}–{100 * high:.0f} %)"
+    assert texts[0][3] == f"4 ({100 * low:.0f}–{100 * high:.0f}%)"
     # A weight that only the synergy test added is no column.
     extra = Cell("first", "weight", (2,), 0.9, 1, 1, measurement(2, 0.1))
     wider = SweepResult(**{**result.__dict__, "cells": (*result.cells, extra)})

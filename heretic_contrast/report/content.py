@@ -28,6 +28,12 @@ def significant(digits: int) -> Formatter:
     return form
 
 
+def thousands(value: float) -> str:
+    """Formats a large number without decimals."""
+
+    return f"{value:,.0f}"
+
+
 def percent(value: float) -> str:
     """Formats a share in percent."""
 
@@ -49,11 +55,16 @@ def layers_text(layers: Any) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its header, how its values are shown, and whether they are numbers."""
+    """
+    A column: its header, how its values are shown, and whether they are numbers.
+
+    A column that is not `essential` is left out in the terminal, where room is short.
+    """
 
     header: str
     form: Formatter = str
     numeric: bool = True
+    essential: bool = True
 
     def text(self, value: Any) -> str:
         """Returns how a value is shown."""
@@ -61,10 +72,10 @@ class Column:
         return MISSING if value is None else self.form(value)
 
 
-def text_column(header: str) -> Column:
+def text_column(header: str, essential: bool = True) -> Column:
     """Returns a column of text."""
 
-    return Column(header, numeric=False)
+    return Column(header, numeric=False, essential=essential)
 
 
 @dataclass(frozen=True)

@@ -182,10 +182,10 @@ def configuration_table(results: Mapping[str, Directions], geometry: Geometry) -
         "Directions by configuration",
         (
             text_column("Configuration"),
-            text_column("Baseline"),
+            text_column("Baseline", essential=False),
             Column("Directions"),
-            text_column("SVD"),
-            text_column("Scale"),
+            text_column("SVD", essential=False),
+            text_column("Scale", essential=False),
             Column("Mean norm", number(3)),
             Column("Mean cosine", number(3)),
             Column("Share of σ₁²", number(3)),

@@ -144,8 +144,9 @@ def lines(
             color=COLORS[index % len(COLORS)],
             marker=MARKERS[index % len(MARKERS)],
             linestyle=("-", "--", ":", "-.")[index // len(COLORS) % 4],
-            markersize=4.5,
-            linewidth=1.4,
+            # Later lines are thinner, so that those below equal ones stay visible.
+            markersize=max(3.0, 8.0 - 1.6 * index),
+            linewidth=max(1.0, 2.6 - 0.5 * index),
         )
     if level is not None:
         axes.axhline(level[0], color="#555555", linestyle="--", linewidth=1, label=level[1])

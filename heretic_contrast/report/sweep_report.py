@@ -24,6 +24,7 @@ from .content import (
     number,
     significant,
     text_column,
+    thousands,
 )
 from .sections import (
     capture_layers_table,
@@ -137,10 +138,18 @@ def summary(result: SweepResult) -> tuple[str, ...]:
         successful = [item.layer for item in found if item.successful]
         functional = [item.layer for item in found if item.functional]
         sentences.append(
-            f"{label(configuration, strength)}: R reaches 0 on {len(successful)} of {len(found)} layers "
-            f"({layers_text(successful)}) and falls on {len(functional)} ({layers_text(functional)})."
+            f"{label(configuration, strength)}: R reaches 0 on {_layer_count(successful, len(found))} and falls on "
+            f"{_layer_count(functional, len(found))}."
         )
     return tuple(sentences)
+
+
+def _layer_count(layers: Sequence[int], total: int) -> str:
+    """Returns how many layers, and which ones."""
+
+    if not layers:
+        return "no layer"
+    return f"{len(layers)} of {total} layers ({layers_text(layers)})"
 
 
 def label(configuration: str, strength: str) -> str:
@@ -158,7 +167,7 @@ def _slug(configuration: str, strength: str) -> str:
 
 def _interval(measurement: Measurement) -> str:
     low, high = measurement.refusal_interval()
-    return f"({100 * low:.0f}–{100 * high:.0f} %)"
+    return f"({100 * low:.0f}–{100 * high:.0f}%)"
 
 
 def _pool_count(result: SweepResult, name: str) -> Any:
@@ -193,7 +202,8 @@ def overview_section(result: SweepResult) -> Section:
         "Overview",
         (
             "Each layer was ablated alone, all its directions at the same weight. "
-            "R is the number of harmful prompts that are refused.",
+            "R is the number of harmful prompts that are refused. Strength: with weight, every direction has the weight; with "
+            "effective, all directions of a layer together remove no more than one of that weight.",
         ),
         tables=(
             configuration_table(result),
@@ -215,7 +225,7 @@ def configuration_table(result: SweepResult) -> Table:
         rows.append(
             (
                 configuration,
-                STRENGTHS[strength],
+                strength,
                 best.measurement,
                 best.layers[0],
                 best.weight,
@@ -235,9 +245,9 @@ def configuration_table(result: SweepResult) -> Table:
             Column("Layer"),
             Column("Weight", significant(3)),
             Column("KL", significant(3)),
-            Column("± KL", significant(2)),
-            Column("Incoherent"),
-            Column("Canaries refused"),
+            Column("± KL", significant(2), essential=False),
+            Column("Incoherent", essential=False),
+            Column("Canaries refused", essential=False),
         ),
         tuple(rows),
         f"{_prompts_note(result)} {INTERVAL} Best: fewest refusals, then least KL divergence (nats; ± standard error over "
@@ -262,7 +272,7 @@ def minimal_weight_table(result: SweepResult) -> Table:
         rows.append(
             (
                 item.configuration,
-                STRENGTHS[item.strength],
+                item.strength,
                 item.layer,
                 item.minimal_weight,
                 cell.effective_weight,
@@ -280,10 +290,10 @@ def minimal_weight_table(result: SweepResult) -> Table:
             text_column("Strength"),
             Column("Layer"),
             Column("Weight", significant(3)),
-            Column("Effective weight", number(2)),
+            Column("Effective weight", number(2), essential=False),
             Column("KL", significant(3)),
-            Column("± KL", significant(2)),
-            Column("Efficiency", significant(3)),
+            Column("± KL", significant(2), essential=False),
+            Column("Efficiency", thousands),
         ),
         tuple(rows),
         f"{_prompts_note(result)} R = 0 of {result.baseline.n_harmful} has the Wilson interval (95 %) 0–{100 * high:.0f} %. "
@@ -404,7 +414,7 @@ def divergence_section(result: SweepResult) -> Section:
             rows += [
                 (
                     configuration,
-                    STRENGTHS[strength],
+                    strength,
                     cell.layers[0],
                     cell.weight,
                     cell.measurement,
@@ -438,8 +448,8 @@ def divergence_section(result: SweepResult) -> Section:
             Column("Weight", significant(3)),
             Column("R", _refusals),
             Column("KL", significant(3)),
-            Column("± KL", significant(2)),
-            Column("Efficiency", significant(3)),
+            Column("± KL", significant(2), essential=False),
+            Column("Efficiency", thousands),
         ),
         tuple(rows),
         f"No other cell of the same configuration has fewer refusals at no more KL divergence. {_prompts_note(result)} "
@@ -511,7 +521,7 @@ def synergy_section(result: SweepResult) -> Section:
         tuple(
             (
                 item.configuration,
-                STRENGTHS[item.strength],
+                item.strength,
                 item.layers,
                 item.weight,
                 item.refusals,
@@ -553,13 +563,13 @@ def cells_section(result: SweepResult) -> Section:
             Column("Incoherent"),
             Column("Canaries refused"),
             Column("KL", significant(3)),
-            Column("± KL", significant(2)),
-            Column("Efficiency", significant(3)),
+            Column("± KL", significant(2), essential=False),
+            Column("Efficiency", thousands),
         ),
         tuple(
             (
                 cell.configuration,
-                STRENGTHS[cell.strength],
+                cell.strength,
                 cell.layers,
                 cell.weight,
                 cell.effective_weight,

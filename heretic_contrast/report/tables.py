@@ -6,6 +6,7 @@ import csv
 import io
 from typing import Any
 
+import rich.box
 import rich.table
 from rich.markup import escape
 
@@ -13,19 +14,26 @@ from .content import Table
 
 
 def to_rich(table: Table) -> rich.table.Table:
-    """Returns a table for the terminal."""
+    """Returns a table for the terminal, with its essential columns."""
 
     rendered = rich.table.Table(
-        title=escape(table.title), caption=escape(table.note) or None, title_justify="left"
+        title=escape(table.title),
+        caption=escape(table.note) or None,
+        title_justify="left",
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    for column in table.columns:
+    shown = [index for index, column in enumerate(table.columns) if column.essential]
+    for index in shown:
+        column = table.columns[index]
         rendered.add_column(
             escape(column.header),
             justify="right" if column.numeric else "left",
-            overflow="fold",
+            no_wrap=index < table.n_keys,
         )
     for row in table.texts():
-        rendered.add_row(*map(escape, row))
+        rendered.add_row(*(escape(row[index]) for index in shown))
     return rendered
 
 
