@@ -13,9 +13,12 @@ from typing import Any, Protocol
 import heretic.config
 import heretic.utils
 from heretic.utils import print as log
+from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.nn import Module
 
 from ..builtin import model_name
+from ..errors import ContrastError
 from ..language_model import LanguageModel
 from ..language_model import Progress as ProgressCallback
 from ..prompts import Prompt, PromptLoader
@@ -66,8 +69,17 @@ class Context(Protocol):
 def language_model(
     ctx: Context, heretic_settings: Any, batch_size: int | None = None
 ) -> LanguageModel:
-    """Returns the wrapper around the model that Heretic has loaded at this moment."""
+    """
+    Returns the wrapper around the model that Heretic has loaded at this moment.
 
+    Raises `ContrastError` when this Heretic's plugins have no access to it.
+    """
+
+    if not hasattr(ctx, "get_model"):
+        raise ContrastError(
+            "This Heretic gives its plugins no access to the model (Context.get_model): use Heretic 2.0, "
+            "or Heretic 1.4 with heretic-contrast."
+        )
     return from_heretic(ctx.get_model(), heretic_settings, batch_size)
 
 
@@ -80,19 +92,54 @@ def from_heretic(
     Made anew for every use, because Heretic loads the model again after an export.
     """
 
-    layers = tuple(heretic_model.get_layers())
+    name = model_name(heretic_settings.model)
+    layers, components = find_components(heretic_model, name)
     return LanguageModel(
         model=heretic_model.model,
         tokenizer=heretic_model.tokenizer,
         layers=layers,
-        components=tuple(heretic_model.get_layer_modules(index) for index in range(len(layers))),
-        name=model_name(heretic_settings.model),
+        components=components,
+        name=name,
         revision=heretic_settings.model_commit,
         system_prompt=heretic_settings.system_prompt,
         response_prefix=heretic_settings.response_prefix or "",
         batch_size=batch_size or heretic_settings.batch_size or 32,
         winsorization_quantile=getattr(heretic_settings, "winsorization_quantile", 1.0),
     )
+
+
+def find_components(
+    heretic_model: Any, name: str
+) -> tuple[tuple[Module, ...], tuple[dict[str, list[Module]], ...]]:
+    """
+    Returns the layers that Heretic finds in its model, and the output projections of each.
+
+    Raises `ContrastError` when Heretic finds no layers, or nothing to ablate in one of them.
+    """
+
+    try:
+        layers = tuple(heretic_model.get_layers())
+    except AttributeError as error:
+        raise ContrastError(
+            f"Heretic finds no layers in {name} ({architecture(heretic_model)}): its architecture is not supported."
+        ) from error
+    components = []
+    for index in range(len(layers)):
+        try:
+            components.append(heretic_model.get_layer_modules(index))
+        except AssertionError as error:
+            raise ContrastError(
+                f"Heretic finds nothing to ablate in layer {index} of {name} ({architecture(heretic_model)}): "
+                "its architecture is not supported."
+            ) from error
+    return layers, tuple(components)
+
+
+def architecture(heretic_model: Any) -> str:
+    """Returns the class of Heretic's model, with LoRA adapters looked through."""
+
+    model = heretic_model.model
+    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
 
 
 def wrap(
@@ -105,7 +152,7 @@ def wrap(
     """
     Returns the wrapper around a plain transformers model, with the components that Heretic finds in it.
 
-    `name` is recorded in results. The tokenizer needs a chat template.
+    `name` is recorded in results. The tokenizer needs a chat template. Raises `ContrastError` as `find_components`.
     """
 
     from heretic.model import Model
@@ -115,12 +162,12 @@ def wrap(
     # Heretic's constructor loads a model; finding components needs only the attribute.
     shell = Model.__new__(Model)
     shell.model = model
-    layers = tuple(shell.get_layers())
+    layers, components = find_components(shell, name)
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
         layers=layers,
-        components=tuple(shell.get_layer_modules(index) for index in range(len(layers))),
+        components=components,
         name=name,
         system_prompt=system_prompt,
         batch_size=batch_size,
