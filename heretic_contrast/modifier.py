@@ -136,7 +136,7 @@ class ContrastAbliteration(Modifier[Parameters]):
                     if not isinstance(module, LoraLayer):
                         raise ContrastError(
                             f"The {component} of layer {layer_index} carries no LoRA adapter, so it cannot be modified: "
-                            "this version of Heretic is not supported."
+                            "this architecture, or this version of Heretic, is not supported."
                         )
                     factor_a = module.lora_A["default"].weight
                     factor_b = module.lora_B["default"].weight
