@@ -131,6 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-matched": {"baseline": "matched", "method": "som", "svd": False},
     "paper-matched-svd": {"baseline": "matched", "method": "som", "svd": True},
     # Piras et al. (2026): one SOM for all harmful prompts, several neurons, one ablation after the other.
+    # The grid and the number of neurons are this project's choice, not checked against the publication.
     "piras": {
         "baseline": "unmatched",
         "method": "som",
@@ -142,7 +143,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Arditi et al. (2024): the difference in means.
     "arditi": {"baseline": "unmatched", "method": "mean", "classes": "single"},
-    # Heretic's pull request 196, with the winners it meant to take: the densest neurons.
+    # Heretic's pull request 196, with the winners it meant to take: the densest neurons. Its author reports four
+    # directions; the grid is this project's choice.
     "heretic-soma": {
         "baseline": "unmatched",
         "method": "som",
@@ -153,7 +155,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "composition": "sum",
     },
 }
-"""Settings of published configurations. What a publication leaves open keeps its default."""
+"""Settings named after published configurations, with this project's choice where nothing else is known."""
 
 
 class ContrastSettings(BaseModel):
