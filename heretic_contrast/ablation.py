@@ -203,12 +203,12 @@ class BatchOperator:
     """
     One operator per sample of a batch.
 
-    `vectors`: Tensor of shape (batch, n_directions, hidden_size). `kernels`: Tensor of shape
-    (batch, n_directions, n_directions). A sample that is not ablated has a kernel of zeros.
+    `vectors`: Tensor of shape (batch, n_directions, hidden_size), the columns of each V as rows.
+    `products`: Tensor of the same shape, Kᵀ Vᵀ. A sample that is not ablated has zeros.
     """
 
     vectors: Tensor
-    kernels: Tensor
+    products: Tensor
 
     @classmethod
     def stack(cls, operators: Sequence[Operator | None], hidden_size: int) -> "BatchOperator":
@@ -216,23 +216,23 @@ class BatchOperator:
 
         n_directions = max(len(operator.kernel) for operator in operators if operator is not None)
         vectors = torch.zeros(len(operators), n_directions, hidden_size)
-        kernels = torch.zeros(len(operators), n_directions, n_directions)
+        products = torch.zeros(len(operators), n_directions, hidden_size)
         for index, operator in enumerate(operators):
             if operator is not None:
                 n = len(operator.kernel)
                 vectors[index, :n] = operator.vectors
-                kernels[index, :n, :n] = operator.kernel
-        return cls(vectors, kernels)
+                products[index, :n] = operator.kernel.T @ operator.vectors
+        return cls(vectors, products)
 
     def select(self, indices: Tensor) -> "BatchOperator":
         """Returns the operators of some samples, in a new order."""
 
-        return BatchOperator(self.vectors[indices], self.kernels[indices])
+        return BatchOperator(self.vectors[indices], self.products[indices])
 
     def to(self, device: torch.device) -> "BatchOperator":
         """Returns the operators on another device."""
 
-        return BatchOperator(self.vectors.to(device), self.kernels.to(device))
+        return BatchOperator(self.vectors.to(device), self.products.to(device))
 
     def apply(self, output: Tensor) -> Tensor:
         """
@@ -242,5 +242,4 @@ class BatchOperator:
         """
 
         coefficients = torch.bmm(output.float(), self.vectors.transpose(1, 2))
-        mixed = torch.bmm(coefficients, self.kernels.transpose(1, 2))
-        return torch.bmm(mixed, self.vectors).to(output.dtype)
+        return torch.bmm(coefficients, self.products).to(output.dtype)

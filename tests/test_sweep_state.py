@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation import sweep_state
 from heretic_contrast.evaluation.results import Cell, Measurement
 from heretic_contrast.evaluation.sweep import CellKey
 from heretic_contrast.evaluation.sweep_state import (
@@ -60,16 +61,24 @@ class Evaluator:
         return [make_cell(key) for key in keys]
 
 
-def test_cells_of_one_layer_come_together() -> None:
+@pytest.fixture(autouse=True)
+def small_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a process take three cells at a time."""
+
+    monkeypatch.setattr(sweep_state, "CELLS_PER_CLAIM", 3)
+
+
+def test_cells_are_taken_from_the_lowest_layer_up() -> None:
     claims: list[list[CellKey]] = []
 
     def evaluate(keys: list[CellKey]) -> list[Cell]:
         claims.append(list(keys))
         return [make_cell(key) for key in keys]
 
-    cells = SweepState(None, "f").run(KEYS, evaluate)
-    assert cells == [make_cell(key) for key in KEYS]
-    assert claims == [KEYS[0:3], KEYS[3:6], KEYS[6:9]]
+    shuffled = KEYS[::-2] + KEYS[::-1]
+    cells = SweepState(None, "f").run(shuffled, evaluate)
+    assert cells == [make_cell(key) for key in dict.fromkeys(shuffled)]
+    assert [sorted(claim) for claim in claims] == [KEYS[0:3], KEYS[3:6], KEYS[6:9]]
 
 
 def test_interrupted_sweep_resumes(tmp_path: Path) -> None:

@@ -49,6 +49,12 @@ class SparseLogProbabilities:
             self.tokens[positions], self.values[positions], self.tails[positions]
         )
 
+    def split(self, lengths: Sequence[int]) -> list["SparseLogProbabilities"]:
+        """Returns runs of positions of the given lengths, one after the other."""
+
+        columns = (tensor.split(list(lengths)) for tensor in (self.tokens, self.values, self.tails))
+        return [SparseLogProbabilities(*parts) for parts in zip(*columns, strict=True)]
+
 
 def _tail(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
     """Returns the log-probability of everything but `tokens`: exact, where 1 − Σ p would cancel."""

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,20 +67,20 @@ def ablated_samples(model: LanguageModel, interventions: Sequence[Intervention])
     batch dimension: see `carries_samples`.
     """
 
-    shared = all(intervention is interventions[0] for intervention in interventions)
-    layers = sorted({layer for intervention in interventions for layer in intervention.operators})
+    device = model.model.device
+    unique = {id(intervention): intervention for intervention in interventions}
+    place = {key: index for index, key in enumerate(unique)}
+    rows = torch.tensor([place[id(intervention)] for intervention in interventions], device=device)
+    layers = sorted({layer for item in unique.values() for layer in item.operators})
     with ExitStack() as stack:
         for layer in layers:
             modules = output_projections(model, layer, interventions[0].components)
-            if shared:
-                operator: Operator | BatchOperator = (
-                    interventions[0].operators[layer].to(model.model.device)
-                )
+            operators = [item.operators.get(layer) for item in unique.values()]
+            operator: Operator | BatchOperator
+            if len(operators) == 1 and operators[0] is not None:
+                operator = operators[0].to(device)
             else:
-                operator = BatchOperator.stack(
-                    [intervention.operators.get(layer) for intervention in interventions],
-                    model.hidden_size,
-                ).to(model.model.device)
+                operator = BatchOperator.stack(operators, model.hidden_size).to(device).select(rows)
             stack.enter_context(ablated(modules, operator))
         yield
 
@@ -123,10 +124,22 @@ class TokenBatch:
     input_ids: Tensor
     attention_mask: Tensor
 
-    def select(self, indices: Tensor) -> "TokenBatch":
-        """Returns some samples, in a new order."""
+    def repeat(self, count: int) -> "TokenBatch":
+        """Returns the batch `count` times, one after the other."""
 
-        return TokenBatch(self.input_ids[indices], self.attention_mask[indices])
+        return TokenBatch(self.input_ids.repeat(count, 1), self.attention_mask.repeat(count, 1))
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """
+    What enters a layer of the unmodified model.
+
+    `hidden_states`: Tensor of shape (batch, length, hidden_size), the output of the layer below `layer`.
+    """
+
+    layer: int
+    hidden_states: Tensor
 
 
 class _Reached(Exception):
@@ -152,6 +165,12 @@ class TeacherForcing:
             "position_ids" in inspect.signature(self._decoder.forward).parameters
         )
 
+    @cached_property
+    def carries_samples(self) -> bool:
+        """Whether one batch may hold several interventions: see `carries_samples`."""
+
+        return carries_samples(self.model)
+
     @torch.no_grad()
     def unmodified(self, tokens: TokenBatch) -> Tensor:
         """Returns the final (normalized) hidden states. Tensor of shape (batch, length, hidden_size)."""
@@ -159,15 +178,25 @@ class TeacherForcing:
         return self._run(tokens)
 
     @torch.no_grad()
-    def layer_input(self, tokens: TokenBatch, layer: int) -> Tensor:
-        """Returns the unmodified input of a layer, and computes nothing above it: (batch, length, hidden_size)."""
+    def layer_input(
+        self, tokens: TokenBatch, layer: int, start: LayerInput | None = None
+    ) -> Tensor:
+        """
+        Returns the unmodified input of a layer, and computes nothing above it: (batch, length, hidden_size).
+
+        `start`: the input of a layer below, where it is known, so that nothing is computed below it either.
+        """
+
+        if start is not None and start.layer == layer:
+            return start.hidden_states
 
         def hook(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(args[0] if args else kwargs["hidden_states"])
 
         handle = self.model.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            self._run(tokens)
+            with self._replayed(start):
+                self._run(tokens)
         except _Reached as reached:
             return reached.hidden_states
         finally:
@@ -176,22 +205,17 @@ class TeacherForcing:
 
     @torch.no_grad()
     def modified(
-        self,
-        tokens: TokenBatch,
-        interventions: Sequence[Intervention],
-        first_layer: int,
-        layer_input: Tensor,
+        self, tokens: TokenBatch, interventions: Sequence[Intervention], start: LayerInput
     ) -> Tensor:
         """
-        Returns the final hidden states of ablated samples.
+        Returns the final hidden states of ablated samples. Tensor of shape (batch, length, hidden_size).
 
-        `layer_input`: Tensor of shape (batch, length, hidden_size), the input of layer `first_layer`, below which no
-        sample is ablated. Tensor of shape (batch, length, hidden_size).
+        `start`: the input of a layer below which no sample is ablated.
         """
 
-        if any(intervention.first_layer < first_layer for intervention in interventions):
+        if any(intervention.first_layer < start.layer for intervention in interventions):
             raise AssertionError("An intervention starts below the layer that is replayed.")
-        with self._replayed(first_layer, layer_input), ablated_samples(self.model, interventions):
+        with self._replayed(start), ablated_samples(self.model, interventions):
             return self._run(tokens)
 
     @torch.no_grad()
@@ -237,16 +261,17 @@ class TeacherForcing:
         return hidden_states
 
     @contextmanager
-    def _replayed(self, first_layer: int, layer_input: Tensor) -> Iterator[None]:
-        """Makes the layers below `first_layer` pass on hidden states that are known already."""
+    def _replayed(self, start: LayerInput | None) -> Iterator[None]:
+        """Makes the layers below `start` pass on hidden states that are known already."""
 
-        skipped = self.model.layers[:first_layer]
+        skipped = () if start is None else self.model.layers[: start.layer]
         originals = [layer.forward for layer in skipped]
         # Some architectures return tuples from their layers.
-        returns_tuple = self._returns_tuple
+        returns_tuple = bool(skipped) and self._returns_tuple
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return (layer_input,) if returns_tuple else layer_input
+            assert start is not None
+            return (start.hidden_states,) if returns_tuple else start.hidden_states
 
         try:
             for layer in skipped:
@@ -256,26 +281,22 @@ class TeacherForcing:
             for layer, original in zip(skipped, originals, strict=True):
                 layer.forward = original
 
-    @property
+    @cached_property
     def _returns_tuple(self) -> bool:
         """Whether the layers return tuples, found out by one pass over two tokens."""
 
-        if not hasattr(self, "_tuple"):
-            found: list[bool] = []
+        found: list[bool] = []
 
-            def hook(module: Module, args: Any, output: Any) -> None:
-                found.append(isinstance(output, tuple))
+        def hook(module: Module, args: Any, output: Any) -> None:
+            found.append(isinstance(output, tuple))
 
-            handle = self.model.layers[0].register_forward_hook(hook)
-            try:
-                token = torch.full(
-                    (1, 2), self.model.pad_token_id(), device=self.model.model.device
-                )
-                self._run(TokenBatch(token, torch.ones_like(token)))
-            finally:
-                handle.remove()
-            self._tuple = found[0]
-        return self._tuple
+        handle = self.model.layers[0].register_forward_hook(hook)
+        try:
+            token = torch.full((1, 2), self.model.pad_token_id(), device=self.model.model.device)
+            self._run(TokenBatch(token, torch.ones_like(token)))
+        finally:
+            handle.remove()
+        return found[0]
 
 
 def require_layers(model: LanguageModel, layers: Sequence[int]) -> None:

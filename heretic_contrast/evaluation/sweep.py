@@ -9,13 +9,12 @@ successful, and at what cost. Interventions are forward hooks, so the model is l
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..ablation import Composition, Operator, compose, effective_weight, equalize, weight_along
 from ..directions import Directions
@@ -29,15 +28,9 @@ from .divergence import (
     divergences,
     mean_with_standard_error,
 )
-from .generation import Responder, Tokens, generate_tokens, join, prompt_tokens
-from .interventions import (
-    Intervention,
-    TeacherForcing,
-    TokenBatch,
-    carries_samples,
-    output_projections,
-    require_layers,
-)
+from .generation import Responder, generate_tokens, prompt_tokens
+from .interventions import Intervention, TeacherForcing, output_projections, require_layers
+from .known_sequences import KnownSequences, Piece, Tokens
 from .responses import Tier, classify_response
 from .results import Cell, Measurement, SweepResult, Synergy
 
@@ -111,33 +104,24 @@ class References:
         n_rows: int,
     ) -> None:
         self._forcing: TeacherForcing | None = forcing
-        self._n_rows = n_rows
-        self._pad = forcing.model.pad_token_id()
         tokens = prompt_tokens(forcing.model, prompts)
         # Prompts of similar length share a batch.
-        self._order = sorted(range(len(tokens)), key=lambda index: (len(tokens[index]), index))
-        self._prompts = [tokens[index] for index in self._order]
-        self._continuations: list[Tokens] = []
+        tokens.sort(key=len)
+        continuations: list[Tokens] = []
+        for part in batches(len(tokens), n_rows):
+            limits = [kl_tokens] * len(tokens[part])
+            continuations += generate_tokens(forcing.model, tokens[part], limits)
+        self._known = KnownSequences(tokens, continuations, forcing.model.pad_token_id(), n_rows)
         self._base: list[SparseLogProbabilities] = []
-        for part in batches(len(self._prompts), n_rows):
-            limits = [kl_tokens] * len(self._prompts[part])
-            self._continuations += generate_tokens(forcing.model, self._prompts[part], limits)
-        for part in batches(len(self._prompts), n_rows):
-            batch, positions = self._batch(part, forcing)
-            hidden_states = forcing.unmodified(batch)
-            flat = hidden_states[positions[0], positions[1]]
-            statistics = base_statistics(forcing, flat, top_k)
-            offset = 0
-            for continuation in self._continuations[part]:
-                chosen = torch.arange(offset, offset + len(continuation))
-                self._base.append(statistics.select(chosen.to(flat.device)))
-                offset += len(continuation)
+        for piece in self._known.unmodified(forcing):
+            statistics = base_statistics(forcing, piece.hidden_states, top_k)
+            self._base += statistics.split(self._known.lengths[piece.sequences])
 
     @property
     def counts(self) -> list[int]:
         """The number of positions of each prompt, up to and with the one that predicts the end."""
 
-        return [len(continuation) for continuation in self._continuations]
+        return self._known.lengths
 
     def n_bytes(self) -> int:
         """Returns the memory that the unmodified model's statistics take."""
@@ -149,66 +133,32 @@ class References:
 
         self._forcing = None
 
-    def _batch(
-        self, part: slice, forcing: TeacherForcing
-    ) -> tuple[TokenBatch, tuple[Tensor, Tensor]]:
-        """Returns the tokens of some prompts, and the rows and positions that predict continuations."""
-
-        batch, start = join(self._prompts[part], self._continuations[part], self._pad)
-        device = forcing.model.model.device
-        rows: list[int] = []
-        columns: list[int] = []
-        for row, continuation in enumerate(self._continuations[part]):
-            rows += [row] * len(continuation)
-            columns += range(start - 1, start - 1 + len(continuation))
-        return (
-            TokenBatch(batch.input_ids.to(device), batch.attention_mask.to(device)),
-            (torch.tensor(rows, device=device), torch.tensor(columns, device=device)),
-        )
-
     def measure(self, interventions: Sequence[Intervention]) -> list[tuple[float, float]]:
         """Returns the KL divergence and its standard error under each intervention."""
 
         forcing = self._forcing
         assert forcing is not None
-        n = len(interventions)
-        first_layer = min(intervention.first_layer for intervention in interventions)
-        sums: list[list[float]] = [[] for _ in interventions]
-        for part in batches(len(self._prompts), max(1, self._n_rows // n)):
-            batch, (rows, columns) = self._batch(part, forcing)
-            layer_input = forcing.layer_input(batch, first_layer)
-            n_prompts = len(batch.input_ids)
-            base = _concatenate(self._base[part])
-            # Interventions that do not fit into one pass beside each other take turns.
-            for turn in batches(n, max(1, self._n_rows // n_prompts)):
-                chosen = interventions[turn]
-                repeats = (len(chosen), 1)
-                hidden_states = forcing.modified(
-                    TokenBatch(
-                        batch.input_ids.repeat(repeats), batch.attention_mask.repeat(repeats)
-                    ),
-                    [item for item in chosen for _ in range(n_prompts)],
-                    first_layer,
-                    layer_input.repeat(len(chosen), 1, 1),
-                )
-                for index, target in enumerate(sums[turn]):
-                    flat = hidden_states[rows + index * n_prompts, columns]
-                    values = divergences(forcing, base, flat)
-                    lengths = [len(item) for item in self._continuations[part]]
-                    target += [float(piece.sum()) for piece in values.split(lengths)]
-        return [mean_with_standard_error(values, self.counts) for values in sums]
+        return self._divergences(
+            forcing, self._known.modified(forcing, interventions), len(interventions)
+        )
 
     def measure_model(self, forcing: TeacherForcing) -> tuple[float, float]:
         """Returns the KL divergence of a model as it is at this moment, and its standard error."""
 
-        sums: list[float] = []
-        for part in batches(len(self._prompts), self._n_rows):
-            batch, (rows, columns) = self._batch(part, forcing)
-            flat = forcing.unmodified(batch)[rows, columns]
-            values = divergences(forcing, _concatenate(self._base[part]), flat)
-            lengths = [len(item) for item in self._continuations[part]]
-            sums += [float(piece.sum()) for piece in values.split(lengths)]
-        return mean_with_standard_error(sums, self.counts)
+        return self._divergences(forcing, self._known.unmodified(forcing), 1)[0]
+
+    def _divergences(
+        self, forcing: TeacherForcing, pieces: Iterable[Piece], n_interventions: int
+    ) -> list[tuple[float, float]]:
+        """Returns the mean of the divergences at all positions, and its standard error, by intervention."""
+
+        sums: list[list[float]] = [[] for _ in range(n_interventions)]
+        for piece in pieces:
+            base = _concatenate(self._base[piece.sequences])
+            values = divergences(forcing, base, piece.hidden_states)
+            lengths = self._known.lengths[piece.sequences]
+            sums[piece.intervention] += [float(part.sum()) for part in values.split(lengths)]
+        return [mean_with_standard_error(values, self.counts) for values in sums]
 
 
 def _concatenate(parts: Sequence[SparseLogProbabilities]) -> SparseLogProbabilities:
@@ -239,15 +189,10 @@ class SweepEvaluator:
         self.configurations = dict(configurations)
         self.options = options
         self._classify = classify
-        self._per_sample = carries_samples(model)
         forcing = TeacherForcing(model)
         n_rows = model.batch_size
-        self._harmful = Responder(
-            forcing, harmful, options.max_new_tokens, n_rows, self._per_sample
-        )
-        self._canaries = Responder(
-            forcing, canaries, options.max_new_tokens, n_rows, self._per_sample
-        )
+        self._harmful = Responder(forcing, harmful, options.max_new_tokens, n_rows)
+        self._canaries = Responder(forcing, canaries, options.max_new_tokens, n_rows)
         self._references = References(forcing, references, options.kl_tokens, options.top_k, n_rows)
         self.baseline = self._baseline()
         if self.baseline.refusals == 0:
@@ -270,7 +215,7 @@ class SweepEvaluator:
         )
 
     def grid(self) -> list[CellKey]:
-        """Returns the cells of single layers, ordered so that cells of one layer follow each other."""
+        """Returns the cells of single layers, from the lowest layer to the highest."""
 
         return [
             CellKey(configuration, strength, (layer,), weight)
@@ -354,7 +299,7 @@ class SweepEvaluator:
         return compose(vectors, weights, self.options.composition)
 
     def evaluate(self, keys: Sequence[CellKey]) -> list[Cell]:
-        """Measures cells; those that start at one layer should come together."""
+        """Measures cells. Those that start at one layer share what lies below it."""
 
         operators = [
             {
@@ -366,10 +311,7 @@ class SweepEvaluator:
         interventions = [Intervention(item, self.options.components) for item in operators]
         responses = self._harmful.respond(interventions)
         canary_responses = self._canaries.respond(interventions)
-        if self._per_sample:
-            kl = self._references.measure(interventions)
-        else:
-            kl = [self._references.measure([item])[0] for item in interventions]
+        kl = self._references.measure(interventions)
         cells = []
         for index, key in enumerate(keys):
             directions = self.configurations[key.configuration]

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Prompts with known continuations, run through a model under many interventions.
+
+Both the check of a known response and the divergence need nothing else. What lies below the ablated layer is run
+once for all interventions: the inputs of that layer are kept, and moved up as the sweep moves up the layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..language_model import batches
+from .interventions import Intervention, LayerInput, TeacherForcing, TokenBatch
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """
+    Final hidden states where continuations are predicted.
+
+    `sequences`: which of the sequences, in the order of `KnownSequences.order`. `intervention`: under which of the
+    interventions. `hidden_states`: Tensor of shape (n_positions, hidden_size), one sequence after the other.
+    """
+
+    sequences: slice
+    intervention: int
+    hidden_states: Tensor
+
+
+class KnownSequences:
+    """
+    Prompts with known continuations.
+
+    `n_rows`: the number of samples in one pass. Sequences of similar length share a pass: `order` gives their places
+    among the prompts, and `lengths` the number of tokens of each continuation in that order.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Tokens], continuations: Sequence[Tokens], pad: int, n_rows: int
+    ) -> None:
+        # The last token of a continuation predicts nothing.
+        sequences = [
+            prompt + continuation[:-1]
+            for prompt, continuation in zip(prompts, continuations, strict=True)
+        ]
+        self.order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), index))
+        self.lengths = [len(continuations[index]) for index in self.order]
+        self._starts = [len(prompts[index]) - 1 for index in self.order]
+        self._widths = [len(sequences[index]) for index in self.order]
+        self._n_rows = n_rows
+        shape = (len(sequences), max(self._widths, default=0))
+        self._tokens = TokenBatch(torch.full(shape, pad), torch.zeros(shape, dtype=torch.long))
+        for row, index in enumerate(self.order):
+            width = len(sequences[index])
+            self._tokens.input_ids[row, :width] = torch.tensor(sequences[index])
+            self._tokens.attention_mask[row, :width] = 1
+        self._input: LayerInput | None = None
+
+    def unmodified(self, forcing: TeacherForcing) -> Iterator[Piece]:
+        """Yields the hidden states of a model as it is at this moment."""
+
+        for part in batches(len(self.order), self._n_rows):
+            hidden_states = forcing.unmodified(self._batch(part, forcing))
+            yield Piece(part, 0, hidden_states[self._positions(part, hidden_states.device)])
+
+    def modified(
+        self, forcing: TeacherForcing, interventions: Sequence[Intervention]
+    ) -> Iterator[Piece]:
+        """Yields the hidden states under each intervention. The unmodified model must be the same in all calls."""
+
+        for group in shared_passes(interventions, forcing.carries_samples):
+            first_layer = interventions[group[0]].first_layer
+            known = self._layer_input(forcing, first_layer)
+            for part in batches(len(self.order), max(1, self._n_rows // len(group))):
+                tokens = self._batch(part, forcing)
+                n_sequences, width = tokens.input_ids.shape
+                inputs = known[part, :width]
+                rows, columns = self._positions(part, inputs.device)
+                # Interventions that do not fit into one pass beside each other take turns.
+                for turn in batches(len(group), max(1, self._n_rows // n_sequences)):
+                    chosen = group[turn]
+                    hidden_states = forcing.modified(
+                        tokens.repeat(len(chosen)),
+                        [interventions[index] for index in chosen for _ in range(n_sequences)],
+                        LayerInput(first_layer, inputs.repeat(len(chosen), 1, 1)),
+                    )
+                    for place, index in enumerate(chosen):
+                        yield Piece(part, index, hidden_states[rows + place * n_sequences, columns])
+
+    def _layer_input(self, forcing: TeacherForcing, layer: int) -> Tensor:
+        """Returns the input of a layer for all sequences, from that of the layer below that was asked for last."""
+
+        start = self._input
+        if start is not None and start.layer > layer:
+            start = None
+        if start is None or start.layer < layer:
+            found: Tensor | None = None
+            for part in batches(len(self.order), self._n_rows):
+                tokens = self._batch(part, forcing)
+                width = tokens.input_ids.shape[1]
+                below = (
+                    None
+                    if start is None
+                    else LayerInput(start.layer, start.hidden_states[part, :width])
+                )
+                hidden_states = forcing.layer_input(tokens, layer, below)
+                if found is None:
+                    shape = (*self._tokens.input_ids.shape, hidden_states.shape[-1])
+                    found = hidden_states.new_zeros(shape)
+                found[part, :width] = hidden_states
+            assert found is not None
+            start = LayerInput(layer, found)
+        self._input = start
+        return start.hidden_states
+
+    def _batch(self, part: slice, forcing: TeacherForcing) -> TokenBatch:
+        """Returns the tokens of some sequences, padded on the right no further than they need."""
+
+        device = forcing.model.model.device
+        width = max(self._widths[part])
+        return TokenBatch(
+            self._tokens.input_ids[part, :width].to(device),
+            self._tokens.attention_mask[part, :width].to(device),
+        )
+
+    def _positions(self, part: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns the rows and columns that predict the continuations."""
+
+        rows: list[int] = []
+        columns: list[int] = []
+        for row, (start, length) in enumerate(
+            zip(self._starts[part], self.lengths[part], strict=True)
+        ):
+            rows += [row] * length
+            columns += range(start, start + length)
+        return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+
+
+def shared_passes(
+    interventions: Sequence[Intervention], carries_samples: bool
+) -> Iterator[list[int]]:
+    """
+    Yields the indices of interventions that share passes: those that start at the same layer.
+
+    Where modules do not carry the samples of a batch apart, every intervention has passes of its own.
+    """
+
+    by_layer: dict[int, list[int]] = {}
+    for index, intervention in enumerate(interventions):
+        by_layer.setdefault(intervention.first_layer, []).append(index)
+    for layer in sorted(by_layer):
+        if carries_samples:
+            yield by_layer[layer]
+        else:
+            yield from ([index] for index in by_layer[layer])
