@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,13 +47,21 @@ class Operator:
     vectors: Tensor
     kernel: Tensor
 
-    def apply(self, output: Tensor) -> Tensor:
-        """Returns C y for outputs y. Tensor of shape (..., hidden_size) to one of the same shape and dtype."""
+    @cached_property
+    def mixed_vectors(self) -> Tensor:
+        """The columns of V K as rows, computed once. Tensor of shape (n_directions, hidden_size)."""
 
-        vectors = self.vectors.to(output.device)
-        kernel = self.kernel.to(output.device)
-        coefficients = output.float() @ vectors.T
-        return ((coefficients @ kernel.T) @ vectors).to(output.dtype)
+        return self.kernel.T @ self.vectors
+
+    def apply(self, output: Tensor) -> Tensor:
+        """
+        Returns C y for outputs y on the operator's device.
+
+        Tensor of shape (..., hidden_size) to one of the same shape and dtype.
+        """
+
+        coefficients = output.float() @ self.vectors.T
+        return (coefficients @ self.mixed_vectors).to(output.dtype)
 
     def lora_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -66,8 +75,10 @@ class Operator:
         return vectors @ weight, -(vectors.T @ self.kernel.to(weight.device))
 
     def to(self, device: torch.device) -> "Operator":
-        """Returns the operator on another device."""
+        """Returns the operator on a device: itself where it is there already."""
 
+        if self.vectors.device == device:
+            return self
         return Operator(self.vectors.to(device), self.kernel.to(device))
 
 
@@ -180,17 +191,26 @@ def ablated(modules: Iterable[Module], operator: "Operator | BatchOperator") -> 
     """
     Ablates the outputs of output projections with forward hooks for as long as the context lasts.
 
-    Does what changing their weights to W − C W does: a bias is not ablated.
+    Does what changing their weights to W − C W does: a bias is not ablated. The operator is moved to the modules' devices
+    here, once, so that no call copies between devices or waits for one. Only where a module computes elsewhere than its
+    parameters are kept, as with offloading, its first call does.
     """
 
     handles: list[Any] = []
+    moved: dict[torch.device, Operator | BatchOperator] = {}
+
+    def on(device: torch.device) -> "Operator | BatchOperator":
+        if device not in moved:
+            moved[device] = operator.to(device)
+        return moved[device]
 
     def hook(module: Module, args: Any, output: Tensor) -> Tensor:
         bias = getattr(module, "bias", None)
-        return output - operator.apply(output if bias is None else output - bias)
+        return output - on(output.device).apply(output if bias is None else output - bias)
 
     try:
         for module in modules:
+            on(next(module.parameters()).device)
             handles.append(module.register_forward_hook(hook))
         yield
     finally:
@@ -203,12 +223,12 @@ class BatchOperator:
     """
     One operator per sample of a batch.
 
-    `vectors`: Tensor of shape (batch, n_directions, hidden_size), the columns of each V as rows.
-    `products`: Tensor of the same shape, Kᵀ Vᵀ. A sample that is not ablated has zeros.
+    `vectors`: Tensor of shape (batch, n_directions, hidden_size), the columns of each V as rows. `mixed_vectors`:
+    Tensor of the same shape, the columns of each V K as rows. A sample that is not ablated has zeros.
     """
 
     vectors: Tensor
-    products: Tensor
+    mixed_vectors: Tensor
 
     @classmethod
     def stack(cls, operators: Sequence[Operator | None], hidden_size: int) -> "BatchOperator":
@@ -216,23 +236,25 @@ class BatchOperator:
 
         n_directions = max(len(operator.kernel) for operator in operators if operator is not None)
         vectors = torch.zeros(len(operators), n_directions, hidden_size)
-        products = torch.zeros(len(operators), n_directions, hidden_size)
+        mixed_vectors = torch.zeros(len(operators), n_directions, hidden_size)
         for index, operator in enumerate(operators):
             if operator is not None:
                 n = len(operator.kernel)
                 vectors[index, :n] = operator.vectors
-                products[index, :n] = operator.kernel.T @ operator.vectors
-        return cls(vectors, products)
+                mixed_vectors[index, :n] = operator.mixed_vectors
+        return cls(vectors, mixed_vectors)
 
     def select(self, indices: Tensor) -> "BatchOperator":
         """Returns the operators of some samples, in a new order."""
 
-        return BatchOperator(self.vectors[indices], self.products[indices])
+        return BatchOperator(self.vectors[indices], self.mixed_vectors[indices])
 
     def to(self, device: torch.device) -> "BatchOperator":
-        """Returns the operators on another device."""
+        """Returns the operators on a device: themselves where they are there already."""
 
-        return BatchOperator(self.vectors.to(device), self.products.to(device))
+        if self.vectors.device == device:
+            return self
+        return BatchOperator(self.vectors.to(device), self.mixed_vectors.to(device))
 
     def apply(self, output: Tensor) -> Tensor:
         """
@@ -242,4 +264,4 @@ class BatchOperator:
         """
 
         coefficients = torch.bmm(output.float(), self.vectors.transpose(1, 2))
-        return torch.bmm(coefficients, self.products).to(output.dtype)
+        return torch.bmm(coefficients, self.mixed_vectors).to(output.dtype)

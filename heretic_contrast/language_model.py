@@ -196,17 +196,17 @@ class LanguageModel:
 
         def capture_input(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden_states = args[0] if args else kwargs["hidden_states"]
-            captured[0] = hidden_states[:, -1].detach()
+            captured[0] = hidden_states[:, -1].clone()
 
         def capture_output(index: int) -> Callable[..., None]:
             def hook(module: Module, args: Any, output: Any) -> None:
                 hidden_states = output[0] if isinstance(output, tuple) else output
-                captured[index] = hidden_states[:, -1].detach()
+                captured[index] = hidden_states[:, -1].clone()
 
             return hook
 
         def capture_last(module: Module, args: Any, output: Any) -> None:
-            captured[self.n_layers] = output[0][:, -1].detach()
+            captured[self.n_layers] = output[0][:, -1].clone()
 
         handles = [self.layers[0].register_forward_pre_hook(capture_input, with_kwargs=True)]
         for index, layer in enumerate(self.layers[:-1]):
