@@ -12,7 +12,7 @@ linearly, since its cost does not depend on the cell. Responses must be the same
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,21 @@ class ForwardTime:
         self._depth -= 1
         if self._depth == 0:
             self.seconds += time.perf_counter() - self._started
+
+
+class Stopwatch:
+    """Adds up the wall time that is spent in a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.seconds = 0.0
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return self._function(*args)
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 @contextmanager
@@ -181,6 +196,9 @@ def main() -> None:
         # What a response is called does not matter for its time, and a random model refuses nothing.
         classify=lambda prompt, response: Tier.REFUSE,
     )
+    preparation_seconds = time.perf_counter() - started
+    divergence = Stopwatch(evaluator._references.measure)
+    evaluator._references.measure = divergence  # type: ignore[method-assign]
     cells = run_cells(evaluator, None, None)
     seconds = time.perf_counter() - started
     forward_seconds = forward.seconds
@@ -195,7 +213,7 @@ def main() -> None:
 
     stride = max(1, len(cells) // arguments.reference_cells)
     chosen: list[Cell] = cells[stride // 2 :: stride]
-    same, excess, reference_seconds = 0, 0.0, 0.0
+    same, excess, reference_seconds, reference_divergence_seconds = 0, 0.0, 0.0, 0.0
     for cell in chosen:
         layer = cell.layers[0]
         operator = evaluator.operator(cell.configuration, cell.strength, layer, cell.weight)
@@ -203,11 +221,13 @@ def main() -> None:
         with changed_weights(model, layer, operator):
             responses = model.generate(harmful, options.max_new_tokens)
             canary_responses = model.generate(canaries, options.max_new_tokens)
+            generated = time.perf_counter()
             modified = log_probabilities(model, prompts, continuations)
             total = sum(
                 float((p.exp() * (p - q)).sum()) for p, q in zip(base, modified, strict=True)
             )
         reference_seconds += time.perf_counter() - started
+        reference_divergence_seconds += time.perf_counter() - generated
         full = total / sum(map(len, continuations))
         same += (
             list(cell.responses) == responses and list(cell.canary_responses) == canary_responses
@@ -224,6 +244,13 @@ def main() -> None:
         "seconds": seconds,
         "reference seconds, scaled": reference_total,
         "reference / ours": reference_total / seconds,
+        "seconds of preparation": preparation_seconds,
+        "seconds per cell, divergence": divergence.seconds / len(cells),
+        "seconds per cell, responses": (seconds - preparation_seconds - divergence.seconds)
+        / len(cells),
+        "reference seconds per cell, divergence": reference_divergence_seconds / len(chosen),
+        "reference seconds per cell, responses": (reference_seconds - reference_divergence_seconds)
+        / len(chosen),
         "share of time in forward passes": forward_seconds / seconds,
         "reference cells": len(chosen),
         "reference cells with the same responses": same,

@@ -201,7 +201,6 @@ def test_generation_reads_back_as_often_with_hooks_as_without(
     assert waits(some_operators(kind, 3)) == plain
 
 
-@pytest.mark.xfail(reason="chunks are selected by an index on the CPU", strict=True)
 def test_chunks_of_the_divergence_do_not_wait(on_device: LanguageModel) -> None:
     n_positions, top_k, chunk = 20, 10, 8
     base = SparseLogProbabilities(

@@ -42,13 +42,6 @@ class SparseLogProbabilities:
             for tensor in (self.tokens, self.values, self.tails)
         )
 
-    def select(self, positions: Tensor) -> "SparseLogProbabilities":
-        """Returns some positions, in a new order."""
-
-        return SparseLogProbabilities(
-            self.tokens[positions], self.values[positions], self.tails[positions]
-        )
-
     def split(self, lengths: Sequence[int]) -> list["SparseLogProbabilities"]:
         """Returns runs of positions of the given lengths, one after the other."""
 
@@ -56,12 +49,17 @@ class SparseLogProbabilities:
         return [SparseLogProbabilities(*parts) for parts in zip(*columns, strict=True)]
 
 
-def _tail(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
-    """Returns the log-probability of everything but `tokens`: exact, where 1 − Σ p would cancel."""
+def _keep(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Returns the log-probabilities of `tokens`, and that of all others together. Overwrites the logits.
 
-    if tokens.shape[1] == log_probabilities.shape[1]:
-        return torch.full_like(log_probabilities[:, 0], -math.inf)
-    return log_probabilities.scatter(1, tokens, -math.inf).logsumexp(dim=1)
+    The others are summed by themselves, since 1 − Σ p would cancel, and the vocabulary is gone through only once.
+    """
+
+    kept = logits.gather(1, tokens)
+    rest = logits.scatter_(1, tokens, -math.inf).logsumexp(dim=1)
+    total = torch.logaddexp(kept.logsumexp(dim=1), rest)
+    return kept - total[:, None], rest - total
 
 
 def base_statistics(
@@ -76,9 +74,9 @@ def base_statistics(
 
     parts = []
     for start in range(0, len(hidden_states), chunk):
-        log_probabilities = forcing.logits(hidden_states[start : start + chunk]).log_softmax(dim=1)
-        values, tokens = log_probabilities.topk(min(top_k, log_probabilities.shape[1]), dim=1)
-        parts.append((tokens.int(), values, _tail(log_probabilities, tokens)))
+        logits = forcing.logits(hidden_states[start : start + chunk])
+        tokens = logits.topk(min(top_k, logits.shape[1]), dim=1).indices
+        parts.append((tokens.int(), *_keep(logits, tokens)))
     tokens, values, tails = (torch.cat(column) for column in zip(*parts, strict=True))
     return SparseLogProbabilities(tokens, values, tails)
 
@@ -97,14 +95,13 @@ def divergences(
     """
 
     parts = []
-    for start in range(0, len(hidden_states), chunk):
-        part = base.select(torch.arange(start, min(start + chunk, len(hidden_states))))
-        log_probabilities = forcing.logits(hidden_states[start : start + chunk]).log_softmax(dim=1)
-        tokens = part.tokens.long()
-        modified = log_probabilities.gather(1, tokens).double()
+    pieces = hidden_states.split(chunk)
+    for part, piece in zip(base.split([len(piece) for piece in pieces]), pieces, strict=True):
+        modified, modified_tails = (
+            tensor.double() for tensor in _keep(forcing.logits(piece), part.tokens.long())
+        )
         values, tails = part.values.double(), part.tails.double()
         kept = (values.exp() * (values - modified)).sum(dim=1)
-        modified_tails = _tail(log_probabilities, tokens).double()
         rest = torch.where(
             tails > -math.inf, tails.exp() * (tails - modified_tails), torch.zeros_like(tails)
         )

@@ -157,7 +157,9 @@ class References:
             base = _concatenate(self._base[piece.sequences])
             values = divergences(forcing, base, piece.hidden_states)
             lengths = self._known.lengths[piece.sequences]
-            sums[piece.intervention] += [float(part.sum()) for part in values.split(lengths)]
+            sums[piece.intervention] += torch.stack(
+                [part.sum() for part in values.split(lengths)]
+            ).tolist()
         return [mean_with_standard_error(values, self.counts) for values in sums]
 
 
