@@ -3,8 +3,8 @@
 """
 The operator that ablates several directions at once, as LoRA factors and as forward hooks.
 
-Every composition has the form C = V K Vᵀ with the directions as columns of V (hidden_size × n_directions) and
-a small matrix K (n_directions × n_directions). An output projection W (hidden_size × in_features) becomes
+Every composition has the form C = V K Vᵀ with the directions, or a basis of their span, as columns of V (hidden_size ×
+n_directions) and a small matrix K (n_directions × n_directions). An output projection W (hidden_size × in_features) becomes
 W − C W. The change has rank n_directions at most and is exactly a LoRA pair; the dense C is never formed.
 """
 
@@ -20,6 +20,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from .errors import ContrastError
+from .vectors import unit_vectors
+
+LONGEST = 1e15
+"""The longest direction that is ablated. Directions as trained, which are as long as residuals, are far shorter."""
+
+STRONGEST = 1e33
+"""The largest element of K, times the square of the longest direction: below it nothing in C y overflows float32."""
 
 
 class Composition(str, Enum):
@@ -40,7 +47,8 @@ class Operator:
     """
     C = V K Vᵀ.
 
-    `vectors`: Tensor of shape (n_directions, hidden_size), float32, the columns of V as rows.
+    `vectors`: Tensor of shape (n_directions, hidden_size), float32, the columns of V as rows: the directions, or under
+    `capped` an orthonormal basis of their span.
     `kernel`: Tensor of shape (n_directions, n_directions), float32, the matrix K.
     """
 
@@ -89,20 +97,35 @@ def compose(
     Returns the operator that ablates `vectors` with `weights` (design, section 5).
 
     `vectors`: Tensor of shape (n_directions, hidden_size). `weights`: Tensor of shape (n_directions,).
-    The small matrix K is computed in float64.
+    V and the small matrix K are computed in float64.
 
-    Raises `ContrastError` when a weight is negative under `capped`, which has no meaning there.
+    Raises `ContrastError` when a direction or a weight is not finite, when they are so large that C y would not
+    fit into float32, and when a weight is negative under `capped`, which has no meaning there.
     """
 
     composition = Composition(composition)
     exact_weights = weights.to(torch.float64).cpu()
     exact_vectors = vectors.to(torch.float64).cpu()
+    for what, tensor in (("direction", exact_vectors), ("weight", exact_weights)):
+        if not bool(tensor.isfinite().all()):
+            raise ContrastError(
+                f"A {what} to ablate is infinite or not a number: look for a broken model or a broken file of directions."
+            )
     if composition is Composition.SUM:
         kernel = torch.diag(exact_weights)
     elif composition is Composition.SEQUENTIAL:
         kernel = _sequential_kernel(exact_vectors, exact_weights)
     else:
-        kernel = _capped_kernel(exact_vectors, exact_weights)
+        vectors, kernel = _capped(exact_vectors, exact_weights)
+        exact_vectors = vectors
+    longest = max((float(norm) for norm in exact_vectors.norm(dim=1)), default=0.0)
+    largest = float(kernel.abs().max()) if len(kernel) else 0.0
+    # Written so that what is not a number is refused, too.
+    if not (longest <= LONGEST and largest * max(longest, 1.0) ** 2 <= STRONGEST):
+        raise ContrastError(
+            f"Directions of lengths up to {longest:.3g} with weights up to {float(exact_weights.abs().max()):.3g} cannot be "
+            f'composed by "{composition.value}" within the range of float32: use scale "unit" or smaller weights.'
+        )
     return Operator(vectors.to(torch.float32), kernel.to(torch.float32))
 
 
@@ -122,27 +145,33 @@ def _sequential_kernel(vectors: Tensor, weights: Tensor) -> Tensor:
     return kernel
 
 
-def _capped_kernel(vectors: Tensor, weights: Tensor) -> Tensor:
+def _capped(vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Returns K of the sum Σ_k w_k v_k v_kᵀ with its eigenvalues capped at max_k w_k.
+    Returns V (as rows) and K of the sum Σ_k w_k v_k v_kᵀ with its eigenvalues capped at max_k w_k.
 
-    With s = √w, the sum V s (V s)ᵀ shares its nonzero eigenvalues λ_i with the small matrix
-    (V s)ᵀ V s = Q diag(λ) Qᵀ, and capping λ_i is the factor min(1, cap / λ_i) between Q and Qᵀ.
+    With rows √w_k v_k = P S Q, the sum is Qᵀ S² Q, so that Q and the capped S² are V and K. With the directions themselves as
+    V, K would have large elements that cancel, and its rounding would remain where directions are long and parallel.
     """
 
     if bool((weights < 0).any()):
         raise ContrastError(
             'A negative weight has no meaning under the composition "capped": use "sum" or "sequential".'
         )
-    roots = weights.sqrt()
-    gram = roots[:, None] * (vectors @ vectors.T) * roots[None, :]
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
-    cap = weights.max() if len(weights) else weights.new_zeros(())
-    factors = torch.where(
-        eigenvalues > cap, cap / eigenvalues.clamp_min(1e-300), torch.ones_like(eigenvalues)
+    n_directions, hidden_size = vectors.shape
+    if not n_directions:
+        return vectors, weights.new_zeros(0, 0)
+    _, singular_values, basis = torch.linalg.svd(
+        weights.sqrt()[:, None] * vectors, full_matrices=False
     )
-    inner = (eigenvectors * factors) @ eigenvectors.T
-    return roots[:, None] * inner * roots[None, :]
+    # Singular values at the level of rounding belong to no direction, but may exceed the cap where directions are long.
+    epsilon = torch.finfo(torch.float64).eps
+    real = singular_values > singular_values[0] * max(n_directions, hidden_size) * epsilon
+    eigenvalues = torch.where(real, singular_values.square().clamp_max(weights.max()), 0.0)
+    missing = n_directions - len(basis)
+    return (
+        torch.nn.functional.pad(basis, (0, 0, 0, missing)),
+        torch.diag(torch.nn.functional.pad(eigenvalues, (0, missing))),
+    )
 
 
 def effective_weight(operator: Operator) -> float:
@@ -169,7 +198,7 @@ def weight_along(operator: Operator, direction: Tensor) -> float:
     `direction`: Tensor of shape (hidden_size,), of any length; a zero direction gives 0.
     """
 
-    unit = torch.nn.functional.normalize(direction.to(torch.float64).cpu(), dim=0)
+    unit, _ = unit_vectors(direction.cpu())
     projections = operator.vectors.to(torch.float64).cpu() @ unit
     return float(projections @ operator.kernel.to(torch.float64).cpu() @ projections)
 

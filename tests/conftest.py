@@ -7,9 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Tests must never look anything up, and never touch the user's cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The same examples on every run and machine. Profile "thorough" tries many more; a slow test runs it.
+settings.register_profile(
+    "quick",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=500)
+settings.load_profile(os.environ.get("HERETIC_CONTRAST_PROPERTIES", "quick"))
 
 DATA = Path(__file__).resolve().parents[1] / "heretic_contrast" / "data"
 

@@ -163,11 +163,12 @@ def test_moments_equal_those_of_all_positions(fixture: str, request: pytest.Fixt
         torch.testing.assert_close(
             moments.variation[layer], (deviations**2).sum(1).mean(), rtol=1e-3, atol=1e-9
         )
-        for composition in ("sum", "sequential"):
+        for composition in ("sum", "sequential", "capped"):
             operator = compose(vectors[layer], torch.tensor([0.3, 0.7, 1.0]), composition)
-            dense = (v.T @ operator.kernel.double() @ v).numpy()
+            rows = operator.vectors.double()
+            dense = (rows.T @ operator.kernel.double() @ rows).numpy()
             expected = np.sqrt(np.mean(np.sum((y.numpy() @ dense.T) ** 2, axis=1)))
-            assert perturbation(moments.second[layer], operator) == pytest.approx(
+            assert perturbation(moments.second[layer], v, operator) == pytest.approx(
                 expected, rel=1e-3
             )
 

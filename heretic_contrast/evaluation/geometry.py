@@ -24,6 +24,7 @@ from ..ablation import Composition, Operator, compose, effective_weight, weight_
 from ..directions import Directions
 from ..language_model import LanguageModel, Progress, batches
 from ..prompts import Prompt
+from ..vectors import unit_vectors
 from .capture import span_basis
 from .generation import end_tokens
 from .interventions import carries_samples, output_projections
@@ -135,9 +136,7 @@ def cosine_matrix(vectors: Tensor) -> Tensor:
     has cosines of 0.
     """
 
-    exact = vectors.to(torch.float64)
-    norms = exact.norm(dim=-1, keepdim=True)
-    unit = exact / norms.where(norms > 0, torch.ones_like(norms))
+    unit, _ = unit_vectors(vectors)
     return unit @ unit.T
 
 
@@ -397,15 +396,18 @@ def occupancy(second: Tensor, energy: Tensor, vectors: Tensor) -> Tensor:
     return (second.diagonal() / squares.where(squares > 0, torch.ones_like(squares))).sqrt()
 
 
-def perturbation(second: Tensor, operator: Operator) -> float:
+def perturbation(second: Tensor, directions: Tensor, operator: Operator) -> float:
     """
-    Returns the root mean square of ‖C y‖ from the mean of (V y)(V y)ᵀ.
+    Returns the root mean square of ‖C y‖ from the mean of (D y)(D y)ᵀ, D being the directions (as rows) that C ablates.
 
-    With C = V K Vᵀ and z = V y (directions as rows), ‖C y‖² = zᵀ Kᵀ G K z for the Gram matrix G.
+    `second`: Tensor of shape (n_directions, n_directions). `directions`: Tensor of shape (n_directions, hidden_size).
+    With C = V K Vᵀ and z = V y (vectors as rows), ‖C y‖² = zᵀ Kᵀ G K z for the Gram matrix G. V lies in the span of D.
     """
 
     vectors = operator.vectors.to(torch.float64)
     kernel = operator.kernel.to(torch.float64)
+    coordinates = vectors @ torch.linalg.pinv(directions.to(torch.float64))
+    second = coordinates @ second @ coordinates.T
     form = kernel.T @ (vectors @ vectors.T) @ kernel
     return math.sqrt(max(float((form * second).sum()), 0.0))
 
@@ -444,7 +446,7 @@ def measure_activities(
             perturbations = []
             for weight in weights:
                 operator = compose(rows, torch.full((len(rows),), float(weight)), composition)
-                size = perturbation(decoding.second[layer, own, own], operator)
+                size = perturbation(decoding.second[layer, own, own], rows, operator)
                 perturbations.append((float(weight), size / variation if variation else None))
             activities.append(
                 Activity(
