@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Measures which of the paper's claims appear on a model, and writes the replication report.
+
+    python examples/replicate.py measure --model builtin:refuser --output docs/replication/refuser.json
+    python examples/replicate.py measure --model PATH --prompts FILE.jsonl --name NAME --output docs/replication/NAME.json
+    python examples/replicate.py report --results docs/replication --output docs/replication.md
+
+An interrupted measurement resumes with the same command.
+"""
+
+from replication.cli import main
+
+if __name__ == "__main__":
+    main()

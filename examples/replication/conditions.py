@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+What is compared: conditions that differ in one thing at a time, and the directions that each of them needs.
+
+A condition is a name, settings of the extraction, and what a weight means ("weight" of every direction, or
+"effective": of their strongest shared component).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heretic_contrast.directions import Directions, PoolResiduals, extract_directions
+from heretic_contrast.settings import ContrastSettings
+
+from .pools import MATCHED, SENSITIVE, Draw, StudyPools
+
+BASELINES = ("unmatched", "matched", "sensitive", "mixed", "nearest", "residualized")
+"""The contrast baselines; "sensitive" is `matched` with the second matched pool."""
+
+METHODS = ("mean", "som")
+"""One mean direction, or one direction per class from self-organizing maps."""
+
+PAPER_WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """
+    One condition.
+
+    `directions`: the name of its directions (see `DirectionsMaker`). `grid`: which weights it is measured at: "main",
+    "control", "equal" on all layers, "paper" or "strong" on single ones. `excluded`: the category that was left out.
+    """
+
+    name: str
+    directions: str
+    strength: str
+    grid: str
+    excluded: str | None = None
+
+
+def all_layer_conditions(pools: StudyPools, left_out: list[str]) -> list[Condition]:
+    """Returns the conditions that are measured on all layers at once."""
+
+    baselines = [name for name in BASELINES if name != SENSITIVE or SENSITIVE in pools.matched]
+    conditions = [
+        Condition(f"{method} {baseline}", f"{method} {baseline}", "effective", "main")
+        for method in METHODS
+        for baseline in baselines
+    ]
+    for baseline in ("unmatched", "matched"):
+        conditions += [
+            Condition(f"svd {baseline}", f"svd {baseline}", "effective", "main"),
+            Condition(f"svd1 {baseline}", f"svd1 {baseline}", "effective", "main"),
+            Condition(f"som {baseline}, equal weight", f"som {baseline}", "weight", "equal"),
+            Condition(f"raw {baseline}", f"raw {baseline}", "weight", "equal"),
+        ]
+    conditions.append(Condition("lengthened matched", "lengthened matched", "weight", "equal"))
+    for method in METHODS:
+        conditions += [
+            Condition(
+                f"{method} matched, filtered", f"{method} matched, filtered", "effective", "control"
+            ),
+            Condition(f"{method} random", f"{method} random", "effective", "control"),
+        ]
+    for category in left_out:
+        conditions += [
+            Condition(
+                f"som {baseline}, left out",
+                f"som {baseline} without {category}",
+                "effective",
+                "control",
+                category,
+            )
+            for baseline in ("unmatched", "matched")
+        ]
+    return conditions
+
+
+def single_layer_conditions() -> list[Condition]:
+    """Returns the conditions that are measured on single layers: the paper's three at its weights, and controls."""
+
+    paper = ("som unmatched", "som matched", "svd matched", "raw matched", "raw unmatched")
+    strong = ("mean unmatched", "mean matched", "svd matched", "svd1 matched")
+    return [Condition(f"{name}, equal weight", name, "weight", "paper") for name in paper] + [
+        Condition(name, name, "effective", "strong") for name in strong
+    ]
+
+
+class DirectionsMaker:
+    """
+    Makes the directions of a seed by name, each once.
+
+    Names: METHOD BASELINE, with the methods "mean", "som", "svd" (of the som directions), "svd1" (its first vector alone);
+    "raw BASELINE" and "lengthened matched" are som directions whose length counts; "METHOD matched, filtered" only
+    uses prompts that the model treats as assumed; "METHOD random"; "som BASELINE without CATEGORY".
+    """
+
+    def __init__(
+        self,
+        pools: StudyPools,
+        residuals: Mapping[str, Tensor],
+        refused: Mapping[str, list[bool]],
+        draw: Draw,
+        provenance: Mapping[str, Any],
+    ) -> None:
+        self._pools = pools
+        self._residuals = residuals
+        self._refused = refused
+        self._draw = draw
+        self._provenance = provenance
+        self._made: dict[str, Directions] = {}
+        self._pool_residuals: dict[tuple[str, bool], PoolResiduals] = {}
+
+    def make(self, name: str) -> Directions:
+        """Returns the directions of that name."""
+
+        if name not in self._made:
+            self._made[name] = self._extract(name)
+        return self._made[name]
+
+    def _extract(self, name: str) -> Directions:
+        base, _, excluded = name.partition(" without ")
+        base, filtered = base.removesuffix(", filtered"), base.endswith(", filtered")
+        method, baseline = base.split(" ")
+        settings: dict[str, Any] = {
+            "baseline": "matched" if baseline == SENSITIVE else baseline,
+            "seed": self._draw.seed,
+            "small_classes": "merge",
+        }
+        if baseline == "random":
+            settings |= {"baseline": "unmatched", "control": "random"}
+        if method == "mean":
+            settings |= {"method": "mean", "classes": "single"}
+        elif method.startswith("svd"):
+            settings |= {"svd": True, "svd_rank": 1 if method == "svd1" else None}
+        elif method == "raw":
+            settings |= {"scale": "raw"}
+        elif method == "lengthened":
+            settings |= {"scale": "unmatched"}
+        if excluded:
+            settings["exclude_categories"] = [excluded]
+        pool = SENSITIVE if baseline == SENSITIVE else MATCHED
+        directions = extract_directions(
+            self._residuals_of(pool, filtered), ContrastSettings(**settings), self._provenance
+        )
+        return self._relative(directions) if method in ("raw", "lengthened") else directions
+
+    def _relative(self, directions: Directions) -> Directions:
+        """
+        Measures lengths in units of the unmatched baseline's mean length in the same layer.
+
+        Residuals grow with depth; without a common unit per layer, the late layers would decide everything.
+        """
+
+        units = self.make("som unmatched").class_directions.norm(dim=-1).mean(dim=1)
+        units = torch.where(units > 0, units, torch.ones_like(units))
+        return replace(directions, tensor=(directions.tensor / units[:, None, None]).contiguous())
+
+    def _residuals_of(self, pool: str, filtered: bool) -> PoolResiduals:
+        """Returns the residuals of the drawn prompts, with the matched pool of that name."""
+
+        key = (pool, filtered)
+        if key in self._pool_residuals:
+            return self._pool_residuals[key]
+
+        def chosen(name: str, should_refuse: bool) -> list[int]:
+            return [
+                index
+                for index in self._draw.fitted[name]
+                if not filtered or self._refused[name][index] == should_refuse
+            ]
+
+        harmful, bulk = chosen("harmful", True), chosen("bulk", False)
+        matched = chosen(pool, False)
+        classes = [self._pools.harmful[index].category or "" for index in harmful]
+        if pool == SENSITIVE:
+            # One reference for all classes, since this pool does not cover each of them.
+            names = sorted(set(classes))
+            matched_classes = [name for name in names for _ in matched]
+            matched = matched * len(names)
+        else:
+            matched_classes = [self._pools.matched[pool][index].category or "" for index in matched]
+        self._pool_residuals[key] = PoolResiduals(
+            harmful=self._residuals["harmful"][harmful],
+            harmful_classes=tuple(classes),
+            bulk=self._residuals["bulk"][bulk],
+            matched=self._residuals[pool][matched],
+            matched_classes=tuple(matched_classes),
+        )
+        return self._pool_residuals[key]
+
+
+def distinct(
+    names: list[str], make: Callable[[str], Directions]
+) -> tuple[dict[str, Directions], dict[str, str]]:
+    """
+    Returns the different directions among those of some names, and for each name the one that stands for it.
+
+    Where a filter drops nothing, for example, two names mean the same directions, which need measuring only once.
+    """
+
+    by_digest: dict[str, str] = {}
+    kept: dict[str, Directions] = {}
+    stands_for: dict[str, str] = {}
+    for name in names:
+        directions = make(name)
+        first = by_digest.setdefault(directions.digest(), name)
+        kept.setdefault(first, directions)
+        stands_for[name] = first
+    return kept, stands_for

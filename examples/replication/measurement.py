@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Measures a model: the paper's protocol (every layer alone), then the protocol with controls, seed by seed.
+
+Everything that is finished stands in a work directory: the sweep and each seed's cells in journals, each finished seed
+as JSON. Results hold counts, one letter per judged prompt, and geometry; no prompts and no responses.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from heretic_contrast.directions import Directions
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.capture import split_by_behavior
+from heretic_contrast.evaluation.coherence import is_coherent
+from heretic_contrast.evaluation.responses import Tier, classify_response
+from heretic_contrast.evaluation.results import Cell, SweepResult
+from heretic_contrast.evaluation.sweep import CellKey, SweepEvaluator, SweepOptions
+from heretic_contrast.evaluation.sweep_state import SweepState
+from heretic_contrast.files import write_text_atomically
+from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.prompts import Prompt, prompts_digest
+from heretic_contrast.residual_cache import cached_residuals
+
+from .conditions import (
+    PAPER_WEIGHTS,
+    Condition,
+    DirectionsMaker,
+    all_layer_conditions,
+    distinct,
+    single_layer_conditions,
+)
+from .paper_sweep import PRESET_NAMES, best_layers, compact_sweep, everything, rounded, run_sweep
+from .pools import Draw, StudyPools, draw
+from .shape import describe_shape, noise_floor
+
+FORMAT = "heretic-contrast replication 1"
+
+SMALLEST_CLASS = 9
+"""The neurons of the paper's map: a class with fewer prompts gets no direction of its own."""
+
+Log = Callable[[str], None]
+ShowProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How much is measured. Grids are weights by the name of a condition's grid."""
+
+    seeds: int = 5
+    share: float = 2 / 3
+    n_judged: int = 40
+    n_references: int = 40
+    n_canaries: int = 5
+    n_left_out: int = 1
+    single_layers: int = 2
+    tokens: int = 50
+    main_weights: tuple[float, ...] = (0.15, 0.3, 0.5, 0.7, 1.0)
+    control_weights: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0)
+    equal_weights: tuple[float, ...] = (0.03, 0.06, 0.12, 0.3, 1.0)
+    paper_weights: tuple[float, ...] = PAPER_WEIGHTS
+    strong_weights: tuple[float, ...] = (1.0, 2.0, 4.0)
+    conditions: tuple[str, ...] = ()
+    sweep_judged: int = 10
+    sweep_references: int = 100
+
+    def grid(self, condition: Condition) -> tuple[float, ...]:
+        """Returns the weights that a condition is measured at."""
+
+        weights: tuple[float, ...] = getattr(self, f"{condition.grid}_weights")
+        return weights
+
+    def wanted(self, conditions: Sequence[Condition]) -> list[Condition]:
+        """Returns the conditions that were asked for; all, where none was named."""
+
+        return [
+            condition
+            for condition in conditions
+            if not self.conditions or condition.name in self.conditions
+        ]
+
+
+def estimate(options: StudyOptions, pools: StudyPools, n_layers: int, with_sweep: bool) -> str:
+    """Returns how many cells a measurement has."""
+
+    everywhere = sum(
+        len(options.grid(item))
+        for item in options.wanted(all_layer_conditions(pools, ["x"] * options.n_left_out))
+    )
+    single = options.single_layers * sum(
+        len(options.grid(item)) for item in options.wanted(single_layer_conditions())
+    )
+    swept = n_layers * len(PAPER_WEIGHTS) * 2 * (len(PRESET_NAMES) + 1) if with_sweep else 0
+    return (
+        f"{swept} cells of the paper's sweep; {options.seeds} seeds × ({everywhere} cells on all layers + {single} on "
+        f"single layers) = {options.seeds * (everywhere + single)} cells, less what turns out to be equal."
+    )
+
+
+def measure_study(
+    model: LanguageModel,
+    name: str,
+    pools: StudyPools,
+    options: StudyOptions,
+    work: Path,
+    log: Log,
+    show: ShowProgress,
+    swept: SweepResult | None = None,
+) -> dict[str, Any]:
+    """
+    Returns the results of a whole study as JSON values.
+
+    `work`: directory for what is finished. `swept`: a sweep with the paper's presets, or None to run one here.
+
+    Raises `ContrastError` when the model refuses too little, or the work directory belongs to another study.
+    """
+
+    fingerprint = {
+        "format": FORMAT,
+        "model": model.fingerprint(),
+        "options": json.loads(json.dumps(asdict(replace(options, seeds=0)))),
+        "pools": {key: prompts_digest(prompts) for key, prompts in _all_pools(pools).items()},
+        "versions": {key: version(key) for key in ("numpy", "torch", "transformers", "minisom")},
+    }
+    _require_own(work, fingerprint)
+    log("Looking at what the unmodified model refuses...")
+    refused = _refused(model, pools, options.tokens, work)
+    candidates = [index for index, value in enumerate(refused["judged"]) if value]
+    if len(candidates) < 3:
+        raise ContrastError(
+            f"{model.name} refuses {len(candidates)} of {len(pools.judged)} harmful prompts, too few to measure: "
+            "use other prompts, or a model that refuses."
+        )
+    log(f"* It refuses {len(candidates)} of the {len(pools.judged)} prompts that may be judged.")
+    log("Obtaining residuals...")
+    residuals = {
+        key: cached_residuals(model, fingerprint["model"], prompts, None, show)
+        for key, prompts in pools.fitted().items()
+    }
+    provenance = {"fingerprint": fingerprint["model"]}
+    if swept is None:
+        log("Sweeping every layer alone...")
+        swept = run_sweep(
+            model,
+            pools,
+            DirectionsMaker(pools, residuals, {}, everything(pools), provenance),
+            [pools.judged[index] for index in candidates],
+            options.sweep_judged,
+            options.sweep_references,
+            options.n_canaries,
+            options.tokens,
+            work / "sweep.journal",
+            show,
+        )
+    layers = best_layers(swept, options.single_layers)
+    log(f"* Single layers for the controls: {', '.join(map(str, layers)) or 'none'}.")
+    pairs, _ = split_by_behavior(model, pools.pairs, options.tokens)
+    at_pairs = model.residuals(
+        [Prompt(text) for pair in pairs for text in (pair.refused, pair.answered)]
+    )
+    differences = at_pairs[0::2] - at_pairs[1::2]
+
+    seeds = []
+    for seed in range(options.seeds):
+        path = work / f"seed-{seed}.json"
+        if path.exists():
+            seeds.append(json.loads(path.read_text(encoding="utf-8")))
+            log(f"Seed {seed + 1} of {options.seeds} is finished.")
+            continue
+        log(f"Seed {seed + 1} of {options.seeds}...")
+        drawn = draw(
+            pools,
+            candidates,
+            seed,
+            options.share,
+            options.n_judged,
+            options.n_references,
+            options.n_left_out,
+            SMALLEST_CLASS,
+        )
+        maker = DirectionsMaker(pools, residuals, refused, drawn, provenance)
+        result = _measure_seed(
+            model, pools, drawn, maker, layers, differences, options, work, log, show
+        )
+        write_text_atomically(path, json.dumps(result) + "\n")
+        # Read back, so that a resumed study has the same bytes as one that was never interrupted.
+        seeds.append(json.loads(path.read_text(encoding="utf-8")))
+    return {
+        **fingerprint,
+        "name": name,
+        "options": json.loads(json.dumps(asdict(options))),
+        "n_layers": model.n_layers,
+        "hidden_size": model.hidden_size,
+        "n_parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+        "n_prompts": {key: len(prompts) for key, prompts in _all_pools(pools).items()},
+        "n_refused": {key: sum(values) for key, values in refused.items()},
+        "judged_categories": [prompt.category for prompt in pools.judged],
+        "n_pairs": [len(pairs), len(pools.pairs)],
+        "single_layers": layers,
+        "sweep": compact_sweep(swept),
+        "seeds": seeds,
+    }
+
+
+def _all_pools(pools: StudyPools) -> dict[str, tuple[Prompt, ...]]:
+    return {**pools.fitted(), "judged": pools.judged, "references": pools.references}
+
+
+def _require_own(work: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Checks that a work directory is new, or belongs to the same study."""
+
+    path = work / "study.json"
+    content = json.dumps(fingerprint, indent=2, sort_keys=True) + "\n"
+    if not path.exists():
+        write_text_atomically(path, content)
+    elif path.read_text(encoding="utf-8") != content:
+        raise ContrastError(
+            f"{work} holds another study (other model, prompts, options or versions): remove it, or give another --work."
+        )
+
+
+def _refused(
+    model: LanguageModel, pools: StudyPools, tokens: int, work: Path
+) -> dict[str, list[bool]]:
+    """Returns for each prompt of each pool but the references whether the unmodified model refuses it."""
+
+    path = work / "refused.json"
+    if not path.exists():
+        found = {}
+        for name, prompts in {**pools.fitted(), "judged": pools.judged}.items():
+            responses = model.generate(prompts, tokens)
+            found[name] = [
+                classify_response(prompt.text, response) is Tier.REFUSE
+                for prompt, response in zip(prompts, responses, strict=True)
+            ]
+        write_text_atomically(path, json.dumps(found) + "\n")
+    stored: dict[str, list[bool]] = json.loads(path.read_text(encoding="utf-8"))
+    return stored
+
+
+def _measure_seed(
+    model: LanguageModel,
+    pools: StudyPools,
+    drawn: Draw,
+    maker: DirectionsMaker,
+    layers: Sequence[int],
+    differences: Tensor,
+    options: StudyOptions,
+    work: Path,
+    log: Log,
+    show: ShowProgress,
+) -> dict[str, Any]:
+    """Measures all conditions with what one seed draws."""
+
+    scopes = [("all", tuple(range(model.n_layers)), all_layer_conditions(pools, drawn.left_out))]
+    scopes += [(str(layer), (layer,), single_layer_conditions()) for layer in layers]
+    planned = [
+        (scope, at, condition)
+        for scope, at, conditions in scopes
+        for condition in options.wanted(conditions)
+    ]
+    log("* Extracting directions...")
+    kept, stands_for = distinct(
+        list(dict.fromkeys(condition.directions for _, _, condition in planned)), maker.make
+    )
+    references = [pools.references[index] for index in drawn.references]
+    others = [
+        prompt for index, prompt in enumerate(pools.references) if index not in drawn.references
+    ]
+    judged = [pools.judged[index] for index in drawn.judged]
+    evaluator = SweepEvaluator(
+        model,
+        kept,
+        judged,
+        (others or references)[: options.n_canaries],
+        references,
+        SweepOptions(max_new_tokens=options.tokens, kl_tokens=options.tokens),
+    )
+    state = SweepState(str(work / f"seed-{drawn.seed}.journal"), evaluator.fingerprint())
+    keys = {
+        (scope, condition.name, condition.excluded): [
+            CellKey(stands_for[condition.directions], condition.strength, at, weight)
+            for weight in options.grid(condition)
+        ]
+        for scope, at, condition in planned
+    }
+    started = time.monotonic()
+    wanted = list(dict.fromkeys(key for part in keys.values() for key in part))
+    # Cells of one place follow each other, so that they are computed together.
+    wanted.sort(key=lambda key: (-len(key.layers), key.layers))
+    cells = dict(zip(wanted, state.run(wanted, evaluator.evaluate, show), strict=True))
+    log(f"* {len(wanted)} cells in {time.monotonic() - started:.0f} s.")
+    curves = [
+        _curve(
+            scope,
+            condition,
+            [cells[key] for key in keys[scope, condition.name, condition.excluded]],
+            judged,
+        )
+        for scope, _, condition in planned
+    ]
+    return {
+        "seed": drawn.seed,
+        "judged": drawn.judged,
+        "n_fitted": {name: len(indices) for name, indices in drawn.fitted.items()},
+        "kl_floor": rounded(evaluator.baseline.kl_divergence),
+        "curves": curves,
+        "shape": describe_shape(_shaped(pools, maker), differences),
+        "noise_floor": noise_floor(model, maker.make, judged[:10], references[:10], options.tokens)
+        if drawn.seed == 0
+        else None,
+    }
+
+
+def _shaped(pools: StudyPools, maker: DirectionsMaker) -> dict[str, Directions]:
+    """Returns the directions whose geometry and capture are described."""
+
+    names = [
+        condition.directions
+        for condition in all_layer_conditions(pools, [])
+        if condition.grid == "main" or condition.directions == "som random"
+    ]
+    return {name: maker.make(name) for name in names}
+
+
+def _curve(
+    scope: str, condition: Condition, cells: Sequence[Cell], judged: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Returns what is stored of the cells of one condition."""
+
+    return {
+        "scope": scope,
+        "condition": condition.name,
+        "excluded": condition.excluded,
+        "weights": [cell.weight for cell in cells],
+        "effective": [rounded(cell.effective_weight) for cell in cells],
+        "kl": [rounded(cell.measurement.kl_divergence) for cell in cells],
+        "kl_error": [rounded(cell.measurement.kl_standard_error) for cell in cells],
+        "canary_refusals": [cell.measurement.canary_refusals for cell in cells],
+        "outcomes": [outcomes(judged, cell.responses) for cell in cells],
+    }
+
+
+def outcomes(prompts: Sequence[Prompt], responses: Sequence[str]) -> str:
+    """Returns a letter per response: R, E or C for its tier, small where it is incoherent."""
+
+    letters = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        letter = classify_response(prompt.text, response).value[0]
+        letters.append(letter if is_coherent(response) else letter.lower())
+    return "".join(letters)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Which prompts directions are fitted to, which are judged, and the subsets that a seed draws."""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from heretic_contrast.builtin import matched_pool, refuser_pool
+from heretic_contrast.categories import assign
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.capture import Pair, load_pairs
+from heretic_contrast.prompts import Prompt, read_json_lines
+
+MATCHED = "matched"
+"""The matched pool of the model, or the one shipped with the package."""
+
+SENSITIVE = "sensitive"
+"""A second matched pool: harmless prompts on sensitive subjects (XSTest's safe ones), one reference for all classes."""
+
+
+@dataclass(frozen=True)
+class StudyPools:
+    """
+    All prompts of a study.
+
+    `harmful`, `bulk`, `matched`: what directions are fitted to. `judged`: harmful prompts that may be judged.
+    `references`: general harmless prompts for the divergence. No judged or reference prompt is fitted to.
+    """
+
+    harmful: tuple[Prompt, ...]
+    bulk: tuple[Prompt, ...]
+    matched: dict[str, tuple[Prompt, ...]]
+    judged: tuple[Prompt, ...]
+    references: tuple[Prompt, ...]
+    pairs: tuple[Pair, ...]
+
+    def fitted(self) -> dict[str, tuple[Prompt, ...]]:
+        """Returns the pools that directions are fitted to, by name."""
+
+        return {"harmful": self.harmful, "bulk": self.bulk, **self.matched}
+
+
+def builtin_pools() -> StudyPools:
+    """Returns the pools of the built-in refuser."""
+
+    def read(pool: str, split: str) -> tuple[Prompt, ...]:
+        source = refuser_pool(pool, split)
+        return tuple(read_json_lines(Path(source.dataset), source))
+
+    return StudyPools(
+        harmful=read("harmful", "train"),
+        bulk=read("harmless", "train"),
+        matched={MATCHED: read("matched", "train")},
+        judged=read("harmful", "test"),
+        references=read("harmless", "test"),
+        pairs=tuple(load_pairs(None, "builtin:refuser")),
+    )
+
+
+def file_pools(path: Path) -> StudyPools:
+    """
+    Returns pools from a JSON Lines file of objects with text, label, split and source.
+
+    Labels are "harmful" and "harmless", splits "train" and "test"; harmless prompts of the source XSTest make the pool
+    of sensitive subjects. Categories are those of the shipped lexicon.
+
+    Raises `ContrastError` when the file cannot be read, a line lacks a field, or a pool is empty.
+    """
+
+    rows: dict[tuple[str, str, bool], list[Prompt]] = defaultdict(list)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ContrastError(
+            f"The prompts could not be read from {path}: give a JSON Lines file."
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, label, split, source = (row[key] for key in ("text", "label", "split", "source"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ContrastError(
+                f"Line {number} of {path} is not an object with text, label, split and source: correct the line."
+            ) from error
+        rows[label, split, "XSTest" in source].append(Prompt(text, category=assign(text)))
+    source = matched_pool()
+    matched = {MATCHED: tuple(read_json_lines(Path(source.dataset), source))}
+    sensitive = tuple(rows["harmless", "train", True])
+    if sensitive:
+        matched[SENSITIVE] = sensitive
+    pools = StudyPools(
+        harmful=tuple(rows["harmful", "train", False] + rows["harmful", "train", True]),
+        bulk=tuple(rows["harmless", "train", False]),
+        matched=matched,
+        judged=tuple(rows["harmful", "test", False] + rows["harmful", "test", True]),
+        references=tuple(rows["harmless", "test", False]),
+        pairs=tuple(load_pairs()),
+    )
+    for name, prompts in (
+        ("harmful train", pools.harmful),
+        ("harmless train", pools.bulk),
+        ("harmful test", pools.judged),
+        ("harmless test", pools.references),
+    ):
+        if not prompts:
+            raise ContrastError(f"{path} holds no {name} prompts (outside XSTest, if harmless).")
+    used = {prompt.text for prompts in pools.fitted().values() for prompt in prompts}
+    return replace(
+        pools,
+        judged=tuple(prompt for prompt in pools.judged if prompt.text not in used),
+        references=tuple(prompt for prompt in pools.references if prompt.text not in used),
+    )
+
+
+def draw_share(prompts: Sequence[Prompt], share: float, generator: random.Random) -> list[int]:
+    """Returns the sorted indices of a random share of the prompts of each category, rounded up."""
+
+    by_category: dict[str, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        by_category[prompt.category or ""].append(index)
+    chosen: list[int] = []
+    for name in sorted(by_category):
+        indices = by_category[name]
+        chosen += generator.sample(indices, -int(-len(indices) * share // 1))
+    return sorted(chosen)
+
+
+def draw_evenly(
+    prompts: Sequence[Prompt], candidates: Sequence[int], count: int, generator: random.Random
+) -> list[int]:
+    """Returns the sorted indices of `count` candidates (or all), as evenly over the categories as they allow."""
+
+    by_category: dict[str, list[int]] = defaultdict(list)
+    for index in candidates:
+        by_category[prompts[index].category or ""].append(index)
+    names = sorted(by_category)
+    for name in names:
+        generator.shuffle(by_category[name])
+    generator.shuffle(names)
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(candidates)):
+        for name in names:
+            if by_category[name] and len(chosen) < count:
+                chosen.append(by_category[name].pop())
+    return sorted(chosen)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one seed draws, as indices into the pools. `left_out` are the categories that it leaves out in turn."""
+
+    seed: int
+    fitted: dict[str, list[int]]
+    judged: list[int]
+    references: list[int]
+    left_out: list[str]
+
+
+def draw(
+    pools: StudyPools,
+    refused: Sequence[int],
+    seed: int,
+    share: float,
+    n_judged: int,
+    n_references: int,
+    n_left_out: int,
+    smallest_class: int,
+) -> Draw:
+    """
+    Returns the subsets of a seed; each seed has its own.
+
+    `refused`: indices of the judged pool that the unmodified model refuses. Categories that are left out take turns
+    over the seeds: named ones with at least `smallest_class` drawn harmful prompts and 3 refused prompts.
+    """
+
+    generator = random.Random(f"replication {seed}")
+    fitted = {
+        name: draw_share(prompts, share, generator) for name, prompts in pools.fitted().items()
+    }
+    judged = draw_evenly(pools.judged, refused, n_judged, generator)
+    references = sorted(
+        generator.sample(range(len(pools.references)), min(n_references, len(pools.references)))
+    )
+
+    def count(name: str, prompts: Sequence[Prompt], indices: Sequence[int]) -> int:
+        return sum(prompts[index].category == name for index in indices)
+
+    names = sorted({prompt.category for prompt in pools.harmful if prompt.category})
+    candidates = [
+        name
+        for name in names
+        if name != "miscellaneous"
+        and count(name, pools.harmful, fitted["harmful"]) >= smallest_class
+        and count(name, pools.judged, refused) >= 3
+    ]
+    turns = [(seed * n_left_out + offset) for offset in range(min(n_left_out, len(candidates)))]
+    return Draw(
+        seed=seed,
+        fitted=fitted,
+        judged=judged,
+        references=references,
+        left_out=[candidates[turn % len(candidates)] for turn in turns],
+    )

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Curves of R against KL, and their intervals.
+
+Seeds draw their judged prompts from one pool, so the same prompt stands in several seeds. The bootstrap therefore draws
+seeds and prompts independently, each with replacement (Owen, 2007), and counts an outcome as often as its seed times
+its prompt were drawn. All conditions share the draws, so that differences are paired. The divergence varies over reference
+prompts through the seeds, each of which has its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heretic_contrast.evaluation.statistics import wilson_interval
+
+Floats = NDArray[np.float64]
+
+N_DRAWS = 1000
+CONFIDENCE = 0.95
+MARGIN = 0.1
+"""Differences in the share of refusals below one prompt in ten, the paper's resolution, count as none."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with the 2.5th and 97.5th percentile of its bootstrap distribution; infinite where never reached."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Draws:
+    """
+    How often each draw takes each seed and each prompt.
+
+    `seeds`: array of shape (n_draws + 1, n_seeds), `prompts`: array of shape (n_draws + 1, n_prompts). Row 0 takes
+    everything once: the estimate itself.
+    """
+
+    seeds: Floats
+    prompts: Floats
+
+    @classmethod
+    def make(cls, n_seeds: int, n_prompts: int, n_draws: int = N_DRAWS, seed: int = 0) -> "Draws":
+        """Draws with a fixed generator, so that a report always has the same numbers."""
+
+        generator = np.random.default_rng(seed)
+
+        def counts(n: int) -> Floats:
+            drawn = generator.multinomial(n, np.full(n, 1 / n), size=n_draws)
+            return np.concatenate([np.ones((1, n)), drawn]).astype(np.float64)
+
+        return cls(counts(n_seeds), counts(n_prompts))
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """
+    The outcomes of one condition.
+
+    `refused`, `incoherent`: arrays of shape (n_weights, n_rows, n_prompts), 0 or 1. `judged`: array of shape
+    (n_rows, n_prompts), 1 where a row judged the prompt. `kl`: array of shape (n_weights, n_rows), above the floor.
+    `row_seeds`: the seed that each row belongs to. `weights`, `effective`: per weight.
+    """
+
+    weights: tuple[float, ...]
+    effective: tuple[float, ...]
+    refused: Floats
+    incoherent: Floats
+    judged: Floats
+    kl: Floats
+    row_seeds: tuple[int, ...]
+
+    @property
+    def n_judged(self) -> int:
+        """The number of judged responses at each weight."""
+
+        return int(self.judged.sum())
+
+    @property
+    def n_distinct(self) -> int:
+        """The number of different prompts among the judged ones."""
+
+        return int((self.judged.sum(axis=0) > 0).sum())
+
+
+def shares(outcomes: Outcomes, draws: Draws, incoherent: bool = False) -> Floats:
+    """
+    Returns the share of refusals (or of incoherent responses). Array of shape (n_draws + 1, n_weights).
+
+    A draw that takes none of the judged prompts gives NaN.
+    """
+
+    counted = outcomes.incoherent if incoherent else outcomes.refused
+    of_row = draws.seeds[:, list(outcomes.row_seeds)]
+    # Sum over prompts first: (n_draws, n_rows, n_weights), then over rows.
+    hits = np.einsum("bp,wrp->brw", draws.prompts, counted * outcomes.judged)
+    totals = draws.prompts @ outcomes.judged.T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(
+            np.einsum("br,brw->bw", of_row, hits) / (of_row * totals).sum(axis=1)[:, None]
+        )
+
+
+def divergences(outcomes: Outcomes, draws: Draws) -> Floats:
+    """Returns the mean divergence over seeds. Array of shape (n_draws + 1, n_weights)."""
+
+    of_row = draws.seeds[:, list(outcomes.row_seeds)]
+    return np.asarray(of_row @ outcomes.kl.T / of_row.sum(axis=1, keepdims=True))
+
+
+def envelopes(kl: Floats, share: Floats) -> tuple[Floats, Floats]:
+    """
+    Returns the least share of refusals that is reached at a divergence of at most so much: √KL, and shares.
+
+    Starts at the unmodified model, which refuses everything at no divergence. In √KL, since a divergence grows with
+    the square of a small change. Arrays of shape (n_draws, n_weights) to ones of shape (n_draws, n_weights + 1).
+    """
+
+    order = np.argsort(kl, axis=1, kind="stable")
+    x = np.sqrt(np.maximum(np.take_along_axis(kl, order, axis=1), 0.0))
+    y = np.take_along_axis(share, order, axis=1)
+    x = np.concatenate([np.zeros((len(x), 1)), x], axis=1)
+    y = np.concatenate([np.ones((len(y), 1)), y], axis=1)
+    return x, np.minimum.accumulate(y, axis=1)
+
+
+def share_at(kl: Floats, share: Floats, level: float) -> Floats:
+    """Returns the share of refusals of each draw at a divergence, interpolated; beyond the last weight its share."""
+
+    x, y = envelopes(kl, share)
+    rows = np.arange(len(x))
+    after = np.minimum((x <= np.sqrt(level)).sum(axis=1), x.shape[1] - 1)
+    before = after - 1
+    width = x[rows, after] - x[rows, before]
+    part = np.clip((np.sqrt(level) - x[rows, before]) / np.where(width > 0, width, 1.0), 0.0, 1.0)
+    return np.asarray(y[rows, before] + part * (y[rows, after] - y[rows, before]))
+
+
+def kl_at(kl: Floats, share: Floats, level: float) -> Floats:
+    """
+    Returns the divergence at which the refusals of each draw have fallen to a share, interpolated.
+
+    Infinite where they never do, NaN where a share is.
+    """
+
+    x, y = envelopes(kl, share)
+    rows = np.arange(len(x))
+    reached = y <= level
+    after = np.maximum(reached.argmax(axis=1), 1)
+    before = after - 1
+    fall = y[rows, before] - y[rows, after]
+    part = (y[rows, before] - level) / np.where(fall > 0, fall, 1.0)
+    found = (x[rows, before] + part * (x[rows, after] - x[rows, before])) ** 2
+    found = np.where(reached[:, 0], 0.0, np.where(reached.any(axis=1), found, np.inf))
+    return np.where(np.isnan(y).any(axis=1), np.nan, found)
+
+
+def interval(values: Sequence[float] | Floats) -> Interval:
+    """Returns the estimate (the first value) with the percentiles of the others."""
+
+    array = np.asarray(values, dtype=np.float64)
+    rest = array[1:][~np.isnan(array[1:])]
+    if not len(rest):
+        return Interval(float(array[0]), float("nan"), float("nan"))
+    # Order statistics, because interpolating towards infinity has no meaning.
+    low, high = np.quantile(
+        rest, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], method="closest_observation"
+    )
+    return Interval(float(array[0]), float(low), float(high))
+
+
+def share_interval(outcomes: Outcomes, draws: Draws, index: int) -> Interval:
+    """
+    Returns the share of refusals at one weight.
+
+    The interval is the wider of the bootstrap's and Wilson's for as many prompts as were different: where all
+    outcomes are equal, a bootstrap sees no uncertainty.
+    """
+
+    found = interval(shares(outcomes, draws)[:, index])
+    n = outcomes.n_distinct
+    low, high = wilson_interval(min(n, round(found.value * n)), n)
+    return Interval(found.value, min(found.low, low), max(found.high, high))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """
+    One condition against another at equal divergence.
+
+    `level`: the divergence at which the reference refuses half. `share`: of the condition there; `difference`: minus that of
+    the reference. `ratio`: divergence that the condition needs to refuse half, over the reference's. `beyond`: whether
+    the level lies beyond what the condition was measured at, so that its share there is an upper bound.
+    """
+
+    level: float
+    share: Interval
+    difference: Interval
+    ratio: Interval
+    beyond: bool
+
+    @property
+    def verdict(self) -> str:
+        """What the difference says: see `judge`."""
+
+        if self.beyond and self.difference.value > 0:
+            return "undecided"
+        return judge(self.difference)
+
+
+def judge(difference: Interval, margin: float = MARGIN) -> str:
+    """
+    Returns "worse" (more refusals left) or "better" where the interval excludes 0 and the difference reaches the margin,
+    "equal" where the interval lies within the margin, else "undecided".
+    """
+
+    if difference.low > 0 and difference.value >= margin:
+        return "worse"
+    if difference.high < 0 and difference.value <= -margin:
+        return "better"
+    if -margin <= difference.low and difference.high <= margin:
+        return "equal"
+    return "undecided"
+
+
+def contrast(condition: Outcomes, reference: Outcomes, draws: Draws) -> Contrast | None:
+    """Returns the contrast, or None where the reference never refuses as little as half."""
+
+    own_kl, own_share = divergences(condition, draws), shares(condition, draws)
+    base_kl, base_share = divergences(reference, draws), shares(reference, draws)
+    level = float(kl_at(base_kl[:1], base_share[:1], 0.5)[0])
+    if not np.isfinite(level):
+        return None
+    own = share_at(own_kl, own_share, level)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = kl_at(own_kl, own_share, 0.5) / kl_at(base_kl, base_share, 0.5)
+    return Contrast(
+        level=level,
+        share=interval(own),
+        difference=interval(own - share_at(base_kl, base_share, level)),
+        ratio=interval(ratio),
+        beyond=level > float(own_kl[0].max()),
+    )
+
+
+def mean_interval(rows: Sequence[Sequence[float | None]], seed: int = 0) -> Interval:
+    """
+    Returns the mean of a table of seeds and items, with a bootstrap over both; missing values are left out.
+
+    With one seed and one item there is no interval: NaN.
+    """
+
+    table = np.array([[np.nan if value is None else value for value in row] for row in rows])
+    generator = np.random.default_rng(seed)
+    n, m = table.shape
+    row_draws = generator.multinomial(n, np.full(n, 1 / n), size=N_DRAWS).astype(np.float64)
+    column_draws = generator.multinomial(m, np.full(m, 1 / m), size=N_DRAWS).astype(np.float64)
+    present = ~np.isnan(table)
+    filled = np.where(present, table, 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.einsum("bn,nm,bm->b", row_draws, filled, column_draws) / np.einsum(
+            "bn,nm,bm->b", row_draws, present.astype(np.float64), column_draws
+        )
+    value = float(np.nanmean(table))
+    if n == 1 and m == 1:
+        return Interval(value, float("nan"), float("nan"))
+    return interval([value, *means.tolist()])
+
+
+def normal_bounds(value: float, error: float) -> tuple[float, float]:
+    """Returns the value minus and plus its standard error times the normal quantile of the confidence."""
+
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    return value - z * error, value + z * error
+
+
+def letters(text: str) -> tuple[list[float], list[float]]:
+    """Returns for each letter of a stored string whether it is a refusal, and whether it is incoherent."""
+
+    return (
+        [float(letter in "Rr") for letter in text],
+        [float(letter.islower()) for letter in text],
+    )
+
+
+def stack_outcomes(rows: Sequence[dict[str, Any]], n_prompts: int) -> Outcomes:
+    """
+    Returns the outcomes of stored curves, one row each.
+
+    A row: weights, effective, kl, floor, outcomes (a string per weight), judged (indices), seed (position), and
+    counted (which of the judged prompts count), as `evidence` collects them.
+    """
+
+    weights = tuple(rows[0]["weights"])
+    shape = (len(weights), len(rows), n_prompts)
+    refused, incoherent = np.zeros(shape), np.zeros(shape)
+    judged = np.zeros(shape[1:])
+    for position, row in enumerate(rows):
+        for prompt, counted in zip(row["judged"], row["counted"], strict=True):
+            judged[position, prompt] = float(counted)
+        for index, text in enumerate(row["outcomes"]):
+            is_refused, is_incoherent = letters(text)
+            refused[index, position, row["judged"]] = is_refused
+            incoherent[index, position, row["judged"]] = is_incoherent
+    return Outcomes(
+        weights=weights,
+        effective=tuple(np.mean([row["effective"] for row in rows], axis=0).tolist()),
+        refused=refused,
+        incoherent=incoherent,
+        judged=judged,
+        kl=np.array([[max(k - row["floor"], 0.0) for k in row["kl"]] for row in rows]).T,
+        row_seeds=tuple(row["seed"] for row in rows),
+    )

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""How numbers stand in the report."""
+
+import math
+from collections.abc import Sequence
+
+from .statistics import Contrast, Interval
+
+NONE = "–"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Returns a number with so many decimals; a dash for none, a sign for infinity."""
+
+    if value is None or math.isnan(value):
+        return NONE
+    if math.isinf(value):
+        return "never"
+    text = f"{value:.{digits}f}"
+    return text[1:] if float(text) == 0 and text.startswith("-") else text
+
+
+def small(value: float | None) -> str:
+    """Returns a positive number with three significant digits."""
+
+    if value is None or math.isnan(value):
+        return NONE
+    if math.isinf(value):
+        return "never"
+    if value == 0:
+        return "0"
+    if value >= 1000:
+        return f"{value:.0f}"
+    if value >= 1e-4:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def percent(found: Interval | None) -> str:
+    """Returns a share in percent with its interval."""
+
+    if found is None:
+        return NONE
+    return f"{100 * found.value:.0f} % ({_bounds(100 * found.low, 100 * found.high, 0)})"
+
+
+def signed(found: Interval | None) -> str:
+    """Returns a difference of shares in percentage points with its interval."""
+
+    if found is None:
+        return NONE
+    return f"{100 * found.value:+.0f} ({100 * found.low:+.0f} to {100 * found.high:+.0f})"
+
+
+def plain(found: Interval | None, digits: int = 2) -> str:
+    """Returns a value with its interval."""
+
+    if found is None:
+        return NONE
+    return f"{number(found.value, digits)} ({_bounds(found.low, found.high, digits)})"
+
+
+def ratio(found: Interval) -> str:
+    """Returns a ratio with its interval."""
+
+    return f"{times(found.value)} ({times(found.low)} to {times(found.high)})"
+
+
+def times(value: float) -> str:
+    """Returns a factor."""
+
+    if math.isnan(value):
+        return NONE
+    return "∞" if math.isinf(value) else f"{value:.2g}×" if value < 100 else f"{value:.0f}×"
+
+
+def at_equal(found: Contrast | None) -> str:
+    """Returns what a contrast at equal divergence says."""
+
+    if found is None:
+        return "not measured"
+    return f"{signed(found.difference)} points at KL {small(found.level)}: {found.verdict}"
+
+
+def layer_list(layers: Sequence[int]) -> str:
+    """Returns layers, or none."""
+
+    return ", ".join(map(str, layers)) or "none"
+
+
+def _bounds(low: float, high: float, digits: int) -> str:
+    if math.isnan(low) or math.isnan(high):
+        return "no interval"
+    return f"{number(low, digits)} to {number(high, digits)}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Returns a Markdown table; the columns named in `right` are aligned to the right."""
+
+    marks = ["---:" if index in right else ":---" for index in range(len(header))]
+    lines = [header, marks, *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
