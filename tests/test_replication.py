@@ -23,7 +23,7 @@ from examples.replication.hints import CONFIRMED, OVERTURNED, decide_hints
 from examples.replication.measurement import FORMAT, StudyOptions, outcomes
 from examples.replication.pools import SENSITIVE, builtin_pools, draw, draw_evenly, file_pools
 from examples.replication.report import render
-from examples.replication.rules import ABSENT, APPEARS, OPEN
+from examples.replication.rules import ABSENT, APPEARS, OPEN, eliminates, reduces
 from examples.replication.statistics import (
     Draws,
     Interval,
@@ -420,6 +420,23 @@ def test_differences_are_judged_by_their_interval(
     bounds: tuple[float, float, float], verdict: str
 ) -> None:
     assert judge(Interval(*bounds)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("bounds", "falls", "is_gone"),
+    [
+        ((0.67, 0.3, 0.94), None, False),
+        ((0.67, 0.3, 0.85), True, False),
+        ((0.95, 0.91, 1.0), False, False),
+        ((0.05, 0.0, 0.2), True, None),
+        ((0.01, 0.0, 0.1), True, True),
+    ],
+)
+def test_shares_are_judged_by_their_interval(
+    bounds: tuple[float, float, float], falls: bool | None, is_gone: bool | None
+) -> None:
+    assert reduces(Interval(*bounds)) is falls
+    assert eliminates(Interval(*bounds)) is is_gone
 
 
 def test_mean_interval_leaves_missing_values_out() -> None:
