@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import ContrastError
+from .vectors import unit_vectors
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def nearest(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
     bulk = layer.bulk.to(torch.float64)
     harmful = layer.harmful.to(torch.float64)
     center = bulk.mean(dim=0)
-    normalized_bulk = torch.nn.functional.normalize(bulk - center, dim=1)
-    normalized_harmful = torch.nn.functional.normalize(harmful - center, dim=1)
+    normalized_bulk, _ = unit_vectors(bulk - center)
+    normalized_harmful, _ = unit_vectors(harmful - center)
     # Rounding keeps the last bits of a matrix product, which depend on the order of rows, from breaking ties.
     cosines = (normalized_harmful @ normalized_bulk.T).round(decimals=12)
     canonical = torch.tensor(
@@ -154,7 +155,7 @@ def residualized(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
     topics = torch.stack([topic - bulk for topic in class_means(layer).values()])
     _, singular_values, basis = torch.linalg.svd(topics, full_matrices=False)
     # What is small against the residuals themselves is rounding, too.
-    scale = max(float(singular_values[0]), float(layer.bulk.norm(dim=1).max()))
+    scale = max(float(singular_values[0]), float(layer.bulk.to(torch.float64).norm(dim=1).max()))
     basis = basis[singular_values > 1e-6 * scale]
     if len(basis) >= differences.shape[1]:
         raise ContrastError(

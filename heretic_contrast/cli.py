@@ -5,7 +5,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from .errors import ContrastError
+from .errors import ContrastError, one_line
 
 PROGRAM = "heretic-contrast"
 
@@ -110,7 +110,7 @@ def main() -> None:
         command(arguments)
     except ContrastError as error:
         sys.stdout.flush()
-        sys.stderr.write(f"Error: {error}\n")
+        sys.stderr.write(f"Error: {one_line(str(error))}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(

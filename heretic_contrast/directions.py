@@ -9,6 +9,7 @@ them into class directions, an optional SVD orthogonalizes those, and the scale 
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from .files import write_bytes_atomically
 from .language_model import LanguageModel, Progress
 from .settings import Classes, ContrastSettings, Control, Method, Scale, SmallClasses
 from .som import SomSettings, TrainedMap, train_maps
+from .vectors import unit_vectors
 
 FORMAT = "heretic-contrast directions 1"
 
@@ -132,10 +134,17 @@ class Directions:
         """
         Loads directions.
 
-        Raises `ContrastError` when the file is missing, is not a whole directions file, or holds damaged
-        or non-finite numbers.
+        Reads that file and no other, and takes nothing in it for code or for a name to look up.
+
+        Raises `ContrastError` when the file is missing, is not a whole directions file, holds damaged or non-finite
+        numbers, or contradicts itself.
         """
 
+        # A pipe would be waited for, and a device read without an end.
+        if not os.path.isfile(path):
+            raise ContrastError(
+                f"There is no directions file {path}: make one with heretic-contrast extract."
+            )
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = dict(file.metadata() or {})
@@ -145,14 +154,7 @@ class Directions:
                         "make one with heretic-contrast extract."
                     )
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
-            names = tuple(json.loads(metadata["names"]))
-            class_names = tuple(json.loads(metadata["class_names"]))
-            aligned = bool(json.loads(metadata["aligned"]))
-            provenance = json.loads(metadata["provenance"])
-        except FileNotFoundError as error:
-            raise ContrastError(
-                f"There is no directions file {path}: make one with heretic-contrast extract."
-            ) from error
+            names, class_names, aligned, provenance = _read_metadata(metadata)
         except ContrastError:
             raise
         except (
@@ -167,19 +169,15 @@ class Directions:
             raise ContrastError(
                 f"{path} cannot be read as a directions file, it may be cut off or damaged: extract it again."
             ) from error
+        if any(tensor.dtype != _dtype(name) for name, tensor in tensors.items()):
+            raise ContrastError(
+                f"The tensors in {path} have other data types than this version writes, so it cannot be used: extract it again."
+            )
         if metadata.get("digest") != _content_digest(tensors):
             raise ContrastError(
                 f"The numbers in {path} do not match their digest, so the file is damaged: extract it again."
             )
-        shape = tensors["tensor"].shape
-        if (
-            len(shape) != 3
-            or shape[1] != len(names)
-            or not isinstance(provenance, dict)
-            or not all(isinstance(name, str) for name in (*names, *class_names))
-            or tensors["norms"].shape != shape[:2]
-            or tensors["mean_direction"].shape != (shape[0], shape[2])
-        ):
+        if not _shapes_agree(tensors, len(names), len(class_names)):
             raise ContrastError(
                 f"The shapes in {path} contradict each other, so the file is damaged: extract it again."
             )
@@ -225,6 +223,77 @@ _TENSORS = (
     "mean_direction",
     "hits",
 )
+
+
+NESTING = 32
+"""How deep the provenance may be nested: what is nested deeper cannot be written to JSON again everywhere."""
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Returns the data type of a tensor of the file."""
+
+    return torch.int64 if name == "hits" else torch.float32
+
+
+def _read_metadata(
+    metadata: Mapping[str, str],
+) -> tuple[tuple[str, ...], tuple[str, ...], bool, dict[str, Any]]:
+    """
+    Returns the names of the directions and of the classes, whether directions are aligned, and the provenance.
+
+    Raises one of the errors that `load` reports when one of them is missing or is not what it should be.
+    """
+
+    names, class_names, aligned, provenance = (
+        json.loads(metadata[name]) for name in ("names", "class_names", "aligned", "provenance")
+    )
+    for found in (names, class_names):
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise TypeError("Names must be a list of texts.")
+        if not found or len(set(found)) != len(found):
+            raise ValueError("Names must be different, and at least one.")
+    if not isinstance(aligned, bool) or not isinstance(provenance, dict):
+        raise TypeError("The alignment must be true or false, and the provenance an object.")
+    if not isinstance(provenance.get("settings", {}), dict):
+        raise TypeError("The settings in the provenance must be an object.")
+    level: list[Any] = [provenance]
+    for _ in range(NESTING):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    if level:
+        raise ValueError("The provenance is nested too deeply.")
+    # Reports hold all of it, and can store neither infinite numbers nor halves of characters.
+    json.dumps([names, class_names, provenance], ensure_ascii=False, allow_nan=False).encode()
+    return tuple(names), tuple(class_names), aligned, provenance
+
+
+def _shapes_agree(tensors: Mapping[str, Tensor], n_directions: int, n_classes: int) -> bool:
+    """Returns whether the tensors of a file have the shapes that `Directions` describes."""
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if not all(len(shapes[name]) == 3 for name in ("tensor", "class_directions", "hits")):
+        return False
+    n_indices, _, hidden_size = shapes["tensor"]
+    n_class_directions = shapes["class_directions"][1]
+    return (
+        n_indices > 1
+        and hidden_size > 0
+        and n_class_directions > 0
+        and n_class_directions % n_classes == 0
+        and shapes
+        == {
+            "tensor": (n_indices, n_directions, hidden_size),
+            "norms": (n_indices, n_directions),
+            "singular_values": (n_indices, min(n_class_directions, hidden_size)),
+            "class_directions": (n_indices, n_class_directions, hidden_size),
+            "mean_direction": (n_indices, hidden_size),
+            "hits": (n_indices, n_classes, shapes["hits"][2]),
+        }
+    )
 
 
 def _content_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -298,7 +367,7 @@ def extract_directions(
 
     if settings.orthogonalize_direction:
         # Implements https://huggingface.co/blog/grimjim/projected-abliteration, as Heretic does.
-        harmless = F.normalize(bulk_means, dim=-1)[:, None]
+        harmless = unit_vectors(bulk_means)[0][:, None]
         as_trained = as_trained - (as_trained * harmless).sum(-1, keepdim=True) * harmless
 
     if settings.control is Control.RANDOM:
@@ -316,15 +385,23 @@ def extract_directions(
     elif settings.scale is Scale.UNMATCHED:
         vectors = vectors * unmatched_norms(residuals, class_names, settings, as_trained)[..., None]
 
+    tensors = {
+        "tensor": vectors.float().contiguous(),
+        "norms": norms.float(),
+        "singular_values": singular_values.float(),
+        "class_directions": as_trained.float().contiguous(),
+        "mean_direction": mean_direction.float(),
+    }
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise ContrastError(
+            "The residuals are so large that their directions do not fit into float32, so none can be extracted: look for "
+            "a broken model."
+        )
     return Directions(
-        tensor=vectors.float().contiguous(),
+        **tensors,
         names=names,
         aligned=not settings.svd,
-        norms=norms.float(),
-        singular_values=singular_values.float(),
-        class_directions=as_trained.float().contiguous(),
         class_names=tuple(class_names),
-        mean_direction=mean_direction.float(),
         hits=hits,
         provenance={
             **(provenance or {}),
@@ -543,18 +620,6 @@ def som_settings(settings: ContrastSettings) -> SomSettings:
     )
 
 
-def unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Returns vectors of length 1, and the lengths that they had.
-
-    Tensor of shape (..., hidden_size). A zero vector, such as every difference at the embedding of a common
-    last token, stays zero.
-    """
-
-    norms = vectors.norm(dim=-1)
-    return vectors / norms[..., None].clamp_min(torch.finfo(vectors.dtype).tiny), norms
-
-
 def orthogonalize(
     vectors: Tensor, mean_direction: Tensor, rank: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -602,7 +667,8 @@ def unmatched_norms(
     if not settings.svd:
         return unmatched.norm(dim=-1)
     singular_values = torch.linalg.svdvals(unmatched)
-    return singular_values[:, : settings.svd_rank or singular_values.shape[1]]
+    n_values = singular_values.shape[1]
+    return singular_values[:, : min(settings.svd_rank or n_values, n_values)]
 
 
 def random_directions(vectors: Tensor, seed: int) -> Tensor:

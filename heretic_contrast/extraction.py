@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.markup import escape
+
 from . import residual_cache
 from .baselines import NEEDS_MATCHED
 from .builtin import harmful_pool, harmless_pool, matched_pool
 from .categories import assign, classify_with_model
 from .directions import Directions, PoolResiduals, extract_directions
-from .errors import ContrastError
+from .errors import ContrastError, one_line
 from .evaluation.responses import Tier, classify_response
 from .language_model import LanguageModel, Progress
 from .prompts import Prompt, PromptLoader, load_pool, prompts_digest
@@ -170,7 +172,7 @@ def extract(
     if settings.classes is Classes.CATEGORY:
         counts = Counter(prompt.category for prompt in pools.harmful)
         listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=str))
-        log(f"* Harmful prompts by category: {listed}")
+        log(f"* Harmful prompts by category: {escape(one_line(listed))}")
     log(
         f"* Obtaining residuals for [bold]{len(pools.harmful)}[/] harmful, [bold]{len(pools.bulk)}[/] harmless and "
         f"[bold]{len(pools.matched)}[/] matched prompts..."

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from optuna import Trial
 from peft.tuners.lora.layer import LoraLayer
+from rich.markup import escape
 
 from .ablation import compose, equalize
 from .builtin import is_builtin, with_refuser_pools
 from .directions import Directions
-from .errors import ContrastError
+from .errors import ContrastError, one_line
 from .extraction import extract, load_pools
 from .hosts.surface import Context, Modifier, language_model, log, progress_bar, prompt_loader
 from .hosts.tables import check_tables, show_errors_as_sentences, validated
@@ -65,9 +66,10 @@ class ContrastAbliteration(Modifier[Parameters]):
     def lora_rank(self) -> int:
         """The rank of the LoRA adapters: that of the change, which is exact but for `full` row normalization."""
 
-        n_directions = self.directions.n_directions
+        _, n_directions, hidden_size = self.directions.tensor.shape
         if self.settings.row_normalization is RowNormalization.FULL:
-            return self.settings.full_normalization_lora_rank or n_directions + 2
+            # No weight has a rank above the hidden size, and the adapters take as much memory as their rank says.
+            return min(self.settings.full_normalization_lora_rank or n_directions + 2, hidden_size)
         return n_directions
 
     def init(self, ctx: Context) -> None:
@@ -96,9 +98,8 @@ class ContrastAbliteration(Modifier[Parameters]):
             raise ContrastError(
                 "All directions are zero, so there is nothing to ablate: the harmful and the harmless prompts do not differ."
             )
-        log(
-            f"* Directions: [bold]{self.directions.n_directions}[/] per layer ({', '.join(self.directions.names)})"
-        )
+        names = escape(one_line(", ".join(self.directions.names)))
+        log(f"* Directions: [bold]{self.directions.n_directions}[/] per layer ({names})")
         ctx.get_model().apply_lora(self.lora_rank)
 
     def suggest_parameters(self, ctx: Context, trial: Trial) -> Parameters:

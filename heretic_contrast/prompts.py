@@ -65,11 +65,29 @@ def load_pool(source: PromptSource, load: PromptLoader, what: str) -> list[Promp
             f"The {what} prompts could not be loaded from {source.dataset} ({reason}): "
             "check the dataset, its split and its column."
         ) from error
+    for prompt in prompts:
+        if not (is_text(prompt.text) and is_text(prompt.category or "")):
+            raise ContrastError(
+                f"The {what} prompts in {source.dataset} hold a prompt or a category that is not text, or half a character: "
+                "correct it."
+            )
     if not prompts:
         raise ContrastError(
             f"The pool of {what} prompts in {source.dataset} is empty: give one with prompts."
         )
     return prompts
+
+
+def is_text(value: object) -> bool:
+    """Returns whether a value is text that can be encoded: the escapes of JSON can write half a character alone."""
+
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json_lines(path: Path, source: PromptSource) -> list[Prompt]:

@@ -41,6 +41,8 @@ class Kernel:
         distance = abs(layer_index - self.max_weight_position)
         if distance > self.min_weight_distance:
             return 0.0
+        if distance == 0:
+            return self.max_weight
         return self.max_weight + (distance / self.min_weight_distance) * (
             self.min_weight - self.max_weight
         )
@@ -91,13 +93,17 @@ class Parameters:
         """
 
         try:
+            index = data["direction_index"]
             return cls(
-                direction_index=data["direction_index"],
-                kernels={name: Kernel(**values) for name, values in data["kernels"].items()},
-                scales=dict(data["scales"]),
-                configuration=data.get("configuration", ""),
+                direction_index=None if index is None else _number(index),
+                kernels={
+                    str(name): Kernel(**{key: _number(value) for key, value in values.items()})
+                    for name, values in data["kernels"].items()
+                },
+                scales={str(name): _number(value) for name, value in data["scales"].items()},
+                configuration=str(data.get("configuration", "")),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ContrastError(
                 "The checkpoint holds trials of another modifier: start from scratch (checkpoint action restart), "
                 "or give another study_checkpoint_dir."
@@ -106,8 +112,11 @@ class Parameters:
     def require_fit(self, directions: Directions, components: Sequence[str]) -> None:
         """Raises `ContrastError` when the parameters belong to other directions, or to a model with other components."""
 
+        # Directions have one index more than the model has decoder layers, for the embedding.
+        last_layer_index = len(directions.tensor) - 2
         if (
             set(self.scales) != set(directions.names)
+            or not 0 <= (self.direction_index or 0) <= last_layer_index
             or set(self.kernels) != set(components)
             or self.configuration not in ("", configuration_digest(directions))
         ):
@@ -115,6 +124,16 @@ class Parameters:
                 "The parameters of this trial belong to another configuration of the plugin: start from scratch "
                 "(checkpoint action restart), or give another study_checkpoint_dir."
             )
+
+
+def _number(value: Any) -> float:
+    """Returns a number that JSON has stored. Raises `TypeError` or `ValueError` when it is none, or not finite."""
+
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number.")
+    if not math.isfinite(value):
+        raise ValueError(f"{value!r} is not finite.")
+    return value
 
 
 def configuration_digest(directions: Directions) -> str:

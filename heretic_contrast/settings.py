@@ -8,6 +8,7 @@ This module imports neither PyTorch nor Heretic, so that `--help` stays fast.
 """
 
 import difflib
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal
 
@@ -77,6 +78,59 @@ class Control(str, Enum):
     RANDOM = "random"
 
 
+DATASET_FORMATS = (
+    "arrow",
+    "audiofolder",
+    "csv",
+    "eval",
+    "hdf5",
+    "imagefolder",
+    "json",
+    "lance",
+    "niftifolder",
+    "pandas",
+    "parquet",
+    "pdffolder",
+    "text",
+    "videofolder",
+    "webdataset",
+    "xml",
+)
+"""
+Names that the library `datasets` takes for a file format, and not for a dataset or a folder.
+
+It then reads whatever the current directory holds in that format. "pandas" unpickles it, which runs code.
+"""
+
+
+def check_dataset_name(name: str) -> None:
+    """Raises `ContrastError` when the name of a dataset is that of a file format."""
+
+    if name in DATASET_FORMATS:
+        raise ContrastError(
+            f'"{name}" is the name of a file format and not of a dataset: give the ID of a dataset or the path of a file, or '
+            f"./{name} for a folder of that name."
+        )
+
+
+def check_text(settings: Mapping[str, Any]) -> None:
+    """
+    Raises `ContrastError` when a text in raw settings, however deep, holds a null character.
+
+    No file name can hold one, so that the text would fail wherever it is used.
+    """
+
+    waiting: list[tuple[str, Any]] = list(settings.items())
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, str) and "\0" in value:
+            raise ContrastError(f"The setting {name} holds a null character: correct it.")
+        if isinstance(value, dict):
+            waiting += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(name, inner) for inner in value]
+
+
 class PromptSource(BaseModel):
     """Where a pool of prompts comes from: Heretic's dataset specification, with a category column."""
 
@@ -124,6 +178,14 @@ class PromptSource(BaseModel):
         description="System prompt to use with the prompts (overrides the model's if set).",
     )
 
+    @field_validator("dataset")
+    @classmethod
+    def check_dataset(cls, value: str) -> str:
+        """Refuses the names of file formats."""
+
+        check_dataset_name(value)
+        return value
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Section 3.2 of arXiv:2603.22061.
@@ -161,7 +223,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ContrastSettings(BaseModel):
     """Settings of the plugin."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
     preset: list[str] = Field(
         default=[],
@@ -255,6 +317,7 @@ class ContrastSettings(BaseModel):
     som_iterations: int = Field(
         default=10_000,
         ge=1,
+        le=10_000_000,
         description="Training iterations of the self-organizing map (the paper: 10,000).",
     )
 
@@ -457,6 +520,7 @@ class ContrastSettings(BaseModel):
         if not isinstance(data, dict):
             return data
         data = {str(name).replace("-", "_"): value for name, value in data.items()}
+        check_text(data)
         for name in data:
             if name not in cls.model_fields:
                 close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0)
@@ -471,11 +535,12 @@ class ContrastSettings(BaseModel):
         if isinstance(presets, list):
             data = {**data, "preset": presets}
             for name in presets:
-                if name not in PRESETS:
+                # Whatever else stands in the list is refused by its type.
+                if isinstance(name, str) and name not in PRESETS:
                     raise ContrastError(
                         f'There is no preset "{name}": choose one of {", ".join(PRESETS)}.'
                     )
-            if len(presets) == 1:
+            if len(presets) == 1 and isinstance(presets[0], str):
                 data = {**PRESETS[presets[0]], **data}
         return data
 

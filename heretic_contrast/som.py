@@ -42,6 +42,9 @@ Progress = Callable[[int, int], None]
 PORTION_BYTES = 16 * 2**20
 PORTION_SHARE = 8
 
+# The learning rates of all iterations are tabulated: 8 bytes for each iteration and difference of positions on the grid.
+LARGEST_TABLE = 200_000_000
+
 # The simplest of Numba's threading layers ends the process where two threads enter a parallel loop at once.
 _PARALLEL_LOOP = threading.Lock()
 
@@ -94,6 +97,11 @@ class SomSettings:
             raise ContrastError(
                 f"The self-organizing map has sigma = {self.sigma}, which is more than the diagonal of its {self.rows} × "
                 f"{self.columns} grid: use at most {math.hypot(self.rows, self.columns):.3g}."
+            )
+        if self.iterations * self.n_neurons > LARGEST_TABLE:
+            raise ContrastError(
+                f"The self-organizing map has {self.iterations} iterations of {self.n_neurons} neurons, whose table of learning "
+                f"rates would take gigabytes: use at most {LARGEST_TABLE // self.n_neurons} iterations, or a smaller map."
             )
         if not 0 <= self.seed < 2**32:
             raise ContrastError(

@@ -6,18 +6,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource
+from pydantic import Field, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from ..cli import PROGRAM
-from ..errors import ContrastError
 from ..files import require_writable_directory
-from ..hosts.settings import validation_sentence
-from ..settings import PromptSource
+from ..hosts.settings import parse_settings
+from ..settings import PromptSource, check_dataset_name
 
 
 class AuditSettings(BaseSettings):
     """Settings of `audit`."""
+
+    # Errors of the command line become one sentence instead of pages of usage.
+    model_config = SettingsConfigDict(cli_exit_on_error=False)
 
     dataset: str = Field(
         description=(
@@ -38,6 +45,14 @@ class AuditSettings(BaseSettings):
         default=None,
         description="File to write the prompts that match no category to, as JSON Lines.",
     )
+
+    @field_validator("dataset")
+    @classmethod
+    def check_dataset(cls, value: str) -> str:
+        """Refuses the names of file formats."""
+
+        check_dataset_name(value)
+        return value
 
     @classmethod
     def settings_customise_sources(
@@ -62,10 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     """
 
     sys.argv = [f"{PROGRAM} audit", *arguments]
-    try:
-        settings = AuditSettings()
-    except ValidationError as error:
-        raise ContrastError(validation_sentence(error)) from error
+    settings = parse_settings(AuditSettings)
     require_writable_directory(Path(settings.output))
     if settings.cleaned is not None:
         require_writable_directory(Path(settings.cleaned).parent)

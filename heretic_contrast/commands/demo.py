@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from rich.markup import escape
 
 from ..builtin import REFUSER, refuser_pool
 from ..cli import PROGRAM
@@ -191,4 +192,4 @@ def show(summary: dict[str, Any], output: Path) -> None:
     table.add_row("KL divergence of the first token", "0", f"{summary['kl_divergence']:.4f}")
     log()
     log(table)
-    log(f"Finished in {summary['seconds']:.0f} s. Everything is in [bold]{output}[/].")
+    log(f"Finished in {summary['seconds']:.0f} s. Everything is in [bold]{escape(str(output))}[/].")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
+from rich.markup import escape
 
 from ..cli import PROGRAM
 from ..errors import ContrastError
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
             path = output_path(settings.output, name, len(configurations) > 1)
             directions.save(path)
             log(
-                f"* Saved [bold]{directions.n_directions}[/] directions per layer to [bold]{path}[/]"
+                f"* Saved [bold]{directions.n_directions}[/] directions per layer to [bold]{escape(str(path))}[/]"
             )
     if settings.report is not None:
         from ..report import write_extraction_report
@@ -103,4 +104,4 @@ def main(arguments: Sequence[str]) -> None:
             log,
             pairs,
         )
-        log(f"* Report written to [bold]{settings.report}[/]")
+        log(f"* Report written to [bold]{escape(settings.report)}[/]")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
+from rich.markup import escape
 
 from ..builtin import is_builtin, refuser_pool
 from ..cli import PROGRAM
@@ -163,7 +164,8 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
         return None
     layers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        # No model has more than four digits of layers, and a range of more would take all memory.
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
         if match is None:
             raise ContrastError(
                 f'The layers "{text}" do not work: give "all", or indices and ranges such as "3,7,10-14".'
@@ -338,4 +340,4 @@ def main(arguments: Sequence[str]) -> None:
         settings.sweep_response_length,
     )
     write_sweep_report(result, output, log, capture, measure_geometry(directions, activities))
-    log(f"Report written to [bold]{output / 'report.html'}[/].")
+    log(f"Report written to [bold]{escape(str(output / 'report.html'))}[/].")

@@ -22,7 +22,8 @@ from ..builtin import DATA, REFUSER, refuser_pool
 from ..directions import Directions
 from ..errors import ContrastError
 from ..language_model import LanguageModel
-from ..prompts import Prompt, read_json_lines
+from ..prompts import Prompt, is_text, read_json_lines
+from ..vectors import unit_vectors
 from .responses import Tier, classify_response
 
 N_PAIRS_PER_CATEGORY = 2
@@ -124,11 +125,7 @@ def load_pairs(path: Path | None = None, model: str | None = None) -> list[Pair]
             raise ContrastError(
                 f'Line {number} of {path} is not a JSON object with "refused" and "answered": correct the line.'
             ) from error
-        if (
-            not isinstance(pair.refused, str)
-            or not isinstance(pair.answered, str)
-            or not isinstance(pair.category, str | None)
-        ):
+        if not all(map(is_text, (pair.refused, pair.answered, pair.category or ""))):
             raise ContrastError(
                 f'Line {number} of {path} has a "refused", an "answered" or a "category" that is not text: correct the line.'
             )
@@ -181,9 +178,7 @@ def span_basis(vectors: Tensor) -> Tensor:
     nothing, and neither do those that depend on others.
     """
 
-    exact = vectors.to(torch.float64)
-    norms = exact.norm(dim=-1, keepdim=True)
-    unit = exact / norms.where(norms > 0, torch.ones_like(norms))
+    unit, _ = unit_vectors(vectors)
     _, singular_values, rows = torch.linalg.svd(unit, full_matrices=False)
     if not len(singular_values):
         return rows
@@ -210,9 +205,7 @@ def max_cosine(differences: Tensor, vectors: Tensor) -> Tensor:
     """
 
     exact = differences.to(torch.float64)
-    directions = vectors.to(torch.float64)
-    norms = directions.norm(dim=-1, keepdim=True)
-    unit = directions / norms.where(norms > 0, torch.ones_like(norms))
+    unit, _ = unit_vectors(vectors)
     return (exact @ unit.T).abs().amax(dim=-1) / exact.norm(dim=-1)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ContrastError
 from .interventions import TeacherForcing
 
 CHUNK = 256
@@ -70,13 +71,21 @@ def base_statistics(
 
     `hidden_states`: final hidden states, Tensor of shape (n_positions, hidden_size). No more than `chunk` positions'
     logits exist at the same time.
+
+    Raises `ContrastError` when the unmodified model gives no probabilities, because its outputs are infinite or not numbers.
     """
 
     parts = []
     for start in range(0, len(hidden_states), chunk):
         logits = forcing.logits(hidden_states[start : start + chunk])
         tokens = logits.topk(min(top_k, logits.shape[1]), dim=1).indices
-        parts.append((tokens.int(), *_keep(logits, tokens)))
+        values, tails = _keep(logits, tokens)
+        if bool(values.isnan().any()):
+            raise ContrastError(
+                "The outputs of the unmodified model are infinite or not numbers, so nothing can be measured: load the model "
+                "with another dtype, for example --dtypes float32."
+            )
+        parts.append((tokens.int(), values, tails))
     tokens, values, tails = (torch.cat(column) for column in zip(*parts, strict=True))
     return SparseLogProbabilities(tokens, values, tails)
 
@@ -91,7 +100,8 @@ def divergences(
     Returns the KL divergence at each position, in nats: Σ p (log p − log q) over the kept tokens and the tail.
 
     `hidden_states`: final hidden states of the ablated model, Tensor of shape (n_positions, hidden_size).
-    Tensor of shape (n_positions,), float64.
+    Tensor of shape (n_positions,), float64; infinite where the ablated model rules out what the unmodified one does not, or
+    where it is so broken that its outputs are no numbers.
     """
 
     parts = []
@@ -101,12 +111,14 @@ def divergences(
             tensor.double() for tensor in _keep(forcing.logits(piece), part.tokens.long())
         )
         values, tails = part.values.double(), part.tails.double()
-        kept = (values.exp() * (values - modified)).sum(dim=1)
-        rest = torch.where(
-            tails > -math.inf, tails.exp() * (tails - modified_tails), torch.zeros_like(tails)
-        )
-        parts.append(kept + rest)
-    return torch.cat(parts)
+        parts.append(_terms(values, modified).sum(dim=1) + _terms(tails, modified_tails))
+    return torch.cat(parts).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def _terms(base: Tensor, modified: Tensor) -> Tensor:
+    """Returns p (log p − log q) from log p and log q; what the unmodified model rules out (p = 0) adds nothing."""
+
+    return torch.where(base > -math.inf, base.exp() * (base - modified), torch.zeros_like(base))
 
 
 def mean_with_standard_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:

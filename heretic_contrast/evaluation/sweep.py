@@ -9,6 +9,7 @@ successful, and at what cost. Interventions are forward hooks, so the model is l
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -453,7 +454,7 @@ def check_options(
     weights = options.weights
     if (
         not weights
-        or any(weight < 0 for weight in weights)
+        or not all(0 <= weight < math.inf for weight in weights)
         or any(a >= b for a, b in pairwise(weights))
     ):
         raise ContrastError(

@@ -13,6 +13,7 @@ import heretic.utils
 import torch
 import transformers
 from heretic.model import Model
+from rich.markup import escape
 
 from ..errors import ContrastError
 from ..language_model import LanguageModel
@@ -99,7 +100,7 @@ def with_response_prefix(
                 break
         settings.response_prefix = prefix
         if prefix:
-            log(f"* Prefix found: [bold]{prefix!r}[/]")
+            log(f"* Prefix found: [bold]{escape(repr(prefix))}[/]")
     return replace(model, response_prefix=settings.response_prefix)
 
 

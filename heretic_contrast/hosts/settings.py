@@ -25,7 +25,7 @@ from pydantic_settings import (
 
 from ..builtin import DATA, is_builtin, resolve_model, with_refuser_pools
 from ..errors import ContrastError
-from ..settings import ContrastSettings, PromptSource
+from ..settings import ContrastSettings, PromptSource, check_dataset_name, check_text
 
 PROGRAM = "heretic-contrast"
 PLUGIN = "heretic_contrast.ContrastAbliteration"
@@ -41,6 +41,10 @@ def contrast_table(config: dict[str, Any]) -> dict[str, Any]:
 
     modifiers = config.get("modifiers")
     if modifiers is not None:
+        if not isinstance(modifiers, list):
+            raise ContrastError(
+                f'"modifiers" in config.toml must be a list of tables: write modifiers = [{{ plugin = "{PLUGIN}" }}].'
+            )
         plugins = [entry.get("plugin") if isinstance(entry, dict) else entry for entry in modifiers]
         if plugins != [PLUGIN]:
             raise ContrastError(
@@ -48,9 +52,11 @@ def contrast_table(config: dict[str, Any]) -> dict[str, Any]:
                 "leave the others out, or run plain heretic."
             )
     tables = config.get("modifier", {})
-    table = tables.get(TABLE, {}) if isinstance(tables, dict) else {}
+    table = tables.get(TABLE, {}) if isinstance(tables, dict) else None
     if not isinstance(table, dict):
-        raise ContrastError(f"[modifier.{TABLE}] in config.toml must be a table of settings.")
+        raise ContrastError(
+            f"[modifier.{TABLE}] in config.toml must be a table of settings: correct it."
+        )
     return table
 
 
@@ -77,7 +83,12 @@ class ContrastTomlSource(TomlConfigSettingsSource):
         config.pop("modifiers", None)
         config.pop("modifier", None)
         if table:
-            config["contrast"] = {**table, **config.get("contrast", {})}
+            other = config.get("contrast", {})
+            if not isinstance(other, dict):
+                raise ContrastError(
+                    "[contrast] in config.toml must be a table of settings: correct it."
+                )
+            config["contrast"] = {**table, **other}
         return config
 
 
@@ -132,6 +143,27 @@ class HostSettings(Settings):
             settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings
         )
         return (*sources[:-1], toml_source)
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_null_characters(cls, data: Any) -> Any:
+        """Refuses null characters, with which every use of a path would fail later."""
+
+        if isinstance(data, dict):
+            check_text(data)
+        return data
+
+    @model_validator(mode="after")
+    def check_datasets(self) -> "HostSettings":
+        """Refuses the names of file formats where Heretic loads prompts itself."""
+
+        for name in type(self).model_fields:
+            specification = getattr(self, name)
+            for item in specification if isinstance(specification, list) else [specification]:
+                dataset = getattr(item, "dataset", None)
+                if isinstance(dataset, str):
+                    check_dataset_name(dataset)
+        return self
 
     @model_validator(mode="after")
     def complete(self) -> "HostSettings":
@@ -248,13 +280,14 @@ def validation_sentence(error: ValidationError) -> str:
     details = error.errors()[0]
     names = [str(part) for part in details["loc"]]
     where = ".".join(name.replace("_", "-") for name in names)
+    subject = f"The setting --{where} does" if where else "The settings do"
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, ContrastError):
         return str(cause)
     if details["type"] == "missing":
         return f"The setting --{where} is required: give it on the command line or in config.toml."
     message = details["msg"][:1].lower() + details["msg"][1:]
-    return f"The setting --{where} does not work ({message}): correct it, or see heretic-contrast --help."
+    return f"{subject} not work ({message}): correct it, or see heretic-contrast --help."
 
 
 SettingsType = TypeVar("SettingsType", bound=BaseSettings)
@@ -275,6 +308,16 @@ def load_settings(
             "run pip install --upgrade heretic-llm."
         )
     sys.argv = [program, *normalize_arguments(arguments)]
+    return parse_settings(settings_class)
+
+
+def parse_settings(settings_class: type[SettingsType]) -> SettingsType:
+    """
+    Returns the settings that `sys.argv` and the other sources of the class give.
+
+    Raises `ContrastError` with the first complaint.
+    """
+
     try:
         return settings_class()
     except ValidationError as error:

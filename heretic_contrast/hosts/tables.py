@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 
-from ..errors import ContrastError
+from ..errors import ContrastError, one_line
 from .surface import log
 
 SettingsType = TypeVar("SettingsType", bound=BaseModel)
@@ -48,6 +48,8 @@ def check_tables(
                     f"config.toml has a table {where}, which no plugin reads: did you mean [{namespace}.{plugin}]?"
                 )
             continue
+        if not isinstance(table, dict):
+            raise ContrastError(f"{where} in config.toml must be a table of settings: correct it.")
         for key in table:
             if key not in settings_class.model_fields:
                 close = nearest(str(key), list(settings_class.model_fields))
@@ -81,7 +83,8 @@ def validation_error(error: ValidationError, where: str) -> ContrastError:
         return cause
     name = ".".join(str(part) for part in details["loc"])
     message = details["msg"][:1].lower() + details["msg"][1:]
-    return ContrastError(f'The setting "{name}" in {where} does not work ({message}): correct it.')
+    subject = f'The setting "{name}" in {where} does' if name else f"The settings in {where} do"
+    return ContrastError(f"{subject} not work ({message}): correct it.")
 
 
 def show_errors_as_sentences() -> None:
@@ -99,7 +102,7 @@ def show_errors_as_sentences() -> None:
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, ContrastError):
-            log(f"[red]Error:[/] {escape(str(error))}")
+            log(f"[red]Error:[/] {escape(one_line(str(error)))}")
         else:
             previous(kind, error, traceback)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
 from ..evaluation.capture import CaptureResult
 from ..evaluation.geometry import Geometry
@@ -85,7 +86,7 @@ def write_sweep_report(
             log(to_rich(table))
     log()
     for sentence in report.summary:
-        log(f"* {sentence}")
+        log(f"* {escape(sentence)}")
     if not plots.can_plot():
         log(f"[yellow]{NO_PLOTS.replace('[', chr(92) + '[')}[/]")
 
