@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSetti
 
 from ..cli import PROGRAM
 from ..errors import ContrastError
-from ..files import require_writable_directory
+from ..files import require_writable_directory, require_writable_file
 from ..hosts.settings import validation_sentence
 from ..settings import PromptSource
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ContrastError(validation_sentence(error)) from error
     require_writable_directory(Path(settings.output))
     if settings.cleaned is not None:
-        require_writable_directory(Path(settings.cleaned).parent)
+        require_writable_file(Path(settings.cleaned))
 
     from heretic.utils import load_prompts
 
