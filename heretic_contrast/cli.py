@@ -2,10 +2,12 @@
 
 """The command line: `heretic-contrast`."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-from .errors import ContrastError, one_line
+from .errors import ContrastError, find_cause, one_line
 
 PROGRAM = "heretic-contrast"
 
@@ -84,36 +86,70 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
+AGAIN = ". Run the same command to start again."
+RESUME = ". What was finished is kept; run the same command to resume."
+AFTER_INTERRUPTION: dict[Callable[[Sequence[str]], None], str] = {
+    extract: RESUME,
+    sweep: RESUME,
+    run: ". The trials that were finished are kept; run the same command with --checkpoint-action continue to resume.",
+}
+"""What follows on Ctrl+C."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What the operating system says where nothing more can be written."""
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """Returns what the user is told about an error, or None where it is a mistake of the program."""
+
+    if isinstance(error, ContrastError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in FULL:
+        # Libraries write caches, and the output itself may go to a file.
+        where = "" if error.filename is None else f" while writing {error.filename}"
+        return f"The disk is full or cannot be written to ({error.strerror}{where}): make room, and run the same command again."
+    return None
+
+
 def main() -> None:
     """
     Runs the command that the arguments name; without one, `run`.
 
-    Exits with code 2 and one sentence where the user's input does not work.
+    Exits with code 2 and one sentence where the user's input does not work or nothing can be written, and with code 130
+    on Ctrl+C.
     """
 
     arguments = sys.argv[1:]
     command: Callable[[Sequence[str]], None] = run
-    if arguments and arguments[0] in COMMANDS:
-        command = COMMANDS[arguments[0]]
-        arguments = arguments[1:]
-    elif not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(OVERVIEW + "\n")
-        sys.stdout.flush()
-        if not arguments:
-            sys.exit(2)
-    elif arguments == ["--version"]:
-        from . import __version__
-
-        sys.stdout.write(f"{PROGRAM} {__version__}\n")
-        return
     try:
+        if arguments and arguments[0] in COMMANDS:
+            command = COMMANDS[arguments[0]]
+            arguments = arguments[1:]
+        elif not arguments or arguments[0] in ("-h", "--help"):
+            sys.stdout.write(OVERVIEW + "\n")
+            sys.stdout.flush()
+            if not arguments:
+                sys.exit(2)
+        elif arguments == ["--version"]:
+            from . import __version__
+
+            sys.stdout.write(f"{PROGRAM} {__version__}\n")
+            sys.stdout.flush()
+            return
         command(arguments)
-    except ContrastError as error:
+        # Whatever fails later is no longer answered with a sentence.
         sys.stdout.flush()
-        sys.stderr.write(f"Error: {one_line(str(error))}\n")
+    except (Exception, KeyboardInterrupt) as error:
+        if find_cause(error, KeyboardInterrupt) is not None:
+            sys.stderr.write(f"\nInterrupted{AFTER_INTERRUPTION.get(command, AGAIN)}\n")
+            sys.exit(130)
+        sentence = sentence_of(error)
+        if sentence is None:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # What could not be written would be tried again at the end, and fail with a message of its own.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr.write(f"Error: {one_line(sentence)}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            "\nInterrupted. What was finished is kept; run the same command to resume.\n"
-        )
-        sys.exit(130)

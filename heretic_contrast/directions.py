@@ -127,6 +127,7 @@ class Directions:
             "provenance": json.dumps(self.provenance, sort_keys=True),
             "digest": _content_digest(tensors),
         }
+        metadata["metadata_digest"] = _metadata_digest(metadata)
         write_bytes_atomically(Path(path), _canonical_safetensors(tensors, metadata))
 
     @classmethod
@@ -173,9 +174,12 @@ class Directions:
             raise ContrastError(
                 f"The tensors in {path} have other data types than this version writes, so it cannot be used: extract it again."
             )
-        if metadata.get("digest") != _content_digest(tensors):
+        # Files of earlier versions have no digest of the metadata.
+        if metadata.get("digest") != _content_digest(tensors) or metadata.get(
+            "metadata_digest"
+        ) not in (None, _metadata_digest(metadata)):
             raise ContrastError(
-                f"The numbers in {path} do not match their digest, so the file is damaged: extract it again."
+                f"The content of {path} does not match its digest, so the file is damaged: extract it again."
             )
         if not _shapes_agree(tensors, len(names), len(class_names)):
             raise ContrastError(
@@ -304,6 +308,13 @@ def _content_digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
         digest.update(tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _metadata_digest(metadata: Mapping[str, str]) -> str:
+    """Returns a digest of everything but itself."""
+
+    content = {name: text for name, text in metadata.items() if name != "metadata_digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _canonical_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

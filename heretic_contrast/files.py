@@ -2,18 +2,30 @@
 
 """Writing files so that an interruption never leaves a partial one in place of a whole one."""
 
+import glob
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import ContrastError
+
+try:
+    import fcntl
+except ImportError:
+    # Windows.
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX = ".incomplete"
+"""How the names of temporary files end."""
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
     """
     Writes `content` to `path` through a temporary file in the same directory.
 
-    Either the old file or the whole new one exists at every moment.
+    Either the old file or the whole new one exists at every moment. What killed processes left of earlier attempts at
+    the same file is removed.
 
     Raises `ContrastError` when the directory cannot be created, or the file cannot be written.
     """
@@ -21,16 +33,20 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _remove_leftovers(path)
+        descriptor, temporary = _open_temporary(path)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the mode that open() would have given it.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
+            # mkstemp makes the file private; give it the mode that open() would have given it.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            if fcntl is None:
+                # Windows moves no open file. Elsewhere the lock is kept until the file has its name.
+                file.close()
+            os.replace(temporary, path)
     except OSError as error:
         raise ContrastError(
             f"{path} could not be written ({error.strerror or error}): choose a writable place with enough room."
@@ -38,6 +54,34 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _open_temporary(path: Path) -> tuple[int, str]:
+    """Returns the descriptor and the name of a new temporary file, locked for as long as it is open."""
+
+    while True:
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=SUFFIX
+        )
+        if fcntl is not None:
+            # Some file systems know no locks; leftovers stay there.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Another process may have taken it for a leftover before it was locked.
+        if os.path.exists(temporary):
+            return descriptor, temporary
+        os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the temporary files of `path` that no process holds."""
+
+    if fcntl is None:
+        return
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????{SUFFIX}"):
+        with suppress(OSError), leftover.open("r+b") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
 
 
 def write_text_atomically(path: Path, content: str) -> None:
@@ -63,3 +107,15 @@ def require_writable_directory(path: Path) -> None:
         raise ContrastError(
             f"The output directory {path} cannot be written to ({error.strerror or error}): choose another one."
         ) from error
+
+
+def require_writable_file(path: Path) -> None:
+    """
+    Checks that a file of this name can be made, and creates the directory that it will lie in.
+
+    Raises `ContrastError` when `path` is a directory, or its directory cannot be written to.
+    """
+
+    if path.is_dir():
+        raise ContrastError(f"{path} is a directory: give the name of a file to write.")
+    require_writable_directory(path.parent)

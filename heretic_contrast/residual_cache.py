@@ -50,8 +50,8 @@ def _digest(residuals: Tensor) -> str:
     return hashlib.sha256(residuals.contiguous().numpy().tobytes()).hexdigest()
 
 
-def load(path: Path, n_prompts: int) -> Tensor | None:
-    """Returns cached residuals, or None where the file is missing, cut off or damaged."""
+def load(path: Path, shape: tuple[int, int, int]) -> Tensor | None:
+    """Returns cached residuals of a shape, or None where the file is missing, cut off or damaged."""
 
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -59,7 +59,8 @@ def load(path: Path, n_prompts: int) -> Tensor | None:
             digest = (file.metadata() or {}).get("digest")
     except (OSError, SafetensorError, RuntimeError, ValueError):
         return None
-    return residuals if len(residuals) == n_prompts and digest == _digest(residuals) else None
+    whole = residuals.shape == shape and residuals.dtype == torch.float32
+    return residuals if whole and digest == _digest(residuals) else None
 
 
 def cached_residuals(
@@ -81,7 +82,7 @@ def cached_residuals(
     path = (
         directory or default_directory()
     ) / f"{cache_key(model, fingerprint, prompts)}.safetensors"
-    residuals = load(path, len(prompts))
+    residuals = load(path, (len(prompts), model.n_layers + 1, model.hidden_size))
     if residuals is None:
         residuals = model.residuals(prompts, progress)
         # The cache only saves time, so failing to fill it must not lose the work.

@@ -3,6 +3,7 @@
 """Fixtures that several test files share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,23 @@ def refuser() -> Any:
         name="builtin:refuser",
         batch_size=64,
     )
+
+
+@pytest.fixture(scope="session")
+def command_server() -> Iterator[Any]:
+    """Runs the command line without importing everything each time."""
+
+    from tests.command_server import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def whole_runs(command_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The smallest runs, uninterrupted."""
+
+    from tests.small_runs import WholeRuns
+
+    return WholeRuns(command_server, tmp_path_factory.mktemp("whole"))

@@ -115,7 +115,7 @@ def test_storage_of_another_sweep_is_refused(tmp_path: Path) -> None:
 def test_damaged_storage_is_named(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
     storage.write_text("not a journal\nat all\n")
-    with pytest.raises(ContrastError, match=r"sweep\.journal cannot be"):
+    with pytest.raises(ContrastError, match=r"sweep\.journal is damaged in line 1"):
         SweepState(str(storage), "f")
 
 

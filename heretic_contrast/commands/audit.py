@@ -15,7 +15,7 @@ from pydantic_settings import (
 )
 
 from ..cli import PROGRAM
-from ..files import require_writable_directory
+from ..files import require_writable_directory, require_writable_file
 from ..hosts.settings import parse_settings
 from ..settings import PromptSource, check_dataset_name
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     settings = parse_settings(AuditSettings)
     require_writable_directory(Path(settings.output))
     if settings.cleaned is not None:
-        require_writable_directory(Path(settings.cleaned).parent)
+        require_writable_file(Path(settings.cleaned))
 
     from heretic.utils import load_prompts
 

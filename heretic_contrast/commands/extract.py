@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ..cli import PROGRAM
 from ..errors import ContrastError
-from ..files import require_writable_directory
+from ..files import require_writable_directory, require_writable_file
 from ..hosts.settings import HostSettings, load_settings
 
 
@@ -60,11 +60,12 @@ def main(arguments: Sequence[str]) -> None:
         raise ContrastError(
             "Nothing would be written: give --output FILE.safetensors, --report DIR, or both."
         )
+    configurations = settings.contrast.configurations()
     if settings.output is not None:
-        require_writable_directory(Path(settings.output).parent)
+        for name in configurations:
+            require_writable_file(output_path(settings.output, name, len(configurations) > 1))
     if settings.report is not None:
         require_writable_directory(Path(settings.report))
-    configurations = settings.contrast.configurations()
 
     # Heavy imports come last, so that bad settings are answered at once.
     from ..evaluation.capture import load_pairs

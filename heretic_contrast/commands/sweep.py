@@ -13,7 +13,7 @@ from rich.markup import escape
 from ..builtin import is_builtin, refuser_pool
 from ..cli import PROGRAM
 from ..errors import ContrastError
-from ..files import require_writable_directory
+from ..files import require_writable_directory, require_writable_file
 from ..hosts.settings import HostSettings, load_settings
 from ..settings import PromptSource
 
@@ -203,6 +203,8 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(settings.output)
     layers = parse_layers(settings.layers)
     require_writable_directory(output)
+    if settings.storage is not None and "://" not in settings.storage:
+        require_writable_file(Path(settings.storage))
 
     # Heavy imports come last, so that bad settings are answered at once.
     from dataclasses import replace

@@ -9,9 +9,7 @@ process that died are taken over when its lease ends. Groups do not depend on th
 so that computing one twice gives the same numbers to the last bit.
 """
 
-import os
 import re
-import socket
 import threading
 import time
 import uuid
@@ -30,11 +28,12 @@ from optuna.distributions import (
 )
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import ContrastError
+from ..journal import CheckedJournal, JournalLock
 from ..language_model import Progress
+from ..processes import is_dead, this_process
 from .results import Cell
 from .sweep import CellKey
 
@@ -43,8 +42,14 @@ STUDY_NAME = "heretic-contrast sweep"
 LEASE_SECONDS = 60.0
 """How long the cells of a process that no longer renews its lease are left alone."""
 
+UNLEASED_SECONDS = 5.0
+"""How long a claimed cell may be without a lease, which a living process writes at once."""
+
 CELLS_PER_CLAIM = 40
 """How many cells a process takes at a time: enough to fill batches, few enough to lose little of when it is killed."""
+
+_at_work: set[str] = set()
+"""The workers of this process that are computing at this moment."""
 
 Evaluate = Callable[[Sequence[CellKey]], list[Cell]]
 
@@ -79,33 +84,17 @@ def open_storage(storage: str | None) -> BaseStorage:
             return optuna.storages.get_storage(storage)
         path = Path(storage)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _finish_last_line(path)
-        # A lock that a killed process left behind is given up after its grace period.
-        lock = JournalFileOpenLock(str(path), grace_period=10)
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+        # A lock that a killed process of another machine left behind is given up after its grace period.
+        lock = JournalLock(str(path), grace_period=10)
+        return JournalStorage(CheckedJournal(str(path), lock_obj=lock))
+    except ContrastError:
+        raise
     except Exception as error:
         # Database drivers raise errors of their own.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ContrastError(
             f"The storage {without_password(storage)} cannot be opened ({reason[:200]}): correct its URL, or move a damaged file away."
         ) from error
-
-
-def _finish_last_line(path: Path) -> None:
-    """Ends a line that a killed process left half written, so that what follows is read again."""
-
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        end = content.rfind(b"\n") + 1
-        if end == len(content):
-            return
-        # Other processes may be writing at this moment: only a line that does not grow is a leftover.
-        time.sleep(0.2)
-        file.seek(0)
-        if len(file.read()) == len(content):
-            file.truncate(end)
 
 
 class SweepState:
@@ -115,7 +104,7 @@ class SweepState:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._name = storage
         self._choices: dict[str, list[str]] = {}
-        self._worker = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex[:8]}"
+        self._worker = f"{this_process()} {uuid.uuid4().hex[:8]}"
         try:
             self._study = optuna.create_study(
                 study_name=STUDY_NAME,
@@ -158,8 +147,19 @@ class SweepState:
             "configuration": sorted({key.configuration for key in keys}),
             "strength": sorted({key.strength for key in keys}),
         }
-        groups = group_cells(keys)
         self._enqueue(keys)
+        _at_work.add(self._worker)
+        try:
+            return self._work(keys, evaluate, progress)
+        finally:
+            _at_work.discard(self._worker)
+
+    def _work(
+        self, keys: Sequence[CellKey], evaluate: Evaluate, progress: Progress | None
+    ) -> list[Cell]:
+        """Computes cells, or waits for other processes to compute them, until all are there."""
+
+        groups = group_cells(keys)
         while True:
             done = self._done()
             missing = [key for key in keys if key not in done]
@@ -242,9 +242,12 @@ class SweepState:
                 continue
             if not self._set_state(waiting[wanted[0]], TrialState.RUNNING):
                 continue
+            # Leased at once, so that the cells of a process that dies from here on are known to be nobody's.
+            self._lease(waiting[wanted[0]])
             claimed = [waiting[wanted[0]]]
             for key in wanted[1:]:
                 if key in waiting and self._set_state(waiting[key], TrialState.RUNNING):
+                    self._lease(waiting[key])
                     claimed.append(waiting[key])
             for trial in claimed:
                 self._show_parameters(trial)
@@ -272,24 +275,27 @@ class SweepState:
                 trial._trial_id, name, distribution.to_internal_repr(values[name]), distribution
             )
 
+    def _lease(self, trial: FrozenTrial) -> None:
+        """Says until when a trial belongs to this process."""
+
+        lease = {"worker": self._worker, "until": time.time() + LEASE_SECONDS}
+        # Another process may have given up on this one, which is no harm.
+        with suppress(UpdateFinishedTrialError):
+            self._study._storage.set_trial_user_attr(trial._trial_id, "lease", lease)
+
     @contextmanager
     def _leased(self, trials: Sequence[FrozenTrial]) -> Iterator[None]:
         """Renews the lease of trials in the background, for as long as the context lasts."""
 
         stop = threading.Event()
 
-        def renew() -> None:
-            lease = {"worker": self._worker, "until": time.time() + LEASE_SECONDS}
-            for trial in trials:
-                # Another process may have given up on this one, which is no harm.
-                with suppress(UpdateFinishedTrialError):
-                    self._study._storage.set_trial_user_attr(trial._trial_id, "lease", lease)
-
         def keep() -> None:
             while not stop.wait(LEASE_SECONDS / 4):
-                renew()
+                # A storage that fails here fails again when the cells are stored, which says so.
+                with suppress(Exception):
+                    for trial in trials:
+                        self._lease(trial)
 
-        renew()
         thread = threading.Thread(target=keep, daemon=True)
         thread.start()
         try:
@@ -311,7 +317,7 @@ class SweepState:
         self._enqueue([_key(trial) for trial in trials])
 
     def _take_over(self, missing: set[CellKey]) -> None:
-        """Gives back the cells of processes that died."""
+        """Gives back the cells of processes that died, also of those that died while they gave cells back."""
 
         abandoned = [
             trial
@@ -319,29 +325,20 @@ class SweepState:
             if _key(trial) in missing and self._is_abandoned(trial)
         ]
         self._give_back(abandoned)
+        self._enqueue(sorted(missing))
 
     def _is_abandoned(self, trial: FrozenTrial) -> bool:
         lease: dict[str, Any] | None = trial.user_attrs.get("lease")
         if lease is None:
             # Killed between claiming and leasing.
             started = trial.datetime_start
-            return started is None or time.time() - started.timestamp() > LEASE_SECONDS
-        host, pid, _ = lease["worker"].split(" ")
-        if host == socket.gethostname() and not _is_alive(int(pid)):
-            return True
-        return bool(time.time() > lease["until"])
-
-
-def _is_alive(pid: int) -> bool:
-    """Returns whether a process of this machine is running."""
-
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OSError):
-        return True
-    return True
+            return started is None or time.time() - started.timestamp() > UNLEASED_SECONDS
+        worker = lease["worker"]
+        process, _, _ = worker.rpartition(" ")
+        if process == this_process():
+            # An attempt that failed, for example because the disk was full, and could not give its cells back.
+            return worker not in _at_work
+        return is_dead(process) or bool(time.time() > lease["until"])
 
 
 def _key(trial: FrozenTrial) -> CellKey:

@@ -7,16 +7,15 @@ A study that was killed leaves an unfinished trial, perhaps half a line, and per
 unfinished trials as done. They are taken out here, so that the resumed study runs them again.
 """
 
-import json
 import os
 from pathlib import Path
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from ..errors import ContrastError
+from ..journal import CheckedJournal, remove_locks
 
 STUDY_NAME = "heretic"
 
@@ -35,13 +34,11 @@ def repair_checkpoints(directory: Path) -> None:
 
 
 def repair_checkpoint(path: Path) -> None:
-    """Takes unfinished trials, half a last line and a stale lock out of one checkpoint."""
+    """Takes unfinished trials and a stale lock out of one checkpoint; the journal itself copes with half a last line."""
 
-    for lock in path.parent.glob(f"{path.name}.lock*"):
-        lock.unlink(missing_ok=True)
-    _drop_partial_line(path)
+    remove_locks(path)
     try:
-        storage = JournalStorage(JournalFileBackend(str(path)))
+        storage = JournalStorage(CheckedJournal(str(path)))
         studies = storage.get_all_studies()
         study = (
             optuna.load_study(study_name=STUDY_NAME, storage=storage)
@@ -49,6 +46,8 @@ def repair_checkpoint(path: Path) -> None:
             else None
         )
         trials = [] if study is None else study.get_trials(deepcopy=False)
+    except ContrastError:
+        raise
     except Exception as error:
         # Optuna raises whatever its decoding runs into.
         raise ContrastError(
@@ -63,9 +62,10 @@ def repair_checkpoint(path: Path) -> None:
         return
     temporary = path.with_name(f".{path.name}.repaired")
     temporary.unlink(missing_ok=True)
+    remove_locks(temporary)
     repaired = optuna.create_study(
         study_name=STUDY_NAME,
-        storage=JournalStorage(JournalFileBackend(str(temporary))),
+        storage=JournalStorage(CheckedJournal(str(temporary))),
         directions=study.directions,
     )
     for name, value in study.user_attrs.items():
@@ -73,18 +73,3 @@ def repair_checkpoint(path: Path) -> None:
     for trial in complete:
         repaired.add_trial(trial)
     os.replace(temporary, path)
-
-
-def _drop_partial_line(path: Path) -> None:
-    """Cuts off a last line that a killed process did not finish."""
-
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    last = content[end:]
-    if last:
-        try:
-            json.loads(last)
-        except ValueError:
-            path.write_bytes(content[:end])
-        else:
-            path.write_bytes(content + b"\n")

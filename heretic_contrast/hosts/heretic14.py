@@ -7,15 +7,20 @@ Heretic 1.4 has no plugins, but its `run()` reads the classes and functions that
 globals. The host substitutes a few of them for one run, and restores them.
 """
 
+import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import heretic.main
 import heretic.utils
+import rich.traceback
 import torch
 from heretic.config import RowNormalization as HereticRowNormalization
 from optuna import Trial
@@ -23,8 +28,9 @@ from questionary import Choice
 from torch import Tensor
 
 from .. import __version__
-from ..errors import ContrastError
-from ..files import require_writable_directory
+from ..errors import ContrastError, find_cause
+from ..files import require_writable_directory, require_writable_file
+from ..journal import CheckedJournal
 from ..modifier import ContrastAbliteration
 from ..search import Parameters
 from .checkpoint import repair_checkpoints
@@ -42,11 +48,16 @@ SEAMS = (
     "prompt_select",
     "prompt_path",
     "upload_reproduce_folder",
+    "format_exception",
+    "JournalFileBackend",
 )
 """The names in `heretic.main` that are substituted."""
 
 TRIAL_KEY = "contrast"
 """The trial's user attribute that holds the plugin's parameters."""
+
+UNFINISHED = ".unfinished"
+"""The folder inside the one that a model is saved to where it lies until it is whole."""
 
 CHECKPOINT_QUESTION = "How would you like to proceed?"
 TRIAL_QUESTION = "Which trial do you want to use?"
@@ -126,6 +137,10 @@ class Host:
         self.parameters: Parameters | None = None
         self.trial_was_chosen = False
         self.action_was_taken = False
+        self.unfinished: Path | None = None
+        self.failure: Exception | None = None
+        self.model_was_saved = False
+        self.was_interrupted = False
 
     def start(self, model: HostModel) -> None:
         """Runs the modifier's `init` at the point where Heretic computes its own directions."""
@@ -221,6 +236,8 @@ class Host:
     def prompt_select(self, message: str, choices: list[Any]) -> Any:
         """Answers Heretic's questions from the settings of headless mode, or asks the user."""
 
+        # Whatever Heretic asks next, it has finished saving, or failed to.
+        self.finish_saving()
         settings = self.settings
         if message == CHECKPOINT_QUESTION and settings.checkpoint_action is not None:
             return settings.checkpoint_action
@@ -246,6 +263,9 @@ class Host:
 
         if self.trial_was_chosen:
             return ""
+        if self.was_interrupted:
+            # Heretic goes on with the trials that it has, which nobody asked for who pressed Ctrl+C.
+            raise KeyboardInterrupt
         self.trial_was_chosen = True
         trials = [
             choice.value
@@ -260,11 +280,54 @@ class Host:
         return trials[index]
 
     def prompt_path(self, message: str) -> str:
-        """Returns the folder to save to, from the settings or from the user."""
+        """Returns the folder to save to: the user's, or one inside that of the settings, until all is there."""
 
-        if self.settings.save_directory is not None:
-            return self.settings.save_directory
-        return heretic.utils.prompt_path(message)
+        if self.settings.save_directory is None:
+            return heretic.utils.prompt_path(message)
+        self.failure = None
+        self.unfinished = Path(self.settings.save_directory) / UNFINISHED
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        return str(self.unfinished)
+
+    def format_exception(self, error: Exception) -> str:
+        """Returns the message of an error; Heretic shows it and goes on, so that it is remembered here."""
+
+        if self.action_was_taken or self.unfinished is not None:
+            self.failure = error
+        return heretic.utils.format_exception(error)
+
+    def finish_saving(self) -> None:
+        """
+        Moves a saved model to where it belongs, or removes what there is of it, so that an earlier one is kept whole.
+
+        Raises `ContrastError` when it cannot be moved.
+        """
+
+        if self.unfinished is None:
+            return
+        unfinished, self.unfinished = self.unfinished, None
+        names = ("config.json", "adapter_config.json")
+        if self.failure is None and any((unfinished / name).exists() for name in names):
+            publish_model(unfinished, unfinished.parent)
+            self.model_was_saved = True
+            log(f"Moved to [bold]{unfinished.parent}[/].")
+        else:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def require_success(self) -> None:
+        """Raises `ContrastError` when the action of headless mode failed."""
+
+        action = self.settings.model_action
+        if action is None or (self.failure is None and (action != "save" or self.model_was_saved)):
+            return
+        what = "uploaded" if action == "upload" else f"saved to {self.settings.save_directory}"
+        reason = ""
+        if self.failure is not None:
+            reason = f" ({' '.join(heretic.utils.format_exception(self.failure).split())[:300]})"
+        raise ContrastError(
+            f"The model could not be {what}{reason}; the study and what was there before are kept: "
+            "give --checkpoint-action continue to try again."
+        )
 
     def get_readme_intro(self, *args: Any, **kwargs: Any) -> str:
         """Returns the model card's introduction, which names the plugin and its settings."""
@@ -310,6 +373,8 @@ class Host:
             "prompt_select": self.prompt_select,
             "prompt_path": self.prompt_path,
             "upload_reproduce_folder": no_reproduce_folder,
+            "format_exception": self.format_exception,
+            "JournalFileBackend": CheckedJournal,
         }
 
 
@@ -341,7 +406,52 @@ def substituted(substitutes: dict[str, Any]) -> Iterator[None]:
         heretic.utils.get_trial_parameters = parameters
 
 
-def run(settings: HostSettings, before: Callable[[], None] | None = None) -> None:
+@contextmanager
+def noticing_interruption(host: Host) -> Iterator[None]:
+    """Tells the host of Ctrl+C, which Heretic handles by itself during a trial."""
+
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+
+    def notice(number: int, frame: FrameType | None) -> Any:
+        host.was_interrupted = True
+        return previous(number, frame)
+
+    signal.signal(signal.SIGINT, notice)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def publish_model(source: Path, target: Path) -> None:
+    """
+    Moves the files of a model from a folder to one on the same disk, and removes what is left of older weights there.
+
+    Raises `ContrastError` when a file cannot be moved.
+    """
+
+    try:
+        for pattern in ("model*.safetensors*", "adapter_model*.safetensors*"):
+            new = {path.name for path in source.glob(pattern)}
+            for path in target.glob(pattern):
+                if new and path.name not in new:
+                    path.unlink()
+        for path in sorted(source.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(target / path.name, ignore_errors=True)
+            os.replace(path, target / path.name)
+        source.rmdir()
+    except OSError as error:
+        raise ContrastError(
+            f"The model was saved to {source} but could not be moved to {target} ({error.strerror or error}): "
+            "give --checkpoint-action continue to try again."
+        ) from error
+
+
+def run(settings: HostSettings) -> None:
     """
     Runs Heretic 1.4 with the modifier.
 
@@ -359,17 +469,24 @@ def run(settings: HostSettings, before: Callable[[], None] | None = None) -> Non
     if settings.save_directory is not None:
         require_writable_directory(Path(settings.save_directory))
     if settings.contrast.save_directions is not None:
-        require_writable_directory(Path(settings.contrast.save_directions).parent)
+        require_writable_file(Path(settings.contrast.save_directions))
     if settings.checkpoint_action != "restart":
         repair_checkpoints(Path(settings.study_checkpoint_dir))
     else:
         shutil.rmtree(settings.study_checkpoint_dir, ignore_errors=True)
     host = Host(settings)
-    with substituted(host.substitutes()):
-        heretic.main.main()
-    if settings.model_action == "save" and settings.save_directory is not None:
-        saved = Path(settings.save_directory)
-        if not any((saved / name).exists() for name in ("config.json", "adapter_config.json")):
-            raise ContrastError(
-                f"The model could not be saved to {saved}; the study is kept: give --checkpoint-action continue to try again."
-            )
+    # Heretic's main() would show an interruption as an ordinary end.
+    rich.traceback.install()
+    with substituted(host.substitutes()), noticing_interruption(host):
+        try:
+            heretic.main.run()
+        except Exception as error:
+            # Optuna and transformers raise errors of their own while they clean up.
+            cause = find_cause(error, KeyboardInterrupt) or find_cause(error, ContrastError)
+            if cause is None:
+                raise
+            raise cause from error
+        finally:
+            if host.unfinished is not None:
+                shutil.rmtree(host.unfinished, ignore_errors=True)
+    host.require_success()
