@@ -163,6 +163,8 @@ class LanguageModel:
 
         Only the last position is ever kept, where Heretic stacks all positions first, and prompts of
         similar length share a batch, so that little is computed on padding.
+
+        Raises `ContrastError` when the model skips a layer, or has no single hidden state per token.
         """
 
         texts = self.chat_texts(prompts)
@@ -180,6 +182,7 @@ class LanguageModel:
                     use_cache=False,
                     pad_token_id=self.pad_token_id(),
                 )
+            self._require_residuals(captured, len(chosen))
             stacked = torch.stack(
                 [captured[index].float().cpu() for index in range(self.n_layers + 1)], dim=1
             )
@@ -187,6 +190,21 @@ class LanguageModel:
             if progress is not None:
                 progress(batch.stop, len(order))
         return residuals
+
+    def _require_residuals(self, captured: dict[int, Tensor], n_texts: int) -> None:
+        """Raises `ContrastError` when what was captured is not one vector per text and layer."""
+
+        for index in range(self.n_layers + 1):
+            if index not in captured:
+                raise ContrastError(
+                    f"Layer {index - 1} of {self.name} does not run on text alone, so that it has no residuals: "
+                    "its architecture is not supported."
+                )
+            if captured[index].shape != (n_texts, self.hidden_size):
+                raise ContrastError(
+                    f"The layers of {self.name} pass on several hidden states per token, so that residuals are not "
+                    "defined: its architecture is not supported."
+                )
 
     @contextmanager
     def _capture_last_positions(self) -> Iterator[dict[int, Tensor]]:

@@ -12,6 +12,7 @@ With W = diag(ρ) Ŵ, rows of Ŵ of length 1, and C the ablation operator, the c
 | `full`            | diag(ρ) (rows of (Ŵ − C Ŵ) normalized) − W, truncated to a rank    | as set       |
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,18 +28,36 @@ def base_weight(module: Module) -> Tensor:
     """
     Returns the unmodified weight of an output projection.
 
-    Tensor of shape (hidden_size, in_features), float32. LoRA is looked through, and 4-bit weights are
-    dequantized as Heretic does.
+    Tensor of shape (hidden_size, in_features), float32. LoRA is looked through, and 4-bit weights are dequantized.
     """
 
     layer = cast(Any, getattr(module, "base_layer", module))
     weight = cast(Tensor, layer.weight)
     quant_state = getattr(weight, "quant_state", None)
     if quant_state is not None:
-        import bitsandbytes
-
-        weight = bitsandbytes.functional.dequantize_4bit(weight.data, quant_state)
+        weight = dequantized(weight, quant_state)
     return weight.detach().to(torch.float32).reshape(weight.shape[0], -1)
+
+
+def dequantized(weight: Tensor, quant_state: Any) -> Tensor:
+    """
+    Returns a weight that bitsandbytes keeps in 4 bits.
+
+    On processors with 16-bit instructions, bitsandbytes reorders the bits of a weight in its first forward pass, and
+    its own `dequantize_4bit`, as Heretic calls it, then returns nonsense. The order is restored first, in a copy.
+    """
+
+    from bitsandbytes import functional
+
+    data = weight.data
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        restored = copy.copy(quant_state)
+        # The scales are restored here, since bitsandbytes would quantize them anew, or leave them transposed.
+        restored.original_nested = False
+        data, restored = functional._convert_weight_packed_for_cpu_inverse(data, restored)
+        restored.absmax = quant_state.absmax.T.reshape(-1).float()
+        quant_state = restored
+    return cast(Tensor, functional.dequantize_4bit(data, quant_state))
 
 
 def lora_factors(

@@ -1,44 +1,53 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
 """
-Every family of architectures whose layers Heretic 1.4 can ablate, as small models with random weights.
+The families of architectures that users of Heretic try, as small models with random weights.
 
 With `HERETIC_CONTRAST_WRITE_ARCHITECTURES=1` the run writes what it measured to `docs/architectures.md`.
 """
 
+import json
 import os
+import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
+from transformers.utils import is_torchvision_available
 
 heretic_main = pytest.importorskip("heretic.main")
 if not hasattr(heretic_main, "AbliterationParameters"):
     pytest.skip("needs the model class of Heretic 1.4", allow_module_level=True)
 
 from heretic.config import Settings  # noqa: E402
-from heretic.model import get_model_class  # noqa: E402
 from heretic.utils import Prompt as HereticPrompt  # noqa: E402
 
 from heretic_contrast.ablation import ablated, compose  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.evaluation.interventions import output_projections  # noqa: E402
 from heretic_contrast.evaluation.sweep import SweepOptions, sweep  # noqa: E402
+from heretic_contrast.hosts import heretic14  # noqa: E402
 from heretic_contrast.hosts.heretic14 import HostContext, HostModel  # noqa: E402
+from heretic_contrast.hosts.loading import (  # noqa: E402
+    PlainModel,
+    load_language_model,
+    open_model,
+)
 from heretic_contrast.hosts.surface import from_heretic, wrap  # noqa: E402
 from heretic_contrast.language_model import LanguageModel  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
 from heretic_contrast.prompts import Prompt  # noqa: E402
 from heretic_contrast.search import Kernel, Parameters  # noqa: E402
 from heretic_contrast.settings import ContrastSettings  # noqa: E402
+from tests.architectures import FAMILIES, UNSUPPORTED, Family  # noqa: E402
 from tests.test_sweep import (  # noqa: E402
     CANARIES,
     HARMFUL,
@@ -48,223 +57,11 @@ from tests.test_sweep import (  # noqa: E402
     full_divergence,
     random_directions,
 )
-from tests.tiny_models import make_tokenizer  # noqa: E402
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 4,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LINEAR_ATTENTION: dict[str, Any] = {
-    "head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "full_attention_interval": 4,
-}
-EXPERTS: dict[str, Any] = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-}
-CONVOLUTIONS: dict[str, Any] = {
-    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
-}
-GEMMA: dict[str, Any] = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of architectures: its model class, the configuration of a small model, and what is special."""
-
-    model: str
-    configuration: Callable[[], Any]
-    remark: str = ""
-    dtype: torch.dtype = torch.float32
-
-
-def text(configuration: str, **options: Any) -> Callable[[], Any]:
-    """Returns a function that makes a configuration of a language model."""
-
-    return lambda: getattr(transformers, configuration)(**COMMON, **options)
-
-
-def llava_configuration() -> Any:
-    """A Llama with an eye of one layer."""
-
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        projection_dim=16,
-    )
-    return transformers.LlavaConfig(
-        vision_config=vision, text_config=transformers.LlamaConfig(**COMMON), image_token_id=319
-    )
-
-
-def qwen_vision_configuration() -> Any:
-    """The hybrid Qwen3.5 with an eye of one layer, as it is published."""
-
-    return transformers.Qwen3_5Config(
-        text_config={**COMMON, **LINEAR_ATTENTION},
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 4,
-            "num_position_embeddings": 16,
-        },
-        image_token_id=316,
-        video_token_id=317,
-        vision_start_token_id=318,
-        vision_end_token_id=319,
-    )
-
-
-def granite_configuration() -> Any:
-    """Mamba layers and attention, shared and routed experts, and Granite's multipliers."""
-
-    return transformers.GraniteMoeHybridConfig(
-        **COMMON,
-        layer_types=["mamba", "attention", "mamba", "attention"],
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        shared_intermediate_size=48,
-        mamba_n_heads=8,
-        mamba_d_head=8,
-        mamba_d_state=8,
-        mamba_n_groups=1,
-        mamba_chunk_size=16,
-        embedding_multiplier=3.0,
-        residual_multiplier=0.5,
-        logits_scaling=2.0,
-        position_embedding_type="rope",
-    )
-
-
-ROUTED = "Heretic does not find the routed experts, which transformers 5 keeps in one tensor."
-
-FAMILIES = {
-    "Llama": Family("LlamaForCausalLM", text("LlamaConfig")),
-    "Llama, bfloat16": Family(
-        "LlamaForCausalLM", text("LlamaConfig"), "16-bit weights.", torch.bfloat16
-    ),
-    "Mistral": Family(
-        "MistralForCausalLM", text("MistralConfig", sliding_window=16), "Sliding window."
-    ),
-    "Qwen2": Family("Qwen2ForCausalLM", text("Qwen2Config"), "Biases before attention."),
-    "Qwen3": Family("Qwen3ForCausalLM", text("Qwen3Config", head_dim=8)),
-    "Qwen3 MoE": Family(
-        "Qwen3MoeForCausalLM",
-        text("Qwen3MoeConfig", head_dim=8, mlp_only_layers=[0], **EXPERTS),
-        ROUTED,
-    ),
-    "Qwen3.5": Family(
-        "Qwen3_5ForCausalLM",
-        text("Qwen3_5TextConfig", **LINEAR_ATTENTION),
-        "Linear and full attention.",
-    ),
-    "Qwen3.5 MoE": Family(
-        "Qwen3_5MoeForCausalLM",
-        text(
-            "Qwen3_5MoeTextConfig",
-            shared_expert_intermediate_size=16,
-            **LINEAR_ATTENTION,
-            **EXPERTS,
-        ),
-        f"{ROUTED} Nor the shared one.",
-    ),
-    "Qwen3.5 with vision": Family(
-        "Qwen3_5ForConditionalGeneration", qwen_vision_configuration, "Text only."
-    ),
-    "Gemma": Family(
-        "GemmaForCausalLM",
-        text("GemmaConfig", head_dim=8),
-        "Scaled embeddings, tied to the head.",
-    ),
-    "Gemma 2": Family(
-        "Gemma2ForCausalLM",
-        text("Gemma2Config", **GEMMA),
-        "Capped logits; norms between the projections and the residual stream.",
-    ),
-    "Gemma 3": Family(
-        "Gemma3ForCausalLM",
-        text("Gemma3TextConfig", **GEMMA),
-        "Norms between the projections and the residual stream.",
-    ),
-    "Phi-3": Family("Phi3ForCausalLM", text("Phi3Config"), "Fused input projections."),
-    "Phi-3.5 MoE": Family(
-        "PhimoeForCausalLM", text("PhimoeConfig", num_local_experts=4, attention_bias=True), ROUTED
-    ),
-    "LFM2": Family("Lfm2ForCausalLM", text("Lfm2Config", **CONVOLUTIONS), "Convolution layers."),
-    "LFM2 MoE": Family(
-        "Lfm2MoeForCausalLM",
-        text("Lfm2MoeConfig", num_dense_layers=1, **CONVOLUTIONS, **EXPERTS),
-        ROUTED,
-    ),
-    "Granite MoE hybrid": Family(
-        "GraniteMoeHybridForCausalLM",
-        granite_configuration,
-        "Heretic finds neither the routed experts nor the output of Mamba layers.",
-    ),
-    "LLaVA": Family(
-        "LlavaForConditionalGeneration", llava_configuration, "Llama with vision; text only."
-    ),
-}
-
-UNSUPPORTED = {
-    "Phi-1, Phi-2": (
-        Family("PhiForCausalLM", text("PhiConfig")),
-        "Heretic 1.4 knows neither of its output projections, `dense` and `fc2`.",
-    ),
-    "GPT-2": (
-        Family(
-            "GPT2LMHeadModel",
-            lambda: transformers.GPT2Config(
-                vocab_size=320, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
-            ),
-        ),
-        "Heretic 1.4 looks for the layers in `model.layers`, not in `transformer.h`.",
-    ),
-    "GPT-NeoX": (
-        Family(
-            "GPTNeoXForCausalLM",
-            lambda: transformers.GPTNeoXConfig(
-                vocab_size=320,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-            ),
-        ),
-        "Heretic 1.4 looks for the layers in `model.layers`, not in `gpt_neox.layers`.",
-    ),
-    "Mamba": (
-        Family(
-            "MambaForCausalLM",
-            lambda: transformers.MambaConfig(
-                vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4
-            ),
-        ),
-        "Heretic 1.4 looks for the layers in `model.layers`, not in `backbone.layers`.",
-    ),
-}
+SWEEP_FAILS = {"Gemma 4, shared keys": (KeyError, "sliding_attention")}
+"""Families whose sweep fails, and how."""
 
 TEXTS = ["Hi.", "What is the capital of France?", "Plant a tree", "Name four colors, please.", "Go"]
 PROMPTS = [Prompt(value) for value in TEXTS]
@@ -272,26 +69,66 @@ CHECKS = ("residuals", "hooks", "sweep", "export")
 
 Rows = dict[str, dict[str, str]]
 
+TORCHVISION = "Qwen3VLVideoProcessor requires the Torchvision library but it was not found in your environment."
 
-def make(family: Family) -> Any:
-    """Returns a small model of a family, with random weights and biases."""
+PAGE = """\
+# Architectures
 
-    torch.manual_seed(0)
-    model = getattr(transformers, family.model)(family.configuration())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # The default initialization is so small that every model answers alike.
-            if parameter.ndim >= 2:
-                parameter.mul_(6.0)
-            elif name.endswith("proj.bias"):
-                parameter.normal_()
-    return model.to(family.dtype).eval()
+Families of architectures that users of Heretic 1.4 are likely to try, each as a small model of four layers with random
+weights, made from its own configuration of transformers, saved, and loaded by Heretic. This page is written by the
+tests:
+
+```
+HERETIC_CONTRAST_WRITE_ARCHITECTURES=1 pytest tests/test_architectures.py
+```
+
+- **Residuals**: those that the plugin extracts against Heretic's own, in every layer.
+- **Hooks**: logits of the model ablated with forward hooks against those with LoRA adapters.
+- **Sweep**: responses and divergence of every cell against a model with changed weights, two layers.
+- **Export**: logits of the merged, saved and reloaded model against those with LoRA adapters; for 4-bit weights,
+  against weights in full precision with the same change.
+
+Numbers are the largest relative difference. With 16-bit and 4-bit weights, rounding alone makes such differences, and
+the sweep is only run, since rounding decides between the almost equal tokens of a random model. The ablation itself
+moves the logits of every family by more than 0.05.
+
+| Family | Model | Components | Residuals | Hooks | Sweep | Export | Remarks |
+|---|---|---|---|---|---|---|---|
+{supported}
+
+Components without a count are in every layer. What Heretic does not find is neither ablated nor swept.
+
+**Routed experts.** Transformers 5 keeps all experts of a layer in one tensor, where Heretic 1.4 looks for modules.
+
+**Mixtures with dense layers** (GLM-4, DeepSeek, ERNIE 4.5, EXAONE and others). PEFT reads the target
+`model.layers.0.mlp.down_proj` of such a model as a name of transformers 4, and puts adapters on the experts instead of
+on the dense layer. Heretic 1.4 alone then stops with `'Linear' object has no attribute 'base_layer'`. Under Heretic 1.4
+the plugin makes PEFT take the names literally. The adapter cannot be saved by itself, since PEFT would misread it again:
+save the merged model. Under Heretic 2.0 the plugin stops with a sentence.
+
+**Vision.** Heretic loads a model with vision together with its processor, and gives it text alone. The processors of
+Qwen and Mistral 3 need torchvision, without which Heretic cannot load these models:
+`{torchvision}`
+Here they are loaded with a processor of images alone, which changes nothing in the model.
+
+**4-bit weights.** On processors with AVX-512 BF16 instructions bitsandbytes reorders the bits of a weight in its first
+forward pass. The plugin restores the order before it computes adapters; Heretic 1.4 alone does not, and what it ablates
+there is wrong.
+
+## Not supported
+
+| Family | Model | Reason |
+|---|---|---|
+{unsupported}
+
+Models whose code is not part of transformers, such as InternLM, were not tried.
+"""
 
 
 @dataclass(frozen=True)
 class Case:
     """
-    One family: the model as it was made, and as Heretic loads it from disk, with the plugin's adapters.
+    One family: the model on which hooks work, and the one that Heretic loads from disk, with the plugin's adapters.
 
     `tolerance` is the relative difference that rounding explains.
     """
@@ -302,6 +139,18 @@ class Case:
     settings: Any
     modifier: ContrastAbliteration
     tolerance: float
+
+    @property
+    def family(self) -> Family:
+        """The family."""
+
+        return FAMILIES[self.name]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the model computes in float32."""
+
+        return self.tolerance < 0.01
 
     def ablate(self) -> None:
         """Writes the adapters: two directions in each layer, with different weights of the components."""
@@ -322,7 +171,7 @@ class Case:
         return Parameters(
             direction_index=None,
             kernels={
-                name: Kernel(0.6 + 0.3 * index, 1.0, 0.4, 8.0)
+                name: Kernel(1.0 + 0.5 * index, 1.0, 0.8, 8.0)
                 for index, name in enumerate(self.plain.component_names)
             },
             scales=dict(zip(names, (1.0, 0.5), strict=True)),
@@ -344,17 +193,6 @@ def logits(model: Any, wrapped: LanguageModel) -> Tensor:
 
 pytestmark = pytest.mark.slow
 
-UNTESTED = {
-    "Qwen3.5 with vision": "its small model has no image processor, which Heretic loads",
-    "LLaVA": "its small model has no image processor, which Heretic loads",
-}
-"""Families whose checks are still to be made possible, and why they are not."""
-
-WITHOUT_ADAPTERS = {
-    "Qwen3 MoE": "Heretic's LoRA adapters do not reach the dense layer's output projection",
-}
-"""Families that hooks ablate, but LoRA adapters do not."""
-
 
 @pytest.fixture(scope="module")
 def rows() -> Iterator[Rows]:
@@ -366,23 +204,33 @@ def rows() -> Iterator[Rows]:
         TABLE.write_text(table(measured), encoding="utf-8")
 
 
+def heretic_settings(folder: Path, options: Sequence[str] = ()) -> Any:
+    """Returns Heretic's settings for a model in a folder, as parsed from its command line."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["heretic", f"--model={folder}", "--batch-size=4", *options])
+        patch.chdir(folder)
+        return Settings()
+
+
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A family's model, in memory and on disk."""
 
-    if request.param in UNTESTED:
-        pytest.skip(UNTESTED[request.param])
-    family = FAMILIES[request.param]
-    folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = make(family), make_tokenizer()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    plain = wrap(model, tokenizer, name=request.param, batch_size=4)
+    return make_case(request.param, tmp_path_factory.mktemp("model"))
+
+
+def make_case(name: str, folder: Path) -> Case:
+    """Saves a family's model to a folder, and loads it through Heretic."""
+
+    family = FAMILIES[name]
+    family.save(folder)
+    settings = heretic_settings(folder, family.options)
+    if family.quantized:
+        plain, _ = load_language_model(settings)
+    else:
+        plain = wrap(family.make_model(), family.make_tokenizer(), name=name, batch_size=4)
     random_directions(plain, 2, 0).save(folder / "directions.safetensors")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["heretic", f"--model={folder}", "--batch-size=4"])
-        patch.chdir(folder)
-        settings = Settings()
     host = HostModel(settings)
     modifier = ContrastAbliteration(
         heretic_settings=settings,
@@ -392,7 +240,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
     modifier.init(HostContext(host, settings))
     tolerance = 1e-4 if family.dtype is torch.float32 else 0.05
-    return Case(request.param, plain, host, settings, modifier, tolerance)
+    return Case(name, plain, host, settings, modifier, tolerance)
 
 
 def test_residuals_equal_heretic(case: Case, rows: Rows) -> None:
@@ -402,7 +250,11 @@ def test_residuals_equal_heretic(case: Case, rows: Rows) -> None:
         [HereticPrompt(system=system, user=value) for value in TEXTS]
     )
     found = from_heretic(case.host, case.settings).residuals(PROMPTS)
-    assert found.dtype == torch.float32 and found.shape == (5, case.plain.n_layers + 1, 32)
+    assert found.dtype == torch.float32 and found.shape == (
+        5,
+        case.plain.n_layers + 1,
+        case.plain.hidden_size,
+    )
     difference = max(
         relative(found[:, layer], expected[:, layer]) for layer in range(found.shape[1])
     )
@@ -411,10 +263,6 @@ def test_residuals_equal_heretic(case: Case, rows: Rows) -> None:
 
 
 def test_hooks_equal_adapters(case: Case, rows: Rows) -> None:
-    if case.name in WITHOUT_ADAPTERS:
-        with pytest.raises(ContrastError, match="carries no LoRA adapter"):
-            case.ablate()
-        return
     base = logits(case.plain.model, case.plain)
     case.host.reset_model()
     assert relative(logits(case.host.model, case.plain), base) <= case.tolerance
@@ -434,7 +282,7 @@ def test_hooks_equal_adapters(case: Case, rows: Rows) -> None:
         with_hooks = logits(case.plain.model, case.plain)
     difference = relative(with_hooks, with_adapters)
     assert relative(with_hooks, base) > 10 * max(difference, 1e-3) or difference == 0
-    assert relative(with_hooks, base) > 0.03
+    assert relative(with_hooks, base) > 0.05
     assert difference <= case.tolerance
     rows[case.name]["hooks"] = f"{difference:.0e}"
 
@@ -445,21 +293,21 @@ def test_sweep_equals_changed_weights(case: Case, rows: Rows) -> None:
     options = SweepOptions(
         layers=(1, 2), weights=(1.0,), max_new_tokens=12, kl_tokens=6, top_k=320, synergy_size=0
     )
-    result = sweep(
-        model,
-        {"two": directions},
-        HARMFUL,
-        CANARIES,
-        REFERENCES,
-        options,
-        classify=always_refuse_at_base(model, HARMFUL),
-    )
+    arguments = (model, {"two": directions}, HARMFUL, CANARIES, REFERENCES, options)
+    classify = always_refuse_at_base(model, HARMFUL)
+    if case.name in SWEEP_FAILS:
+        error, message = SWEEP_FAILS[case.name]
+        with pytest.raises(error, match=message):
+            sweep(*arguments, classify=classify)
+        rows[case.name]["sweep"] = "fails"
+        return
+    result = sweep(*arguments, classify=classify)
     cells = [cell for cell in result.cells if len(cell.layers) == 1]
     assert [cell.layers for cell in cells] == [(1,), (2,)]
-    assert result.floor == pytest.approx(0, abs=1e-5 if case.tolerance < 0.01 else 0.02)
+    assert result.floor == pytest.approx(0, abs=1e-5 if case.exact else 0.02)
     for cell in cells:
         assert cell.measurement.kl_divergence > 0
-        if model.model.dtype is not torch.float32:
+        if not case.exact:
             # Rounding of 16 bits decides between tokens that are equally likely in a random model.
             continue
         vectors = directions.tensor[cell.layers[0] + 1].double()
@@ -474,36 +322,86 @@ def test_sweep_equals_changed_weights(case: Case, rows: Rows) -> None:
         assert cell.measurement.kl_divergence == pytest.approx(
             full_divergence(model, changed, 6), rel=1e-2, abs=1e-5
         )
-    rows[case.name]["sweep"] = "runs" if model.model.dtype is not torch.float32 else "equal"
+    rows[case.name]["sweep"] = "equal" if case.exact else "runs"
 
 
 def test_export_and_reload(case: Case, rows: Rows, tmp_path: Path) -> None:
-    if case.name in WITHOUT_ADAPTERS:
-        pytest.skip(WITHOUT_ADAPTERS[case.name])
     case.host.reset_model()
     case.ablate()
-    expected = logits(case.host.model, case.plain)
+    with_adapters = logits(case.host.model, case.plain)
+    expected = full_precision_logits(case) if case.family.quantized else with_adapters
     merged = case.host.get_merged_model()
     merged.save_pretrained(tmp_path)
-    reloaded = get_model_class(str(tmp_path)).from_pretrained(tmp_path)
-    assert reloaded.dtype == case.plain.model.dtype
-    difference = relative(logits(reloaded, case.plain), expected)
+    case.host.tokenizer.save_pretrained(tmp_path)
+    if case.host.processor is not None:
+        case.host.processor.save_pretrained(tmp_path)
+    reloaded = PlainModel(heretic_settings(tmp_path))
+    assert reloaded.model.dtype == case.family.dtype
+    assert type(reloaded.processor) is type(case.host.processor)
+    difference = relative(logits(reloaded.model, case.plain), expected)
     assert difference <= case.tolerance
     # After an export Heretic loads the model again.
     case.modifier.reset_model(case.context)
     base = logits(case.plain.model, case.plain)
     assert relative(logits(case.host.model, case.plain), base) <= case.tolerance
     case.ablate()
-    assert relative(logits(case.host.model, case.plain), expected) <= 1e-6
+    assert relative(logits(case.host.model, case.plain), with_adapters) <= 1e-6
     case.host.reset_model()
     rows[case.name]["export"] = f"{difference:.0e}"
+
+
+@torch.no_grad()
+def full_precision_logits(case: Case) -> Tensor:
+    """Returns the logits of the model before its quantization, plus the change of the weights that the adapters make."""
+
+    model = wrap(case.family.make_model(), case.plain.tokenizer, name=case.name)
+    for adapted, plain in zip(
+        from_heretic(case.host, case.settings).components, model.components, strict=True
+    ):
+        for component, modules in plain.items():
+            for module, layer in zip(modules, adapted[component], strict=True):
+                factor_a, factor_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                module.weight += (factor_b.float() @ factor_a.float()).to(module.weight.dtype)
+    return logits(model.model, model)
+
+
+def test_peft_misreads_dense_layers_of_mixtures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case("Qwen3 MoE, one dense layer", tmp_path)
+    case.ablate()
+    with pytest.raises(ContrastError, match="cannot be saved by itself"):
+        case.host.model.save_pretrained(tmp_path / "adapter")
+    # Where PEFT reads the names in its own way, as for Heretic 2.0, the plugin says so.
+    monkeypatch.setattr(heretic14, "literal_targets", lambda: nullcontext([]))
+    case.host.needs_reload = True
+    case.modifier.reset_model(case.context)
+    with pytest.raises(ContrastError, match=r"down_proj of layer 0 carries no LoRA adapter"):
+        case.ablate()
+
+
+def test_adapters_of_mixtures_without_dense_layers_are_saved(tmp_path: Path) -> None:
+    case = make_case("Qwen3 MoE", tmp_path)
+    case.host.model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+def test_processor_of_videos_needs_torchvision(tmp_path: Path) -> None:
+    FAMILIES["Qwen3.5 with vision"].save(tmp_path)
+    # These two files, not one, are what the published models have.
+    (tmp_path / "processor_config.json").unlink()
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (tmp_path / name).write_text(json.dumps({"processor_class": "Qwen3VLProcessor"}))
+    with pytest.raises(ContrastError, match=re.escape(TORCHVISION)):
+        open_model(heretic_settings(tmp_path))
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_architectures_say_so(name: str) -> None:
     family, _ = UNSUPPORTED[name]
-    with pytest.raises(ContrastError, match=f"{family.model}.*not supported"):
-        wrap(make(family), make_tokenizer(), name=name)
+    with pytest.raises(ContrastError, match=f"{name}.*architecture is not supported"):
+        wrap(family.make_model(), family.make_tokenizer(), name=name).residuals(PROMPTS)
 
 
 def component_summary(model: LanguageModel) -> str:
@@ -518,71 +416,38 @@ def component_summary(model: LanguageModel) -> str:
     )
 
 
+@cache
 def fixed_cells(name: str) -> str:
     """Returns the part of a table row that does not depend on rounding."""
 
     family = FAMILIES[name]
-    model = wrap(make(family), make_tokenizer(), name=name)
+    model = wrap(family.make_model(), family.make_tokenizer(), name=name)
     return f"| {name} | `{family.model}` | {component_summary(model)} |"
-
-
-def sentence(reason: str) -> str:
-    """Returns a reason as a sentence of its own; nothing for none."""
-
-    return f"{reason[0].upper()}{reason[1:]}." if reason else ""
 
 
 def table(measured: Rows) -> str:
     """Returns the page of the documentation."""
 
-    lines = [
-        "# Architectures",
-        "",
-        "The families of architectures whose layers Heretic 1.4 can ablate, each as a small model of four layers with random",
-        "weights, made from its own configuration. This page is written by the tests:",
-        "",
-        "```",
-        "HERETIC_CONTRAST_WRITE_ARCHITECTURES=1 pytest tests/test_architectures.py",
-        "```",
-        "",
-        "- **Residuals**: those that the plugin extracts against Heretic's own, in every layer.",
-        "- **Hooks**: logits of the model ablated with forward hooks against those with LoRA adapters.",
-        "- **Sweep**: responses and divergence of every cell against a model with changed weights, two layers.",
-        "- **Export**: logits of the merged, saved and reloaded model against those with LoRA adapters.",
-        "",
-        "Numbers are the largest relative difference. With 16-bit weights, rounding alone makes such differences, and the sweep",
-        "is only run, since rounding decides between the almost equal tokens of a random model.",
-        "",
-        "| Family | Model | Components | Residuals | Hooks | Sweep | Export | Remarks |",
-        "|---|---|---|---|---|---|---|---|",
+    supported = [
+        f"{fixed_cells(name)} {' | '.join(measured[name].get(check, 'not run') for check in CHECKS)} | {family.remark} |"
+        for name, family in FAMILIES.items()
     ]
-    for name, family in FAMILIES.items():
-        cells = " | ".join(measured[name].get(check, "not run") for check in CHECKS)
-        remark = " ".join(
-            filter(None, [family.remark, sentence({**UNTESTED, **WITHOUT_ADAPTERS}.get(name, ""))])
-        )
-        lines.append(f"{fixed_cells(name)} {cells} | {remark} |")
-    lines += [
-        "",
-        "Components without a count are in every layer. What Heretic does not find is neither ablated nor swept.",
-        "",
-        "## Not supported",
-        "",
-        "| Family | Model | Reason |",
-        "|---|---|---|",
+    unsupported = [
+        f"| {name} | `{family.model}` | {reason} |"
+        for name, (family, reason) in UNSUPPORTED.items()
     ]
-    for name, (family, reason) in UNSUPPORTED.items():
-        lines.append(f"| {name} | `{family.model}` | {reason} |")
-    return "\n".join(lines) + "\n"
+    return PAGE.format(
+        supported="\n".join(supported), unsupported="\n".join(unsupported), torchvision=TORCHVISION
+    )
 
 
 def test_table_is_up_to_date() -> None:
     page = TABLE.read_text(encoding="utf-8")
-    for name in FAMILIES:
-        assert fixed_cells(name) in page
-    for name, (family, reason) in UNSUPPORTED.items():
-        assert f"| {name} | `{family.model}` | {reason} |" in page
-    for line in page.splitlines():
-        family = line.split(" | ")[0].removeprefix("| ")
-        if family in FAMILIES and family not in UNTESTED and family not in WITHOUT_ADAPTERS:
-            assert "not run" not in line
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    measured: Rows = defaultdict(dict)
+    for name, row in zip(FAMILIES, rows[1:], strict=False):
+        assert row.startswith(fixed_cells(name))
+        cells = row.removeprefix(fixed_cells(name)).split("|")
+        measured[name] = dict(zip(CHECKS, (cell.strip() for cell in cells), strict=False))
+        assert "not run" not in measured[name].values()
+    assert page == table(measured)

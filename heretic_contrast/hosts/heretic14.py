@@ -34,6 +34,7 @@ from ..journal import CheckedJournal
 from ..modifier import ContrastAbliteration
 from ..search import Parameters
 from .checkpoint import repair_checkpoints
+from .lora_targets import literal_targets, refuse_saving_adapter
 from .sampler import make_sampler
 from .settings import HostSettings
 from .surface import log
@@ -93,9 +94,18 @@ class HostModel(heretic.main.Model):
             }
         )
         try:
-            super()._apply_lora()
+            with literal_targets() as misread:
+                super()._apply_lora()
         finally:
             self.settings = settings
+        if misread:
+            self.model.save_pretrained = refuse_saving_adapter
+
+    def get_merged_model(self) -> Any:
+        """Merges the adapters; those of a quantized model are applied anew to one in full precision."""
+
+        with literal_targets():
+            return super().get_merged_model()
 
     def reset_model(self) -> bool:
         """Resets the model; the adapters are in place afterwards, which Heretic 2.0 reports as True."""
