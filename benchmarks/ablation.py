@@ -10,14 +10,13 @@ All ways run in one process on the same weight; the best of several repeats coun
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.linalg as LA
 import torch.nn.functional as F
+from measuring import best_time
 from torch import Tensor
 
 from heretic_contrast.ablation import compose
@@ -53,17 +52,6 @@ def dense_sum(weight: Tensor, vectors: Tensor, rank: int = 3) -> tuple[Tensor, T
     left, values, right = torch.svd_lowrank(change, q=2 * rank + 4, niter=6)
     roots = values[:rank].sqrt()
     return roots[:, None] * right[:, :rank].T, left[:, :rank] * roots
-
-
-def best_time(run: Callable[[], Any], repeats: int) -> float:
-    """Returns the shortest of several times, in seconds."""
-
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 @torch.no_grad()

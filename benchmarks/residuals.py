@@ -12,28 +12,15 @@ several repeats counts. The cache is not used.
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from measuring import best_time
 
 from heretic_contrast.builtin import DATA, refuser_pool
 from heretic_contrast.hosts.loading import load_language_model
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.prompts import Prompt, read_json_lines
-
-
-def best_time(run: Callable[[], Any], repeats: int) -> float:
-    """Returns the shortest of several times, in seconds."""
-
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def main() -> None:

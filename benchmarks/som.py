@@ -4,7 +4,7 @@
 Self-organizing maps: the compiled trainer against a loop over MiniSom, in one run.
 
     NUMBA_NUM_THREADS=2 OMP_NUM_THREADS=1 python benchmarks/som.py
-    NUMBA_NUM_THREADS=2 OMP_NUM_THREADS=1 python benchmarks/som.py --scaling --json som.json
+    NUMBA_NUM_THREADS=2 OMP_NUM_THREADS=1 python benchmarks/som.py --kinds --json som.json
 
 The samples are synthetic: normal noise around a mean per layer and class. MiniSom is measured on a part of the maps
 (`--reference-maps`, 0 for all) and its time multiplied up, as all maps cost it the same. Times are the best of several. Beside wall time stands processor time, the sum over
@@ -19,15 +19,14 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from measuring import best_times, resident_bytes
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -36,9 +35,6 @@ from heretic_contrast.files import write_text_atomically
 from heretic_contrast.som import Neighborhood, SomSettings, Topology, train_maps
 
 console = Console()
-
-# Layers with the embedding, and hidden size, of models with about 2, 8 and 70 billion parameters.
-MODEL_SHAPES = {"2 B": (25, 2048), "8 B": (33, 4096), "70 B": (81, 8192)}
 
 
 def make_residuals(
@@ -67,25 +63,6 @@ def views(residuals: NDArray[np.float32], classes: int) -> list[NDArray[np.float
         for layer in range(residuals.shape[1])
         for index in range(classes)
     ]
-
-
-def best_times(action: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Wall and processor seconds, each of the fastest of several runs."""
-
-    times = []
-    for _ in range(repeats):
-        wall, processor = time.perf_counter(), time.process_time()
-        action()
-        times.append((time.perf_counter() - wall, time.process_time() - processor))
-    walls, processors = zip(*times, strict=True)
-    return min(walls), min(processors)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now."""
-
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 def measure_memory(samples: list[NDArray[np.float32]], settings: SomSettings) -> dict[str, float]:
@@ -213,62 +190,6 @@ def compare_kinds(
     return rows
 
 
-def fitted_exponent(values: list[int], seconds: list[float]) -> float:
-    """Slope of the line through the measurements in doubly logarithmic coordinates."""
-
-    return float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
-
-
-def measure_scaling(settings: SomSettings, repeats: int) -> dict[str, dict[str, Any]]:
-    """Times over each size with the others fixed."""
-
-    base = {"layers": 8, "classes": 4, "prompts": 53, "hidden_size": 2048}
-    sweeps = {
-        "hidden_size": [512, 1024, 2048, 4096, 8192],
-        "prompts": [16, 32, 64, 128, 256, 512],
-        "layers": [4, 8, 16, 32, 64],
-        "classes": [1, 2, 4, 8, 16],
-    }
-    results = {}
-    for name, values in sweeps.items():
-        times = []
-        for value in values:
-            sizes = base | {name: value}
-            samples = views(make_residuals(**sizes), sizes["classes"])
-            times.append(
-                best_times(lambda samples=samples: train_maps(samples, settings), repeats)  # type: ignore[misc]
-            )
-        seconds, processor_seconds = (list(column) for column in zip(*times, strict=True))
-        results[name] = {
-            "fixed": {key: size for key, size in base.items() if key != name},
-            "values": values,
-            "seconds": seconds,
-            "processor_seconds": processor_seconds,
-            "exponent": fitted_exponent(values, processor_seconds),
-        }
-    return results
-
-
-def measure_models(
-    settings: SomSettings, classes: int, prompts: int, repeats: int
-) -> dict[str, dict[str, float]]:
-    """Times for the shapes of real models, trained layer by layer so that only one layer's samples are in memory."""
-
-    results = {}
-    for name, (layers, hidden_size) in MODEL_SHAPES.items():
-        times = np.zeros(2)
-        for layer in range(layers):
-            samples = views(make_residuals(1, classes, prompts, hidden_size, seed=layer), classes)
-            times += best_times(lambda samples=samples: train_maps(samples, settings), repeats)  # type: ignore[misc]
-        results[name] = {
-            "layers": layers,
-            "hidden_size": hidden_size,
-            "seconds": float(times[0]),
-            "processor_seconds": float(times[1]),
-        }
-    return results
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -284,9 +205,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--kinds", action="store_true", help="also compare every topology and neighborhood"
-    )
-    parser.add_argument(
-        "--scaling", action="store_true", help="also measure how the time grows with each size"
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the figures to this file"
@@ -371,38 +289,6 @@ def main() -> None:
                 row["neighborhood"],
                 f"{row['ratio']:.0f}",
                 f"{row['max_relative_difference']:.1e}",
-            )
-        console.print(table)
-
-    if arguments.scaling:
-        figures["scaling"] = measure_scaling(settings, arguments.repeats)
-        table = Table("Size", "Values", "Processor seconds", "Exponent", title="Growth of the time")
-        for name, sweep in figures["scaling"].items():
-            table.add_row(
-                name.replace("_", " "),
-                " ".join(str(value) for value in sweep["values"]),
-                " ".join(f"{seconds:.3f}" for seconds in sweep["processor_seconds"]),
-                f"{sweep['exponent']:.2f}",
-            )
-        console.print(table)
-        figures["models"] = measure_models(
-            settings, arguments.classes, arguments.prompts, arguments.repeats
-        )
-        table = Table(
-            "Parameters",
-            "Layers",
-            "Hidden size",
-            "Seconds",
-            "Processor seconds",
-            title="Shapes of real models",
-        )
-        for name, row in figures["models"].items():
-            table.add_row(
-                name,
-                str(row["layers"]),
-                str(row["hidden_size"]),
-                f"{row['seconds']:.2f}",
-                f"{row['processor_seconds']:.2f}",
             )
         console.print(table)
 
