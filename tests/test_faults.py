@@ -41,6 +41,13 @@ from tests.test_sweep_state import KEYS, Evaluator, make_cell
 CELLS = [make_cell(key) for key in KEYS]
 
 
+@pytest.fixture(autouse=True)
+def small_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a process take three cells at a time."""
+
+    monkeypatch.setattr(sweep_state, "CELLS_PER_CLAIM", 3)
+
+
 def flipped(content: bytes, position: int, generator: random.Random) -> bytes:
     """The content with one bit of one byte flipped."""
 
@@ -60,6 +67,7 @@ def dead_process() -> str:
 # The journal of a sweep.
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_a_journal_change_no_cell(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
     SweepState(str(storage), "f").run(KEYS, Evaluator())
@@ -84,6 +92,7 @@ def test_flipped_bits_of_a_journal_change_no_cell(tmp_path: Path) -> None:
     assert n_named >= 95
 
 
+@pytest.mark.slow
 def test_a_journal_that_was_cut_off_is_completed(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
     SweepState(str(storage), "f").run(KEYS, Evaluator())
@@ -200,6 +209,7 @@ def test_claimed_cells_say_whose_they_are(tmp_path: Path) -> None:
         assert trial.user_attrs["lease"]["worker"] == state._worker
 
 
+@pytest.mark.slow
 def test_cells_that_a_dying_process_gave_back_are_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +342,7 @@ def make_directions(path: Path) -> Directions:
         class_directions=tensor * 2,
         class_names=("drugs", "fraud"),
         mean_direction=tensor.mean(1),
-        hits=torch.tensor([[[3, 4]]]),
+        hits=torch.arange(8).reshape(2, 2, 2),
         provenance={"model": "tiny", "fingerprint": None, "settings": {"baseline": "matched"}},
     ).save(path)
     return Directions.load(path)

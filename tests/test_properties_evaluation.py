@@ -105,7 +105,7 @@ class Head:
     """Takes logits themselves for hidden states, so that a test can choose them."""
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states.float()
+        return hidden_states.float().clone()
 
 
 FORCING = cast(TeacherForcing, Head())
