@@ -253,8 +253,8 @@ def test_hints_are_confirmed_or_overturned() -> None:
     fails = made_up_study(matched_fails, norm_ratio=0.1)
     assert found(works, "refuser")[0] == CONFIRMED
     assert found(fails, "refuser")[0] == OVERTURNED
-    assert found(works, "smollm2-refuser")[0] == OVERTURNED
-    assert found(fails, "smollm2-refuser")[0] == CONFIRMED
+    assert found(works, "smollm2-refuser")[1] == OVERTURNED
+    assert found(fails, "smollm2-refuser")[1] == CONFIRMED
     # No difference between nearest and unmatched.
     assert found(works, "other") == [CONFIRMED]
 
@@ -264,10 +264,38 @@ def test_open_question_needs_length_purity_and_effect() -> None:
     assert "No, not on this model" in open_question(Study(data))[1]
     for seed in data["seeds"]:
         seed["shape"]["som mixed"]["pair_max_cosine"] = [0.8] * 6
-    assert open_question(Study(data))[1] == "**Yes, on this model**: som mixed."
+    answer = open_question(Study(data))[1]
+    assert answer.startswith("**Yes, on this model**: som mixed. What the question presupposes")
+    assert "som matched directions are not short (1.00)" in answer
+    unmeasured = copy.deepcopy(data)
+    for seed in unmeasured["seeds"]:
+        seed["curves"] = [c for c in seed["curves"] if c["condition"] != "som mixed"]
+    assert "**Not decided on this model**: som mixed" in open_question(Study(unmeasured))[1]
     for seed in data["seeds"]:
         seed["shape"]["som mixed"]["norm_ratio"] = [0.5] * N_LAYERS
     assert "No, not on this model" in open_question(Study(data))[1]
+
+
+def test_claims_are_judged_at_cells_that_were_measured_again() -> None:
+    data = made_up_study(everything_works)
+    for seed in data["seeds"]:
+        for curve in seed["curves"]:
+            if curve["scope"] == "1":
+                for key in ("weights", "effective", "kl", "outcomes"):
+                    # The best weight of the sweep is the cheapest with R = 0, which is not measured again here.
+                    curve[key] = curve[key][-1:]
+    claim = next(claim for claim in CLAIMS if claim.key == "a")
+    finding = claim.decide(Study(data))
+    assert "layer 1, w = 1.2: 0 %" in finding.measured and finding.verdict == ABSENT
+
+
+def test_svd_that_works_on_a_layer_that_was_not_measured_again_leaves_the_gap_open() -> None:
+    data = made_up_study(matched_fails)
+    assert verdicts(data)["c2"] == APPEARS
+    for cell in data["sweep"]["cells"]:
+        if cell[:3] == ["paper-matched-svd", "weight", [3]]:
+            cell[5] = 4
+    assert verdicts(data)["c2"] == verdicts(data)["Table 3"] == OPEN
 
 
 def small_outcomes() -> tuple[Any, list[dict[str, Any]]]:

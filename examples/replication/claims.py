@@ -4,7 +4,7 @@
 The paper's claims (section 7) and tables, each with a rule that decides it from what was measured.
 
 Layers and weights are chosen on the paper's sweep (10 prompts, one set of directions) and then judged with other
-directions, prompts and seeds, so that choosing the best of many cells does not flatter it.
+directions and prompts drawn anew, so that choosing the best of many cells does not flatter it.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,6 @@ from .rules import (
     UNMATCHED,
     Claim,
     Finding,
-    chosen_cell,
     eliminates,
     fresh_share,
     reduces,
@@ -105,13 +104,15 @@ def claim_c2(study: Study) -> Finding:
     svd_cell, svd = fresh_share(study, SVD, "svd matched, equal weight")
     measured = (
         f"Capture gap {signed(gap)} points; unmatched {percent(unmatched)} refused ({where(cell)}), "
-        f"matched with SVD {percent(svd)} ({where(svd_cell)})."
+        f"matched with SVD {percent(svd)} ({where(svd_cell)}; on the sweep at lowest R {study.best_cell(SVD).refusals})."
     )
     if gap is None:
         return Finding(measured, OPEN)
-    if eliminates(unmatched) is False or reduces(svd) is True:
+    inert = eliminates(unmatched) is False and not study.successful(UNMATCHED)
+    if inert or reduces(svd) is True:
         return Finding(measured, ABSENT)
-    if gap.high < 0.2 and eliminates(unmatched) and reduces(svd) is False:
+    nowhere = study.sweep_base - study.best_cell(SVD).refusals <= 1
+    if gap.high < 0.2 and eliminates(unmatched) and reduces(svd) is False and nowhere:
         return Finding(measured, APPEARS)
     return Finding(measured, OPEN)
 
@@ -178,7 +179,7 @@ def claim_d3(study: Study) -> Finding:
 
 
 def claim_e1(study: Study) -> Finding:
-    cell = chosen_cell(study, MATCHED)
+    cell = study.chosen_cell(MATCHED, "som matched, equal weight")
     if cell is None:
         return Finding("not measured", OPEN)
     difference = study.share_difference(
@@ -303,8 +304,8 @@ CLAIMS: tuple[Claim, ...] = (
         "c2",
         "A small gap in capture, a total one in function",
         "A gap of 9 points in capture goes with a total gap in function.",
-        f"Appears: the gap is surely below 20 points, unmatched surely leaves at most {MARGIN:.0%}, matched with SVD surely reduces by less. "
-        "Does not appear: unmatched surely leaves more, or matched with SVD surely reduces.",
+        f"Appears: the gap is surely below 20 points, unmatched surely leaves at most {MARGIN:.0%}, matched with SVD surely reduces by less, and on the sweep R falls by at most 1 anywhere. "
+        "Does not appear: unmatched surely leaves more and has R = 0 nowhere on the sweep, or matched with SVD surely reduces.",
         claim_c2,
     ),
     Claim(

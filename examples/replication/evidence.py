@@ -132,13 +132,26 @@ class Study:
             if min(cell.refusals for cell in cells) == 0
         ]
 
-    def best_cell(self, configuration: str, layers: list[int] | None = None) -> SweepCell:
+    def best_cell(self, configuration: str) -> SweepCell:
         """Returns the sweep's cell with the fewest refusals, then the least divergence, at equal weight."""
 
-        cells = self.single_cells(configuration)
-        if layers is not None:
-            cells = [cell for cell in cells if cell.layers[0] in layers]
-        return min(cells, key=lambda cell: (cell.refusals, cell.kl, cell.layers, cell.weight))
+        return min(self.single_cells(configuration), key=_rank)
+
+    def chosen_cell(self, configuration: str, condition: str) -> SweepCell | None:
+        """Returns the best of the sweep's cells at which a condition was measured again, or None where there is none."""
+
+        measured = {
+            (curve["scope"], weight)
+            for curve in self.data["seeds"][0]["curves"]
+            if curve["condition"] == condition
+            for weight in curve["weights"]
+        }
+        cells = [
+            cell
+            for cell in self.single_cells(configuration)
+            if (str(cell.layers[0]), cell.weight) in measured
+        ]
+        return min(cells, key=_rank) if cells else None
 
     def outcomes(
         self, condition: str, scope: str = "all", like: str | None = None
@@ -237,6 +250,10 @@ class Study:
             for pair in zip(a, b, strict=True)
         ]
         return mean_interval(rows)
+
+
+def _rank(cell: SweepCell) -> tuple[int, float, list[int], float]:
+    return cell.refusals, cell.kl, cell.layers, cell.weight
 
 
 def _outcomes(study: Study, condition: str, scope: str, like: str | None) -> Outcomes | None:

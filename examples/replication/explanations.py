@@ -9,7 +9,7 @@ All on all layers at once, at equal weight, at equal effective weight and at equ
 from .evidence import Study
 from .rules import MATCHED, SVD, UNMATCHED
 from .statistics import Contrast, Interval, share_interval
-from .wording import at_equal, layer_list, percent, plain, ratio, signed, small, table
+from .wording import at_equal, layer_list, percent, plain, ratio, reading, signed, small, table
 
 EQUAL_WEIGHT = (
     "som unmatched, equal weight",
@@ -93,7 +93,7 @@ def contrast_table(study: Study, pairs: list[tuple[str, str, str, str | None]]) 
 
 
 def _contrast_cells(found: Contrast) -> list[str]:
-    return [small(found.level), signed(found.difference), ratio(found.ratio), found.verdict]
+    return [small(found.level), signed(found.difference), ratio(found.ratio), reading(found)]
 
 
 def magnitude(study: Study) -> str:
@@ -132,20 +132,22 @@ def _widest(study: Study) -> tuple[float, Interval | None, Interval | None]:
 
 def _magnitude_reading(unit: Contrast | None, own: Interval | None, mended: Interval | None) -> str:
     if unit is None or own is None or mended is None:
-        return "not decided, a control is missing."
+        return "Not decided, a control is missing."
     short = own.low > 0 and own.value >= 0.1
     if unit.verdict == "worse":
-        part = "length is not the cause: at equal length and equal KL matched directions are worse."
+        part = "Length is not the cause: at equal length and equal KL matched directions are worse."
     elif unit.verdict in ("equal", "better"):
-        part = "at equal length and equal KL matched directions are as good as unmatched ones."
+        part = "At equal length and equal KL matched directions are as good as unmatched ones."
     else:
-        part = "whether matched directions are worse at equal length and equal KL is not decided."
+        part = "Whether matched directions are worse at equal length and equal KL is not decided."
     if not short:
         return (
             f"{part} At equal weight their own length costs nothing that can be told from chance."
         )
     if mended.high < own.low:
         return f"{part} At equal weight their own length does leave more refusals, and lengthening mends it: length decides how large a weight is needed."
+    if mended.low > 0:
+        return f"{part} At equal weight they leave more refusals with their own length, and still do when lengthened."
     return f"{part} At equal weight they leave more refusals with their own length, and lengthening does not surely mend it."
 
 
@@ -188,29 +190,28 @@ def compounding(study: Study) -> str:
 
 def _compounding_reading(study: Study, everything: Contrast | None, first: Contrast | None) -> str:
     if everything is None or first is None:
-        return "not decided, a control is missing."
+        return "Not decided, a control is missing."
     counts = [
         (len(study.successful(preset)), len(study.successful(preset, "effective")))
         for preset in (UNMATCHED, MATCHED)
         if study.single_cells(preset, "effective")
     ]
     strength = (
-        "what single layers achieve at equal weight rests on parallel directions adding up. "
+        "What single layers achieve at equal weight rests on parallel directions adding up. "
         if counts and sum(a for a, _ in counts) > 2 * sum(b for _, b in counts)
         else ""
     )
     if everything.verdict == "worse":
-        rest = "lost strength is not all that SVD costs: at equal KL it is still worse, " + (
-            "while its first vector alone is as good. The other vectors cost divergence and remove no refusals."
+        rest = "Lost strength is not all that SVD costs: at equal KL it is still worse, " + (
+            "while its first vector alone is as good or better. The other vectors cost divergence and remove no refusals."
             if first.verdict in ("equal", "better")
             else "and so is its first vector, or that is not decided."
         )
     elif everything.verdict in ("equal", "better"):
         rest = "SVD costs strength alone: at equal KL it is as good."
     else:
-        rest = "whether SVD costs more than strength is not decided."
-    text = strength + rest
-    return text[0].upper() + text[1:] if strength else text
+        rest = "Whether SVD costs more than strength is not decided."
+    return strength + rest
 
 
 TOPIC_PAIRS: list[tuple[str, str, str, str | None]] = [
@@ -263,15 +264,17 @@ def topic(study: Study) -> str:
     without = study.contrast(
         "som unmatched, left out", "som unmatched", like="som unmatched, left out"
     )
-    filtered = study.contrast("som matched, filtered", "som matched")
+    filtered = study.contrast("som matched, filtered", "som matched") or study.contrast(
+        "mean matched, filtered", "mean matched"
+    )
     readings = []
     verdicts = {item.verdict for item in residualized if item is not None}
     if verdicts and verdicts <= {"equal", "better"}:
-        readings.append("directions work without what subjects alone contribute")
+        readings.append("Directions work without what subjects alone contribute")
     elif "worse" in verdicts:
-        readings.append("taking out what subjects alone contribute costs at equal KL")
+        readings.append("Taking out what subjects alone contribute costs at equal KL")
     else:
-        readings.append("whether directions need what subjects contribute is not decided")
+        readings.append("Whether directions need what subjects contribute is not decided")
     if without is not None:
         readings.append(
             {
@@ -319,12 +322,15 @@ def open_question(study: Study) -> tuple[str, str]:
             gain = study.shape_difference(name, f"{method} unmatched", "pair_max_cosine")
             found = study.contrast(name, f"{method} unmatched")
             effect = "reference" if baseline == "unmatched" else "–"
-            if baseline != "unmatched" and found is not None and gain is not None:
-                effect = f"{signed(found.difference)}: {found.verdict}"
+            if baseline != "unmatched" and gain is not None:
+                if found is not None:
+                    effect = f"{signed(found.difference)}: {reading(found)}"
                 tests = (
                     _sure(length.low > LONG, length.high < LONG),
                     _sure(gain.low > 0, gain.high <= 0),
-                    _sure(found.verdict in AS_GOOD, found.verdict == "worse"),
+                    None
+                    if found is None
+                    else _sure(found.verdict in AS_GOOD, found.verdict == "worse"),
                 )
                 if all(test is True for test in tests):
                     winners.append(name)
@@ -358,7 +364,23 @@ def open_question(study: Study) -> tuple[str, str]:
         answer = f"**Not decided on this model**: {', '.join(undecided)} may have both."
     else:
         answer = "**No, not on this model**: every baseline surely lacks one of the three."
-    return text, answer
+    return text, f"{answer}{_premise(study)}"
+
+
+def _premise(study: Study) -> str:
+    """Returns where the matched baseline itself is not short, or not purer, so that there is nothing to reconcile."""
+
+    lacking = []
+    for method in ("mean", "som"):
+        length = study.shape_interval(f"{method} matched", "norm_ratio")
+        gain = study.shape_difference(f"{method} matched", f"{method} unmatched", "pair_max_cosine")
+        if length is not None and length.value > LONG:
+            lacking.append(f"{method} matched directions are not short ({length.value:.2f})")
+        if gain is not None and gain.low <= 0:
+            lacking.append(f"{method} matched directions are not surely purer")
+    if not lacking:
+        return ""
+    return f" What the question presupposes does not hold everywhere here: {'; '.join(lacking)}."
 
 
 def _sure(yes: bool, no: bool) -> bool | None:

@@ -78,10 +78,10 @@ def lengths_by_depth(study: Study) -> Finding:
 
 
 def similar_lengths(study: Study) -> Finding:
-    ratio = study.shape_interval("mean matched", "norm_ratio")
+    ratio = study.shape_interval("mean sensitive", "norm_ratio")
     if ratio is None:
         return Finding("not measured", UNDECIDED)
-    values = [v for v in study.shape_by_layer("mean matched", "norm_ratio") if v is not None]
+    values = [v for v in study.shape_by_layer("mean sensitive", "norm_ratio") if v is not None]
     measured = (
         f"Mean over layers {plain(ratio)}, by layer {number(min(values))} to {number(max(values))}."
     )
@@ -91,10 +91,10 @@ def similar_lengths(study: Study) -> Finding:
 
 
 def different_angles(study: Study) -> Finding:
-    cosine = study.shape_interval("mean matched", "cosine")
+    cosine = study.shape_interval("mean sensitive", "cosine")
     if cosine is None:
         return Finding("not measured", UNDECIDED)
-    values = [v for v in study.shape_by_layer("mean matched", "cosine") if v is not None]
+    values = [v for v in study.shape_by_layer("mean sensitive", "cosine") if v is not None]
     measured = f"Mean over layers {plain(cosine)}, by layer {number(min(values))} to {number(max(values))}."
     if cosine.high < 0.65:
         return Finding(measured, CONFIRMED)
@@ -131,25 +131,26 @@ HINTS: tuple[Hint, ...] = (
     ),
     Hint(
         SMOLLM2,
-        "The matched baseline is worse than the unmatched one, although all directions have one length (mean direction).",
-        f"{AT_EQUAL_KL}: confirmed if worse, overturned if equal or better.",
-        _contrast("mean matched", "mean unmatched", ("worse",), ("equal", "better")),
-    ),
-    Hint(
-        SMOLLM2,
-        "So it is with XSTest's safe prompts as the matched pool.",
+        "With XSTest's safe prompts as the matched pool, the matched baseline is worse than the unmatched one, although all "
+        "directions have one length (mean direction).",
         f"{AT_EQUAL_KL}: confirmed if worse, overturned if equal or better.",
         _contrast("mean sensitive", "mean unmatched", ("worse",), ("equal", "better")),
     ),
     Hint(
         SMOLLM2,
-        "Dropping the matched prompts that the model refuses does not mend it.",
+        "So it is with another matched pool (here: the one shipped with the package).",
+        f"{AT_EQUAL_KL}: confirmed if worse, overturned if equal or better.",
+        _contrast("mean matched", "mean unmatched", ("worse",), ("equal", "better")),
+    ),
+    Hint(
+        SMOLLM2,
+        "Dropping the matched prompts that the model refuses does not mend it (here: in the shipped pool).",
         f"{AT_EQUAL_KL}: confirmed if the filtered baseline is still worse than unmatched, overturned if equal or better.",
         _contrast("mean matched, filtered", "mean unmatched", ("worse",), ("equal", "better")),
     ),
     Hint(
         SMOLLM2,
-        "Matched differences are nearly as long as unmatched ones (0.81 to 1.12).",
+        "Matched differences (XSTest) are nearly as long as unmatched ones (0.81 to 1.12).",
         "Confirmed: mean ratio over layers surely above 0.8. Overturned: surely below.",
         similar_lengths,
     ),
@@ -161,7 +162,8 @@ HINTS: tuple[Hint, ...] = (
     ),
     Hint(
         SMOLLM2,
-        "The unmatched direction without its topic (residualized) works as well as the unmatched one.",
+        "The unmatched direction without its topic (residualized) works as well as the unmatched one (here: "
+        "topics from the shipped pool).",
         f"{AT_EQUAL_KL}: confirmed if equal or better, overturned if worse.",
         _contrast("mean residualized", "mean unmatched", ("equal", "better"), ("worse",)),
     ),

@@ -60,8 +60,8 @@ class StudyOptions:
     n_judged: int = 40
     n_references: int = 40
     n_canaries: int = 5
-    n_left_out: int = 1
-    single_layers: int = 2
+    n_left_out: int = 3
+    single_layers: int = 3
     tokens: int = 50
     main_weights: tuple[float, ...] = (0.15, 0.3, 0.5, 0.7, 1.0)
     control_weights: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0)

@@ -117,19 +117,19 @@ def compact_sweep(result: SweepResult) -> dict[str, Any]:
 
 def best_layers(result: SweepResult, count: int) -> list[int]:
     """
-    Returns the layers that the controls look at: in turn the best of the unmatched and of the matched preset.
+    Returns the layers that the controls look at: the best of each of the paper's presets, then their second best, and so on.
 
     Best is the fewest refusals at any of the weights, then the least divergence there.
     """
 
     ranked = []
-    for preset in ("paper-unmatched", "paper-matched"):
+    for preset in PRESET_NAMES:
         best: dict[int, tuple[int, float]] = {}
         for cell in result.single_cells(preset, "weight"):
             rank = (cell.measurement.refusals, cell.measurement.kl_divergence)
             best[cell.layers[0]] = min(best.get(cell.layers[0], rank), rank)
         ranked.append(sorted(best, key=lambda layer: (best[layer], layer)))
-    turns = [layer for pair in zip(*ranked, strict=True) for layer in pair]
+    turns = [layer for layers in zip(*ranked, strict=True) for layer in layers]
     return list(dict.fromkeys(turns))[:count]
 
 

@@ -60,7 +60,8 @@ def render(studies: Sequence[Study], figures: dict[str, dict[str, str]]) -> str:
         "that the ablation needs. Each has a control here. All layers at once.",
         *(_explanations(study) for study in studies),
         "## Hints from earlier trials",
-        "Before this measurement, single trials (one seed, 12 to 45 prompts) had suggested the following.",
+        "Before this measurement, single trials (one seed, 12 to 45 prompts) had suggested the following. Those that "
+        "concern the built-in refuser came from an earlier model of the same kind with fewer subjects.",
         *(_hints(study) for study in studies),
         "## The open question: magnitude and purity",
         "The paper ends on the question whether some baseline has both the magnitude of the unmatched one and the purity of the matched "
@@ -153,7 +154,8 @@ def _how(studies: Sequence[Study]) -> str:
             "the largest amount of any unit direction that is removed, λ_max(Σ w v vᵀ).",
             f"**Intervals** ({CONFIDENCE:.0%}) are bootstrapped over seeds and prompts at once ({N_DRAWS:,} draws, crossed, since seeds share a pool of "
             "prompts; the same draws for all conditions, so that differences are paired). Single shares have the wider of this and Wilson's "
-            "interval. *Surely* means: the whole interval.",
+            "interval. Means over layers or prompt pairs are bootstrapped over seeds and these. *Surely* means: the whole interval. "
+            "*Fresh prompts*: the best cell of the sweep, among those that were measured again, with other directions and prompts drawn anew.",
             "**Equal KL**: the least share refused that is reached at a divergence of at most so much, interpolated in √KL between weights, at the "
             "divergence at which the reference refuses half. *Worse* and *better*: the interval of the difference excludes 0 and the difference is at least "
             f"{100 * MARGIN:.0f} points (one prompt in ten, the paper's resolution). *Equal*: the interval lies within {100 * MARGIN:.0f} points. Else "

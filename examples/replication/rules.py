@@ -35,19 +35,12 @@ class Claim:
     decide: Callable[[Study], Finding]
 
 
-def chosen_cell(study: Study, preset: str) -> SweepCell | None:
-    """Returns the sweep's best cell among the layers that the controls looked at, or None where there are none."""
-
-    layers = study.data["single_layers"]
-    return study.best_cell(preset, layers) if layers else None
-
-
 def fresh_share(
     study: Study, preset: str, condition: str
 ) -> tuple[SweepCell | None, Interval | None]:
-    """Returns the chosen cell of a preset, and the share of refusals there with fresh prompts and seeds."""
+    """Returns the best cell of a preset, and the share of refusals there with other directions and prompts drawn anew."""
 
-    cell = chosen_cell(study, preset)
+    cell = study.chosen_cell(preset, condition)
     if cell is None:
         return None, None
     return cell, study.share(condition, str(cell.layers[0]), cell.weight)

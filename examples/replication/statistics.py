@@ -209,12 +209,16 @@ class Contrast:
     beyond: bool
 
     @property
+    def unreached(self) -> bool:
+        """Whether more weight could still make the condition as good, since it was not measured up to the level."""
+
+        return self.beyond and self.difference.value > 0
+
+    @property
     def verdict(self) -> str:
         """What the difference says: see `judge`."""
 
-        if self.beyond and self.difference.value > 0:
-            return "undecided"
-        return judge(self.difference)
+        return "undecided" if self.unreached else judge(self.difference)
 
 
 def judge(difference: Interval, margin: float = MARGIN) -> str:

@@ -51,7 +51,13 @@ def signed(found: Interval | None) -> str:
 
     if found is None:
         return NONE
-    return f"{100 * found.value:+.0f} ({100 * found.low:+.0f} to {100 * found.high:+.0f})"
+    value, low, high = (_points(100 * x) for x in (found.value, found.low, found.high))
+    return f"{value} ({low} to {high})"
+
+
+def _points(value: float) -> str:
+    text = f"{value:+.0f}"
+    return "0" if text in ("+0", "-0") else text
 
 
 def plain(found: Interval | None, digits: int = 2) -> str:
@@ -81,7 +87,13 @@ def at_equal(found: Contrast | None) -> str:
 
     if found is None:
         return "not measured"
-    return f"{signed(found.difference)} points at KL {small(found.level)}: {found.verdict}"
+    return f"{signed(found.difference)} points at KL {small(found.level)}: {reading(found)}"
+
+
+def reading(found: Contrast) -> str:
+    """Returns the verdict of a contrast, and whether it is open because the condition was not measured that far."""
+
+    return f"{found.verdict}, not measured that far" if found.unreached else found.verdict
 
 
 def layer_list(layers: Sequence[int]) -> str:
