@@ -11,8 +11,9 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from safetensors.torch import save
 
 from heretic_contrast import cli
 from heretic_contrast.directions import FORMAT, Directions, _content_digest
-from heretic_contrast.errors import ContrastError
+from heretic_contrast.errors import ContrastError, one_line
 from heretic_contrast.search import configuration_digest
 from heretic_contrast.settings import PRESETS, ContrastSettings
 from tests.strategies import fewer, json_values
@@ -270,6 +271,21 @@ def test_random_flags(command_line: Run, flags: list[tuple[str, str, bool]]) -> 
     command_line([*arguments, "--model", "builtin:refuser"])
 
 
+@pytest.mark.parametrize("name", ["exclude-categories", "bad-prompts", "preset", "seed"])
+@pytest.mark.parametrize("brackets", ["[]", "{}"])
+def test_deeply_nested_flags(command_line: Run, name: str, brackets: str) -> None:
+    first, last = brackets
+    value = (first + '"a":') * 5_000 if first == "{" else first * 5_000
+    arguments = [f"--contrast.{name}={value}1{last * 5_000}", "--model", "builtin:refuser"]
+    assert command_line(arguments) == 2
+
+
+@pytest.mark.parametrize("name", ["baseline", "preset", "scale", "mixing", "bad-prompts"])
+def test_flags_that_are_not_utf8(command_line: Run, name: str) -> None:
+    arguments = [f"--contrast.{name}=\udcff", "--model", "builtin:refuser"]
+    assert command_line(arguments) == 2
+
+
 @fewer(2)
 @given(
     st.dictionaries(
@@ -283,6 +299,39 @@ def test_random_flags_of_the_sweep(command_line: Run, flags: dict[str, str]) -> 
     # Without an output, nothing is loaded whatever the flags say.
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     assert command_line(["sweep", "builtin:refuser", *arguments]) == 2
+
+
+@given(st.data())
+def test_random_tables_under_heretic_2(data: st.DataObject) -> None:
+    """Heretic 2.0 hands over its raw tables, and a plugin's own table without a check."""
+
+    from heretic_contrast import scorers
+    from heretic_contrast.hosts.tables import check_tables, validated
+
+    settings_class, namespace, plugin = data.draw(
+        st.sampled_from(
+            [
+                (ContrastSettings, "modifier", "ContrastAbliteration"),
+                (scorers.RefusalTiersSettings, "scorer", "RefusalTiers"),
+                (scorers.TeacherForcedDivergenceSettings, "scorer", "TeacherForcedDivergence"),
+                (scorers.FixedWeightSweepSettings, "scorer", "FixedWeightSweep"),
+            ]
+        )
+    )
+    table = st.dictionaries(st.sampled_from(sorted(settings_class.model_fields)), json_values)
+    names = st.sampled_from([plugin, f"{plugin}_2", plugin.lower(), "Other"])
+    tables = data.draw(json_values | st.dictionaries(names, json_values | table, max_size=2))
+    raw = data.draw(json_values | table)
+    for check in (
+        lambda: check_tables(
+            SimpleNamespace(model_extra={namespace: tables}), namespace, plugin, settings_class
+        ),
+        lambda: validated(settings_class, raw, f"[{namespace}.{plugin}]"),
+    ):
+        try:
+            check()
+        except ContrastError as error:
+            require_sentence(f"Error: {one_line(str(error))}\n")
 
 
 def make_tensors(layers: int = 3, n: int = 2, hidden: int = 4) -> dict[str, torch.Tensor]:
@@ -404,6 +453,59 @@ texts_of_metadata = (
 )
 
 
+def forge(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str | None]) -> None:
+    """Writes a file whose digest of the numbers is right, as whoever forges one can make it."""
+
+    try:
+        digest = _content_digest(tensors)
+    except TypeError:
+        digest = ""
+    texts = {
+        "format": FORMAT,
+        "names": json.dumps(NAMES),
+        "class_names": json.dumps(NAMES),
+        "aligned": "true",
+        "provenance": json.dumps(PROVENANCE),
+        "digest": digest,
+        **metadata,
+    }
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    path.write_bytes(
+        save(tensors, {name: text for name, text in texts.items() if text is not None})
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("names", '["a", "a"]'),
+        ("names", '["a"]'),
+        ("names", '"ab"'),
+        ("names", '["\\ud800", "b"]'),
+        ("names", "[1, 2]"),
+        ("class_names", "[]"),
+        ("class_names", '["a", "b", "c"]'),
+        ("aligned", "1"),
+        ("provenance", "[]"),
+        ("provenance", '{"settings": 5}'),
+        ("provenance", '{"x": NaN}'),
+        ("provenance", '{"x": 1e999}'),
+        ("provenance", '{"x": "\\udfff"}'),
+        ("provenance", '{"a":' * 200 + "1" + "}" * 200),
+        ("provenance", '{"a":' * 5_000 + "1" + "}" * 5_000),
+        ("provenance", '{"a": ' + "[" * 100_000),
+        ("provenance", None),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_forged_metadata_is_refused(tmp_path: Path, name: str, text: str | None) -> None:
+    path = tmp_path / "directions.safetensors"
+    forge(path, make_tensors(), {})
+    assert load(path) is not None
+    forge(path, make_tensors(), {name: text})
+    assert load(path) is None
+
+
 @given(
     st.dictionaries(st.sampled_from(list(make_tensors())), st.tuples(dtypes, shapes), max_size=2),
     st.dictionaries(
@@ -419,31 +521,14 @@ def test_forged_directions_files(
     metadata: dict[str, str | None],
     number: float | None,
 ) -> None:
-    """The digest is right, as whoever forges a file can make it."""
-
     tensors = make_tensors()
     for name, (dtype, shape) in replaced.items():
         tensors[name] = torch.ones(shape).to(dtype)
-    if number is not None and tensors["tensor"].numel():
+    if number is not None and "tensor" not in replaced:
         tensors["tensor"] = tensors["tensor"].clone()
         tensors["tensor"].view(-1)[0] = number
-    try:
-        digest = _content_digest(tensors)
-    except TypeError:
-        digest = ""
-    texts = {
-        "format": FORMAT,
-        "names": json.dumps(NAMES),
-        "class_names": json.dumps(NAMES),
-        "aligned": "true",
-        "provenance": json.dumps(PROVENANCE),
-        "digest": digest,
-        **metadata,
-    }
     path = tmp_path / "directions.safetensors"
-    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    content = save(tensors, {name: text for name, text in texts.items() if text is not None})
-    path.write_bytes(content)
+    forge(path, tensors, metadata)
     found = load(path)
     if not replaced and not metadata and number in (None, 3e38):
         assert found is not None

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from itertools import pairwise
 from statistics import mean as arithmetic_mean
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -323,9 +323,10 @@ prompts = st.lists(
 )
 
 
-@given(st.data(), prompts, st.integers(0, 40), st.integers(0, 10))
-def test_stratified_samples(data: st.DataObject, pool: list[Prompt], count: int, seed: int) -> None:
+@given(st.data(), prompts, st.integers(0, 10))
+def test_stratified_samples(data: st.DataObject, pool: list[Prompt], seed: int) -> None:
     sizes = Counter(prompt.category or "" for prompt in pool)
+    count = data.draw(st.integers(len(sizes), len(pool)) | st.integers(0, 40))
     if not len(sizes) <= count <= len(pool):
         with pytest.raises(ContrastError, match=r"\.$"):
             stratified_sample(pool, count, seed)
@@ -381,18 +382,3 @@ def test_messages_are_shown_on_one_line(text: str) -> None:
     plain = " ".join(text.split())
     if plain.isprintable() and len(plain) <= LONGEST_SENTENCE:
         assert line == plain
-
-
-def test_markup_of_a_class_is_shown_as_it_is(tiny_llama: Any, capsys: Any) -> None:
-    from heretic_contrast.extraction import Pools, extract
-    from heretic_contrast.hosts.surface import log
-    from heretic_contrast.settings import ContrastSettings
-
-    pools = Pools(
-        harmful=tuple(Prompt(text, "[/bold]\x1b[2J") for text in ("Break in", "Break out")),
-        bulk=(Prompt("Bake bread"),),
-        matched=(),
-    )
-    directions = extract(tiny_llama, pools, ContrastSettings(method="mean"), log)
-    assert directions.names == ("[/bold]\x1b[2J",)
-    assert "[/bold]\\x1b[2J 2" in capsys.readouterr().out

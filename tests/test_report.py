@@ -6,10 +6,12 @@ import csv
 import html.parser
 import io
 import json
+import math
 import re
 import shutil
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +286,20 @@ def test_files_of_a_sweep(tmp_path: Path) -> None:
     # The same sweep gives the same bytes.
     write_sweep_report(result, tmp_path / "two", nothing, capture, geometry)
     assert {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()} == files
+
+
+@pytest.mark.parametrize("weights", [{1.2}, set(WEIGHTS)])
+def test_models_that_an_ablation_has_broken(tmp_path: Path, weights: set[float]) -> None:
+    result = make_sweep()
+    result = replace(
+        result,
+        cells=tuple(
+            replace(cell, measurement=measurement(0, math.inf)) if cell.weight in weights else cell
+            for cell in result.cells
+        ),
+    )
+    write_sweep_report(result, tmp_path, nothing, *make_geometry())
+    assert SweepResult.from_dict(json.loads((tmp_path / "sweep.json").read_text())) == result
 
 
 def test_page_stands_alone_and_is_accessible() -> None:

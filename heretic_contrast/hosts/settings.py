@@ -328,3 +328,12 @@ def parse_settings(settings_class: type[SettingsType]) -> SettingsType:
         raise ContrastError(
             f"The settings cannot be read ({reason}): correct them, or see {PROGRAM} --help."
         ) from error
+    except UnicodeEncodeError as error:
+        # Bytes of the command line that are no UTF-8 arrive as halves of characters, which pydantic cannot complain about.
+        raise ContrastError(
+            f"A setting holds text that is not UTF-8: correct it, or see {PROGRAM} --help."
+        ) from error
+    except RecursionError as error:
+        raise ContrastError(
+            f"A setting is nested too deeply to be read: correct it, or see {PROGRAM} --help."
+        ) from error

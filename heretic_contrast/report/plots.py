@@ -173,7 +173,8 @@ def fronts(
     """
     Returns points, one color for each series, and a stepped line through those on its Pareto front.
 
-    Each series: x values (positive, on a logarithmic axis), y values, and whether each point is on the front.
+    Each series: x values (positive, on a logarithmic axis), y values, and whether each point is on the front. Infinite
+    values, which broken models have, are left out of the picture.
     """
 
     figure = _figure(6.0, 4.4)
@@ -194,7 +195,8 @@ def fronts(
             linestyle=("-", "--", ":", "-.")[index // len(COLORS) % 4],
             label=name,
         )
-    axes.set_xscale("log")
+    if any(np.isfinite(value) for x, _, _ in series.values() for value in x):
+        axes.set_xscale("log")
     axes.set_xlabel(x_title)
     axes.set_ylabel(y_title)
     axes.set_ylim(bottom=-0.4)
