@@ -123,8 +123,8 @@ class Machine:
 @dataclass(frozen=True)
 class Job:
     """
-    What is done. `departing`: the share of the responses' tokens in the sweep that must be generated, since they follow a
-    departure from the unmodified model's response. `rows`: samples in one batch.
+    What is done. `departing`: the share of responses in the sweep that depart from the unmodified model's, and
+    `departing_tokens`: how many tokens follow the departure, which must be generated. `rows`: samples in one batch.
     """
 
     prompts: int = 900
@@ -143,6 +143,7 @@ class Job:
     references: int = 100
     tokens: int = 50
     departing: float = 0.5
+    departing_tokens: int = 40
     rows: int = 128
 
 
@@ -250,7 +251,9 @@ def sweep_parts(model: Model, job: Job, layers: Sequence[int] | None = None) -> 
         "head": cells_per_layer
         * len(swept)
         * (model.head(job.references * job.tokens) + model.head(judged * job.tokens, 3)),
-        "generation": model.generate(departing, job.prompt_tokens, job.tokens),
+        "generation": model.generate(
+            departing, length - job.departing_tokens, job.departing_tokens
+        ),
     }
 
 
@@ -273,7 +276,7 @@ def map_training(shape: Shape, job: Job) -> float:
 
 def measure_machine(hidden_size: int, intermediate_size: int) -> Machine:
     """
-    What this machine reaches: in a matrix product, in reading memory, and in starting layers that do nothing.
+    What this machine reaches: in a matrix product, in reading its weights, and in starting layers that do nothing.
 
     With one thread, processor time stands for wall time, since other programs disturb it less.
     """
@@ -285,17 +288,20 @@ def measure_machine(hidden_size: int, intermediate_size: int) -> Machine:
     tokens = torch.randn(1_024, hidden_size)
     weight = torch.randn(intermediate_size, hidden_size)
     product = best(lambda: torch.nn.functional.linear(tokens, weight), 5)
-    # Larger than any cache, and read once.
-    numbers = torch.ones(2**28)
-    reading = best(lambda: numbers.sum(), 3)
+    flops = 2 * tokens.shape[0] * weight.numel() / product
+    # Few rows take as long as reading the weights takes, here more of them than caches hold.
+    rows = tokens[:16].clone()
+    weights = [torch.randn_like(weight) for _ in range(-(-(2**27) // weight.numel()))]
+    reading = best(lambda: [torch.nn.functional.linear(rows, item) for item in weights], 3)
+    reading -= len(weights) * 2 * len(rows) * weight.numel() / flops
     n_layers = 16
     tiny = random_language_model(n_layers, 64, 1_024, batch_size=1)
     token = torch.ones(1, 1, dtype=torch.long)
     start = best(lambda: tiny.model(input_ids=token, use_cache=False), 5)
     return Machine(
         name=f"this machine, threads: {torch.get_num_threads()}",
-        flops=2 * tokens.shape[0] * weight.numel() / product,
-        bandwidth=4 * numbers.numel() / reading,
+        flops=flops,
+        bandwidth=4 * len(weights) * weight.numel() / reading,
         start_seconds=start / n_layers,
         number_bytes=4,
     )
@@ -354,10 +360,11 @@ def estimate(job: Job, gpu: Machine) -> dict[str, Any]:
 
 
 class GenerationRecord:
-    """Adds up the time of a network's generations, and the tokens that they make for all rows."""
+    """Adds up the time of a network's generations, the rows that they go on with, and the tokens that they add to these."""
 
     def __init__(self, network: Any) -> None:
         self.seconds = 0.0
+        self.rows = 0
         self.tokens = 0
         self.prompt_tokens = 0
         original = network.generate
@@ -369,6 +376,8 @@ class GenerationRecord:
             rows, length = arguments["input_ids"].shape
             # The first generation is that of the prompts alone.
             self.prompt_tokens = self.prompt_tokens or length
+            if arguments.get("past_key_values") is None:
+                self.rows += rows
             self.tokens += rows * (output.sequences.shape[1] - length)
             return output
 
@@ -377,7 +386,7 @@ class GenerationRecord:
     def reset(self) -> None:
         """Starts counting anew."""
 
-        self.seconds, self.tokens = 0.0, 0
+        self.seconds, self.rows, self.tokens = 0.0, 0, 0
 
 
 def check(layers: list[int], references: int) -> dict[str, Any]:
@@ -400,7 +409,7 @@ def check(layers: list[int], references: int) -> dict[str, Any]:
     record.reset()
     cells = evaluator.evaluate(evaluator.grid())
     finished = time.process_time()
-    generated, generation_seconds = record.tokens, record.seconds
+    departed, generated, generation_seconds = record.rows, record.tokens, record.seconds
     after = measure_machine(shape.hidden_size, shape.intermediate_size)
     machine = Machine(
         before.name,
@@ -423,7 +432,8 @@ def check(layers: list[int], references: int) -> dict[str, Any]:
         references=references,
         prompt_tokens=record.prompt_tokens,
         rows=rows,
-        departing=generated / (judged * options.max_new_tokens * len(cells)),
+        departing=departed / (judged * len(cells)),
+        departing_tokens=round(generated / departed),
     )
     parts = sweep_parts(Model(shape, machine, rows), job, layers)
     # On a machine that makes one operation per second and moves bytes at once, seconds are operations.
@@ -450,7 +460,8 @@ def check(layers: list[int], references: int) -> dict[str, Any]:
         "Measured",
         "Predicted / measured",
         title=f"{len(cells)} cells of a random Llama of {shape.name} parameters",
-        caption=f"{describe(machine)}; {job.departing:.0%} of the responses' tokens were generated",
+        caption=f"{describe(machine)}; {job.departing:.0%} of the responses departed, "
+        f"{job.departing_tokens} tokens each",
     )
     for part, value in predicted.items():
         number = "{:.3g} × 10¹²" if part.startswith("operations") else "{:.3g} s"
