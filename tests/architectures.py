@@ -339,7 +339,7 @@ FAMILIES = {
     "Gemma 4, shared keys": Family(
         "Gemma4ForCausalLM",
         text("Gemma4TextConfig", num_kv_shared_layers=2, **GEMMA_4),
-        "As E2B and E4B: the upper layers use keys and values of lower ones, which the sweep skips.",
+        "As E2B and E4B: the upper layers use keys and values of lower ones.",
     ),
     "Phi-3": Family("Phi3ForCausalLM", text("Phi3Config"), "Fused input projections."),
     "Phi-3.5 MoE": Family(

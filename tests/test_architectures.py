@@ -61,9 +61,6 @@ from tests.test_sweep import (  # noqa: E402
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 
-SWEEP_FAILS = {"Gemma 4, shared keys": (KeyError, "sliding_attention")}
-"""Families whose sweep fails, and how."""
-
 TEXTS = ["Hi.", "What is the capital of France?", "Plant a tree", "Name four colors, please.", "Go"]
 PROMPTS = [Prompt(value) for value in TEXTS]
 CHECKS = ("residuals", "hooks", "sweep", "export")
@@ -302,12 +299,6 @@ def test_sweep_equals_changed_weights(case: Case, rows: Rows) -> None:
     )
     arguments = (model, {"two": directions}, HARMFUL, CANARIES, REFERENCES, options)
     classify = always_refuse_at_base(model, HARMFUL)
-    if case.name in SWEEP_FAILS:
-        error, message = SWEEP_FAILS[case.name]
-        with pytest.raises(error, match=message):
-            sweep(*arguments, classify=classify)
-        rows[case.name]["sweep"] = "fails"
-        return
     result = sweep(*arguments, classify=classify)
     cells = [cell for cell in result.cells if len(cell.layers) == 1]
     assert [cell.layers for cell in cells] == [(1,), (2,)]

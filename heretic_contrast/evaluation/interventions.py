@@ -171,6 +171,20 @@ class TeacherForcing:
 
         return carries_samples(self.model)
 
+    def start_layer(self, intervention: Intervention) -> int:
+        """Returns the highest layer at which a pass may start under an intervention."""
+
+        return min(intervention.first_layer, self._highest_start)
+
+    @cached_property
+    def _highest_start(self) -> int:
+        """The lowest layer whose keys and values layers above it attend to (as in Gemma 4), or the number of layers."""
+
+        for index, layer in enumerate(self.model.layers):
+            if any(getattr(module, "store_full_length_kv", False) for module in layer.modules()):
+                return index
+        return self.model.n_layers
+
     @torch.no_grad()
     def unmodified(self, tokens: TokenBatch) -> Tensor:
         """Returns the final (normalized) hidden states. Tensor of shape (batch, length, hidden_size)."""

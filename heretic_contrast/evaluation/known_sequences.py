@@ -74,9 +74,8 @@ class KnownSequences:
     ) -> Iterator[Piece]:
         """Yields the hidden states under each intervention. The unmodified model must be the same in all calls."""
 
-        for group in shared_passes(interventions, forcing.carries_samples):
-            first_layer = interventions[group[0]].first_layer
-            known = self._layer_input(forcing, first_layer)
+        for start, group in shared_passes(forcing, interventions):
+            known = self._layer_input(forcing, start)
             for part in batches(len(self.order), max(1, self._n_rows // len(group))):
                 tokens = self._batch(part, forcing)
                 n_sequences, width = tokens.input_ids.shape
@@ -88,7 +87,7 @@ class KnownSequences:
                     hidden_states = forcing.modified(
                         tokens.repeat(len(chosen)),
                         [interventions[index] for index in chosen for _ in range(n_sequences)],
-                        LayerInput(first_layer, inputs.repeat(len(chosen), 1, 1)),
+                        LayerInput(start, inputs.repeat(len(chosen), 1, 1)),
                     )
                     for place, index in enumerate(chosen):
                         yield Piece(part, index, hidden_states[rows + place * n_sequences, columns])
@@ -143,19 +142,19 @@ class KnownSequences:
 
 
 def shared_passes(
-    interventions: Sequence[Intervention], carries_samples: bool
-) -> Iterator[list[int]]:
+    forcing: TeacherForcing, interventions: Sequence[Intervention]
+) -> Iterator[tuple[int, list[int]]]:
     """
-    Yields the indices of interventions that share passes: those that start at the same layer.
+    Yields layers at which passes start, each with the indices of the interventions that share these passes.
 
     Where modules do not carry the samples of a batch apart, every intervention has passes of its own.
     """
 
     by_layer: dict[int, list[int]] = {}
     for index, intervention in enumerate(interventions):
-        by_layer.setdefault(intervention.first_layer, []).append(index)
+        by_layer.setdefault(forcing.start_layer(intervention), []).append(index)
     for layer in sorted(by_layer):
-        if carries_samples:
-            yield by_layer[layer]
+        if forcing.carries_samples:
+            yield layer, by_layer[layer]
         else:
-            yield from ([index] for index in by_layer[layer])
+            yield from ((layer, [index]) for index in by_layer[layer])
