@@ -3,22 +3,26 @@
 """
 Times the sweep against the reference loop: change the weights, generate, measure the full-vocabulary divergence.
 
-    python benchmarks/sweep.py [--reference-cells 8] [--random-llama]
+    python benchmarks/sweep.py [--reference-cells 8] [--random-llama] [--operations]
 
 Both ways judge the same cells on the same model in one process. The reference runs on every n-th cell and is scaled
 linearly, since its cost does not depend on the cell. Responses must be the same, and the divergence a lower bound.
+
+`--operations` counts the floating-point operations of matrix products instead of seconds. Where arithmetic is the limit,
+their ratio is how much faster the sweep can be.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import Module
+from torch.utils.flop_counter import FlopCounterMode
 
 from heretic_contrast.ablation import Operator
 from heretic_contrast.builtin import DATA, refuser_pool
@@ -35,12 +39,16 @@ from heretic_contrast.language_model import LanguageModel, batches
 from heretic_contrast.prompts import Prompt, read_json_lines
 from heretic_contrast.settings import ContrastSettings
 
+Clock = Callable[[], float]
+"""Returns what has passed so far: seconds, or operations."""
 
-class ForwardTime:
-    """Adds up the wall time that is spent inside the model's forward passes."""
 
-    def __init__(self, module: Module) -> None:
-        self.seconds = 0.0
+class ForwardCost:
+    """Adds up what is spent inside the model's forward passes."""
+
+    def __init__(self, module: Module, clock: Clock) -> None:
+        self.total = 0.0
+        self._clock = clock
         self._depth = 0
         self._started = 0.0
         for child in (module, *module.modules()):
@@ -50,28 +58,29 @@ class ForwardTime:
 
     def _enter(self, module: Module, args: Any) -> None:
         if self._depth == 0:
-            self._started = time.perf_counter()
+            self._started = self._clock()
         self._depth += 1
 
     def _leave(self, module: Module, args: Any, output: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self.seconds += time.perf_counter() - self._started
+            self.total += self._clock() - self._started
 
 
 class Stopwatch:
-    """Adds up the wall time that is spent in a function."""
+    """Adds up what is spent in a function."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.seconds = 0.0
+    def __init__(self, function: Callable[..., Any], clock: Clock) -> None:
+        self.total = 0.0
+        self._clock = clock
         self._function = function
 
     def __call__(self, *args: Any) -> Any:
-        started = time.perf_counter()
+        started = self._clock()
         try:
             return self._function(*args)
         finally:
-            self.seconds += time.perf_counter() - started
+            self.total += self._clock() - started
 
 
 @contextmanager
@@ -145,6 +154,7 @@ def build(arguments: argparse.Namespace) -> tuple[LanguageModel, Directions, lis
         ).eval()
     else:
         network = AutoModelForCausalLM.from_pretrained(DATA / "refuser")
+    network.requires_grad_(False)
     model = wrap(network, tokenizer, name="benchmark", batch_size=arguments.batch_size)
     directions = extract(
         model,
@@ -175,17 +185,31 @@ def main() -> None:
         "--random-llama", action="store_true", help="a random model of 134 M parameters"
     )
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--operations", action="store_true", help="count instead of timing")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
+    counter = FlopCounterMode(display=False)
+    with counter if arguments.operations else nullcontext():
+        if arguments.operations:
+            result = compare(arguments, lambda: float(counter.get_total_flops()), "operations")
+        else:
+            result = compare(arguments, time.perf_counter, "seconds")
+    print(json.dumps(result, indent=2))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str, float]:
+    """Returns what both ways cost, their ratio, and the agreement. Prints a line per compared cell."""
 
     model, directions, (harmful, canaries, references) = build(arguments)
     options = SweepOptions(
         layers=None if not arguments.layers else tuple(arguments.layers), synergy_size=0
     )
-    forward = ForwardTime(model.model)
+    forward = ForwardCost(model.model, clock)
 
-    started = time.perf_counter()
+    started = clock()
     evaluator = SweepEvaluator(
         model,
         {"paper-unmatched": directions},
@@ -196,12 +220,12 @@ def main() -> None:
         # What a response is called does not matter for its time, and a random model refuses nothing.
         classify=lambda prompt, response: Tier.REFUSE,
     )
-    preparation_seconds = time.perf_counter() - started
-    divergence = Stopwatch(evaluator._references.measure)
+    preparation = clock() - started
+    divergence = Stopwatch(evaluator._references.measure, clock)
     evaluator._references.measure = divergence  # type: ignore[method-assign]
     cells = run_cells(evaluator, None, None)
-    seconds = time.perf_counter() - started
-    forward_seconds = forward.seconds
+    spent = clock() - started
+    in_forward = forward.total
 
     prompts = prompt_tokens(model, references)
     continuations = [
@@ -213,21 +237,21 @@ def main() -> None:
 
     stride = max(1, len(cells) // arguments.reference_cells)
     chosen: list[Cell] = cells[stride // 2 :: stride]
-    same, excess, reference_seconds, reference_divergence_seconds = 0, 0.0, 0.0, 0.0
+    same, excess, reference_spent, reference_divergence = 0, 0.0, 0.0, 0.0
     for cell in chosen:
         layer = cell.layers[0]
         operator = evaluator.operator(cell.configuration, cell.strength, layer, cell.weight)
-        started = time.perf_counter()
+        started = clock()
         with changed_weights(model, layer, operator):
             responses = model.generate(harmful, options.max_new_tokens)
             canary_responses = model.generate(canaries, options.max_new_tokens)
-            generated = time.perf_counter()
+            generated = clock()
             modified = log_probabilities(model, prompts, continuations)
             total = sum(
                 float((p.exp() * (p - q)).sum()) for p, q in zip(base, modified, strict=True)
             )
-        reference_seconds += time.perf_counter() - started
-        reference_divergence_seconds += time.perf_counter() - generated
+        reference_spent += clock() - started
+        reference_divergence += clock() - generated
         full = total / sum(map(len, continuations))
         same += (
             list(cell.responses) == responses and list(cell.canary_responses) == canary_responses
@@ -237,30 +261,26 @@ def main() -> None:
             f"layer {layer:2} w {cell.weight:.1f}: KL {cell.measurement.kl_divergence:.6f} "
             f"of {full:.6f}, responses {'same' if responses == list(cell.responses) else 'DIFFER'}"
         )
-    reference_total = reference_seconds / len(chosen) * len(cells)
-    result = {
+    reference_total = reference_spent / len(chosen) * len(cells)
+    return {
         "cells": len(cells),
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
-        "seconds": seconds,
-        "reference seconds, scaled": reference_total,
-        "reference / ours": reference_total / seconds,
-        "seconds of preparation": preparation_seconds,
-        "seconds per cell, divergence": divergence.seconds / len(cells),
-        "seconds per cell, responses": (seconds - preparation_seconds - divergence.seconds)
-        / len(cells),
-        "reference seconds per cell, divergence": reference_divergence_seconds / len(chosen),
-        "reference seconds per cell, responses": (reference_seconds - reference_divergence_seconds)
+        unit: spent,
+        f"reference {unit}, scaled": reference_total,
+        "reference / ours": reference_total / spent,
+        f"{unit} of preparation": preparation,
+        f"{unit} per cell, divergence": divergence.total / len(cells),
+        f"{unit} per cell, responses": (spent - preparation - divergence.total) / len(cells),
+        f"reference {unit} per cell, divergence": reference_divergence / len(chosen),
+        f"reference {unit} per cell, responses": (reference_spent - reference_divergence)
         / len(chosen),
-        "share of time in forward passes": forward_seconds / seconds,
+        f"share of {unit} in forward passes": in_forward / spent,
         "reference cells": len(chosen),
         "reference cells with the same responses": same,
         "largest excess of KL over the full one": excess,
         "bytes of base statistics per position": evaluator._references.n_bytes()
         / sum(evaluator._references.counts),
     }
-    print(json.dumps(result, indent=2))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
