@@ -11,6 +11,7 @@ layers in one batch. The result is that of plain greedy decoding.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -159,7 +160,7 @@ class Responder:
         self.base: list[Tokens] = []
         for part in batches(len(prompts), n_rows):
             self.base += generate_tokens(self.model, self._tokens[part], limits[part])
-        self._known = KnownSequences(self._tokens, self.base, self.model.pad_token_id(), n_rows)
+        self._known = KnownSequences(forcing, self._tokens, self.base, n_rows)
 
     def base_responses(self) -> list[str]:
         """Returns the responses of the unmodified model."""
@@ -217,15 +218,16 @@ class Responder:
             return accepted
         for piece in self._known.modified(self._forcing, interventions):
             predictions = self._predict(piece.hidden_states)
-            for prompt, length in zip(
+            places = zip(
                 self._known.order[piece.sequences],
                 self._known.lengths[piece.sequences],
                 strict=True,
-            ):
+            )
+            for intervention, (prompt, length) in product(piece.interventions, places):
                 predicted, predictions = predictions[:length], predictions[length:]
                 agreed = _n_common(predicted, self.base[prompt])
                 # Where the response departs, the prediction there is the right next token.
-                accepted[piece.intervention][prompt] = until_end(
+                accepted[intervention][prompt] = until_end(
                     predicted[: agreed + 1], self._max_new_tokens, self._ends
                 )
         return accepted

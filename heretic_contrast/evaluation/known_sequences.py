@@ -18,18 +18,22 @@ from .interventions import Intervention, LayerInput, TeacherForcing, TokenBatch
 
 Tokens = tuple[int, ...]
 
+CPU_TOKENS_PER_PASS = 1024
+"""Tokens of one pass on a CPU, where what a layer computes should not leave the cache before the next one reads it."""
+
 
 @dataclass(frozen=True)
 class Piece:
     """
     Final hidden states where continuations are predicted.
 
-    `sequences`: which of the sequences, in the order of `KnownSequences.order`. `intervention`: under which of the
-    interventions. `hidden_states`: Tensor of shape (n_positions, hidden_size), one sequence after the other.
+    `interventions`: under which of the interventions. `sequences`: which of the sequences, in the order of
+    `KnownSequences.order`. `hidden_states`: Tensor of shape (n_positions, hidden_size), one sequence after the other for
+    one intervention after the other.
     """
 
+    interventions: tuple[int, ...]
     sequences: slice
-    intervention: int
     hidden_states: Tensor
 
 
@@ -37,13 +41,18 @@ class KnownSequences:
     """
     Prompts with known continuations.
 
-    `n_rows`: the number of samples in one pass. Sequences of similar length share a pass: `order` gives their places
-    among the prompts, and `lengths` the number of tokens of each continuation in that order.
+    `n_rows`: the largest number of samples in one pass. Sequences of similar length share a pass: `order` gives their
+    places among the prompts, and `lengths` the number of tokens of each continuation in that order.
     """
 
     def __init__(
-        self, prompts: Sequence[Tokens], continuations: Sequence[Tokens], pad: int, n_rows: int
+        self,
+        forcing: TeacherForcing,
+        prompts: Sequence[Tokens],
+        continuations: Sequence[Tokens],
+        n_rows: int,
     ) -> None:
+        model = forcing.model
         # The last token of a continuation predicts nothing.
         sequences = [
             prompt + continuation[:-1]
@@ -53,9 +62,13 @@ class KnownSequences:
         self.lengths = [len(continuations[index]) for index in self.order]
         self._starts = [len(prompts[index]) - 1 for index in self.order]
         self._widths = [len(sequences[index]) for index in self.order]
-        self._n_rows = n_rows
         shape = (len(sequences), max(self._widths, default=0))
-        self._tokens = TokenBatch(torch.full(shape, pad), torch.zeros(shape, dtype=torch.long))
+        if model.model.device.type == "cpu":
+            n_rows = min(n_rows, max(1, CPU_TOKENS_PER_PASS // max(1, shape[1])))
+        self._n_rows = n_rows
+        self._tokens = TokenBatch(
+            torch.full(shape, model.pad_token_id()), torch.zeros(shape, dtype=torch.long)
+        )
         for row, index in enumerate(self.order):
             width = len(sequences[index])
             self._tokens.input_ids[row, :width] = torch.tensor(sequences[index])
@@ -67,7 +80,8 @@ class KnownSequences:
 
         for part in batches(len(self.order), self._n_rows):
             hidden_states = forcing.unmodified(self._batch(part, forcing))
-            yield Piece(part, 0, hidden_states[self._positions(part, hidden_states.device)])
+            positions = self._positions(part, 1, hidden_states.device)
+            yield Piece((0,), part, hidden_states[positions])
 
     def modified(
         self, forcing: TeacherForcing, interventions: Sequence[Intervention]
@@ -80,7 +94,6 @@ class KnownSequences:
                 tokens = self._batch(part, forcing)
                 n_sequences, width = tokens.input_ids.shape
                 inputs = known[part, :width]
-                rows, columns = self._positions(part, inputs.device)
                 # Interventions that do not fit into one pass beside each other take turns.
                 for turn in batches(len(group), max(1, self._n_rows // n_sequences)):
                     chosen = group[turn]
@@ -89,8 +102,8 @@ class KnownSequences:
                         [interventions[index] for index in chosen for _ in range(n_sequences)],
                         LayerInput(start, inputs.repeat(len(chosen), 1, 1)),
                     )
-                    for place, index in enumerate(chosen):
-                        yield Piece(part, index, hidden_states[rows + place * n_sequences, columns])
+                    positions = self._positions(part, len(chosen), hidden_states.device)
+                    yield Piece(tuple(chosen), part, hidden_states[positions])
 
     def _layer_input(self, forcing: TeacherForcing, layer: int) -> Tensor:
         """Returns the input of a layer for all sequences, from that of the layer below that was asked for last."""
@@ -128,14 +141,13 @@ class KnownSequences:
             self._tokens.attention_mask[part, :width].to(device),
         )
 
-    def _positions(self, part: slice, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns the rows and columns that predict the continuations."""
+    def _positions(self, part: slice, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns the rows and columns that predict the continuations, for some sequences that are repeated."""
 
         rows: list[int] = []
         columns: list[int] = []
-        for row, (start, length) in enumerate(
-            zip(self._starts[part], self.lengths[part], strict=True)
-        ):
+        places = list(zip(self._starts[part], self.lengths[part], strict=True))
+        for row, (start, length) in enumerate(places * count):
             rows += [row] * length
             columns += range(start, start + length)
         return torch.tensor(rows, device=device), torch.tensor(columns, device=device)

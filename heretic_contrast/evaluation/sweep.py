@@ -112,7 +112,7 @@ class References:
         for part in batches(len(tokens), n_rows):
             limits = [kl_tokens] * len(tokens[part])
             continuations += generate_tokens(forcing.model, tokens[part], limits)
-        self._known = KnownSequences(tokens, continuations, forcing.model.pad_token_id(), n_rows)
+        self._known = KnownSequences(forcing, tokens, continuations, n_rows)
         self._base: list[SparseLogProbabilities] = []
         for piece in self._known.unmodified(forcing):
             statistics = base_statistics(forcing, piece.hidden_states, top_k)
@@ -155,12 +155,15 @@ class References:
 
         sums: list[list[float]] = [[] for _ in range(n_interventions)]
         for piece in pieces:
-            base = _concatenate(self._base[piece.sequences])
+            n_repeats = len(piece.interventions)
+            base = _concatenate(self._base[piece.sequences] * n_repeats)
             values = divergences(forcing, base, piece.hidden_states)
             lengths = self._known.lengths[piece.sequences]
-            sums[piece.intervention] += torch.stack(
-                [part.sum() for part in values.split(lengths)]
-            ).tolist()
+            by_sequence = torch.stack([part.sum() for part in values.split(lengths * n_repeats)])
+            for index, row in zip(
+                piece.interventions, by_sequence.view(n_repeats, -1).tolist(), strict=True
+            ):
+                sums[index] += row
         return [mean_with_standard_error(values, self.counts) for values in sums]
 
 
