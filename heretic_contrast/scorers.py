@@ -8,7 +8,7 @@ model again after an export. So nothing here keeps a model, and every score look
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -195,41 +195,14 @@ class FixedWeightSweepSettings(BaseModel):
     )
 
 
-def begin(scorer: Any, settings_class: type[BaseModel]) -> None:
+class ContrastScorer(Scorer):
     """
-    Does what every scorer does first: checks the raw tables, which Heretic has filtered.
+    What all scorers of this package share.
 
-    Raises `ContrastError` when a key or a table is misspelled.
-    """
-
-    show_errors_as_sentences()
-    check_tables(scorer.heretic_settings, "scorer", type(scorer).__name__, settings_class)
-
-
-def load(
-    scorer: Any, ctx: Context, source: PromptSource | None, pool: str
-) -> tuple[list[Prompt], PromptSource]:
-    """
-    Loads evaluation prompts, and says where they came from.
-
-    `pool`: "harmful" or "harmless", which decides the default. Raises `ContrastError` when they cannot be loaded.
+    `settings_class`: the class of the scorer's settings, whose table is `[scorer.NAME]` with the name of the scorer's class.
     """
 
-    if source is None:
-        if is_builtin(scorer.heretic_settings.model):
-            source = refuser_pool(pool, "test")
-        else:
-            source = (harmful_pool if pool == "harmful" else harmless_pool)("test[:100]")
-    prompts = load_pool(source, prompt_loader(ctx), f"{pool} evaluation")
-    log(f"* [bold]{len(prompts)}[/] {pool} evaluation prompts loaded")
-    return prompts, source
-
-
-class RefusalTiers(Scorer):
-    """Share of harmful prompts whose responses fall into the counted tiers, by default: that are refused."""
-
-    settings: RefusalTiersSettings
-    prompts: list[Prompt]
+    settings_class: ClassVar[type[BaseModel]]
 
     @property
     def reproducible(self) -> bool:
@@ -241,19 +214,49 @@ class RefusalTiers(Scorer):
     def score_name(self) -> str:
         """What the command line and the model card call the score."""
 
-        return self.settings.score_name
+        return str(self.settings.score_name)
 
     @classmethod
-    def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> RefusalTiersSettings:
+    def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> Any:
         """Validates the plugin's table. Raises `ContrastError` with the first complaint."""
 
-        return validated(RefusalTiersSettings, raw_namespace, "[scorer.RefusalTiers]")
+        return validated(cls.settings_class, raw_namespace, f"[scorer.{cls.__name__}]")
+
+    def init(self, ctx: Context) -> None:
+        """Checks the raw tables, which Heretic has filtered. Raises `ContrastError` when a key or a table is misspelled."""
+
+        show_errors_as_sentences()
+        check_tables(self.heretic_settings, "scorer", type(self).__name__, self.settings_class)
+
+    def load(self, ctx: Context, source: PromptSource | None, pool: str) -> list[Prompt]:
+        """
+        Loads evaluation prompts.
+
+        `pool`: "harmful" or "harmless", which decides the default. Raises `ContrastError` when they cannot be loaded.
+        """
+
+        if source is None:
+            if is_builtin(self.heretic_settings.model):
+                source = refuser_pool(pool, "test")
+            else:
+                source = (harmful_pool if pool == "harmful" else harmless_pool)("test[:100]")
+        prompts = load_pool(source, prompt_loader(ctx), f"{pool} evaluation")
+        log(f"* [bold]{len(prompts)}[/] {pool} evaluation prompts loaded")
+        return prompts
+
+
+class RefusalTiers(ContrastScorer):
+    """Share of harmful prompts whose responses fall into the counted tiers, by default: that are refused."""
+
+    settings_class = RefusalTiersSettings
+    settings: RefusalTiersSettings
+    prompts: list[Prompt]
 
     def init(self, ctx: Context) -> None:
         """Loads the prompts. Raises `ContrastError` when settings or prompts do not work."""
 
-        begin(self, RefusalTiersSettings)
-        self.prompts, _ = load(self, ctx, self.settings.prompts, "harmful")
+        super().init(ctx)
+        self.prompts = self.load(ctx, self.settings.prompts, "harmful")
 
     def get_score(self, ctx: Context) -> Score:
         """Judges the model's responses; the value is a share between 0 and 1."""
@@ -286,37 +289,16 @@ class RefusalTiers(Scorer):
         )
 
 
-class TeacherForcedDivergence(Scorer):
+class TeacherForcedDivergence(ContrastScorer):
     """
     KL divergence from the unmodified model over its own greedy continuations (paper, section 3.3), in nats per token.
 
     A lower bound of the full divergence, by the log-sum inequality, since only the largest log-probabilities are kept.
     """
 
+    settings_class = TeacherForcedDivergenceSettings
     settings: TeacherForcedDivergenceSettings
     references: References
-
-    @property
-    def reproducible(self) -> bool:
-        """Whether Heretic can rebuild a score from its settings alone: it would need this package."""
-
-        return False
-
-    @property
-    def score_name(self) -> str:
-        """What the command line and the model card call the score."""
-
-        return self.settings.score_name
-
-    @classmethod
-    def validate_settings(
-        cls, raw_namespace: dict[str, Any] | None
-    ) -> TeacherForcedDivergenceSettings:
-        """Validates the plugin's table. Raises `ContrastError` with the first complaint."""
-
-        return validated(
-            TeacherForcedDivergenceSettings, raw_namespace, "[scorer.TeacherForcedDivergence]"
-        )
 
     def init(self, ctx: Context) -> None:
         """
@@ -325,8 +307,8 @@ class TeacherForcedDivergence(Scorer):
         Raises `ContrastError` when settings or prompts do not work.
         """
 
-        begin(self, TeacherForcedDivergenceSettings)
-        prompts, _ = load(self, ctx, self.settings.prompts, "harmless")
+        super().init(ctx)
+        prompts = self.load(ctx, self.settings.prompts, "harmless")
         log("* Obtaining the continuations of the unmodified model...")
         model = language_model(ctx, self.heretic_settings)
         self.references = References(
@@ -351,35 +333,18 @@ class TeacherForcedDivergence(Scorer):
         )
 
 
-class FalseRefusals(Scorer):
+class FalseRefusals(ContrastScorer):
     """Share of harmless prompts that are refused: the canaries."""
 
+    settings_class = FalseRefusalsSettings
     settings: FalseRefusalsSettings
     prompts: list[Prompt]
-
-    @property
-    def reproducible(self) -> bool:
-        """Whether Heretic can rebuild a score from its settings alone: it would need this package."""
-
-        return False
-
-    @property
-    def score_name(self) -> str:
-        """What the command line and the model card call the score."""
-
-        return self.settings.score_name
-
-    @classmethod
-    def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> FalseRefusalsSettings:
-        """Validates the plugin's table. Raises `ContrastError` with the first complaint."""
-
-        return validated(FalseRefusalsSettings, raw_namespace, "[scorer.FalseRefusals]")
 
     def init(self, ctx: Context) -> None:
         """Loads the prompts. Raises `ContrastError` when settings or prompts do not work."""
 
-        begin(self, FalseRefusalsSettings)
-        self.prompts, _ = load(self, ctx, self.settings.prompts, "harmless")
+        super().init(ctx)
+        self.prompts = self.load(ctx, self.settings.prompts, "harmless")
 
     def get_score(self, ctx: Context) -> Score:
         """Judges the model's responses; the value is a share between 0 and 1."""
@@ -396,7 +361,7 @@ class FalseRefusals(Scorer):
         )
 
 
-class FixedWeightSweep(Scorer):
+class FixedWeightSweep(ContrastScorer):
     """
     The paper's evaluator (section 3.3) of the unmodified model: which of its layers are functional, which successful.
 
@@ -404,31 +369,14 @@ class FixedWeightSweep(Scorer):
     that every trial gets the same score: configure it with `optimization = "none"`.
     """
 
+    settings_class = FixedWeightSweepSettings
     settings: FixedWeightSweepSettings
     score: Score | None = None
-
-    @property
-    def reproducible(self) -> bool:
-        """Whether Heretic can rebuild a score from its settings alone: it would need this package."""
-
-        return False
-
-    @property
-    def score_name(self) -> str:
-        """What the command line and the model card call the score."""
-
-        return self.settings.score_name
-
-    @classmethod
-    def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> FixedWeightSweepSettings:
-        """Validates the plugin's table. Raises `ContrastError` with the first complaint."""
-
-        return validated(FixedWeightSweepSettings, raw_namespace, "[scorer.FixedWeightSweep]")
 
     def init(self, ctx: Context) -> None:
         """Checks the settings. Raises `ContrastError` when they do not work, or the output cannot be written."""
 
-        begin(self, FixedWeightSweepSettings)
+        super().init(ctx)
         require_writable_directory(Path(self.settings.output))
 
     def get_baseline_score(self, ctx: Context) -> Score:
@@ -452,8 +400,8 @@ class FixedWeightSweep(Scorer):
             with progress_bar() as progress:
                 directions[name] = extract(model, pools, configuration, log, progress)
 
-        harmful_prompts, _ = load(self, ctx, settings.harmful_prompts, "harmful")
-        harmless_prompts, _ = load(self, ctx, settings.harmless_prompts, "harmless")
+        harmful_prompts = self.load(ctx, settings.harmful_prompts, "harmful")
+        harmless_prompts = self.load(ctx, settings.harmless_prompts, "harmless")
         harmful_prompts, _ = without_extraction_prompts(harmful_prompts, list(used.values()))
         harmless_prompts, _ = without_extraction_prompts(harmless_prompts, list(used.values()))
         harmful_prompts = assign_categories(
