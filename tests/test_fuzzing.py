@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from heretic_contrast import cli
-from heretic_contrast.directions import FORMAT, Directions, _content_digest
+from heretic_contrast.directions import Directions
+from heretic_contrast.directions_file import FORMAT, content_digest
 from heretic_contrast.errors import ContrastError, one_line
 from heretic_contrast.search import configuration_digest
 from heretic_contrast.settings import PRESETS, ContrastSettings
@@ -457,7 +458,7 @@ def forge(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, s
     """Writes a file whose digest of the numbers is right, as whoever forges one can make it."""
 
     try:
-        digest = _content_digest(tensors)
+        digest = content_digest(tensors)
     except TypeError:
         digest = ""
     texts = {

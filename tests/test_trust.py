@@ -30,7 +30,8 @@ import torch
 from safetensors.torch import save
 
 import heretic_contrast
-from heretic_contrast.directions import FORMAT, Directions, _content_digest
+from heretic_contrast.directions import Directions
+from heretic_contrast.directions_file import FORMAT, content_digest
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.settings import (
@@ -244,7 +245,7 @@ def forge(path: Path, provenance: dict[str, Any], names: list[str]) -> None:
         "class_names": json.dumps(names),
         "aligned": "true",
         "provenance": json.dumps(provenance),
-        "digest": _content_digest(tensors),
+        "digest": content_digest(tensors),
         # What no version writes is not looked at.
         "__reduce__": "os.system",
         "include": "https://127.0.0.1/",
