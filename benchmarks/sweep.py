@@ -3,7 +3,7 @@
 """
 Times the sweep against the reference loop: change the weights, generate, measure the full-vocabulary divergence.
 
-    python benchmarks/sweep.py [--reference-cells 8] [--random-llama] [--operations]
+    python benchmarks/sweep.py [--reference-cells 8] [--random-llama | --model PATH] [--operations]
 
 Both ways judge the same cells on the same model in one process. The reference runs on every n-th cell and is scaled
 linearly, since its cost does not depend on the cell. Responses must be the same, and the divergence a lower bound.
@@ -135,7 +135,8 @@ def build(arguments: argparse.Namespace) -> tuple[LanguageModel, Directions, lis
         for name in ("harmful", "harmless")
         for split in ("train", "test")
     }
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "refuser")
+    folder = arguments.model or DATA / "refuser"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if arguments.random_llama:
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -153,7 +154,7 @@ def build(arguments: argparse.Namespace) -> tuple[LanguageModel, Directions, lis
             )
         ).eval()
     else:
-        network = AutoModelForCausalLM.from_pretrained(DATA / "refuser")
+        network = AutoModelForCausalLM.from_pretrained(folder)
     network.requires_grad_(False)
     model = wrap(network, tokenizer, name="benchmark", batch_size=arguments.batch_size)
     directions = extract(
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument(
         "--random-llama", action="store_true", help="a random model of 134 M parameters"
     )
+    parser.add_argument("--model", type=Path, help="a folder; the built-in refuser by default")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--operations", action="store_true", help="count instead of timing")
     parser.add_argument("--json", type=Path)
