@@ -229,6 +229,8 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
     spent = clock() - started
     in_forward = forward.total
 
+    # Both ways need the unmodified model's continuations and its distributions there, once.
+    started = clock()
     prompts = prompt_tokens(model, references)
     continuations = [
         item
@@ -236,6 +238,7 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
         for item in generate_tokens(model, prompts[part], [options.kl_tokens] * len(prompts[part]))
     ]
     base = log_probabilities(model, prompts, continuations)
+    reference_preparation = clock() - started
 
     stride = max(1, len(cells) // arguments.reference_cells)
     chosen: list[Cell] = cells[stride // 2 :: stride]
@@ -263,7 +266,7 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
             f"layer {layer:2} w {cell.weight:.1f}: KL {cell.measurement.kl_divergence:.6f} "
             f"of {full:.6f}, responses {'same' if responses == list(cell.responses) else 'DIFFER'}"
         )
-    reference_total = reference_spent / len(chosen) * len(cells)
+    reference_total = reference_preparation + reference_spent / len(chosen) * len(cells)
     return {
         "cells": len(cells),
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
@@ -271,6 +274,7 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
         f"reference {unit}, scaled": reference_total,
         "reference / ours": reference_total / spent,
         f"{unit} of preparation": preparation,
+        f"reference {unit} of preparation": reference_preparation,
         f"{unit} per cell, divergence": divergence.total / len(cells),
         f"{unit} per cell, responses": (spent - preparation - divergence.total) / len(cells),
         f"reference {unit} per cell, divergence": reference_divergence / len(chosen),
