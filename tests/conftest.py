@@ -22,7 +22,7 @@ settings.register_profile(
     max_examples=50,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-settings.register_profile("thorough", settings.get_profile("quick"), max_examples=250)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=500)
 settings.load_profile(os.environ.get("HERETIC_CONTRAST_PROPERTIES", "quick"))
 
 DATA = Path(__file__).resolve().parents[1] / "heretic_contrast" / "data"
