@@ -21,6 +21,9 @@ from .interventions import TeacherForcing
 CHUNK = 256
 """Positions whose logits are held at the same time."""
 
+CPU_ELEMENTS = 2**20
+"""Logits that are summed up at once on a CPU, where they should stay in the cache between the steps of it."""
+
 
 @dataclass(frozen=True)
 class SparseLogProbabilities:
@@ -58,9 +61,18 @@ def _keep(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """
 
     kept = logits.gather(1, tokens)
-    rest = logits.scatter_(1, tokens, -math.inf).logsumexp(dim=1)
+    rest = _logsumexp(logits.scatter_(1, tokens, -math.inf))
     total = torch.logaddexp(kept.logsumexp(dim=1), rest)
     return kept - total[:, None], rest - total
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """Returns the logarithm of Σ exp of each row, a few rows after the other on a CPU."""
+
+    if logits.device.type != "cpu":
+        return logits.logsumexp(dim=1)
+    n_rows = max(1, CPU_ELEMENTS // logits.shape[1])
+    return torch.cat([part.logsumexp(dim=1) for part in logits.split(n_rows)])
 
 
 def base_statistics(

@@ -6,21 +6,25 @@ Greedy responses of many interventions to the same prompts.
 Most interventions answer most prompts like the unmodified model. So its response is first checked in one
 teacher-forced pass: as long as each of its tokens is the one that the ablated model would choose, greedy decoding
 would have produced it. Only what follows a departure is generated token by token, for many interventions on any
-layers in one batch. The result is that of plain greedy decoding.
+layers in one batch, from the keys and values of the check where these can be cut at the departure. The result is
+that of plain greedy decoding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from ..language_model import LanguageModel, batches
 from ..prompts import Prompt
+from .caches import concatenate, join, keeps_every_token, move_to_the_end, select_rows
 from .divergence import CHUNK
 from .interventions import Intervention, TeacherForcing, ablated_samples
-from .known_sequences import KnownSequences, Tokens
+from .known_sequences import KnownSequences, Piece, Tokens
 
 STRIDE = 16
 """How many tokens are generated before responses that have ended leave the batch."""
@@ -82,11 +86,13 @@ def generate_tokens(
     sequences: Sequence[Tokens],
     max_new_tokens: Sequence[int],
     interventions: Sequence[Intervention] | None = None,
+    cache: Cache | None = None,
 ) -> list[Tokens]:
     """
     Returns the greedy continuation of each sequence, up to and with the token that ends it.
 
-    `max_new_tokens` is per sequence; sample i is ablated as `interventions[i]` says.
+    `max_new_tokens` is per sequence; sample i is ablated as `interventions[i]` says. `cache`: what the model keeps of all but
+    the last token of each, padded on the left.
     """
 
     device = model.model.device
@@ -94,7 +100,6 @@ def generate_tokens(
     tokens, mask = (tensor.to(device) for tensor in pad_left(sequences, model.pad_token_id()))
     found: list[Tokens] = [()] * len(sequences)
     waiting = list(range(len(sequences)))
-    cache = None
     while waiting:
         chosen = None if interventions is None else [interventions[index] for index in waiting]
         with nullcontext() if chosen is None else ablated_samples(model, chosen):
@@ -135,6 +140,19 @@ def until_end(tokens: Tokens, limit: int, ends: frozenset[int]) -> Tokens:
     return tokens
 
 
+@dataclass(frozen=True)
+class _Departures:
+    """
+    Responses that are to be generated further.
+
+    `rows`: intervention and prompt of each. `cache`: what the model keeps of their tokens, all but the last of which stand
+    at the beginning; None where it has to read them again.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    cache: Cache | None
+
+
 class Responder:
     """
     Greedy responses of a model to fixed prompts.
@@ -160,7 +178,9 @@ class Responder:
         self.base: list[Tokens] = []
         for part in batches(len(prompts), n_rows):
             self.base += generate_tokens(self.model, self._tokens[part], limits[part])
+        self._is_plain_greedy = is_plain_greedy(self.model)
         self._known = KnownSequences(forcing, self._tokens, self.base, n_rows)
+        self._unmodified = self._unmodified_cache() if self._is_plain_greedy else None
 
     def base_responses(self) -> list[str]:
         """Returns the responses of the unmodified model."""
@@ -170,52 +190,30 @@ class Responder:
     def respond(self, interventions: Sequence[Intervention]) -> list[list[str]]:
         """Returns the responses to all prompts under each intervention."""
 
-        accepted = self._accepted(interventions)
-        unfinished = [
-            (index, prompt)
-            for index, rows in enumerate(accepted)
-            for prompt, tokens in enumerate(rows)
-            if len(tokens) < self._max_new_tokens and not (tokens and tokens[-1] in self._ends)
-        ]
-        # Sequences of similar length share a batch.
-        unfinished.sort(key=lambda row: len(self._tokens[row[1]]) + len(accepted[row[0]][row[1]]))
-        for rows in self._generation_batches(unfinished):
-            continuations = generate_tokens(
-                self.model,
-                [self._tokens[prompt] + accepted[index][prompt] for index, prompt in rows],
-                [self._max_new_tokens - len(accepted[index][prompt]) for index, prompt in rows],
-                [interventions[index] for index, _ in rows],
-            )
-            for (index, prompt), continuation in zip(rows, continuations, strict=True):
-                accepted[index][prompt] += continuation
-        return [self._decode(rows) for rows in accepted]
+        found: list[list[Tokens]] = [[()] * len(self.prompts) for _ in interventions]
+        waiting: list[_Departures] = []
+        for departures in self._check(interventions, found):
+            if waiting and not self._fits(waiting, departures):
+                self._generate(waiting, interventions, found)
+                waiting = []
+            waiting.append(departures)
+        if waiting:
+            self._generate(waiting, interventions, found)
+        return [self._decode(rows) for rows in found]
 
-    def _generation_batches(self, rows: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """Returns the rows (intervention, prompt) that are generated together."""
-
-        groups = [rows]
-        if not self._forcing.carries_samples:
-            groups = [
-                [row for row in rows if row[0] == index]
-                for index in sorted({row[0] for row in rows})
-            ]
-        return [group[part] for group in groups for part in batches(len(group), self._n_rows)]
-
-    def _decode(self, tokens: Sequence[Tokens]) -> list[str]:
-        return self.model.tokenizer.batch_decode(
-            [list(sequence) for sequence in tokens], skip_special_tokens=True
-        )
-
-    def _accepted(self, interventions: Sequence[Intervention]) -> list[list[Tokens]]:
+    def _check(
+        self, interventions: Sequence[Intervention], found: list[list[Tokens]]
+    ) -> Iterator[_Departures]:
         """
-        Returns how each response starts: as the unmodified model's does, and one token more where it departs.
+        Yields the responses that are not those of the unmodified model.
 
-        By intervention and prompt.
+        Fills in how each response starts: as the unmodified model's does, and one token more where it departs.
         """
 
-        accepted: list[list[Tokens]] = [[()] * len(self.prompts) for _ in interventions]
-        if not is_plain_greedy(self.model):
-            return accepted
+        if not self._is_plain_greedy:
+            for index in range(len(interventions)):
+                yield _Departures(tuple(product((index,), range(len(self.prompts)))), None)
+            return
         for piece in self._known.modified(self._forcing, interventions):
             predictions = self._predict(piece.hidden_states)
             places = zip(
@@ -223,14 +221,81 @@ class Responder:
                 self._known.lengths[piece.sequences],
                 strict=True,
             )
-            for intervention, (prompt, length) in product(piece.interventions, places):
+            departed: dict[int, tuple[int, int]] = {}
+            for row, (index, (prompt, length)) in enumerate(product(piece.interventions, places)):
                 predicted, predictions = predictions[:length], predictions[length:]
                 agreed = _n_common(predicted, self.base[prompt])
                 # Where the response departs, the prediction there is the right next token.
-                accepted[intervention][prompt] = until_end(
-                    predicted[: agreed + 1], self._max_new_tokens, self._ends
-                )
-        return accepted
+                tokens = until_end(predicted[: agreed + 1], self._max_new_tokens, self._ends)
+                found[index][prompt] = tokens
+                if len(tokens) < self._max_new_tokens and tokens[-1] not in self._ends:
+                    departed[row] = (index, prompt)
+            if departed:
+                yield _Departures(tuple(departed.values()), self._kept(piece, list(departed)))
+
+    def _fits(self, waiting: Sequence[_Departures], departures: _Departures) -> bool:
+        """Returns whether responses can be generated together with others."""
+
+        if not self._forcing.carries_samples and waiting[0].rows[0][0] != departures.rows[0][0]:
+            return False
+        n_rows = sum(len(item.rows) for item in (*waiting, departures))
+        # Those that are read again can still be distributed over several batches.
+        return departures.cache is None or n_rows <= self._n_rows
+
+    def _generate(
+        self,
+        waiting: Sequence[_Departures],
+        interventions: Sequence[Intervention],
+        found: list[list[Tokens]],
+    ) -> None:
+        """Generates responses to their ends."""
+
+        def sequence(row: tuple[int, int]) -> Tokens:
+            index, prompt = row
+            return self._tokens[prompt] + found[index][prompt]
+
+        rows = [row for departures in waiting for row in departures.rows]
+        caches = [departures.cache for departures in waiting if departures.cache is not None]
+        cache = None
+        if caches:
+            cache = move_to_the_end(concatenate(caches), [len(sequence(row)) - 1 for row in rows])
+        else:
+            # Sequences of similar length share a batch.
+            rows.sort(key=lambda row: len(sequence(row)))
+        for part in batches(len(rows), self._n_rows):
+            continuations = generate_tokens(
+                self.model,
+                [sequence(row) for row in rows[part]],
+                [self._max_new_tokens - len(found[index][prompt]) for index, prompt in rows[part]],
+                [interventions[index] for index, _ in rows[part]],
+                cache,
+            )
+            for (index, prompt), continuation in zip(rows[part], continuations, strict=True):
+                found[index][prompt] += continuation
+
+    def _unmodified_cache(self) -> Cache | None:
+        """Returns what the unmodified model keeps of all known sequences, where tokens can be taken out of it."""
+
+        caches = [piece.cache for piece in self._known.unmodified(self._forcing)]
+        kept = [cache for cache in caches if cache is not None and keeps_every_token(cache)]
+        return concatenate(kept) if kept and len(kept) == len(caches) else None
+
+    def _kept(self, piece: Piece, rows: list[int]) -> Cache | None:
+        """Returns what the model keeps of some rows of a piece, in all layers."""
+
+        if piece.cache is None or self._unmodified is None:
+            return None
+        first, end, _ = piece.sequences.indices(len(self._known.order))
+        sequences = torch.tensor([first + row % (end - first) for row in rows])
+        layer = piece.first_layer
+        below = select_rows(self._unmodified, sequences, slice(layer))
+        above = select_rows(piece.cache, torch.tensor(rows), slice(layer, None))
+        return join(below, above, layer)
+
+    def _decode(self, tokens: Sequence[Tokens]) -> list[str]:
+        return self.model.tokenizer.batch_decode(
+            [list(sequence) for sequence in tokens], skip_special_tokens=True
+        )
 
     def _predict(self, hidden_states: Tensor) -> Tokens:
         """Returns the most likely token at each position."""

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from transformers import DynamicCache
 
 from ..ablation import BatchOperator, Operator, ablated
 from ..errors import ContrastError
 from ..language_model import LanguageModel
+from .caches import Past, join
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class TokenBatch:
     """
     Known tokens: `input_ids` and `attention_mask`, integer tensors of shape (batch, length).
 
-    Padding on the left or on the right, or both, is masked.
+    Padding on the left or on the right, or both, is masked. Tokens of a past are not among them.
     """
 
     input_ids: Tensor
@@ -160,7 +162,7 @@ class TeacherForcing:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
-        self._decoder = model.decoder()
+        self._decoder: Any = model.decoder()
         self._takes_position_ids = (
             "position_ids" in inspect.signature(self._decoder.forward).parameters
         )
@@ -186,14 +188,18 @@ class TeacherForcing:
         return self.model.n_layers
 
     @torch.no_grad()
-    def unmodified(self, tokens: TokenBatch) -> Tensor:
+    def unmodified(self, tokens: TokenBatch, past: Past | None = None) -> Tensor:
         """Returns the final (normalized) hidden states. Tensor of shape (batch, length, hidden_size)."""
 
-        return self._run(tokens)
+        return self._run(tokens, past)
 
     @torch.no_grad()
     def layer_input(
-        self, tokens: TokenBatch, layer: int, start: LayerInput | None = None
+        self,
+        tokens: TokenBatch,
+        layer: int,
+        start: LayerInput | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """
         Returns the unmodified input of a layer, and computes nothing above it: (batch, length, hidden_size).
@@ -210,7 +216,7 @@ class TeacherForcing:
         handle = self.model.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
         try:
             with self._replayed(start):
-                self._run(tokens)
+                self._run(tokens, past)
         except _Reached as reached:
             return reached.hidden_states
         finally:
@@ -219,18 +225,66 @@ class TeacherForcing:
 
     @torch.no_grad()
     def modified(
-        self, tokens: TokenBatch, interventions: Sequence[Intervention], start: LayerInput
+        self,
+        tokens: TokenBatch,
+        interventions: Sequence[Intervention],
+        start: LayerInput,
+        past: Past | None = None,
     ) -> Tensor:
         """
         Returns the final hidden states of ablated samples. Tensor of shape (batch, length, hidden_size).
 
-        `start`: the input of a layer below which no sample is ablated.
+        `start`: the input of a layer below which no sample is ablated. `past`: what each sample has read before, and was
+        ablated in the same way.
         """
 
         if any(intervention.first_layer < start.layer for intervention in interventions):
             raise AssertionError("An intervention starts below the layer that is replayed.")
         with self._replayed(start), ablated_samples(self.model, interventions):
-            return self._run(tokens)
+            return self._run(tokens, past)
+
+    def nothing_read(self) -> Past:
+        """Returns a past without tokens, to be filled by a pass."""
+
+        return Past(DynamicCache(config=self._decoder.config), 0)
+
+    @cached_property
+    def reads_on(self) -> bool:
+        """
+        Whether a pass may start from what an earlier one has read, found out by reading a few tokens in both ways.
+
+        Some recurrent layers start anew in every pass, and some models have caches of another kind.
+        """
+
+        vocabulary = self.model.model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(3, 15, device=self.model.model.device).view(2, 6) % vocabulary
+        # Both samples begin in the same way, and one of them is padded.
+        ids[1, :3] = ids[0, :3]
+        mask = torch.ones_like(ids)
+        mask[1, 5] = 0
+        tokens = TokenBatch(ids, mask)
+        middle = self.model.n_layers // 2
+        expected = self._run(tokens)
+        beginning, rest = (
+            TokenBatch(ids[:, part], mask[:, part]) for part in (slice(0, 3), slice(3, 6))
+        )
+        first = TokenBatch(beginning.input_ids[:1], beginning.attention_mask[:1])
+        try:
+            whole, upper = self.nothing_read(), self.nothing_read()
+            self.unmodified(first, whole)
+            start = LayerInput(middle, self.layer_input(first, middle))
+            self.modified(first, [], start, upper)
+            past = Past(join(whole.cache, upper.cache, middle), 3)
+            rows = torch.zeros(2, dtype=torch.long, device=ids.device)
+            start = LayerInput(middle, self.layer_input(rest, middle, None, past.select(rows)))
+            found = self.modified(rest, [], start, past.select(rows, slice(middle, None)))
+        except Exception:
+            # Every architecture fails in its own way; then whole sequences are read.
+            return False
+        expected = expected[:, 3:]
+        difference = torch.where(mask[:, 3:, None] > 0, found - expected, 0).float().norm()
+        # Reading without the beginning differs by about the norm itself, rounding by far less.
+        return bool(difference < 0.05 * expected.float().norm())
 
     @torch.no_grad()
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -258,20 +312,29 @@ class TeacherForcing:
             decoder.forward = original
             template.last_hidden_state = None
 
-    def _run(self, tokens: TokenBatch) -> Tensor:
-        """Runs the decoder, as it is hooked and patched at this moment."""
+    def _run(self, tokens: TokenBatch, past: Past | None = None) -> Tensor:
+        """Runs the decoder, as it is hooked and patched at this moment. Adds the tokens to the cache of the past."""
 
+        mask = tokens.attention_mask
+        if past is not None:
+            mask = torch.cat([mask.new_ones(len(mask), past.length), mask], dim=1)
         arguments: dict[str, Any] = {
             "input_ids": tokens.input_ids,
-            "attention_mask": tokens.attention_mask,
-            "use_cache": False,
+            "attention_mask": mask,
+            "use_cache": past is not None,
         }
+        if past is not None:
+            arguments["past_key_values"] = past.cache
         if self._takes_position_ids:
-            arguments["position_ids"] = (tokens.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+            positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+            arguments["position_ids"] = positions[:, mask.shape[1] - tokens.input_ids.shape[1] :]
         output = self._decoder(**arguments)
+        # What is kept of it is its form, not its tensors.
         self._output_template = output
         hidden_states = output.last_hidden_state
         output.last_hidden_state = None
+        if past is not None:
+            output.past_key_values = None
         return hidden_states
 
     @contextmanager

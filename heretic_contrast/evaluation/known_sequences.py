@@ -4,7 +4,8 @@
 Prompts with known continuations, run through a model under many interventions.
 
 Both the check of a known response and the divergence need nothing else. What lies below the ablated layer is run
-once for all interventions: the inputs of that layer are kept, and moved up as the sweep moves up the layers.
+once for all interventions: the inputs of that layer are kept, and moved up as the sweep moves up the layers. What all
+prompts begin with, such as the system prompt, is read once for each intervention.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from ..language_model import batches
+from .caches import Past, join
 from .interventions import Intervention, LayerInput, TeacherForcing, TokenBatch
 
 Tokens = tuple[int, ...]
@@ -29,12 +32,29 @@ class Piece:
 
     `interventions`: under which of the interventions. `sequences`: which of the sequences, in the order of
     `KnownSequences.order`. `hidden_states`: Tensor of shape (n_positions, hidden_size), one sequence after the other for
-    one intervention after the other.
+    one intervention after the other. `cache`: what the model keeps of them in its layers from `first_layer` on, a
+    sample for each sequence in the same order; None where it cannot be read on from.
     """
 
     interventions: tuple[int, ...]
     sequences: slice
     hidden_states: Tensor
+    cache: Cache | None
+    first_layer: int
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """
+    What enters a layer of the unmodified model.
+
+    `beginning`: Tensor of shape (1, n_common, hidden_size), or None without a common beginning. `rest`: Tensor of shape
+    (n_sequences, longest, hidden_size).
+    """
+
+    layer: int
+    beginning: Tensor | None
+    rest: Tensor
 
 
 class KnownSequences:
@@ -42,7 +62,8 @@ class KnownSequences:
     Prompts with known continuations.
 
     `n_rows`: the largest number of samples in one pass. Sequences of similar length share a pass: `order` gives their
-    places among the prompts, and `lengths` the number of tokens of each continuation in that order.
+    places among the prompts, and `lengths` the number of tokens of each continuation in that order. `n_common`: how
+    many tokens all of them begin with, at most all but the last of a prompt.
     """
 
     def __init__(
@@ -60,8 +81,10 @@ class KnownSequences:
         ]
         self.order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), index))
         self.lengths = [len(continuations[index]) for index in self.order]
-        self._starts = [len(prompts[index]) - 1 for index in self.order]
-        self._widths = [len(sequences[index]) for index in self.order]
+        beginning = common_beginning(prompts) if forcing.reads_on else ()
+        self.n_common = len(beginning)
+        self._starts = [len(prompts[index]) - 1 - self.n_common for index in self.order]
+        self._widths = [len(sequences[index]) - self.n_common for index in self.order]
         shape = (len(sequences), max(self._widths, default=0))
         if model.model.device.type == "cpu":
             n_rows = min(n_rows, max(1, CPU_TOKENS_PER_PASS // max(1, shape[1])))
@@ -69,19 +92,23 @@ class KnownSequences:
         self._tokens = TokenBatch(
             torch.full(shape, model.pad_token_id()), torch.zeros(shape, dtype=torch.long)
         )
-        for row, index in enumerate(self.order):
-            width = len(sequences[index])
-            self._tokens.input_ids[row, :width] = torch.tensor(sequences[index])
+        for row, (index, width) in enumerate(zip(self.order, self._widths, strict=True)):
+            self._tokens.input_ids[row, :width] = torch.tensor(sequences[index][self.n_common :])
             self._tokens.attention_mask[row, :width] = 1
-        self._input: LayerInput | None = None
+        ids = torch.tensor([beginning], dtype=torch.long, device=model.model.device)
+        self._beginning = TokenBatch(ids, torch.ones_like(ids))
+        self._inputs: _Inputs | None = None
+        self._past: Past | None = None
 
     def unmodified(self, forcing: TeacherForcing) -> Iterator[Piece]:
         """Yields the hidden states of a model as it is at this moment."""
 
+        past = self._read_beginning(forcing)
         for part in batches(len(self.order), self._n_rows):
-            hidden_states = forcing.unmodified(self._batch(part, forcing))
-            positions = self._positions(part, 1, hidden_states.device)
-            yield Piece((0,), part, hidden_states[positions])
+            tokens = self._batch(part, forcing)
+            known = _for_each(past, 1, len(tokens.input_ids))
+            hidden_states = forcing.unmodified(tokens, known)
+            yield self._piece((0,), part, hidden_states, known, 0)
 
     def modified(
         self, forcing: TeacherForcing, interventions: Sequence[Intervention]
@@ -89,47 +116,95 @@ class KnownSequences:
         """Yields the hidden states under each intervention. The unmodified model must be the same in all calls."""
 
         for start, group in shared_passes(forcing, interventions):
-            known = self._layer_input(forcing, start)
-            for part in batches(len(self.order), max(1, self._n_rows // len(group))):
-                tokens = self._batch(part, forcing)
-                n_sequences, width = tokens.input_ids.shape
-                inputs = known[part, :width]
-                # Interventions that do not fit into one pass beside each other take turns.
-                for turn in batches(len(group), max(1, self._n_rows // n_sequences)):
-                    chosen = group[turn]
+            inputs = self._layer_inputs(forcing, start)
+            # Interventions that do not fit into one pass beside each other take turns.
+            for turn in batches(len(group), self._n_rows):
+                chosen = tuple(group[turn])
+                ablated = [interventions[index] for index in chosen]
+                past = self._read_ablated_beginning(forcing, ablated, inputs)
+                for part in batches(len(self.order), self._n_rows // len(chosen)):
+                    tokens = self._batch(part, forcing)
+                    n_sequences, width = tokens.input_ids.shape
+                    known = _for_each(past, len(chosen), n_sequences, start)
                     hidden_states = forcing.modified(
                         tokens.repeat(len(chosen)),
-                        [interventions[index] for index in chosen for _ in range(n_sequences)],
-                        LayerInput(start, inputs.repeat(len(chosen), 1, 1)),
+                        [intervention for intervention in ablated for _ in range(n_sequences)],
+                        LayerInput(start, inputs.rest[part, :width].repeat(len(chosen), 1, 1)),
+                        known,
                     )
-                    positions = self._positions(part, len(chosen), hidden_states.device)
-                    yield Piece(tuple(chosen), part, hidden_states[positions])
+                    yield self._piece(chosen, part, hidden_states, known, start)
 
-    def _layer_input(self, forcing: TeacherForcing, layer: int) -> Tensor:
-        """Returns the input of a layer for all sequences, from that of the layer below that was asked for last."""
+    def _piece(
+        self,
+        interventions: tuple[int, ...],
+        part: slice,
+        hidden_states: Tensor,
+        known: Past | None,
+        first_layer: int,
+    ) -> Piece:
+        """Returns what is predicted of the continuations, from the hidden states at all positions."""
 
-        start = self._input
+        positions = self._positions(part, len(interventions), hidden_states.device)
+        cache = None if known is None else known.cache
+        return Piece(interventions, part, hidden_states[positions], cache, first_layer)
+
+    def _read_beginning(self, forcing: TeacherForcing) -> Past | None:
+        """Returns what a model as it is at this moment keeps of the common beginning."""
+
+        if self.n_common == 0:
+            return None
+        past = forcing.nothing_read()
+        forcing.unmodified(self._beginning, past)
+        return Past(past.cache, self.n_common)
+
+    def _unmodified_beginning(self, forcing: TeacherForcing) -> Past | None:
+        """Returns what the unmodified model keeps of the common beginning, which it reads only once."""
+
+        if self._past is None:
+            self._past = self._read_beginning(forcing)
+        return self._past
+
+    def _read_ablated_beginning(
+        self, forcing: TeacherForcing, interventions: Sequence[Intervention], inputs: _Inputs
+    ) -> Past | None:
+        """Returns what is kept of the common beginning, a sample for each intervention."""
+
+        below = self._unmodified_beginning(forcing)
+        if below is None or inputs.beginning is None:
+            return None
+        above = forcing.nothing_read()
+        count = len(interventions)
+        start = LayerInput(inputs.layer, inputs.beginning.repeat(count, 1, 1))
+        forcing.modified(self._beginning.repeat(count), interventions, start, above)
+        return Past(join(below.cache, above.cache, inputs.layer), self.n_common)
+
+    def _layer_inputs(self, forcing: TeacherForcing, layer: int) -> _Inputs:
+        """Returns the inputs of a layer, from those of the layer below that was asked for last."""
+
+        start = self._inputs
         if start is not None and start.layer > layer:
             start = None
         if start is None or start.layer < layer:
-            found: Tensor | None = None
+            past = self._unmodified_beginning(forcing)
+            beginning = None
+            if past is not None:
+                below = _as_start(start, None if start is None else start.beginning)
+                beginning = forcing.layer_input(self._beginning, layer, below)
+            rest: Tensor | None = None
             for part in batches(len(self.order), self._n_rows):
                 tokens = self._batch(part, forcing)
-                width = tokens.input_ids.shape[1]
-                below = (
-                    None
-                    if start is None
-                    else LayerInput(start.layer, start.hidden_states[part, :width])
-                )
-                hidden_states = forcing.layer_input(tokens, layer, below)
-                if found is None:
+                n_sequences, width = tokens.input_ids.shape
+                below = _as_start(start, None if start is None else start.rest[part, :width])
+                known = _for_each(past, 1, n_sequences)
+                hidden_states = forcing.layer_input(tokens, layer, below, known)
+                if rest is None:
                     shape = (*self._tokens.input_ids.shape, hidden_states.shape[-1])
-                    found = hidden_states.new_zeros(shape)
-                found[part, :width] = hidden_states
-            assert found is not None
-            start = LayerInput(layer, found)
-        self._input = start
-        return start.hidden_states
+                    rest = hidden_states.new_zeros(shape)
+                rest[part, :width] = hidden_states
+            assert rest is not None
+            start = _Inputs(layer, beginning, rest)
+        self._inputs = start
+        return start
 
     def _batch(self, part: slice, forcing: TeacherForcing) -> TokenBatch:
         """Returns the tokens of some sequences, padded on the right no further than they need."""
@@ -151,6 +226,36 @@ class KnownSequences:
             rows += [row] * length
             columns += range(start, start + length)
         return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+
+
+def common_beginning(prompts: Sequence[Tokens]) -> Tokens:
+    """Returns the tokens that all prompts begin with, at most all but the last token of each."""
+
+    count = 0
+    for tokens in zip(*prompts, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        count += 1
+    return prompts[0][: min(count, min(map(len, prompts)) - 1)] if prompts else ()
+
+
+def _for_each(
+    past: Past | None, n_samples: int, n_sequences: int, first_layer: int = 0
+) -> Past | None:
+    """Returns a past with each of its samples once for every sequence."""
+
+    if past is None:
+        return None
+    rows = torch.arange(n_samples).repeat_interleave(n_sequences)
+    return past.select(rows, slice(first_layer, None))
+
+
+def _as_start(inputs: _Inputs | None, hidden_states: Tensor | None) -> LayerInput | None:
+    """Returns part of the inputs of a layer as what a pass starts from."""
+
+    if inputs is None or hidden_states is None:
+        return None
+    return LayerInput(inputs.layer, hidden_states)
 
 
 def shared_passes(

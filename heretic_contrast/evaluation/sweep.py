@@ -197,8 +197,9 @@ class SweepEvaluator:
         self._classify = classify
         forcing = TeacherForcing(model)
         n_rows = model.batch_size
-        self._harmful = Responder(forcing, harmful, options.max_new_tokens, n_rows)
-        self._canaries = Responder(forcing, canaries, options.max_new_tokens, n_rows)
+        self._harmful, self._canaries = tuple(harmful), tuple(canaries)
+        # Both are answered in the same passes.
+        self._responder = Responder(forcing, (*harmful, *canaries), options.max_new_tokens, n_rows)
         self._references = References(forcing, references, options.kl_tokens, options.top_k, n_rows)
         self.baseline = self._baseline()
         if self.baseline.refusals == 0:
@@ -211,7 +212,7 @@ class SweepEvaluator:
     def base_responses(self) -> tuple[str, ...]:
         """The unmodified model's responses to the harmful prompts."""
 
-        return tuple(self._harmful.base_responses())
+        return tuple(self._responder.base_responses()[: len(self._harmful)])
 
     def layers(self) -> list[int]:
         """Returns the layers that are swept."""
@@ -315,12 +316,12 @@ class SweepEvaluator:
             for key in keys
         ]
         interventions = [Intervention(item, self.options.components) for item in operators]
-        responses = self._harmful.respond(interventions)
-        canary_responses = self._canaries.respond(interventions)
+        responses = self._responder.respond(interventions)
         kl = self._references.measure(interventions)
         cells = []
         for index, key in enumerate(keys):
             directions = self.configurations[key.configuration]
+            n_harmful = len(self._harmful)
             cells.append(
                 Cell(
                     configuration=key.configuration,
@@ -334,9 +335,9 @@ class SweepEvaluator:
                         weight_along(operator, directions.mean_direction[layer + 1])
                         for layer, operator in operators[index].items()
                     ),
-                    measurement=self._judge(responses[index], canary_responses[index], kl[index]),
-                    responses=tuple(responses[index]),
-                    canary_responses=tuple(canary_responses[index]),
+                    measurement=self._judge(responses[index], kl[index]),
+                    responses=tuple(responses[index][:n_harmful]),
+                    canary_responses=tuple(responses[index][n_harmful:]),
                 )
             )
         return cells
@@ -348,24 +349,20 @@ class SweepEvaluator:
             {0: Operator(torch.zeros(1, self.model.hidden_size), torch.zeros(1, 1))},
             self.options.components,
         )
-        return self._judge(
-            self._harmful.base_responses(),
-            self._canaries.base_responses(),
-            self._references.measure([nothing])[0],
-        )
+        return self._judge(self._responder.base_responses(), self._references.measure([nothing])[0])
 
-    def _judge(
-        self, responses: Sequence[str], canary_responses: Sequence[str], kl: tuple[float, float]
-    ) -> Measurement:
-        """Counts tiers, incoherent responses and false refusals."""
+    def _judge(self, all_responses: Sequence[str], kl: tuple[float, float]) -> Measurement:
+        """Counts tiers, incoherent responses and false refusals, from the responses to harmful prompts and canaries."""
 
+        n_harmful = len(self._harmful)
+        responses, canary_responses = all_responses[:n_harmful], all_responses[n_harmful:]
         tiers = [
             self._classify(prompt.text, response)
-            for prompt, response in zip(self._harmful.prompts, responses, strict=True)
+            for prompt, response in zip(self._harmful, responses, strict=True)
         ]
         canary_tiers = [
             self._classify(prompt.text, response)
-            for prompt, response in zip(self._canaries.prompts, canary_responses, strict=True)
+            for prompt, response in zip(self._canaries, canary_responses, strict=True)
         ]
         return Measurement(
             refusals=tiers.count(Tier.REFUSE),
@@ -390,8 +387,8 @@ class SweepEvaluator:
                 name: directions.digest() for name, directions in self.configurations.items()
             },
             "prompts": [
-                prompts_digest(self._harmful.prompts),
-                prompts_digest(self._canaries.prompts),
+                prompts_digest(self._harmful),
+                prompts_digest(self._canaries),
                 self._references.counts,
             ],
         }
@@ -416,9 +413,9 @@ class SweepEvaluator:
             baseline=self.baseline,
             cells=tuple(cells),
             synergies=self.synergies(cells),
-            prompts=tuple(prompt.text for prompt in self._harmful.prompts),
-            categories=tuple(prompt.category or "" for prompt in self._harmful.prompts),
-            canaries=tuple(prompt.text for prompt in self._canaries.prompts),
+            prompts=tuple(prompt.text for prompt in self._harmful),
+            categories=tuple(prompt.category or "" for prompt in self._harmful),
+            canaries=tuple(prompt.text for prompt in self._canaries),
             baseline_responses=self.base_responses,
             pools=dict(pools),
             settings={

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+What a model keeps of tokens that it has read: transformers' caches, copied, joined and moved.
+
+No function changes a cache that it is given. Layers of a cache are those of the model, by index.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+@dataclass(frozen=True)
+class Past:
+    """
+    Tokens that every sample of a batch has read already.
+
+    `cache`: what the model keeps of them, which passes add to. `length`: their number; recurrent layers do not know it.
+    """
+
+    cache: Cache
+    length: int
+
+    def select(self, rows: Tensor, layers: slice = slice(None)) -> "Past":
+        """Returns the past of some samples, in a new order: see `select_rows`."""
+
+        return Past(select_rows(self.cache, rows, layers), self.length)
+
+
+def select_rows(cache: Cache, rows: Tensor, layers: slice = slice(None)) -> Cache:
+    """
+    Returns a cache with some of the samples, which may be repeated.
+
+    `rows`: integer Tensor of shape (n_rows,). Other layers than `layers` are left as they are, for passes that skip them.
+    """
+
+    copies = [_copied(layer) for layer in cache.layers]
+    for layer in copies[layers]:
+        layer.reorder_cache(rows)
+    return _with_layers(cache, copies)
+
+
+def join(below: Cache, above: Cache, layer: int) -> Cache:
+    """Returns a cache with the layers below `layer` of one, and the others of the other."""
+
+    return _with_layers(
+        above, [_copied(item) for item in (*below.layers[:layer], *above.layers[layer:])]
+    )
+
+
+def keeps_every_token(cache: Cache) -> bool:
+    """Returns whether a cache holds keys and values of each token and nothing else, so that tokens can be taken out."""
+
+    return all(
+        type(layer) is DynamicLayer
+        or (
+            type(layer) is DynamicSlidingWindowLayer
+            and layer.get_seq_length() < layer.sliding_window
+        )
+        for layer in cache.layers
+    )
+
+
+def concatenate(caches: Sequence[Cache]) -> Cache:
+    """
+    Returns one cache with the samples of all, one after the other, padded on the right.
+
+    All must keep every token: see `keeps_every_token`.
+    """
+
+    longest = max(layer.get_seq_length() for cache in caches for layer in cache.layers)
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts])
+
+    return _with_states(caches, joined, longest)
+
+
+def move_to_the_end(cache: Cache, lengths: Sequence[int]) -> Cache:
+    """
+    Returns a cache with the first tokens of each sample, as if they had been padded on the left.
+
+    `lengths` says how many are kept of each. What stands before them means nothing. The cache must keep every
+    token: see `keeps_every_token`.
+    """
+
+    longest = max(lengths)
+    shifts = torch.tensor([longest - length for length in lengths])
+    places = (torch.arange(longest) - shifts[:, None]).clamp_min(0)[:, None, :, None]
+
+    def moved(parts: Sequence[Tensor]) -> Tensor:
+        (states,) = parts
+        batch, n_heads, _, head_dim = states.shape
+        return states.gather(2, places.to(states.device).expand(batch, n_heads, -1, head_dim))
+
+    return _with_states([cache], moved, longest)
+
+
+def _with_states(
+    caches: Sequence[Cache], states: Callable[[Sequence[Tensor]], Tensor], length: int
+) -> Cache:
+    """Returns one cache with the keys and the values of each layer made from those of all caches."""
+
+    layers = []
+    for parts in zip(*(cache.layers for cache in caches), strict=True):
+        layer = _copied(parts[0])
+        # Layers that attend to the keys and values of another one keep none themselves.
+        if layer.is_initialized:
+            layer.keys = states([part.keys for part in parts])
+            layer.values = states([part.values for part in parts])
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = length
+        layers.append(layer)
+    return _with_layers(caches[0], layers)
+
+
+def _copied(layer: Any) -> Any:
+    """Returns a layer that shares the tensors of another one. No cache changes tensors of attention in place."""
+
+    result = copy.copy(layer)
+    for name, value in vars(layer).items():
+        # Recurrent layers keep their states in dictionaries.
+        if isinstance(value, dict):
+            setattr(result, name, dict(value))
+    return result
+
+
+def _with_layers(cache: Cache, layers: list[Any]) -> Cache:
+    result = copy.copy(cache)
+    result.layers = layers
+    return result
