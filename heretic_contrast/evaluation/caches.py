@@ -55,15 +55,16 @@ def join(below: Cache, above: Cache, layer: int) -> Cache:
     )
 
 
-def keeps_every_token(cache: Cache) -> bool:
-    """Returns whether a cache holds keys and values of each token and nothing else, so that tokens can be taken out."""
+def keeps_every_token(cache: Cache, length: int) -> bool:
+    """
+    Returns whether a cache holds keys and values of each token and nothing else, so that tokens can be taken out.
+
+    `length`: the largest number of tokens that it is going to hold.
+    """
 
     return all(
         type(layer) is DynamicLayer
-        or (
-            type(layer) is DynamicSlidingWindowLayer
-            and layer.get_seq_length() < layer.sliding_window
-        )
+        or (type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window)
         for layer in cache.layers
     )
 
@@ -75,37 +76,33 @@ def concatenate(caches: Sequence[Cache]) -> Cache:
     All must keep every token: see `keeps_every_token`.
     """
 
-    longest = max(layer.get_seq_length() for cache in caches for layer in cache.layers)
-
     def joined(parts: Sequence[Tensor]) -> Tensor:
+        longest = max(part.shape[2] for part in parts)
         return torch.cat([pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts])
 
-    return _with_states(caches, joined, longest)
+    return _with_states(caches, joined)
 
 
-def move_to_the_end(cache: Cache, lengths: Sequence[int]) -> Cache:
+def move_to_the_end(cache: Cache, ends: Sequence[int], longest: int) -> Cache:
     """
-    Returns a cache with the first tokens of each sample, as if they had been padded on the left.
+    Returns a cache that ends with a given token of each sample, as if all had been padded on the left.
 
-    `lengths` says how many are kept of each. What stands before them means nothing. The cache must keep every
-    token: see `keeps_every_token`.
+    `ends`: how many tokens of each sample stand before that place. `longest`: how many are kept. What stands before the
+    first token of a shorter sample means nothing. The cache must keep every token: see `keeps_every_token`.
     """
 
-    longest = max(lengths)
-    shifts = torch.tensor([longest - length for length in lengths])
-    places = (torch.arange(longest) - shifts[:, None]).clamp_min(0)[:, None, :, None]
+    places = (torch.tensor(ends)[:, None] - longest + torch.arange(longest)).clamp_min(0)
+    places = places[:, None, :, None]
 
     def moved(parts: Sequence[Tensor]) -> Tensor:
         (states,) = parts
         batch, n_heads, _, head_dim = states.shape
         return states.gather(2, places.to(states.device).expand(batch, n_heads, -1, head_dim))
 
-    return _with_states([cache], moved, longest)
+    return _with_states([cache], moved)
 
 
-def _with_states(
-    caches: Sequence[Cache], states: Callable[[Sequence[Tensor]], Tensor], length: int
-) -> Cache:
+def _with_states(caches: Sequence[Cache], states: Callable[[Sequence[Tensor]], Tensor]) -> Cache:
     """Returns one cache with the keys and the values of each layer made from those of all caches."""
 
     layers = []
@@ -116,7 +113,7 @@ def _with_states(
             layer.keys = states([part.keys for part in parts])
             layer.values = states([part.values for part in parts])
             if isinstance(layer, DynamicSlidingWindowLayer):
-                layer.cumulative_length = length
+                layer.cumulative_length = layer.keys.shape[2]
         layers.append(layer)
     return _with_layers(caches[0], layers)
 

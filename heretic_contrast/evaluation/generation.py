@@ -21,12 +21,13 @@ from transformers.cache_utils import Cache
 
 from ..language_model import LanguageModel, batches
 from ..prompts import Prompt
+from .attention import grouped_attention
 from .caches import concatenate, join, keeps_every_token, move_to_the_end, select_rows
 from .divergence import CHUNK
 from .interventions import Intervention, TeacherForcing, ablated_samples
 from .known_sequences import KnownSequences, Piece, Tokens
 
-STRIDE = 16
+STRIDE = 8
 """How many tokens are generated before responses that have ended leave the batch."""
 
 
@@ -80,54 +81,98 @@ def is_plain_greedy(model: LanguageModel) -> bool:
     )
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Running:
+    """
+    Sequences that are being generated, padded on the left.
+
+    `tokens` and `mask`: integer Tensors of shape (batch, length). `cache`: what the model keeps of all tokens but the
+    last; None at the beginning, when they have to be read.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    cache: Cache | None
+
+    @classmethod
+    def start(
+        cls, model: LanguageModel, sequences: Sequence[Tokens], cache: Cache | None = None
+    ) -> "Running":
+        """Returns sequences that are to be continued."""
+
+        device = model.model.device
+        tokens, mask = (tensor.to(device) for tensor in pad_left(sequences, model.pad_token_id()))
+        return cls(tokens, mask, cache)
+
+    @torch.no_grad()
+    def advance(
+        self,
+        model: LanguageModel,
+        n_tokens: int,
+        interventions: Sequence[Intervention] | None,
+    ) -> tuple[list[Tokens], "Running"]:
+        """Returns the next greedy tokens of each sequence, fewer if all have ended, and the sequences with them."""
+
+        hooks = nullcontext() if interventions is None else ablated_samples(model, interventions)
+        with hooks, grouped_attention():
+            output = model.model.generate(
+                input_ids=self.tokens,
+                attention_mask=self.mask,
+                past_key_values=self.cache,
+                max_new_tokens=n_tokens,
+                do_sample=False,
+                pad_token_id=model.pad_token_id(),
+                return_dict_in_generate=True,
+            )
+        new = output.sequences[:, self.tokens.shape[1] :]
+        mask = torch.cat([self.mask, self.mask.new_ones(new.shape)], dim=1)
+        running = Running(output.sequences, mask, output.past_key_values)
+        return [tuple(row) for row in new.tolist()], running
+
+    def select(self, rows: list[int]) -> "Running":
+        """Returns some of the sequences."""
+
+        if len(rows) == len(self.tokens):
+            return self
+        indices = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
+        cache = None if self.cache is None else select_rows(self.cache, indices)
+        return Running(self.tokens[indices], self.mask[indices], cache)
+
+
 def generate_tokens(
     model: LanguageModel,
     sequences: Sequence[Tokens],
     max_new_tokens: Sequence[int],
     interventions: Sequence[Intervention] | None = None,
-    cache: Cache | None = None,
 ) -> list[Tokens]:
     """
     Returns the greedy continuation of each sequence, up to and with the token that ends it.
 
-    `max_new_tokens` is per sequence; sample i is ablated as `interventions[i]` says. `cache`: what the model keeps of all but
-    the last token of each, padded on the left.
+    `max_new_tokens` is per sequence; sample i is ablated as `interventions[i]` says.
     """
 
-    device = model.model.device
     ends = end_tokens(model)
-    tokens, mask = (tensor.to(device) for tensor in pad_left(sequences, model.pad_token_id()))
     found: list[Tokens] = [()] * len(sequences)
     waiting = list(range(len(sequences)))
+    running = Running.start(model, sequences)
     while waiting:
+        left = max(max_new_tokens[index] - len(found[index]) for index in waiting)
         chosen = None if interventions is None else [interventions[index] for index in waiting]
-        with nullcontext() if chosen is None else ablated_samples(model, chosen):
-            output = model.model.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                past_key_values=cache,
-                max_new_tokens=min(
-                    STRIDE, max(max_new_tokens[index] - len(found[index]) for index in waiting)
-                ),
-                do_sample=False,
-                pad_token_id=model.pad_token_id(),
-                return_dict_in_generate=True,
-            )
-        new = output.sequences[:, tokens.shape[1] :].tolist()
+        new, running = running.advance(model, min(STRIDE, left), chosen)
         unfinished = []
         for row, index in enumerate(waiting):
-            found[index] = until_end(found[index] + tuple(new[row]), max_new_tokens[index], ends)
-            if len(found[index]) < max_new_tokens[index] and found[index][-1] not in ends:
+            found[index] = until_end(found[index] + new[row], max_new_tokens[index], ends)
+            if not has_ended(found[index], max_new_tokens[index], ends):
                 unfinished.append(row)
-        rows = torch.tensor(unfinished, dtype=torch.long, device=device)
-        tokens = output.sequences[rows]
-        mask = torch.cat([mask, mask.new_ones(len(mask), len(new[0]))], dim=1)[rows]
-        cache = output.past_key_values
-        if cache is not None and len(unfinished) < len(waiting):
-            cache.reorder_cache(rows)
+        running = running.select(unfinished)
         waiting = [waiting[row] for row in unfinished]
     return found
+
+
+def has_ended(tokens: Tokens, limit: int, ends: frozenset[int]) -> bool:
+    """Returns whether a response is complete."""
+
+    return len(tokens) >= limit or (len(tokens) > 0 and tokens[-1] in ends)
 
 
 def until_end(tokens: Tokens, limit: int, ends: frozenset[int]) -> Tokens:
@@ -145,12 +190,13 @@ class _Departures:
     """
     Responses that are to be generated further.
 
-    `rows`: intervention and prompt of each. `cache`: what the model keeps of their tokens, all but the last of which stand
-    at the beginning; None where it has to read them again.
+    `rows`: intervention and prompt of each. `cache`: what the model keeps of all their tokens but the last; None where it has
+    to read them again. `lengths`: where these tokens end in the cache.
     """
 
     rows: tuple[tuple[int, int], ...]
-    cache: Cache | None
+    cache: Cache | None = None
+    lengths: tuple[int, ...] = ()
 
 
 class Responder:
@@ -193,12 +239,11 @@ class Responder:
         found: list[list[Tokens]] = [[()] * len(self.prompts) for _ in interventions]
         waiting: list[_Departures] = []
         for departures in self._check(interventions, found):
-            if waiting and not self._fits(waiting, departures):
-                self._generate(waiting, interventions, found)
-                waiting = []
+            n_left = self._n_that_may_stay(waiting, departures)
+            if sum(len(item.rows) for item in waiting) > n_left:
+                waiting = self._generate(waiting, interventions, found, n_left)
             waiting.append(departures)
-        if waiting:
-            self._generate(waiting, interventions, found)
+        self._generate(waiting, interventions, found, 0)
         return [self._decode(rows) for rows in found]
 
     def _check(
@@ -212,7 +257,7 @@ class Responder:
 
         if not self._is_plain_greedy:
             for index in range(len(interventions)):
-                yield _Departures(tuple(product((index,), range(len(self.prompts)))), None)
+                yield _Departures(tuple(product((index,), range(len(self.prompts)))))
             return
         for piece in self._known.modified(self._forcing, interventions):
             predictions = self._predict(piece.hidden_states)
@@ -228,56 +273,95 @@ class Responder:
                 # Where the response departs, the prediction there is the right next token.
                 tokens = until_end(predicted[: agreed + 1], self._max_new_tokens, self._ends)
                 found[index][prompt] = tokens
-                if len(tokens) < self._max_new_tokens and tokens[-1] not in self._ends:
+                if not has_ended(tokens, self._max_new_tokens, self._ends):
                     departed[row] = (index, prompt)
             if departed:
-                yield _Departures(tuple(departed.values()), self._kept(piece, list(departed)))
+                rows = tuple(departed.values())
+                lengths = tuple(len(self._sequence(row, found)) - 1 for row in rows)
+                yield _Departures(rows, self._kept(piece, list(departed)), lengths)
 
-    def _fits(self, waiting: Sequence[_Departures], departures: _Departures) -> bool:
-        """Returns whether responses can be generated together with others."""
+    def _sequence(self, row: tuple[int, int], found: list[list[Tokens]]) -> Tokens:
+        """Returns a prompt and how the response to it starts."""
 
-        if not self._forcing.carries_samples and waiting[0].rows[0][0] != departures.rows[0][0]:
-            return False
-        n_rows = sum(len(item.rows) for item in (*waiting, departures))
+        index, prompt = row
+        return self._tokens[prompt] + found[index][prompt]
+
+    def _n_that_may_stay(self, waiting: Sequence[_Departures], departures: _Departures) -> int:
+        """Returns how many of the waiting responses may be unfinished when others join them."""
+
+        if (
+            waiting
+            and not self._forcing.carries_samples
+            and waiting[0].rows[0][0] != departures.rows[0][0]
+        ):
+            return 0
+        n_waiting = sum(len(item.rows) for item in waiting)
         # Those that are read again can still be distributed over several batches.
-        return departures.cache is None or n_rows <= self._n_rows
+        if departures.cache is None or n_waiting + len(departures.rows) <= self._n_rows:
+            return n_waiting
+        return min(self._n_rows - len(departures.rows), self._n_rows // 2)
 
     def _generate(
         self,
         waiting: Sequence[_Departures],
         interventions: Sequence[Intervention],
         found: list[list[Tokens]],
-    ) -> None:
-        """Generates responses to their ends."""
-
-        def sequence(row: tuple[int, int]) -> Tokens:
-            index, prompt = row
-            return self._tokens[prompt] + found[index][prompt]
+        n_left: int,
+    ) -> list[_Departures]:
+        """Generates responses until at most `n_left` are unfinished, and returns these."""
 
         rows = [row for departures in waiting for row in departures.rows]
         caches = [departures.cache for departures in waiting if departures.cache is not None]
-        cache = None
         if caches:
-            cache = move_to_the_end(concatenate(caches), [len(sequence(row)) - 1 for row in rows])
-        else:
-            # Sequences of similar length share a batch.
-            rows.sort(key=lambda row: len(sequence(row)))
+            lengths = [length for departures in waiting for length in departures.lengths]
+            longest = max(len(self._sequence(row, found)) for row in rows) - 1
+            cache = move_to_the_end(concatenate(caches), lengths, longest)
+            return self._advance(rows, cache, interventions, found, n_left)
+        # Sequences of similar length share a batch.
+        rows.sort(key=lambda row: len(self._sequence(row, found)))
         for part in batches(len(rows), self._n_rows):
-            continuations = generate_tokens(
-                self.model,
-                [sequence(row) for row in rows[part]],
-                [self._max_new_tokens - len(found[index][prompt]) for index, prompt in rows[part]],
-                [interventions[index] for index, _ in rows[part]],
-                cache,
-            )
-            for (index, prompt), continuation in zip(rows[part], continuations, strict=True):
-                found[index][prompt] += continuation
+            self._advance(rows[part], None, interventions, found, 0)
+        return []
+
+    def _advance(
+        self,
+        rows: list[tuple[int, int]],
+        cache: Cache | None,
+        interventions: Sequence[Intervention],
+        found: list[list[Tokens]],
+        n_left: int,
+    ) -> list[_Departures]:
+        """As `_generate`, for responses that are generated in one batch."""
+
+        sequences = [self._sequence(row, found) for row in rows]
+        running = Running.start(self.model, sequences, cache)
+        while len(rows) > n_left:
+            left = self._max_new_tokens - min(len(found[index][prompt]) for index, prompt in rows)
+            chosen = [interventions[index] for index, _ in rows]
+            new, running = running.advance(self.model, min(STRIDE, left), chosen)
+            unfinished = []
+            for row, (index, prompt) in enumerate(rows):
+                tokens = until_end(
+                    found[index][prompt] + new[row], self._max_new_tokens, self._ends
+                )
+                found[index][prompt] = tokens
+                if not has_ended(tokens, self._max_new_tokens, self._ends):
+                    unfinished.append(row)
+            running = running.select(unfinished)
+            rows = [rows[row] for row in unfinished]
+        if not rows:
+            return []
+        n_cached = running.tokens.shape[1] - 1
+        return [_Departures(tuple(rows), running.cache, (n_cached,) * len(rows))]
 
     def _unmodified_cache(self) -> Cache | None:
         """Returns what the unmodified model keeps of all known sequences, where tokens can be taken out of it."""
 
+        longest = max(map(len, self._tokens), default=0) + self._max_new_tokens
         caches = [piece.cache for piece in self._known.unmodified(self._forcing)]
-        kept = [cache for cache in caches if cache is not None and keeps_every_token(cache)]
+        kept = [
+            cache for cache in caches if cache is not None and keeps_every_token(cache, longest)
+        ]
         return concatenate(kept) if kept and len(kept) == len(caches) else None
 
     def _kept(self, piece: Piece, rows: list[int]) -> Cache | None:

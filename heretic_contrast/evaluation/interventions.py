@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from ..ablation import BatchOperator, Operator, ablated
 from ..errors import ContrastError
 from ..language_model import LanguageModel
+from .attention import grouped_attention
 from .caches import Past, join
 
 
@@ -328,7 +329,8 @@ class TeacherForcing:
         if self._takes_position_ids:
             positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
             arguments["position_ids"] = positions[:, mask.shape[1] - tokens.input_ids.shape[1] :]
-        output = self._decoder(**arguments)
+        with grouped_attention():
+            output = self._decoder(**arguments)
         # What is kept of it is its form, not its tensors.
         self._output_template = output
         hidden_states = output.last_hidden_state
