@@ -229,8 +229,10 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
     spent = clock() - started
     in_forward = forward.total
 
-    # Both ways need the unmodified model's continuations and its distributions there, once.
+    # Both ways need the unmodified model's responses, its continuations and its distributions there, once.
     started = clock()
+    model.generate(harmful, options.max_new_tokens)
+    model.generate(canaries, options.max_new_tokens)
     prompts = prompt_tokens(model, references)
     continuations = [
         item

@@ -21,7 +21,7 @@ from .interventions import Intervention, LayerInput, TeacherForcing, TokenBatch
 
 Tokens = tuple[int, ...]
 
-CPU_TOKENS_PER_PASS = 1024
+CPU_TOKENS_PER_PASS = 1536
 """Tokens of one pass on a CPU, where what a layer computes should not leave the cache before the next one reads it."""
 
 
