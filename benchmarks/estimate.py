@@ -124,7 +124,8 @@ class Machine:
 class Job:
     """
     What is done. `departing`: the share of responses in the sweep that depart from the unmodified model's, and
-    `departing_tokens`: how many tokens follow the departure, which must be generated. `rows`: samples in one batch.
+    `departing_tokens`: how many tokens follow the departure, which must be generated. `common_tokens`: how many tokens all
+    prompts begin with. `rows`: samples in one batch.
     """
 
     prompts: int = 900
@@ -144,6 +145,7 @@ class Job:
     tokens: int = 50
     departing: float = 0.5
     departing_tokens: int = 40
+    common_tokens: int = 15
     rows: int = 128
 
 
@@ -174,8 +176,8 @@ class Model:
         n_bytes += logit_passes * 4 * positions * shape.vocabulary
         return machine.seconds(2 * positions * shape.head_parameters, n_bytes, chunks)
 
-    def generate(self, sequences: float, length: int, tokens: int) -> float:
-        """Seconds to generate tokens for prompts, token by token."""
+    def generate(self, sequences: float, length: int, tokens: int, is_read: bool = False) -> float:
+        """Seconds to generate tokens for prompts, token by token. `is_read`: whether keys and values are there already."""
 
         shape, machine = self.shape, self.machine
         n_batches = int(np.ceil(sequences / self.rows))
@@ -188,7 +190,7 @@ class Model:
         numbers = weights + cache + rows * shape.layers * shape.activations
         n_bytes = numbers * machine.number_bytes + 4 * 4 * rows * shape.vocabulary
         step = machine.seconds(2 * rows * weights, n_bytes, shape.layers)
-        first = self.layers(int(np.ceil(rows)), length, shape.layers)
+        first = 0.0 if is_read else self.layers(int(np.ceil(rows)), length, shape.layers)
         return n_batches * (first + tokens * step)
 
     def factors(self, directions: int) -> float:
@@ -236,15 +238,17 @@ def sweep_parts(model: Model, job: Job, layers: Sequence[int] | None = None) -> 
     cells_per_layer = job.weights * job.configurations
     judged = job.harmful + job.canaries
     length = job.prompt_tokens + job.tokens - 1
+    rest = length - job.common_tokens
 
     def known(layers: float) -> float:
-        return sum(model.layers(count, length, layers) for count in (job.references, judged))
+        return sum(model.layers(count, rest, layers) for count in (job.references, judged))
 
     generated = (job.references, job.harmful, job.canaries)
     departing = job.departing * judged * cells_per_layer * len(swept)
     return {
         "unmodified": sum(model.generate(n, job.prompt_tokens, job.tokens) for n in generated)
-        + 2 * model.layers(job.references, length, n_layers)
+        + 2 * model.layers(job.references, rest, n_layers)
+        + model.layers(judged, rest, n_layers)
         + 2 * model.head(job.references * job.tokens),
         "below": known(max(swept)),
         "above": cells_per_layer * sum(known(n_layers - layer) for layer in swept),
@@ -252,7 +256,7 @@ def sweep_parts(model: Model, job: Job, layers: Sequence[int] | None = None) -> 
         * len(swept)
         * (model.head(job.references * job.tokens) + model.head(judged * job.tokens, 3)),
         "generation": model.generate(
-            departing, length - job.departing_tokens, job.departing_tokens
+            departing, length - job.departing_tokens, job.departing_tokens, is_read=True
         ),
     }
 
@@ -360,11 +364,10 @@ def estimate(job: Job, gpu: Machine) -> dict[str, Any]:
 
 
 class GenerationRecord:
-    """Adds up the time of a network's generations, the rows that they go on with, and the tokens that they add to these."""
+    """Adds up the time of a network's generations and the tokens that they add."""
 
     def __init__(self, network: Any) -> None:
         self.seconds = 0.0
-        self.rows = 0
         self.tokens = 0
         self.prompt_tokens = 0
         original = network.generate
@@ -376,8 +379,6 @@ class GenerationRecord:
             rows, length = arguments["input_ids"].shape
             # The first generation is that of the prompts alone.
             self.prompt_tokens = self.prompt_tokens or length
-            if arguments.get("past_key_values") is None:
-                self.rows += rows
             self.tokens += rows * (output.sequences.shape[1] - length)
             return output
 
@@ -386,7 +387,7 @@ class GenerationRecord:
     def reset(self) -> None:
         """Starts counting anew."""
 
-        self.seconds, self.rows, self.tokens = 0.0, 0, 0
+        self.seconds, self.tokens = 0.0, 0
 
 
 def check(layers: list[int], references: int) -> dict[str, Any]:
@@ -409,7 +410,15 @@ def check(layers: list[int], references: int) -> dict[str, Any]:
     record.reset()
     cells = evaluator.evaluate(evaluator.grid())
     finished = time.process_time()
-    departed, generated, generation_seconds = record.rows, record.tokens, record.seconds
+    generated, generation_seconds = record.tokens, record.seconds
+    unmodified = evaluator._responder.base_responses()
+    departed = sum(
+        response != base
+        for cell in cells
+        for response, base in zip(
+            (*cell.responses, *cell.canary_responses), unmodified, strict=True
+        )
+    )
     after = measure_machine(shape.hidden_size, shape.intermediate_size)
     machine = Machine(
         before.name,
@@ -434,6 +443,7 @@ def check(layers: list[int], references: int) -> dict[str, Any]:
         rows=rows,
         departing=departed / (judged * len(cells)),
         departing_tokens=round(generated / departed),
+        common_tokens=evaluator._references._known.n_common,
     )
     parts = sweep_parts(Model(shape, machine, rows), job, layers)
     # On a machine that makes one operation per second and moves bytes at once, seconds are operations.

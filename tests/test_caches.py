@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What a model has read is read once: caches that are copied, joined and cut, against reading everything again."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from heretic_contrast.ablation import compose
+from heretic_contrast.evaluation.attention import grouped_attention
+from heretic_contrast.evaluation.caches import (
+    Past,
+    concatenate,
+    keeps_every_token,
+    move_to_the_end,
+    select_rows,
+)
+from heretic_contrast.evaluation.generation import (
+    Responder,
+    Running,
+    generate_tokens,
+    prompt_tokens,
+)
+from heretic_contrast.evaluation.interventions import Intervention, TeacherForcing, TokenBatch
+from heretic_contrast.evaluation.known_sequences import (
+    KnownSequences,
+    Piece,
+    Tokens,
+    common_beginning,
+)
+from heretic_contrast.hosts.surface import wrap
+from heretic_contrast.language_model import LanguageModel
+from tests.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
+from tests.tiny_models import SIZES, build, make_model, make_tokenizer
+
+SEQUENCES: list[Tokens] = [(5, 6, 7, 8, 9, 10), (5, 6, 11), (5, 6, 7, 12, 13)]
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_hybrid"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+
+
+def sliding(window: int) -> LanguageModel:
+    """A model whose layers see the last tokens only."""
+
+    from transformers import MistralConfig
+
+    configuration = MistralConfig(**SIZES, sliding_window=window)
+    network = build("MistralForCausalLM", configuration)
+    return wrap(network, make_tokenizer(), name="sliding", batch_size=4)
+
+
+def interventions(model: LanguageModel, layers: Sequence[tuple[int, ...]]) -> list[Intervention]:
+    """An intervention for each set of layers, each of another strength."""
+
+    directions = random_directions(model, 2, 0).tensor
+    return [
+        Intervention(
+            {
+                layer: compose(directions[layer + 1], torch.full((2,), 0.4 + 0.3 * index))
+                for layer in chosen
+            }
+        )
+        for index, chosen in enumerate(layers)
+    ]
+
+
+def read(model: LanguageModel, sequences: Sequence[Tokens]) -> DynamicCache:
+    """Reads sequences that are padded on the right."""
+
+    longest = max(map(len, sequences))
+    ids = torch.tensor([tokens + (0,) * (longest - len(tokens)) for tokens in sequences])
+    mask = torch.tensor([[1] * len(t) + [0] * (longest - len(t)) for t in sequences])
+    forcing = TeacherForcing(model)
+    past = forcing.nothing_read()
+    forcing.unmodified(TokenBatch(ids, mask), past)
+    assert isinstance(past.cache, DynamicCache)
+    return past.cache
+
+
+def tensors(cache: DynamicCache) -> list[Tensor]:
+    """All that a cache holds, copied."""
+
+    found = []
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            parts = value.values() if isinstance(value, dict) else [value]
+            found += [part.clone() for part in parts if isinstance(part, Tensor)]
+    return found
+
+
+def test_generation_goes_on_from_caches_that_were_cut(tiny_llama: LanguageModel) -> None:
+    cuts = [4, 3, 2]
+    cache = concatenate([read(tiny_llama, SEQUENCES[:2]), read(tiny_llama, SEQUENCES[2:])])
+    cut = [tokens[:n] for tokens, n in zip(SEQUENCES, cuts, strict=True)]
+    # The last token of each is read by the generation itself.
+    ends = [n - 1 for n in cuts]
+    running = Running.start(tiny_llama, cut, move_to_the_end(cache, ends, max(ends)))
+    new, running = running.advance(tiny_llama, 5, None)
+    expected = generate_tokens(tiny_llama, cut, [9] * 3)
+    assert new == [tokens[:5] for tokens in expected]
+    # And once more, with samples left out and others joining in.
+    first = running.select([0, 2])
+    longer = [cut[0] + new[0], cut[2] + new[2]]
+    joined = concatenate([first.cache, read(tiny_llama, SEQUENCES[1:2])])
+    n_cached = first.tokens.shape[1] - 1
+    cache = move_to_the_end(joined, [n_cached, n_cached, 2], max(map(len, longer)) - 1)
+    new, _ = Running.start(tiny_llama, [*longer, SEQUENCES[1]], cache).advance(tiny_llama, 4, None)
+    assert new == [expected[0][5:], expected[2][5:], expected[1][:4]]
+
+
+def test_selecting_samples_changes_nothing_in_the_original(model: LanguageModel) -> None:
+    cache = read(model, SEQUENCES)
+    before = tensors(cache)
+    chosen = select_rows(cache, torch.tensor([2, 0, 2, 1]))
+    tokens = TokenBatch(torch.full((4, 2), 9), torch.ones(4, 2, dtype=torch.long))
+    TeacherForcing(model).unmodified(tokens, Past(chosen, 6))
+    after = tensors(cache)
+    assert len(before) == len(after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not all(
+        a.shape == b.shape and torch.equal(a, b)
+        for a, b in zip(tensors(chosen), before, strict=True)
+    )
+
+
+def test_caches_that_tokens_can_be_taken_out_of(
+    tiny_llama: LanguageModel, tiny_hybrid: LanguageModel
+) -> None:
+    assert keeps_every_token(read(tiny_llama, SEQUENCES), 10_000)
+    assert not keeps_every_token(read(tiny_hybrid, SEQUENCES), 10)
+    cache = read(sliding(8), SEQUENCES)
+    assert keeps_every_token(cache, 7) and not keeps_every_token(cache, 8)
+
+
+def test_common_beginning_leaves_a_token_of_each_prompt() -> None:
+    assert common_beginning(SEQUENCES) == (5, 6)
+    assert common_beginning([(5, 6), (5, 6, 7)]) == (5,)
+    assert common_beginning([(5, 6, 7)]) == (5, 6)
+    assert common_beginning([(5, 6), (7, 6)]) == ()
+    assert common_beginning([(5,), (5,)]) == ()
+    assert common_beginning([]) == ()
+
+
+def known(
+    model: LanguageModel, reads_on: bool, n_rows: int = 4
+) -> tuple[TeacherForcing, KnownSequences]:
+    forcing = TeacherForcing(model)
+    forcing.__dict__["reads_on"] = forcing.reads_on and reads_on
+    prompts = prompt_tokens(model, REFERENCES)
+    continuations = generate_tokens(model, prompts, [7, 12, 9, 1])
+    return forcing, KnownSequences(forcing, prompts, continuations, n_rows)
+
+
+@pytest.mark.parametrize("n_rows", [3, 50])
+def test_beginning_is_read_once_without_a_difference(model: LanguageModel, n_rows: int) -> None:
+    once, short = known(model, reads_on=True, n_rows=n_rows)
+    whole, long = known(model, reads_on=False, n_rows=n_rows)
+    assert once.reads_on and short.n_common > 10 and long.n_common == 0
+    calls = [
+        [(0,), (0,), (2,), (1, 3)],
+        # Upwards, back to the bottom, and several layers with the lowest one in the middle.
+        [(3,), (3,)],
+        [(1,), (2, 3), (1, 2)],
+    ]
+    for layers in calls:
+        chosen = interventions(model, layers)
+        expected = states(long, long.modified(whole, chosen))
+        found = states(short, short.modified(once, chosen))
+        assert set(found) == set(expected) and len(found) == 4 * len(layers)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
+    expected, found = states(long, long.unmodified(whole)), states(short, short.unmodified(once))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
+
+
+def states(known: KnownSequences, pieces: Iterator[Piece]) -> dict[tuple[int, int], Tensor]:
+    """Hidden states by intervention and sequence."""
+
+    found: dict[tuple[int, int], Tensor] = {}
+    for piece in pieces:
+        lengths = known.lengths[piece.sequences]
+        parts = iter(piece.hidden_states.split(lengths * len(piece.interventions)))
+        for intervention in piece.interventions:
+            for prompt in known.order[piece.sequences]:
+                found[intervention, prompt] = next(parts)
+        assert next(parts, None) is None
+    return found
+
+
+def test_models_that_cannot_read_on_read_everything_again(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = model.decoder()
+    forward = decoder.forward
+    assert TeacherForcing(model).reads_on
+
+    def forgetful(*args: Any, **arguments: Any) -> Any:
+        past = arguments.pop("past_key_values", None)
+        if past is not None:
+            arguments["use_cache"] = False
+            arguments["attention_mask"] = arguments["attention_mask"][
+                :, -arguments["input_ids"].shape[1] :
+            ]
+        return forward(*args, **arguments)
+
+    def failing(*args: Any, **arguments: Any) -> Any:
+        past = arguments.get("past_key_values")
+        # Generation works, which adds one token after the other.
+        if past is not None and past.get_seq_length() > 0 and arguments["input_ids"].shape[1] > 1:
+            raise TypeError("unexpected argument")
+        return forward(*args, **arguments)
+
+    for broken in (forgetful, failing):
+        monkeypatch.setattr(decoder, "forward", broken)
+        forcing, sequences = known(model, reads_on=True)
+        assert not forcing.reads_on and sequences.n_common == 0
+        pieces = sequences.modified(forcing, interventions(model, [(1,)]))
+        assert all(piece.cache is None for piece in pieces)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_responses_do_not_depend_on_what_is_generated_together(
+    model: LanguageModel, batch_size: int
+) -> None:
+    prompts = [*HARMFUL, *CANARIES]
+    chosen = interventions(model, [(0,), (1,), (1,), (2, 3), (3,), (0, 1, 2), (3,)])
+    responder = Responder(TeacherForcing(model), prompts, 21, batch_size)
+    expected = [
+        model.tokenizer.batch_decode(
+            [
+                generate_tokens(model, [tokens], [21], [intervention])[0]
+                for tokens in prompt_tokens(model, prompts)
+            ],
+            skip_special_tokens=True,
+        )
+        for intervention in chosen
+    ]
+    assert len({tuple(responses) for responses in expected}) > 4
+    assert responder.respond(chosen) == expected
+    # As for experts, whose hooks cannot tell samples apart.
+    responder._forcing.__dict__["carries_samples"] = False
+    assert responder.respond(chosen) == expected
+
+
+def test_responses_beyond_a_sliding_window() -> None:
+    # The prompts alone fit into the window; with their responses they do not.
+    model = sliding(max(map(len, prompt_tokens(sliding(8), HARMFUL))) + 6)
+    responder = Responder(TeacherForcing(model), HARMFUL, 16, 4)
+    assert responder._unmodified is None
+    chosen = interventions(model, [(0,), (2,)])
+    expected = [
+        [
+            generate_tokens(model, [tokens], [16], [intervention])[0]
+            for tokens in prompt_tokens(model, HARMFUL)
+        ]
+        for intervention in chosen
+    ]
+    decode = model.tokenizer.batch_decode
+    assert responder.respond(chosen) == [decode(row, skip_special_tokens=True) for row in expected]
+
+
+def test_grouped_attention_is_the_same_to_the_last_bit() -> None:
+    network = make_model("llama", num_attention_heads=4, num_key_value_heads=2)
+    ids = torch.tensor([tokens + (0,) * (6 - len(tokens)) for tokens in SEQUENCES])
+    mask = (ids > 0).long()
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    calls = []
+
+    def counting(*args: Any, **arguments: Any) -> Any:
+        calls.append(1)
+        return original(*args, **arguments)
+
+    with torch.no_grad():
+        expected = network(input_ids=ids, attention_mask=mask).logits
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = counting
+        try:
+            with grouped_attention():
+                found = network(input_ids=ids, attention_mask=mask).logits
+            assert calls == []
+            with pytest.raises(RuntimeError, match="stop"), grouped_attention():
+                raise RuntimeError("stop")
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is counting
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+    assert torch.equal(found, expected)
