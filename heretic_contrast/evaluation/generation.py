@@ -113,6 +113,7 @@ class Running:
     ) -> tuple[list[Tokens], "Running"]:
         """Returns the next greedy tokens of each sequence, fewer if all have ended, and the sequences with them."""
 
+        forget_images(model)
         hooks = nullcontext() if interventions is None else ablated_samples(model, interventions)
         with hooks, grouped_attention():
             output = model.model.generate(
@@ -167,6 +168,18 @@ def generate_tokens(
         running = running.select(unfinished)
         waiting = [waiting[row] for row in unfinished]
     return found
+
+
+def forget_images(model: LanguageModel) -> None:
+    """
+    Makes a model with vision forget where the images of its last batch stood, which it takes for those of the next.
+
+    Without any, the positions are those of the text, and the batch may have other samples.
+    """
+
+    for module in model.model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
 
 
 def has_ended(tokens: Tokens, limit: int, ends: frozenset[int]) -> bool:
