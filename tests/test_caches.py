@@ -12,7 +12,6 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from heretic_contrast.ablation import compose
-from heretic_contrast.evaluation.attention import grouped_attention
 from heretic_contrast.evaluation.caches import (
     Past,
     concatenate,
@@ -20,6 +19,7 @@ from heretic_contrast.evaluation.caches import (
     move_to_the_end,
     select_rows,
 )
+from heretic_contrast.evaluation.cpu_layers import grouped_attention
 from heretic_contrast.evaluation.generation import (
     Responder,
     Running,

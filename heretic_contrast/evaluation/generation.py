@@ -21,8 +21,8 @@ from transformers.cache_utils import Cache
 
 from ..language_model import LanguageModel, batches
 from ..prompts import Prompt
-from .attention import grouped_attention
 from .caches import concatenate, join, keeps_every_token, move_to_the_end, select_rows
+from .cpu_layers import fast_on_cpu
 from .divergence import CHUNK
 from .interventions import Intervention, TeacherForcing, ablated_samples
 from .known_sequences import KnownSequences, Piece, Tokens
@@ -115,7 +115,7 @@ class Running:
 
         forget_images(model)
         hooks = nullcontext() if interventions is None else ablated_samples(model, interventions)
-        with hooks, grouped_attention():
+        with hooks, fast_on_cpu(model):
             output = model.model.generate(
                 input_ids=self.tokens,
                 attention_mask=self.mask,

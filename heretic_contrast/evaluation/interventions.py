@@ -22,8 +22,8 @@ from transformers import DynamicCache
 from ..ablation import BatchOperator, Operator, ablated
 from ..errors import ContrastError
 from ..language_model import LanguageModel
-from .attention import grouped_attention
 from .caches import Past, join
+from .cpu_layers import fast_on_cpu
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ class TeacherForcing:
         if self._takes_position_ids:
             positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
             arguments["position_ids"] = positions[:, mask.shape[1] - tokens.input_ids.shape[1] :]
-        with grouped_attention():
+        with fast_on_cpu(self.model):
             output = self._decoder(**arguments)
         # What is kept of it is its form, not its tensors.
         self._output_template = output

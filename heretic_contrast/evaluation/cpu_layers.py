@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Faster ways through the layers of transformers' models on a CPU, which change rounding at most."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..language_model import LanguageModel
+from .gated_delta_rule import gated_delta_rule
+
+DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+"""transformers' implementations of the gated delta rule, for many tokens and for one."""
+
+
+@contextmanager
+def fast_on_cpu(model: LanguageModel) -> Iterator[None]:
+    """Makes attention and linear attention of a model faster, for as long as the context lasts; on a CPU only."""
+
+    if model.model.device.type != "cpu":
+        yield
+        return
+    with grouped_attention(), compiled_delta_rule(model):
+        yield
+
+
+@contextmanager
+def grouped_attention() -> Iterator[None]:
+    """
+    Spares transformers' "sdpa" attention its copies of keys and values on a CPU, for as long as the context lasts.
+
+    Where there is a mask, each key is copied once for every head that attends to it, whenever a token is generated,
+    although PyTorch's kernel for CPUs takes them as they are. The result is the same to the last bit.
+    """
+
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(
+        module: Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **arguments: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if (
+            query.device.type != "cpu"
+            or attention_mask is None
+            or dropout
+            or getattr(module, "num_key_value_groups", 1) == 1
+            # Whatever else an architecture asks for is left to transformers.
+            or any(
+                arguments.get(name) is not None for name in ("softcap", "position_bias", "cache")
+            )
+        ):
+            return original(
+                module, query, key, value, attention_mask, dropout, scaling, **arguments
+            )
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+
+
+@contextmanager
+def compiled_delta_rule(model: LanguageModel) -> Iterator[None]:
+    """
+    Replaces transformers' gated delta rule in the modules that define the model's layers.
+
+    It goes on to be used for tensors elsewhere than on a CPU, with gradients, and for packed sequences.
+    """
+
+    namespaces = {sys.modules[type(module).__module__] for module in model.model.modules()}
+    with ExitStack() as stack:
+        for namespace in namespaces:
+            for name in DELTA_RULES:
+                if hasattr(namespace, name):
+                    stack.enter_context(_replaced(namespace, name))
+        yield
+
+
+@contextmanager
+def _replaced(namespace: ModuleType, name: str) -> Iterator[None]:
+    original: Callable[..., tuple[Tensor, Tensor | None]] = getattr(namespace, name)
+
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **arguments: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        is_packed = arguments.get("cu_seqlens") is not None
+        if query.device.type != "cpu" or is_packed or torch.is_grad_enabled():
+            arguments |= {
+                "initial_state": initial_state,
+                "output_final_state": output_final_state,
+                "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
+            }
+            return original(query, key, value, g=g, beta=beta, **arguments)
+        return gated_delta_rule(
+            query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel
+        )
+
+    setattr(namespace, name, run)
+    try:
+        yield
+    finally:
+        setattr(namespace, name, original)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The gated delta rule, the recurrence of linear attention in Qwen3-Next and Qwen 3.5, compiled for CPUs.
+
+For each head, with the state S of shape (key_dim, value_dim), in arXiv:2412.06464's formula (10) transposed:
+
+    S ← exp(g) S,  S ← S + β k (v − Sᵀ k)ᵀ,  o = Sᵀ q / √key_dim
+
+transformers computes many tokens at once, through matrices of every pair of tokens and dozens of temporary tensors, which
+suits a GPU. On a CPU it is several times faster to keep the state of a head in the cache and go from token to token.
+"""
+
+import math
+from typing import Any
+
+import numba
+import torch
+from torch import Tensor
+
+from ..som_kernel import compiled
+
+EPSILON = 1e-6
+"""What transformers adds to squared lengths of queries and keys."""
+
+
+@compiled(parallel=True, fastmath={"contract"})
+def _run(
+    query: Any, key: Any, value: Any, log_decay: Any, beta: Any, state: Any, output: Any
+) -> None:
+    """Fills in the outputs of all tokens, and changes the states to those after the last one."""
+
+    n_samples, n_tokens, n_heads, key_dim = key.shape
+    value_dim = value.shape[3]
+    for place in numba.prange(n_samples * n_heads):
+        sample, head = place // n_heads, place % n_heads
+        memory = state[sample, head]
+        change = output[sample, 0, head].copy()
+        for token in range(n_tokens):
+            read = output[sample, token, head]
+            decay = math.exp(log_decay[sample, token, head])
+            change[:] = 0
+            for i in range(key_dim):
+                weight = key[sample, token, head, i]
+                for j in range(value_dim):
+                    memory[i, j] *= decay
+                    change[j] += memory[i, j] * weight
+            for j in range(value_dim):
+                change[j] = beta[sample, token, head] * (value[sample, token, head, j] - change[j])
+            read[:] = 0
+            for i in range(key_dim):
+                weight = key[sample, token, head, i]
+                question = query[sample, token, head, i]
+                for j in range(value_dim):
+                    memory[i, j] += weight * change[j]
+                    read[j] += memory[i, j] * question
+
+
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """
+    Returns the outputs, and the states after the last token if they are asked for.
+
+    `query` and `key`: Tensors of shape (batch, length, n_heads, key_dim), on the CPU. `value`: (batch, length, n_heads, value_dim).
+    `g` and `beta`: (batch, length, n_heads), the logarithm of the decay and the rate of learning. `initial_state`:
+    (batch, n_heads, key_dim, value_dim), zeros if not given. Outputs have the shape of `value` and the dtype of `query`,
+    states are float32, and so is the computation. Names and order of the arguments are transformers'.
+    """
+
+    dtype = query.dtype
+    query, key = (
+        _normalized(tensor.float()) if use_qk_l2norm_in_kernel else tensor.float()
+        for tensor in (query, key)
+    )
+    batch, _, n_heads, key_dim = key.shape
+    shape = (batch, n_heads, key_dim, value.shape[3])
+    state = torch.zeros(shape) if initial_state is None else initial_state.float().clone()
+    arguments = (query * key_dim**-0.5, key, value.float(), g.float(), beta.float())
+    output = torch.empty(value.shape)
+    if output.numel() > 0:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        _run(*(tensor.contiguous().numpy() for tensor in arguments), state.numpy(), output.numpy())
+    return output.to(dtype), state if output_final_state else None
+
+
+def _normalized(vectors: Tensor) -> Tensor:
+    return vectors * torch.rsqrt((vectors * vectors).sum(dim=-1, keepdim=True) + EPSILON)
