@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from heretic_contrast.ablation import compose
 from heretic_contrast.evaluation.caches import (
@@ -19,7 +18,6 @@ from heretic_contrast.evaluation.caches import (
     move_to_the_end,
     select_rows,
 )
-from heretic_contrast.evaluation.cpu_layers import grouped_attention
 from heretic_contrast.evaluation.generation import (
     Responder,
     Running,
@@ -37,7 +35,7 @@ from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from tests.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
-from tests.tiny_models import SIZES, build, make_model, make_tokenizer
+from tests.tiny_models import SIZES, build, make_tokenizer
 
 SEQUENCES: list[Tokens] = [(5, 6, 7, 8, 9, 10), (5, 6, 11), (5, 6, 7, 12, 13)]
 
@@ -264,29 +262,3 @@ def test_responses_beyond_a_sliding_window() -> None:
     assert responder._unmodified is None
     chosen = interventions(model, [(0,), (2,)])
     assert responder.respond(chosen) == responses_one_by_one(model, HARMFUL, 16, chosen)
-
-
-def test_grouped_attention_is_the_same_to_the_last_bit() -> None:
-    network = make_model("llama", num_attention_heads=4, num_key_value_heads=2)
-    ids = torch.tensor([tokens + (0,) * (6 - len(tokens)) for tokens in SEQUENCES])
-    mask = (ids > 0).long()
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    calls = []
-
-    def counting(*args: Any, **arguments: Any) -> Any:
-        calls.append(1)
-        return original(*args, **arguments)
-
-    with torch.no_grad():
-        expected = network(input_ids=ids, attention_mask=mask).logits
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = counting
-        try:
-            with grouped_attention():
-                found = network(input_ids=ids, attention_mask=mask).logits
-            assert calls == []
-            with pytest.raises(RuntimeError, match="stop"), grouped_attention():
-                raise RuntimeError("stop")
-            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is counting
-        finally:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = original
-    assert torch.equal(found, expected)

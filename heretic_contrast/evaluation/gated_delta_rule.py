@@ -86,8 +86,16 @@ def gated_delta_rule(
     arguments = (query * key_dim**-0.5, key, value.float(), g.float(), beta.float())
     output = torch.empty(value.shape)
     if output.numel() > 0:
+        n_threads = numba.get_num_threads()
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        _run(*(tensor.contiguous().numpy() for tensor in arguments), state.numpy(), output.numpy())
+        try:
+            _run(
+                *(tensor.contiguous().numpy() for tensor in arguments),
+                state.numpy(),
+                output.numpy(),
+            )
+        finally:
+            numba.set_num_threads(n_threads)
     return output.to(dtype), state if output_final_state else None
 
 

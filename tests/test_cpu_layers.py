@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The faster ways through layers on a CPU, against transformers' own."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+from heretic_contrast.evaluation.cpu_layers import (
+    DELTA_RULES,
+    compiled_delta_rule,
+    grouped_attention,
+)
+from heretic_contrast.evaluation.gated_delta_rule import gated_delta_rule
+from heretic_contrast.language_model import LanguageModel
+from tests.tiny_models import make_model
+
+CHUNKS, TOKENS = (getattr(modeling_qwen3_5, name) for name in DELTA_RULES)
+
+
+def some_inputs(length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "query": normal(3, length, 2, 5).to(dtype),
+        "key": normal(3, length, 2, 5).to(dtype),
+        "value": normal(3, length, 2, 7).to(dtype),
+        "g": -normal(3, length, 2).abs(),
+        "beta": torch.sigmoid(normal(3, length, 2)).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("reference", [CHUNKS, TOKENS])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("length", [1, 6, 70])
+def test_delta_rule_equals_that_of_transformers(
+    reference: Any, normalize: bool, length: int
+) -> None:
+    inputs = some_inputs(length)
+    if not normalize:
+        # Without normalization, keys that are not short let the state explode.
+        inputs["key"] = 0.3 * inputs["key"]
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": normalize}
+    states = [None, torch.randn(3, 2, 5, 7, generator=torch.Generator().manual_seed(1))]
+    for initial_state in states:
+        before = None if initial_state is None else initial_state.clone()
+        expected = reference(**inputs, initial_state=initial_state, **options)
+        found = gated_delta_rule(**inputs, initial_state=initial_state, **options)
+        for a, b in zip(found, expected, strict=True):
+            assert a is not None and a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert initial_state is None or torch.equal(initial_state, before)
+    assert gated_delta_rule(**inputs)[1] is None
+
+
+def test_delta_rule_by_its_formula() -> None:
+    inputs = {name: tensor.double() for name, tensor in some_inputs(4).items()}
+    state = torch.zeros(3, 2, 5, 7, dtype=torch.float64)
+    outputs = []
+    for query, key, value, g, beta in zip(
+        *(inputs[name].unbind(1) for name in ("query", "key", "value", "g", "beta")), strict=True
+    ):
+        state = state * g.exp()[..., None, None]
+        error = value - (state.transpose(-1, -2) @ key[..., None])[..., 0]
+        state = state + beta[..., None, None] * key[..., None] * error[..., None, :]
+        outputs.append((state.transpose(-1, -2) @ query[..., None])[..., 0] / 5**0.5)
+    found, final_state = gated_delta_rule(**some_inputs(4), output_final_state=True)
+    assert final_state is not None
+    torch.testing.assert_close(found.double(), torch.stack(outputs, 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(final_state.double(), state, rtol=1e-5, atol=1e-5)
+
+
+def test_delta_rule_of_half_precision_and_of_nothing() -> None:
+    inputs = some_inputs(9, torch.bfloat16)
+    found, state = gated_delta_rule(**inputs, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    expected, expected_state = CHUNKS(
+        **inputs, output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+    assert found.dtype == torch.bfloat16 and state is not None and state.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-4)
+    empty = {name: tensor[:0] for name, tensor in some_inputs(3).items()}
+    assert gated_delta_rule(**empty)[0].shape == (0, 3, 2, 7)
+
+
+def test_delta_rule_is_replaced_in_passes_only(tiny_hybrid: LanguageModel) -> None:
+    network = tiny_hybrid.model
+    ids = torch.arange(3, 33).view(2, 15)
+    calls = []
+
+    def counting(*args: Any, **arguments: Any) -> Any:
+        calls.append(1)
+        return CHUNKS(*args, **arguments)
+
+    setattr(modeling_qwen3_5, DELTA_RULES[0], counting)
+    try:
+        with torch.no_grad():
+            expected = network(input_ids=ids).logits
+            n_layers = len(calls)
+            assert n_layers > 0
+            with compiled_delta_rule(tiny_hybrid):
+                found = network(input_ids=ids).logits
+            assert len(calls) == n_layers
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(RuntimeError, match="stop"), compiled_delta_rule(tiny_hybrid):
+            # The compiled function has no gradient.
+            network(input_ids=ids)
+            assert len(calls) == 2 * n_layers
+            raise RuntimeError("stop")
+        assert getattr(modeling_qwen3_5, DELTA_RULES[0]) is counting
+    finally:
+        setattr(modeling_qwen3_5, DELTA_RULES[0], CHUNKS)
+    assert getattr(modeling_qwen3_5, DELTA_RULES[1]) is TOKENS
+
+
+def test_grouped_attention_is_the_same_to_the_last_bit() -> None:
+    network = make_model("llama", num_attention_heads=4, num_key_value_heads=2)
+    ids = torch.arange(3, 21).view(3, 6)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    calls = []
+
+    def counting(*args: Any, **arguments: Any) -> Any:
+        calls.append(1)
+        return original(*args, **arguments)
+
+    with torch.no_grad():
+        expected = network(input_ids=ids, attention_mask=mask).logits
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = counting
+        try:
+            with grouped_attention():
+                found = network(input_ids=ids, attention_mask=mask).logits
+            assert calls == []
+            with pytest.raises(RuntimeError, match="stop"), grouped_attention():
+                raise RuntimeError("stop")
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is counting
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+    assert torch.equal(found, expected)
