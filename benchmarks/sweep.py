@@ -3,9 +3,9 @@
 """
 Times the sweep against the reference loop: change the weights, generate, measure the full-vocabulary divergence.
 
-    python benchmarks/sweep.py [--reference-cells 8] [--random-llama | --model PATH] [--operations]
+    python benchmarks/sweep.py [--reference-cells 8] [--random-llama | --model PATH] [--preset NAME]... [--operations]
 
-Both ways judge the same cells on the same model in one process. The reference runs on every n-th cell and is scaled
+Both ways judge the same cells on the same model in one process. The reference runs on some cells and is scaled
 linearly, since its cost does not depend on the cell. Responses must be the same, and the divergence a lower bound.
 
 `--operations` counts the floating-point operations of matrix products instead of seconds. Where arithmetic is the limit,
@@ -14,6 +14,7 @@ their ratio is how much faster the sweep can be.
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -123,8 +124,10 @@ def log_probabilities(
     return found
 
 
-def build(arguments: argparse.Namespace) -> tuple[LanguageModel, Directions, list[list[Prompt]]]:
-    """Returns the model, its directions, and harmful, canary and reference prompts."""
+def build(
+    arguments: argparse.Namespace,
+) -> tuple[LanguageModel, dict[str, Directions], list[list[Prompt]]]:
+    """Returns the model, its directions by preset, and harmful, canary and reference prompts."""
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,7 +135,7 @@ def build(arguments: argparse.Namespace) -> tuple[LanguageModel, Directions, lis
         (name, split): read_json_lines(
             Path(refuser_pool(name, split).dataset), refuser_pool(name, split)
         )
-        for name in ("harmful", "harmless")
+        for name in ("harmful", "harmless", "matched")
         for split in ("train", "test")
     }
     folder = arguments.model or DATA / "refuser"
@@ -157,12 +160,20 @@ def build(arguments: argparse.Namespace) -> tuple[LanguageModel, Directions, lis
         network = AutoModelForCausalLM.from_pretrained(folder)
     network.requires_grad_(False)
     model = wrap(network, tokenizer, name="benchmark", batch_size=arguments.batch_size)
-    directions = extract(
-        model,
-        Pools(tuple(pools["harmful", "train"][:180]), tuple(pools["harmless", "train"][:100]), ()),
-        ContrastSettings(preset=["paper-unmatched"], small_classes="merge"),
-        lambda line: None,
+    training = Pools(
+        tuple(pools["harmful", "train"][:180]),
+        tuple(pools["harmless", "train"][:100]),
+        tuple(pools["matched", "train"]),
     )
+    directions = {
+        preset: extract(
+            model,
+            training,
+            ContrastSettings(preset=[preset], small_classes="merge"),
+            lambda line: None,
+        )
+        for preset in arguments.preset or ["paper-unmatched"]
+    }
     harmless = pools["harmless", "test"]
     return (
         model,
@@ -186,6 +197,7 @@ def main() -> None:
         "--random-llama", action="store_true", help="a random model of 134 M parameters"
     )
     parser.add_argument("--model", type=Path, help="a folder; the built-in refuser by default")
+    parser.add_argument("--preset", action="append", help="paper-unmatched by default")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--operations", action="store_true", help="count instead of timing")
     parser.add_argument("--json", type=Path)
@@ -214,7 +226,7 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
     started = clock()
     evaluator = SweepEvaluator(
         model,
-        {"paper-unmatched": directions},
+        directions,
         harmful,
         canaries,
         references,
@@ -242,8 +254,7 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
     base = log_probabilities(model, prompts, continuations)
     reference_preparation = clock() - started
 
-    stride = max(1, len(cells) // arguments.reference_cells)
-    chosen: list[Cell] = cells[stride // 2 :: stride]
+    chosen: list[Cell] = random.Random(0).sample(cells, min(arguments.reference_cells, len(cells)))
     same, excess, reference_spent, reference_divergence = 0, 0.0, 0.0, 0.0
     for cell in chosen:
         layer = cell.layers[0]
@@ -265,7 +276,7 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
         )
         excess = max(excess, cell.measurement.kl_divergence - full)
         print(
-            f"layer {layer:2} w {cell.weight:.1f}: KL {cell.measurement.kl_divergence:.6f} "
+            f"{cell.configuration} layer {layer:2} w {cell.weight:.1f}: KL {cell.measurement.kl_divergence:.6f} "
             f"of {full:.6f}, responses {'same' if responses == list(cell.responses) else 'DIFFER'}"
         )
     reference_total = reference_preparation + reference_spent / len(chosen) * len(cells)

@@ -86,7 +86,7 @@ def compiled_delta_rule(model: LanguageModel) -> Iterator[None]:
     It goes on to be used for tensors elsewhere than on a CPU, with gradients, and for packed sequences.
     """
 
-    namespaces = {sys.modules[type(module).__module__] for module in model.model.modules()}
+    namespaces = {sys.modules[type(layer).__module__] for layer in model.layers}
     with ExitStack() as stack:
         for namespace in namespaces:
             for name in DELTA_RULES:

@@ -11,10 +11,10 @@ transformers computes many tokens at once, through matrices of every pair of tok
 suits a GPU. On a CPU it is several times faster to keep the state of a head in the cache and go from token to token.
 """
 
-import math
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +24,24 @@ EPSILON = 1e-6
 """What transformers adds to squared lengths of queries and keys."""
 
 
+@compiled(fastmath={"contract"})
+def _inverse_length(vector: Any) -> Any:
+    total = np.float32(EPSILON)
+    for i in range(vector.shape[0]):
+        total += vector[i] * vector[i]
+    return np.float32(1.0) / np.sqrt(total)
+
+
 @compiled(parallel=True, fastmath={"contract"})
 def _run(
-    query: Any, key: Any, value: Any, log_decay: Any, beta: Any, state: Any, output: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    log_decay: Any,
+    beta: Any,
+    normalize: bool,
+    state: Any,
+    output: Any,
 ) -> None:
     """Fills in the outputs of all tokens, and changes the states to those after the last one."""
 
@@ -35,13 +50,18 @@ def _run(
     for place in numba.prange(n_samples * n_heads):
         sample, head = place // n_heads, place % n_heads
         memory = state[sample, head]
-        change = output[sample, 0, head].copy()
+        change = np.empty(value_dim, np.float32)
         for token in range(n_tokens):
             read = output[sample, token, head]
-            decay = math.exp(log_decay[sample, token, head])
+            keys, queries = key[sample, token, head], query[sample, token, head]
+            key_scale, query_scale = np.float32(1.0), np.float32(1.0 / np.sqrt(key_dim))
+            if normalize:
+                key_scale = _inverse_length(keys)
+                query_scale *= _inverse_length(queries)
+            decay = np.exp(log_decay[sample, token, head])
             change[:] = 0
             for i in range(key_dim):
-                weight = key[sample, token, head, i]
+                weight = keys[i] * key_scale
                 for j in range(value_dim):
                     memory[i, j] *= decay
                     change[j] += memory[i, j] * weight
@@ -49,8 +69,8 @@ def _run(
                 change[j] = beta[sample, token, head] * (value[sample, token, head, j] - change[j])
             read[:] = 0
             for i in range(key_dim):
-                weight = key[sample, token, head, i]
-                question = query[sample, token, head, i]
+                weight = keys[i] * key_scale
+                question = queries[i] * query_scale
                 for j in range(value_dim):
                     memory[i, j] += weight * change[j]
                     read[j] += memory[i, j] * question
@@ -75,29 +95,20 @@ def gated_delta_rule(
     states are float32, and so is the computation. Names and order of the arguments are transformers'.
     """
 
-    dtype = query.dtype
-    query, key = (
-        _normalized(tensor.float()) if use_qk_l2norm_in_kernel else tensor.float()
-        for tensor in (query, key)
-    )
     batch, _, n_heads, key_dim = key.shape
     shape = (batch, n_heads, key_dim, value.shape[3])
     state = torch.zeros(shape) if initial_state is None else initial_state.float().clone()
-    arguments = (query * key_dim**-0.5, key, value.float(), g.float(), beta.float())
     output = torch.empty(value.shape)
     if output.numel() > 0:
         n_threads = numba.get_num_threads()
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         try:
             _run(
-                *(tensor.contiguous().numpy() for tensor in arguments),
+                *(item.float().contiguous().numpy() for item in (query, key, value, g, beta)),
+                use_qk_l2norm_in_kernel,
                 state.numpy(),
                 output.numpy(),
             )
         finally:
             numba.set_num_threads(n_threads)
-    return output.to(dtype), state if output_final_state else None
-
-
-def _normalized(vectors: Tensor) -> Tensor:
-    return vectors * torch.rsqrt((vectors * vectors).sum(dim=-1, keepdim=True) + EPSILON)
+    return output.to(query.dtype), state if output_final_state else None
