@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from heretic_contrast.evaluation.response_text import strip_special_tokens
@@ -83,6 +84,7 @@ def has_loop(response: str) -> bool:
     )
 
 
+@lru_cache(maxsize=4096)
 def is_coherent(response: str, threshold: float = ENTROPY_THRESHOLD) -> bool:
     """
     Whether a response is free of degenerate repetition.

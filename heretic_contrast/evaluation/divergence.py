@@ -116,15 +116,13 @@ def divergences(
     where it is so broken that its outputs are no numbers.
     """
 
-    parts = []
     pieces = hidden_states.split(chunk)
-    for part, piece in zip(base.split([len(piece) for piece in pieces]), pieces, strict=True):
-        modified, modified_tails = (
-            tensor.double() for tensor in _keep(forcing.logits(piece), part.tokens.long())
-        )
-        values, tails = part.values.double(), part.tails.double()
-        parts.append(_terms(values, modified).sum(dim=1) + _terms(tails, modified_tails))
-    return torch.cat(parts).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    tokens = base.tokens.long().split([len(piece) for piece in pieces])
+    kept = [_keep(forcing.logits(piece), part) for piece, part in zip(pieces, tokens, strict=True)]
+    modified, modified_tails = (torch.cat(part).double() for part in zip(*kept, strict=True))
+    values = _terms(base.values.double(), modified).sum(dim=1)
+    values += _terms(base.tails.double(), modified_tails)
+    return values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _terms(base: Tensor, modified: Tensor) -> Tensor:
