@@ -13,7 +13,6 @@ from transformers import DynamicCache
 from heretic_contrast.ablation import compose
 from heretic_contrast.evaluation.caches import (
     Past,
-    concatenate,
     keeps_every_token,
     move_to_the_end,
     select_rows,
@@ -96,18 +95,19 @@ def tensors(cache: DynamicCache) -> list[Tensor]:
 
 def test_generation_goes_on_from_caches_that_were_cut(tiny_llama: LanguageModel) -> None:
     cuts = [4, 3, 2]
-    cache = concatenate([read(tiny_llama, SEQUENCES[:2]), read(tiny_llama, SEQUENCES[2:])])
+    caches = [read(tiny_llama, SEQUENCES[:2]), read(tiny_llama, SEQUENCES[2:])]
     cut = [tokens[:n] for tokens, n in zip(SEQUENCES, cuts, strict=True)]
     # The last token of each is read by the generation itself.
     ends = [n - 1 for n in cuts]
-    running = Running.start(tiny_llama, cut, move_to_the_end(cache, ends, max(ends)))
+    running = Running.start(tiny_llama, cut, move_to_the_end(caches, ends, max(ends)))
     new, running = running.advance(tiny_llama, 5, None)
     expected = generate_tokens(tiny_llama, cut, [9] * 3)
     assert new == [tokens[:5] for tokens in expected]
     # And once more, with samples left out and others joining in.
     first = running.select([0, 2])
     longer = [cut[0] + new[0], cut[2] + new[2]]
-    joined = concatenate([first.cache, read(tiny_llama, SEQUENCES[1:2])])
+    assert first.cache is not None
+    joined = [first.cache, read(tiny_llama, SEQUENCES[1:2])]
     n_cached = first.tokens.shape[1] - 1
     cache = move_to_the_end(joined, [n_cached, n_cached, 2], max(map(len, longer)) - 1)
     new, _ = Running.start(tiny_llama, [*longer, SEQUENCES[1]], cache).advance(tiny_llama, 4, None)

@@ -76,30 +76,34 @@ def concatenate(caches: Sequence[Cache]) -> Cache:
     All must keep every token: see `keeps_every_token`.
     """
 
-    def joined(parts: Sequence[Tensor]) -> Tensor:
-        longest = max(part.shape[2] for part in parts)
-        return torch.cat([pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts])
-
-    return _with_states(caches, joined)
+    return _with_states(caches, _padded_together)
 
 
-def move_to_the_end(cache: Cache, ends: Sequence[int], longest: int) -> Cache:
+def move_to_the_end(caches: Sequence[Cache], ends: Sequence[int], longest: int) -> Cache:
     """
-    Returns a cache that ends with a given token of each sample, as if all had been padded on the left.
+    Returns one cache that ends with a given token of each sample, as if all had been padded on the left.
 
     `ends`: how many tokens of each sample stand before that place. `longest`: how many are kept. What stands before the
-    first token of a shorter sample means nothing. The cache must keep every token: see `keeps_every_token`.
+    first token of a shorter sample means nothing. All caches must keep every token: see `keeps_every_token`.
     """
 
     places = (torch.tensor(ends)[:, None] - longest + torch.arange(longest)).clamp_min(0)
     places = places[:, None, :, None]
 
     def moved(parts: Sequence[Tensor]) -> Tensor:
-        (states,) = parts
+        # Layer by layer, so that no second copy of all layers exists.
+        states = _padded_together(parts)
         batch, n_heads, _, head_dim = states.shape
         return states.gather(2, places.to(states.device).expand(batch, n_heads, -1, head_dim))
 
-    return _with_states([cache], moved)
+    return _with_states(caches, moved)
+
+
+def _padded_together(parts: Sequence[Tensor]) -> Tensor:
+    """Returns keys or values of several batches as one, Tensors of shape (batch, n_heads, length, head_dim)."""
+
+    longest = max(part.shape[2] for part in parts)
+    return torch.cat([pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts])
 
 
 def _with_states(caches: Sequence[Cache], states: Callable[[Sequence[Tensor]], Tensor]) -> Cache:

@@ -328,7 +328,7 @@ class Responder:
         if caches:
             lengths = [length for departures in waiting for length in departures.lengths]
             longest = max(len(self._sequence(row, found)) for row in rows) - 1
-            cache = move_to_the_end(concatenate(caches), lengths, longest)
+            cache = move_to_the_end(caches, lengths, longest)
             return self._advance(rows, cache, interventions, found, n_left)
         # Sequences of similar length share a batch.
         rows.sort(key=lambda row: len(self._sequence(row, found)))
