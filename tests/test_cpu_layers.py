@@ -110,8 +110,9 @@ def test_delta_rule_is_replaced_in_passes_only(tiny_hybrid: LanguageModel) -> No
             assert len(calls) == n_layers
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         with pytest.raises(RuntimeError, match="stop"), compiled_delta_rule(tiny_hybrid):
-            # The compiled function has no gradient.
-            network(input_ids=ids)
+            # The compiled function has no gradient, and Heretic switches gradients off for good.
+            with torch.enable_grad():
+                network(input_ids=ids)
             assert len(calls) == 2 * n_layers
             raise RuntimeError("stop")
         assert getattr(modeling_qwen3_5, DELTA_RULES[0]) is counting
