@@ -99,28 +99,13 @@ def compiled_delta_rule(model: LanguageModel) -> Iterator[None]:
 def _replaced(namespace: ModuleType, name: str) -> Iterator[None]:
     original: Callable[..., tuple[Tensor, Tensor | None]] = getattr(namespace, name)
 
-    def run(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-        use_qk_l2norm_in_kernel: bool = False,
-        **arguments: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        is_packed = arguments.get("cu_seqlens") is not None
-        if query.device.type != "cpu" or is_packed or torch.is_grad_enabled():
-            arguments |= {
-                "initial_state": initial_state,
-                "output_final_state": output_final_state,
-                "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
-            }
-            return original(query, key, value, g=g, beta=beta, **arguments)
-        return gated_delta_rule(
-            query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel
+    def run(query: Tensor, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        is_packed = options.get("cu_seqlens") is not None
+        elsewhere = query.device.type != "cpu" or is_packed or torch.is_grad_enabled()
+        rule: Callable[..., tuple[Tensor, Tensor | None]] = (
+            original if elsewhere else gated_delta_rule
         )
+        return rule(query, *inputs, **options)
 
     setattr(namespace, name, run)
     try:

@@ -85,6 +85,7 @@ def gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """
     Returns the outputs, and the states after the last token if they are asked for.
@@ -92,10 +93,11 @@ def gated_delta_rule(
     `query` and `key`: Tensors of shape (batch, length, n_heads, key_dim), on the CPU. `value`: (batch, length, n_heads, value_dim).
     `g` and `beta`: (batch, length, n_heads), the logarithm of the decay and the rate of learning. `initial_state`:
     (batch, n_heads, key_dim, value_dim), zeros if not given. Outputs have the shape of `value` and the dtype of `query`,
-    states are float32, and so is the computation. Names and order of the arguments are transformers'.
+    states are float32, and so is the computation. Names and order of the arguments are transformers', whose
+    others, such as the size of chunks, make no difference here.
     """
 
-    batch, _, n_heads, key_dim = key.shape
+    batch, _length, n_heads, key_dim = key.shape
     shape = (batch, n_heads, key_dim, value.shape[3])
     state = torch.zeros(shape) if initial_state is None else initial_state.float().clone()
     output = torch.empty(value.shape)

@@ -25,7 +25,7 @@ from .caches import concatenate, join, keeps_every_token, move_to_the_end, selec
 from .cpu_layers import fast_on_cpu
 from .divergence import CHUNK
 from .interventions import Intervention, TeacherForcing, ablated_samples
-from .known_sequences import KnownSequences, Piece, Tokens
+from .known_sequences import KnownSequences, Piece, Tokens, n_common
 
 STRIDE = 8
 """How many tokens are generated before responses that have ended leave the batch."""
@@ -152,11 +152,28 @@ def generate_tokens(
     `max_new_tokens` is per sequence; sample i is ablated as `interventions[i]` says.
     """
 
-    ends = end_tokens(model)
     found: list[Tokens] = [()] * len(sequences)
-    waiting = list(range(len(sequences)))
-    running = Running.start(model, sequences)
-    while waiting:
+    generate_on(model, Running.start(model, sequences), found, max_new_tokens, interventions)
+    return found
+
+
+def generate_on(
+    model: LanguageModel,
+    running: Running,
+    found: list[Tokens],
+    max_new_tokens: Sequence[int],
+    interventions: Sequence[Intervention] | None = None,
+    n_left: int = 0,
+) -> tuple[list[int], Running]:
+    """
+    Generates until at most `n_left` sequences are unfinished, and returns which ones these are, and their state.
+
+    `found`: what has been generated of each sequence before, to which the new tokens are added.
+    """
+
+    ends = end_tokens(model)
+    waiting = list(range(len(found)))
+    while len(waiting) > n_left:
         left = max(max_new_tokens[index] - len(found[index]) for index in waiting)
         chosen = None if interventions is None else [interventions[index] for index in waiting]
         new, running = running.advance(model, min(STRIDE, left), chosen)
@@ -167,7 +184,7 @@ def generate_tokens(
                 unfinished.append(row)
         running = running.select(unfinished)
         waiting = [waiting[row] for row in unfinished]
-    return found
+    return waiting, running
 
 
 def forget_images(model: LanguageModel) -> None:
@@ -282,7 +299,7 @@ class Responder:
             departed: dict[int, tuple[int, int]] = {}
             for row, (index, (prompt, length)) in enumerate(product(piece.interventions, places)):
                 predicted, predictions = predictions[:length], predictions[length:]
-                agreed = _n_common(predicted, self.base[prompt])
+                agreed = n_common(predicted, self.base[prompt])
                 # Where the response departs, the prediction there is the right next token.
                 tokens = until_end(predicted[: agreed + 1], self._max_new_tokens, self._ends)
                 found[index][prompt] = tokens
@@ -346,26 +363,23 @@ class Responder:
     ) -> list[_Departures]:
         """As `_generate`, for responses that are generated in one batch."""
 
-        sequences = [self._sequence(row, found) for row in rows]
-        running = Running.start(self.model, sequences, cache)
-        while len(rows) > n_left:
-            left = self._max_new_tokens - min(len(found[index][prompt]) for index, prompt in rows)
-            chosen = [interventions[index] for index, _ in rows]
-            new, running = running.advance(self.model, min(STRIDE, left), chosen)
-            unfinished = []
-            for row, (index, prompt) in enumerate(rows):
-                tokens = until_end(
-                    found[index][prompt] + new[row], self._max_new_tokens, self._ends
-                )
-                found[index][prompt] = tokens
-                if not has_ended(tokens, self._max_new_tokens, self._ends):
-                    unfinished.append(row)
-            running = running.select(unfinished)
-            rows = [rows[row] for row in unfinished]
-        if not rows:
+        running = Running.start(self.model, [self._sequence(row, found) for row in rows], cache)
+        responses = [found[index][prompt] for index, prompt in rows]
+        limits = [self._max_new_tokens] * len(rows)
+        chosen = [interventions[index] for index, _ in rows]
+        unfinished, running = generate_on(self.model, running, responses, limits, chosen, n_left)
+        for (index, prompt), response in zip(rows, responses, strict=True):
+            found[index][prompt] = response
+        if not unfinished:
             return []
         n_cached = running.tokens.shape[1] - 1
-        return [_Departures(tuple(rows), running.cache, (n_cached,) * len(rows))]
+        return [
+            _Departures(
+                tuple(rows[row] for row in unfinished),
+                running.cache,
+                (n_cached,) * len(unfinished),
+            )
+        ]
 
     def _unmodified_cache(self) -> Cache | None:
         """Returns what the unmodified model keeps of all known sequences, where tokens can be taken out of it."""
@@ -402,14 +416,3 @@ class Responder:
             for start in range(0, len(hidden_states), CHUNK)
         ]
         return tuple(torch.cat(parts).tolist())
-
-
-def _n_common(first: Tokens, second: Tokens) -> int:
-    """Returns the number of tokens that two sequences start with in common."""
-
-    count = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

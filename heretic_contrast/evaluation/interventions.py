@@ -144,6 +144,11 @@ class LayerInput:
     layer: int
     hidden_states: Tensor
 
+    def repeat(self, count: int) -> "LayerInput":
+        """Returns the batch `count` times, one after the other."""
+
+        return LayerInput(self.layer, self.hidden_states.repeat(count, 1, 1))
+
 
 class _Reached(Exception):
     """Ends a pass at the layer whose input was asked for."""

@@ -56,6 +56,16 @@ class _Inputs:
     beginning: Tensor | None
     rest: Tensor
 
+    def of_beginning(self) -> LayerInput | None:
+        """Returns what a pass over the common beginning starts from."""
+
+        return None if self.beginning is None else LayerInput(self.layer, self.beginning)
+
+    def of_sequences(self, part: slice, width: int) -> LayerInput:
+        """Returns what a pass over some sequences starts from, of which the longest has `width` tokens."""
+
+        return LayerInput(self.layer, self.rest[part, :width])
+
 
 class KnownSequences:
     """
@@ -129,7 +139,7 @@ class KnownSequences:
                     hidden_states = forcing.modified(
                         tokens.repeat(len(chosen)),
                         [intervention for intervention in ablated for _ in range(n_sequences)],
-                        LayerInput(start, inputs.rest[part, :width].repeat(len(chosen), 1, 1)),
+                        inputs.of_sequences(part, width).repeat(len(chosen)),
                         known,
                     )
                     yield self._piece(chosen, part, hidden_states, known, start)
@@ -169,13 +179,12 @@ class KnownSequences:
     ) -> Past | None:
         """Returns what is kept of the common beginning, a sample for each intervention."""
 
-        below = self._unmodified_beginning(forcing)
-        if below is None or inputs.beginning is None:
+        below, start = self._unmodified_beginning(forcing), inputs.of_beginning()
+        if below is None or start is None:
             return None
         above = forcing.nothing_read()
         count = len(interventions)
-        start = LayerInput(inputs.layer, inputs.beginning.repeat(count, 1, 1))
-        forcing.modified(self._beginning.repeat(count), interventions, start, above)
+        forcing.modified(self._beginning.repeat(count), interventions, start.repeat(count), above)
         return Past(join(below.cache, above.cache, inputs.layer), self.n_common)
 
     def _layer_inputs(self, forcing: TeacherForcing, layer: int) -> _Inputs:
@@ -188,13 +197,13 @@ class KnownSequences:
             past = self._unmodified_beginning(forcing)
             beginning = None
             if past is not None:
-                below = _as_start(start, None if start is None else start.beginning)
+                below = None if start is None else start.of_beginning()
                 beginning = forcing.layer_input(self._beginning, layer, below)
             rest: Tensor | None = None
             for part in batches(len(self.order), self._n_rows):
                 tokens = self._batch(part, forcing)
                 n_sequences, width = tokens.input_ids.shape
-                below = _as_start(start, None if start is None else start.rest[part, :width])
+                below = None if start is None else start.of_sequences(part, width)
                 known = _for_each(past, 1, n_sequences)
                 hidden_states = forcing.layer_input(tokens, layer, below, known)
                 if rest is None:
@@ -231,12 +240,21 @@ class KnownSequences:
 def common_beginning(prompts: Sequence[Tokens]) -> Tokens:
     """Returns the tokens that all prompts begin with, at most all but the last token of each."""
 
+    if not prompts:
+        return ()
+    shared = min(n_common(prompts[0], prompt) for prompt in prompts)
+    return prompts[0][: min(shared, min(map(len, prompts)) - 1)]
+
+
+def n_common(first: Tokens, second: Tokens) -> int:
+    """Returns the number of tokens that two sequences start with in common."""
+
     count = 0
-    for tokens in zip(*prompts, strict=False):
-        if len(set(tokens)) > 1:
+    for a, b in zip(first, second, strict=False):
+        if a != b:
             break
         count += 1
-    return prompts[0][: min(count, min(map(len, prompts)) - 1)] if prompts else ()
+    return count
 
 
 def _for_each(
@@ -248,14 +266,6 @@ def _for_each(
         return None
     rows = torch.arange(n_samples).repeat_interleave(n_sequences)
     return past.select(rows, slice(first_layer, None))
-
-
-def _as_start(inputs: _Inputs | None, hidden_states: Tensor | None) -> LayerInput | None:
-    """Returns part of the inputs of a layer as what a pass starts from."""
-
-    if inputs is None or hidden_states is None:
-        return None
-    return LayerInput(inputs.layer, hidden_states)
 
 
 def shared_passes(

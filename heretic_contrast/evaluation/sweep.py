@@ -212,7 +212,7 @@ class SweepEvaluator:
     def base_responses(self) -> tuple[str, ...]:
         """The unmodified model's responses to the harmful prompts."""
 
-        return tuple(self._responder.base_responses()[: len(self._harmful)])
+        return self._split(self._responder.base_responses())[0]
 
     def layers(self) -> list[int]:
         """Returns the layers that are swept."""
@@ -321,7 +321,7 @@ class SweepEvaluator:
         cells = []
         for index, key in enumerate(keys):
             directions = self.configurations[key.configuration]
-            n_harmful = len(self._harmful)
+            harmful_responses, canary_responses = self._split(responses[index])
             cells.append(
                 Cell(
                     configuration=key.configuration,
@@ -335,9 +335,9 @@ class SweepEvaluator:
                         weight_along(operator, directions.mean_direction[layer + 1])
                         for layer, operator in operators[index].items()
                     ),
-                    measurement=self._judge(responses[index], kl[index]),
-                    responses=tuple(responses[index][:n_harmful]),
-                    canary_responses=tuple(responses[index][n_harmful:]),
+                    measurement=self._judge(harmful_responses, canary_responses, kl[index]),
+                    responses=harmful_responses,
+                    canary_responses=canary_responses,
                 )
             )
         return cells
@@ -349,13 +349,22 @@ class SweepEvaluator:
             {0: Operator(torch.zeros(1, self.model.hidden_size), torch.zeros(1, 1))},
             self.options.components,
         )
-        return self._judge(self._responder.base_responses(), self._references.measure([nothing])[0])
+        return self._judge(
+            *self._split(self._responder.base_responses()),
+            self._references.measure([nothing])[0],
+        )
 
-    def _judge(self, all_responses: Sequence[str], kl: tuple[float, float]) -> Measurement:
-        """Counts tiers, incoherent responses and false refusals, from the responses to harmful prompts and canaries."""
+    def _split(self, responses: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Returns the responses to harmful prompts, and those to canaries."""
 
         n_harmful = len(self._harmful)
-        responses, canary_responses = all_responses[:n_harmful], all_responses[n_harmful:]
+        return tuple(responses[:n_harmful]), tuple(responses[n_harmful:])
+
+    def _judge(
+        self, responses: Sequence[str], canary_responses: Sequence[str], kl: tuple[float, float]
+    ) -> Measurement:
+        """Counts tiers, incoherent responses and false refusals."""
+
         tiers = [
             self._classify(prompt.text, response)
             for prompt, response in zip(self._harmful, responses, strict=True)
