@@ -255,6 +255,45 @@ def test_responses_do_not_depend_on_what_is_generated_together(model: LanguageMo
         assert responder.respond(chosen) == expected
 
 
+def test_what_the_check_has_read_is_not_read_again(tiny_llama: LanguageModel) -> None:
+    responder = Responder(TeacherForcing(tiny_llama), HARMFUL, 10, 64)
+    chosen = interventions(tiny_llama, [(0,), (1,), (2, 3), (3,), (0, 1, 2)])
+    # Reads the beginning of the unmodified model, once and for all.
+    responses = responder.respond(chosen)
+    n_read = []
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        n_read.append(output.shape[0] * output.shape[1])
+
+    handle = tiny_llama.layers[-1].mlp.register_forward_hook(count)  # type: ignore[union-attr,operator]
+    try:
+        assert responder.respond(chosen) == responses
+        with_cache = sum(n_read)
+        n_read.clear()
+        assert responder._unmodified is not None
+        responder._unmodified = None
+        assert responder.respond(chosen) == responses
+    finally:
+        handle.remove()
+    departed = sum(
+        response != base
+        for row in responses
+        for response, base in zip(row, responder.base_responses(), strict=True)
+    )
+    assert departed > 2
+    # The prompt of each response that departs, but for the token that is read in both ways.
+    shortest = min(map(len, prompt_tokens(tiny_llama, HARMFUL)))
+    assert sum(n_read) - with_cache >= departed * (shortest - 1)
+
+
+def test_responses_within_a_sliding_window() -> None:
+    model = sliding(100)
+    responder = Responder(TeacherForcing(model), HARMFUL, 16, 3)
+    assert responder._unmodified is not None
+    chosen = interventions(model, [(0,), (2,), (1, 3)])
+    assert responder.respond(chosen) == responses_one_by_one(model, HARMFUL, 16, chosen)
+
+
 def test_responses_beyond_a_sliding_window() -> None:
     # The prompts alone fit into the window; with their responses they do not.
     model = sliding(max(map(len, prompt_tokens(sliding(8), HARMFUL))) + 6)

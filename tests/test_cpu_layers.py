@@ -16,6 +16,8 @@ from heretic_contrast.evaluation.cpu_layers import (
     grouped_attention,
 )
 from heretic_contrast.evaluation.gated_delta_rule import gated_delta_rule
+from heretic_contrast.evaluation.generation import generate_tokens
+from heretic_contrast.evaluation.interventions import TeacherForcing, TokenBatch
 from heretic_contrast.language_model import LanguageModel
 from tests.tiny_models import make_model
 
@@ -119,6 +121,20 @@ def test_delta_rule_is_replaced_in_passes_only(tiny_hybrid: LanguageModel) -> No
     finally:
         setattr(modeling_qwen3_5, DELTA_RULES[0], CHUNKS)
     assert getattr(modeling_qwen3_5, DELTA_RULES[1]) is TOKENS
+
+
+def test_passes_and_generation_use_the_compiled_recurrence(
+    tiny_hybrid: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted(*args: Any, **arguments: Any) -> Any:
+        raise AssertionError("transformers' own recurrence was called.")
+
+    for name in DELTA_RULES:
+        monkeypatch.setattr(modeling_qwen3_5, name, unwanted)
+    ids = torch.arange(3, 33).view(2, 15)
+    hidden_states = TeacherForcing(tiny_hybrid).unmodified(TokenBatch(ids, torch.ones_like(ids)))
+    assert hidden_states.isfinite().all()
+    assert len(generate_tokens(tiny_hybrid, [(3, 4, 5)], [2])[0]) > 0
 
 
 def test_grouped_attention_is_the_same_to_the_last_bit() -> None:
