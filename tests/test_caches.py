@@ -23,7 +23,12 @@ from heretic_contrast.evaluation.generation import (
     generate_tokens,
     prompt_tokens,
 )
-from heretic_contrast.evaluation.interventions import Intervention, TeacherForcing, TokenBatch
+from heretic_contrast.evaluation.interventions import (
+    Intervention,
+    LayerInput,
+    TeacherForcing,
+    TokenBatch,
+)
 from heretic_contrast.evaluation.known_sequences import (
     KnownSequences,
     Piece,
@@ -301,3 +306,67 @@ def test_responses_beyond_a_sliding_window() -> None:
     assert responder._unmodified is None
     chosen = interventions(model, [(0,), (2,)])
     assert responder.respond(chosen) == responses_one_by_one(model, HARMFUL, 16, chosen)
+
+
+def test_passes_leave_out_what_comes_before_the_first_output_projection(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forcing = TeacherForcing(model)
+    layer = 1
+    # The first pass of all finds out what layers return.
+    assert not forcing._returns_tuple
+    first = forcing._first_projections[layer]
+    assert first is not None
+    query = next(item for item in first.around.children() if isinstance(item, torch.nn.Linear))
+    calls: list[int] = []
+    original = query.forward
+
+    def counting(*inputs: Tensor) -> Tensor:
+        calls.append(1)
+        return original(*inputs)
+
+    monkeypatch.setattr(query, "forward", counting)
+    tokens = TokenBatch(torch.arange(5, 11).view(1, 6), torch.ones(1, 6, dtype=torch.long))
+    [intervention] = interventions(model, [(layer,)])
+    start = forcing.layer_input(tokens, layer)
+    assert start.projected is not None and start.first_read == layer + 1
+    assert len(calls) == 1
+    found = forcing.modified(tokens, [intervention], start)
+    assert len(calls) == 1
+    # Only the input being known, attention is run again.
+    known_input = LayerInput(layer, start.hidden_states)
+    expected = forcing.modified(tokens, [intervention], known_input)
+    assert len(calls) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, forcing.unmodified(tokens), rtol=1e-3, atol=1e-3)
+    # Going up from there does not run it either.
+    upper = forcing.layer_input(tokens, layer + 1, start)
+    assert len(calls) == 3  # By the unmodified pass.
+    torch.testing.assert_close(
+        upper.hidden_states, forcing.layer_input(tokens, layer + 1).hidden_states
+    )
+    # And everything is as before.
+    torch.testing.assert_close(
+        forcing.modified(tokens, [intervention], known_input), expected, rtol=0, atol=0
+    )
+
+
+def test_nothing_is_left_out_where_it_is_not_known_to_be_the_same(
+    tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = tiny_llama.layers[1].self_attn
+    original = attention.forward
+
+    def scaled(*args: Any, **arguments: Any) -> Any:
+        output, weights = original(*args, **arguments)
+        return 2 * output, weights
+
+    monkeypatch.setattr(attention, "forward", scaled)
+    tiny_llama.layers[2].self_attn.store_full_length_kv = True
+    try:
+        found = TeacherForcing(tiny_llama)._first_projections
+    finally:
+        del tiny_llama.layers[2].self_attn.store_full_length_kv
+    assert [item is not None for item in found[:3]] == [True, False, False]
+    assert found[0] is not None and found[0].around is tiny_llama.layers[0].self_attn
+    assert found[0].projection is tiny_llama.layers[0].self_attn.o_proj

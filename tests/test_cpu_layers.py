@@ -10,9 +10,13 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from heretic_contrast.evaluation.causal_convolution import (
+    causal_convolution,
+    next_causal_convolution,
+)
 from heretic_contrast.evaluation.cpu_layers import (
-    DELTA_RULES,
-    compiled_delta_rule,
+    FUNCTIONS,
+    fast_linear_attention,
     grouped_attention,
 )
 from heretic_contrast.evaluation.gated_delta_rule import gated_delta_rule
@@ -21,7 +25,9 @@ from heretic_contrast.evaluation.interventions import TeacherForcing, TokenBatch
 from heretic_contrast.language_model import LanguageModel
 from tests.tiny_models import make_model
 
-CHUNKS, TOKENS = (getattr(modeling_qwen3_5, name) for name in DELTA_RULES)
+ORIGINALS = {name: getattr(modeling_qwen3_5, name) for name in FUNCTIONS}
+CHUNKS = ORIGINALS["torch_chunk_gated_delta_rule"]
+TOKENS = ORIGINALS["torch_recurrent_gated_delta_rule"]
 
 
 def some_inputs(length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -92,44 +98,95 @@ def test_delta_rule_of_half_precision_and_of_nothing() -> None:
     assert gated_delta_rule(**empty)[0].shape == (0, 3, 2, 7)
 
 
-def test_delta_rule_is_replaced_in_passes_only(tiny_hybrid: LanguageModel) -> None:
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 30])
+def test_convolution_equals_that_of_transformers(
+    length: int, activation: str | None, with_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(length)
+    hidden_states, state, weight, bias = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((3, 6, length), (3, 6, 4), (6, 4), (6,))
+    )
+    options = {"bias": bias if with_bias else None, "activation": activation}
+    before = hidden_states.clone()
+    found = causal_convolution(hidden_states, weight, **options)
+    expected = ORIGINALS["causal_conv1d_fn"](hidden_states, weight, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(hidden_states, before)
+    # And after other tokens, which are remembered.
+    states = [state.clone(), state.clone()]
+    found = next_causal_convolution(hidden_states, states[0], weight, **options)
+    expected = ORIGINALS["causal_conv1d_update"](hidden_states, states[1], weight, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(states[0], states[1])
+
+
+def test_convolution_by_its_formula() -> None:
+    hidden_states = torch.tensor([[[1.0, 10.0, 100.0]]])
+    weight = torch.tensor([[2.0, 3.0]])
+    expected = torch.tensor([[[3.0, 2.0 + 30.0, 20.0 + 300.0]]])
+    assert torch.equal(causal_convolution(hidden_states, weight), expected)
+    halves = causal_convolution(hidden_states.bfloat16(), weight.bfloat16())
+    assert halves.dtype == torch.bfloat16
+    torch.testing.assert_close(halves.float(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule", "causal_conv1d_fn"])
+def test_functions_are_replaced_in_passes_only(
+    tiny_hybrid: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     network = tiny_hybrid.model
     ids = torch.arange(3, 33).view(2, 15)
     calls = []
 
     def counting(*args: Any, **arguments: Any) -> Any:
         calls.append(1)
-        return CHUNKS(*args, **arguments)
+        return ORIGINALS[name](*args, **arguments)
 
-    setattr(modeling_qwen3_5, DELTA_RULES[0], counting)
-    try:
-        with torch.no_grad():
-            expected = network(input_ids=ids).logits
-            n_layers = len(calls)
-            assert n_layers > 0
-            with compiled_delta_rule(tiny_hybrid):
-                found = network(input_ids=ids).logits
-            assert len(calls) == n_layers
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        with pytest.raises(RuntimeError, match="stop"), compiled_delta_rule(tiny_hybrid):
-            # The compiled function has no gradient, and Heretic switches gradients off for good.
-            with torch.enable_grad():
-                network(input_ids=ids)
-            assert len(calls) == 2 * n_layers
-            raise RuntimeError("stop")
-        assert getattr(modeling_qwen3_5, DELTA_RULES[0]) is counting
-    finally:
-        setattr(modeling_qwen3_5, DELTA_RULES[0], CHUNKS)
-    assert getattr(modeling_qwen3_5, DELTA_RULES[1]) is TOKENS
+    monkeypatch.setattr(modeling_qwen3_5, name, counting)
+    with torch.no_grad():
+        expected = network(input_ids=ids).logits
+        n_layers = len(calls)
+        assert n_layers > 0
+        with fast_linear_attention(tiny_hybrid):
+            found = network(input_ids=ids).logits
+        assert len(calls) == n_layers
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="stop"), fast_linear_attention(tiny_hybrid):
+        # The compiled recurrence has no gradient, and Heretic switches gradients off for good.
+        with torch.enable_grad():
+            network(input_ids=ids)
+        assert len(calls) == 2 * n_layers
+        raise RuntimeError("stop")
+    assert getattr(modeling_qwen3_5, name) is counting
+    others = [other for other in FUNCTIONS if other != name]
+    assert all(getattr(modeling_qwen3_5, other) is ORIGINALS[other] for other in others)
 
 
-def test_passes_and_generation_use_the_compiled_recurrence(
+def test_functions_with_other_arguments_are_left_alone(
+    tiny_hybrid: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_a_library(x: Tensor, weight: Tensor) -> Tensor:
+        return x + weight
+
+    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", of_a_library)
+    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_update", None)
+    with torch.no_grad(), fast_linear_attention(tiny_hybrid):
+        called = modeling_qwen3_5.causal_conv1d_fn(x=torch.ones(1), weight=torch.ones(1))
+        assert called == torch.full((1,), 2.0)
+        assert modeling_qwen3_5.causal_conv1d_update is None
+        assert modeling_qwen3_5.torch_chunk_gated_delta_rule is not CHUNKS
+
+
+def test_passes_and_generation_use_the_fast_functions(
     tiny_hybrid: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unwanted(*args: Any, **arguments: Any) -> Any:
-        raise AssertionError("transformers' own recurrence was called.")
+        raise AssertionError("A function of transformers was called.")
 
-    for name in DELTA_RULES:
+    for name in FUNCTIONS:
         monkeypatch.setattr(modeling_qwen3_5, name, unwanted)
     ids = torch.arange(3, 33).view(2, 15)
     hidden_states = TeacherForcing(tiny_hybrid).unmodified(TokenBatch(ids, torch.ones_like(ids)))

@@ -5,6 +5,8 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from inspect import signature
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -15,10 +17,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..language_model import LanguageModel
+from .causal_convolution import causal_convolution, next_causal_convolution
 from .gated_delta_rule import gated_delta_rule
 
-DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
-"""transformers' implementations of the gated delta rule, for many tokens and for one."""
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "torch_chunk_gated_delta_rule": gated_delta_rule,
+    "torch_recurrent_gated_delta_rule": gated_delta_rule,
+    "causal_conv1d_fn": causal_convolution,
+    "causal_conv1d_update": next_causal_convolution,
+}
+"""What replaces transformers' functions for CPUs, for many tokens and for one."""
 
 
 @contextmanager
@@ -28,7 +36,7 @@ def fast_on_cpu(model: LanguageModel) -> Iterator[None]:
     if model.model.device.type != "cpu":
         yield
         return
-    with grouped_attention(), compiled_delta_rule(model):
+    with grouped_attention(), fast_linear_attention(model):
         yield
 
 
@@ -79,33 +87,37 @@ def grouped_attention() -> Iterator[None]:
 
 
 @contextmanager
-def compiled_delta_rule(model: LanguageModel) -> Iterator[None]:
+def fast_linear_attention(model: LanguageModel) -> Iterator[None]:
     """
-    Replaces transformers' gated delta rule in the modules that define the model's layers.
+    Replaces transformers' gated delta rule and causal convolution in the modules that define the model's layers.
 
-    It goes on to be used for tensors elsewhere than on a CPU, with gradients, and for packed sequences.
+    They go on to be used for tensors elsewhere than on a CPU, with gradients, and for packed sequences.
     """
 
     namespaces = {sys.modules[type(layer).__module__] for layer in model.layers}
     with ExitStack() as stack:
-        for namespace in namespaces:
-            for name in DELTA_RULES:
-                if hasattr(namespace, name):
-                    stack.enter_context(_replaced(namespace, name))
+        for namespace, name in product(namespaces, FUNCTIONS):
+            # Some versions of transformers have None here where a library is not installed.
+            if callable(getattr(namespace, name, None)):
+                stack.enter_context(_replaced(namespace, name))
         yield
 
 
 @contextmanager
 def _replaced(namespace: ModuleType, name: str) -> Iterator[None]:
-    original: Callable[..., tuple[Tensor, Tensor | None]] = getattr(namespace, name)
+    original: Callable[..., Any] = getattr(namespace, name)
+    replacement = FUNCTIONS[name]
+    arguments = signature(replacement)
 
-    def run(query: Tensor, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        is_packed = options.get("cu_seqlens") is not None
-        elsewhere = query.device.type != "cpu" or is_packed or torch.is_grad_enabled()
-        rule: Callable[..., tuple[Tensor, Tensor | None]] = (
-            original if elsewhere else gated_delta_rule
-        )
-        return rule(query, *inputs, **options)
+    def run(*inputs: Any, **options: Any) -> Any:
+        try:
+            first = next(iter(arguments.bind(*inputs, **options).arguments.values()))
+        except TypeError:
+            # Under some versions of transformers this is a library's function, whose arguments have other names.
+            return original(*inputs, **options)
+        is_packed = any(options.get(key) is not None for key in ("cu_seqlens", "seq_idx"))
+        elsewhere = first.device.type != "cpu" or is_packed or torch.is_grad_enabled()
+        return (original if elsewhere else replacement)(*inputs, **options)
 
     setattr(namespace, name, run)
     try:

@@ -3,15 +3,16 @@
 """
 Teacher-forced passes of a model whose samples are ablated each in their own way.
 
-An intervention changes nothing below the lowest layer that it ablates. A pass over known tokens therefore starts
-there, from hidden states that the unmodified model has produced, and many interventions share one batch.
+An intervention changes nothing below the lowest layer that it ablates, and in that layer nothing before its first
+output projection. A pass over known tokens therefore starts there, from what the unmodified model has computed, and
+many interventions share one batch.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -138,24 +139,51 @@ class LayerInput:
     """
     What enters a layer of the unmodified model.
 
-    `hidden_states`: Tensor of shape (batch, length, hidden_size), the output of the layer below `layer`.
+    `hidden_states`: Tensor of shape (batch, length, hidden_size), the output of the layer below `layer`. `projected`: what
+    the first output projection of the layer gives, usually that of its attention, which then need not run again; a
+    Tensor of the same shape, or None where it has to run.
     """
 
     layer: int
     hidden_states: Tensor
+    projected: Tensor | None = None
+
+    @property
+    def first_read(self) -> int:
+        """The lowest layer that reads the tokens in a pass that starts here, and adds them to a cache."""
+
+        return self.layer if self.projected is None else self.layer + 1
 
     def repeat(self, count: int) -> "LayerInput":
         """Returns the batch `count` times, one after the other."""
 
-        return LayerInput(self.layer, self.hidden_states.repeat(count, 1, 1))
+        return self._with(lambda states: states.repeat(count, 1, 1))
+
+    def select(self, samples: slice, length: int) -> "LayerInput":
+        """Returns the first tokens of some samples."""
+
+        return self._with(lambda states: states[samples, :length])
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "LayerInput":
+        projected = None if self.projected is None else change(self.projected)
+        return LayerInput(self.layer, change(self.hidden_states), projected)
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """
+    The output projection that a layer comes to first, and the module around it, which returns its output as it is.
+
+    `n_outputs`: the length of the tuple that the module returns, with None after the output; 0 where it returns a tensor.
+    """
+
+    projection: Module
+    around: Module
+    n_outputs: int
 
 
 class _Reached(Exception):
-    """Ends a pass at the layer whose input was asked for."""
-
-    def __init__(self, hidden_states: Tensor) -> None:
-        super().__init__()
-        self.hidden_states = hidden_states
+    """Ends a pass where everything that was asked for is known."""
 
 
 class TeacherForcing:
@@ -189,7 +217,7 @@ class TeacherForcing:
         """The lowest layer whose keys and values layers above it attend to (as in Gemma 4), or the number of layers."""
 
         for index, layer in enumerate(self.model.layers):
-            if any(getattr(module, "store_full_length_kv", False) for module in layer.modules()):
+            if any(_is_shared(module) for module in layer.modules()):
                 return index
         return self.model.n_layers
 
@@ -206,28 +234,37 @@ class TeacherForcing:
         layer: int,
         start: LayerInput | None = None,
         past: Past | None = None,
-    ) -> Tensor:
+    ) -> LayerInput:
         """
-        Returns the unmodified input of a layer, and computes nothing above it: (batch, length, hidden_size).
+        Returns the unmodified input of a layer, and computes nothing above its first output projection.
 
         `start`: the input of a layer below, where it is known, so that nothing is computed below it either.
         """
 
         if start is not None and start.layer == layer:
-            return start.hidden_states
+            return start
+        first = self._first_projections[layer]
+        entered: list[Tensor] = []
+        projected: list[Tensor] = []
 
-        def hook(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
+        def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entered.append(args[0] if args else kwargs["hidden_states"])
+            if first is None:
+                raise _Reached
 
-        handle = self.model.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with self._replayed(start):
-                self._run(tokens, past)
-        except _Reached as reached:
-            return reached.hidden_states
-        finally:
-            handle.remove()
-        raise AssertionError("The layer was not run.")
+        def project(module: Module, args: Any, output: Tensor) -> None:
+            projected.append(output)
+            raise _Reached
+
+        with ExitStack() as stack:
+            hook = self.model.layers[layer].register_forward_pre_hook(enter, with_kwargs=True)
+            stack.callback(hook.remove)
+            if first is not None:
+                stack.callback(first.projection.register_forward_hook(project).remove)
+            stack.enter_context(self._replayed(start))
+            stack.enter_context(suppress(_Reached))
+            self._run(tokens, past)
+        return LayerInput(layer, entered[0], projected[0] if projected else None)
 
     @torch.no_grad()
     def modified(
@@ -278,12 +315,12 @@ class TeacherForcing:
         try:
             whole, upper = self.nothing_read(), self.nothing_read()
             self.unmodified(first, whole)
-            start = LayerInput(middle, self.layer_input(first, middle))
+            start = self.layer_input(first, middle)
             self.modified(first, [], start, upper)
-            past = Past(join(whole.cache, upper.cache, middle), 3)
+            past = Past(join(whole.cache, upper.cache, start.first_read), 3)
             rows = torch.zeros(2, dtype=torch.long, device=ids.device)
-            start = LayerInput(middle, self.layer_input(rest, middle, None, past.select(rows)))
-            found = self.modified(rest, [], start, past.select(rows, slice(middle, None)))
+            start = self.layer_input(rest, middle, None, past.select(rows))
+            found = self.modified(rest, [], start, past.select(rows, slice(start.first_read, None)))
         except Exception:
             # Every architecture fails in its own way; then whole sequences are read.
             return False
@@ -346,24 +383,74 @@ class TeacherForcing:
 
     @contextmanager
     def _replayed(self, start: LayerInput | None) -> Iterator[None]:
-        """Makes the layers below `start` pass on hidden states that are known already."""
+        """Makes the layers below `start`, and the beginning of its layer, pass on what is known already."""
 
-        skipped = () if start is None else self.model.layers[: start.layer]
-        originals = [layer.forward for layer in skipped]
+        if start is None:
+            yield
+            return
+        skipped = self.model.layers[: start.layer]
         # Some architectures return tuples from their layers.
-        returns_tuple = bool(skipped) and self._returns_tuple
+        states = start.hidden_states
+        passed_on = (states,) if skipped and self._returns_tuple else states
+        replacements: list[tuple[Module, Callable[..., Any]]] = [
+            (layer, lambda *args, **kwargs: passed_on) for layer in skipped
+        ]
+        first = self._first_projections[start.layer] if start.projected is not None else None
+        if first is not None:
+            projection, n_outputs = first.projection, first.n_outputs
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            assert start is not None
-            return (start.hidden_states,) if returns_tuple else start.hidden_states
+            def around(*args: Any, **kwargs: Any) -> Any:
+                # The projection is called for its hooks, which ablate its output.
+                output = projection(start.projected)
+                return (output, *[None] * (n_outputs - 1)) if n_outputs else output
 
+            replacements += [(projection, lambda output: output), (first.around, around)]
+        originals = [module.forward for module, _ in replacements]
         try:
-            for layer in skipped:
-                layer.forward = forward
+            for module, forward in replacements:
+                module.forward = forward
             yield
         finally:
-            for layer, original in zip(skipped, originals, strict=True):
-                layer.forward = original
+            for (module, _), original in zip(replacements, originals, strict=True):
+                module.forward = original
+
+    @cached_property
+    @torch.no_grad()
+    def _first_projections(self) -> tuple[_Projection | None, ...]:
+        """What each layer may skip, found out by one pass over two tokens; None where nothing can be left out."""
+
+        found: list[_Projection | None] = [None] * self.model.n_layers
+        # Which projection each layer comes to first, and what that gives.
+        first: dict[int, tuple[Module, Tensor]] = {}
+
+        def project(layer: int, module: Module, output: Tensor) -> None:
+            first.setdefault(layer, (module, output))
+
+        def leave(layer: int, module: Module, output: Any) -> None:
+            if layer not in first or module is first[layer][0]:
+                return
+            projection, projected = first[layer]
+            outputs = output if isinstance(output, tuple) else (output,)
+            if outputs[0] is projected and all(item is None for item in outputs[1:]):
+                # The outermost module is left last.
+                n_outputs = len(output) if isinstance(output, tuple) else 0
+                found[layer] = _Projection(projection, module, n_outputs)
+
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.model.layers):
+                # Layers above attend to the keys and values of this one.
+                if any(_is_shared(module) for module in layer.modules()):
+                    continue
+                for module in output_projections(self.model, index, None):
+                    hook = partial(_with_output, project, index)
+                    stack.callback(module.register_forward_hook(hook).remove)
+                for module in layer.modules():
+                    if module is not layer:
+                        hook = partial(_with_output, leave, index)
+                        stack.callback(module.register_forward_hook(hook).remove)
+            token = torch.full((1, 2), self.model.pad_token_id(), device=self.model.model.device)
+            self._run(TokenBatch(token, torch.ones_like(token)))
+        return tuple(found)
 
     @cached_property
     def _returns_tuple(self) -> bool:
@@ -381,6 +468,24 @@ class TeacherForcing:
         finally:
             handle.remove()
         return found[0]
+
+
+def _is_shared(module: Module) -> bool:
+    """Returns whether layers above attend to the keys and values of an attention, as in Gemma 4."""
+
+    return bool(getattr(module, "store_full_length_kv", False))
+
+
+def _with_output(
+    function: Callable[[int, Module, Any], None],
+    layer: int,
+    module: Module,
+    args: Any,
+    output: Any,
+) -> None:
+    """A forward hook that knows its layer."""
+
+    function(layer, module, output)
 
 
 def require_layers(model: LanguageModel, layers: Sequence[int]) -> None:

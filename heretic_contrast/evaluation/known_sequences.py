@@ -3,9 +3,10 @@
 """
 Prompts with known continuations, run through a model under many interventions.
 
-Both the check of a known response and the divergence need nothing else. What lies below the ablated layer is run
-once for all interventions: the inputs of that layer are kept, and moved up as the sweep moves up the layers. What all
-prompts begin with, such as the system prompt, is read once for each intervention.
+Both the check of a known response and the divergence need nothing else. What lies below the ablated layer, and its
+attention up to the output projection, is run once for all interventions: what enters that layer is kept, and moved up
+as the sweep moves up the layers. What all prompts begin with, such as the system prompt, is read once for each
+intervention.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from ..language_model import batches
@@ -48,23 +50,12 @@ class _Inputs:
     """
     What enters a layer of the unmodified model.
 
-    `beginning`: Tensor of shape (1, n_common, hidden_size), or None without a common beginning. `rest`: Tensor of shape
-    (n_sequences, longest, hidden_size).
+    `beginning`: of the common beginning, one sample; None without one. `rest`: of what follows, a sample for each sequence,
+    each as long as the longest.
     """
 
-    layer: int
-    beginning: Tensor | None
-    rest: Tensor
-
-    def of_beginning(self) -> LayerInput | None:
-        """Returns what a pass over the common beginning starts from."""
-
-        return None if self.beginning is None else LayerInput(self.layer, self.beginning)
-
-    def of_sequences(self, part: slice, width: int) -> LayerInput:
-        """Returns what a pass over some sequences starts from, of which the longest has `width` tokens."""
-
-        return LayerInput(self.layer, self.rest[part, :width])
+    beginning: LayerInput | None
+    rest: LayerInput
 
 
 class KnownSequences:
@@ -132,17 +123,18 @@ class KnownSequences:
                 chosen = tuple(group[turn])
                 ablated = [interventions[index] for index in chosen]
                 past = self._read_ablated_beginning(forcing, ablated, inputs)
+                first_read = inputs.rest.first_read
                 for part in batches(len(self.order), self._n_rows // len(chosen)):
                     tokens = self._batch(part, forcing)
                     n_sequences, width = tokens.input_ids.shape
-                    known = _for_each(past, len(chosen), n_sequences, start)
+                    known = _for_each(past, len(chosen), n_sequences, first_read)
                     hidden_states = forcing.modified(
                         tokens.repeat(len(chosen)),
                         [intervention for intervention in ablated for _ in range(n_sequences)],
-                        inputs.of_sequences(part, width).repeat(len(chosen)),
+                        inputs.rest.select(part, width).repeat(len(chosen)),
                         known,
                     )
-                    yield self._piece(chosen, part, hidden_states, known, start)
+                    yield self._piece(chosen, part, hidden_states, known, first_read)
 
     def _piece(
         self,
@@ -179,39 +171,34 @@ class KnownSequences:
     ) -> Past | None:
         """Returns what is kept of the common beginning, a sample for each intervention."""
 
-        below, start = self._unmodified_beginning(forcing), inputs.of_beginning()
+        below, start = self._unmodified_beginning(forcing), inputs.beginning
         if below is None or start is None:
             return None
         above = forcing.nothing_read()
         count = len(interventions)
         forcing.modified(self._beginning.repeat(count), interventions, start.repeat(count), above)
-        return Past(join(below.cache, above.cache, inputs.layer), self.n_common)
+        return Past(join(below.cache, above.cache, start.first_read), self.n_common)
 
     def _layer_inputs(self, forcing: TeacherForcing, layer: int) -> _Inputs:
         """Returns the inputs of a layer, from those of the layer below that was asked for last."""
 
         start = self._inputs
-        if start is not None and start.layer > layer:
+        if start is not None and start.rest.layer > layer:
             start = None
-        if start is None or start.layer < layer:
+        if start is None or start.rest.layer < layer:
             past = self._unmodified_beginning(forcing)
             beginning = None
             if past is not None:
-                below = None if start is None else start.of_beginning()
+                below = None if start is None else start.beginning
                 beginning = forcing.layer_input(self._beginning, layer, below)
-            rest: Tensor | None = None
+            parts = []
             for part in batches(len(self.order), self._n_rows):
                 tokens = self._batch(part, forcing)
                 n_sequences, width = tokens.input_ids.shape
-                below = None if start is None else start.of_sequences(part, width)
+                below = None if start is None else start.rest.select(part, width)
                 known = _for_each(past, 1, n_sequences)
-                hidden_states = forcing.layer_input(tokens, layer, below, known)
-                if rest is None:
-                    shape = (*self._tokens.input_ids.shape, hidden_states.shape[-1])
-                    rest = hidden_states.new_zeros(shape)
-                rest[part, :width] = hidden_states
-            assert rest is not None
-            start = _Inputs(layer, beginning, rest)
+                parts.append(forcing.layer_input(tokens, layer, below, known))
+            start = _Inputs(beginning, _joined(parts, self._tokens.input_ids.shape[1]))
         self._inputs = start
         return start
 
@@ -266,6 +253,20 @@ def _for_each(
         return None
     rows = torch.arange(n_samples).repeat_interleave(n_sequences)
     return past.select(rows, slice(first_layer, None))
+
+
+def _joined(parts: Sequence[LayerInput], length: int) -> LayerInput:
+    """Returns the samples of all parts, each with room for `length` tokens."""
+
+    def joined(states: Sequence[Tensor]) -> Tensor:
+        return torch.cat([pad(item, (0, 0, 0, length - item.shape[1])) for item in states])
+
+    projected = [part.projected for part in parts if part.projected is not None]
+    return LayerInput(
+        parts[0].layer,
+        joined([part.hidden_states for part in parts]),
+        joined(projected) if projected else None,
+    )
 
 
 def shared_passes(

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The causal convolution of linear attention, which mixes each channel of a token with those of a few tokens before.
+
+PyTorch's general convolution spends most of its time on CPUs on rearranging what it reads. With the few taps that there are,
+it is several times faster to add up shifted copies.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+
+def causal_convolution(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **_: Any,
+) -> Tensor:
+    """
+    Returns the convolution of every channel with its taps, zeros before the first token, and the activation of that.
+
+    `hidden_states`: Tensor of shape (batch, n_channels, length), and the result has its shape and dtype. `weight`: Tensor
+    of shape (n_channels, n_taps), the last tap for the token itself. `bias`: Tensor of shape (n_channels,). The
+    computation is in float32. Names and order of the arguments are transformers', whose others make no difference.
+    """
+
+    inputs, taps = hidden_states.float(), weight.float()
+    length = inputs.shape[2]
+    output = inputs * taps[:, -1:]
+    for lag in range(1, min(taps.shape[1], length)):
+        tap = taps[:, -1 - lag, None]
+        output[:, :, lag:].addcmul_(inputs[:, :, : length - lag], tap)
+    if bias is not None:
+        output += bias.float()[:, None]
+    if activation is not None:
+        output = ACT2FN[activation](output)
+    return output.to(hidden_states.dtype)
+
+
+def next_causal_convolution(
+    hidden_states: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **_: Any,
+) -> Tensor:
+    """
+    As `causal_convolution`, for tokens that follow others.
+
+    `conv_state`: Tensor of shape (batch, n_channels, n_kept), the last tokens that were read, which become those of now.
+    """
+
+    length, n_kept = hidden_states.shape[2], conv_state.shape[2]
+    both = torch.cat([conv_state, hidden_states], dim=2)
+    conv_state.copy_(both[:, :, -n_kept:])
+    seen = both[:, :, -(length + weight.shape[1] - 1) :]
+    return causal_convolution(seen, weight, bias, activation)[:, :, -length:]
