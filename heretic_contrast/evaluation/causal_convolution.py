@@ -35,11 +35,7 @@ def causal_convolution(
     for lag in range(1, min(taps.shape[1], length)):
         tap = taps[:, -1 - lag, None]
         output[:, :, lag:].addcmul_(inputs[:, :, : length - lag], tap)
-    if bias is not None:
-        output += bias.float()[:, None]
-    if activation is not None:
-        output = ACT2FN[activation](output)
-    return output.to(hidden_states.dtype)
+    return _activated(output, bias, activation).to(hidden_states.dtype)
 
 
 def next_causal_convolution(
@@ -59,5 +55,13 @@ def next_causal_convolution(
     length, n_kept = hidden_states.shape[2], conv_state.shape[2]
     both = torch.cat([conv_state, hidden_states], dim=2)
     conv_state.copy_(both[:, :, -n_kept:])
-    seen = both[:, :, -(length + weight.shape[1] - 1) :]
-    return causal_convolution(seen, weight, bias, activation)[:, :, -length:]
+    # There is rarely more than one token, and then no sum of shifted copies.
+    windows = both.float().unfold(2, weight.shape[1], 1)[:, :, -length:]
+    output = (windows * weight.float()[:, None]).sum(dim=3)
+    return _activated(output, bias, activation).to(hidden_states.dtype)
+
+
+def _activated(output: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    if bias is not None:
+        output = output + bias.float()[:, None]
+    return output if activation is None else ACT2FN[activation](output)

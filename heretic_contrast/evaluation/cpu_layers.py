@@ -107,17 +107,15 @@ def fast_linear_attention(model: LanguageModel) -> Iterator[None]:
 def _replaced(namespace: ModuleType, name: str) -> Iterator[None]:
     original: Callable[..., Any] = getattr(namespace, name)
     replacement = FUNCTIONS[name]
-    arguments = signature(replacement)
+    first_name = next(iter(signature(replacement).parameters))
 
     def run(*inputs: Any, **options: Any) -> Any:
-        try:
-            first = next(iter(arguments.bind(*inputs, **options).arguments.values()))
-        except TypeError:
-            # Under some versions of transformers this is a library's function, whose arguments have other names.
-            return original(*inputs, **options)
+        # Under some versions of transformers this is a library's function, whose arguments have other names.
+        first = inputs[0] if inputs else options.get(first_name)
         is_packed = any(options.get(key) is not None for key in ("cu_seqlens", "seq_idx"))
-        elsewhere = first.device.type != "cpu" or is_packed or torch.is_grad_enabled()
-        return (original if elsewhere else replacement)(*inputs, **options)
+        elsewhere = first is None or first.device.type != "cpu"
+        leave = elsewhere or is_packed or torch.is_grad_enabled()
+        return (original if leave else replacement)(*inputs, **options)
 
     setattr(namespace, name, run)
     try:
