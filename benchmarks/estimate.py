@@ -66,6 +66,13 @@ class Shape:
         return self.hidden_size * (self.query_width + self.intermediate_size)
 
     @property
+    def attention_share(self) -> float:
+        """The part of a layer that precedes the output of its first output projection: its attention."""
+
+        attention = 2 * self.hidden_size * (self.query_width + self.key_width)
+        return attention / self.layer_parameters
+
+    @property
     def layer_parameters(self) -> int:
         """All projections of one layer."""
 
@@ -228,9 +235,9 @@ def sweep_parts(model: Model, job: Job, layers: Sequence[int] | None = None) -> 
     """
     Seconds of a sweep, by what is done. `layers`: those that are swept, all if not given.
 
-    "unmodified": responses and distributions of the unmodified model, and its divergence from itself. "below": the inputs of
-    the ablated layers, once for all cells. "above": the ablated layer and those over it, per cell. "head": divergences and
-    chosen tokens, per cell. "generation": what follows a departure.
+    "unmodified": responses and distributions of the unmodified model, and its divergence from itself. "below": everything up to
+    the attention of the ablated layers, once for all cells. "above": the rest of these layers and those over them, per cell.
+    "head": divergences and chosen tokens, per cell. "generation": what follows a departure.
     """
 
     n_layers = model.shape.layers
@@ -250,8 +257,9 @@ def sweep_parts(model: Model, job: Job, layers: Sequence[int] | None = None) -> 
         + 2 * model.layers(job.references, rest, n_layers)
         + model.layers(judged, rest, n_layers)
         + 2 * model.head(job.references * job.tokens),
-        "below": known(max(swept)),
-        "above": cells_per_layer * sum(known(n_layers - layer) for layer in swept),
+        "below": known(max(swept) + model.shape.attention_share),
+        "above": cells_per_layer
+        * sum(known(n_layers - layer - model.shape.attention_share) for layer in swept),
         "head": cells_per_layer
         * len(swept)
         * (model.head(job.references * job.tokens) + model.head(judged * job.tokens, 3)),

@@ -79,6 +79,44 @@ def concatenate(caches: Sequence[Cache]) -> Cache:
     return _with_states(caches, _padded_together)
 
 
+def can_be_joined(cache: Cache) -> bool:
+    """Returns whether samples that have read different numbers of tokens may share a cache: see `side_by_side`."""
+
+    return all(
+        type(layer).__name__ in ("DynamicLayer", "LinearAttentionLayer") for layer in cache.layers
+    )
+
+
+def side_by_side(caches: Sequence[Cache]) -> Cache:
+    """
+    Returns one cache with the samples of all, one after the other, padded on the left.
+
+    Recurrent states need no padding. All must allow it: see `can_be_joined`.
+    """
+
+    layers = []
+    for parts in zip(*(cache.layers for cache in caches), strict=True):
+        layer = _copied(parts[0])
+        for name, value in vars(layer).items():
+            states = [getattr(part, name) for part in parts]
+            if name in ("keys", "values") and isinstance(value, Tensor):
+                longest = max(part.shape[2] for part in states)
+                states = [pad(part, (0, 0, longest - part.shape[2], 0)) for part in states]
+                setattr(layer, name, torch.cat(states))
+            elif name in ("conv_states", "recurrent_states"):
+                setattr(layer, name, _concatenated(states))
+        layers.append(layer)
+    return _with_layers(caches[0], layers)
+
+
+def _concatenated(states: Sequence[Any]) -> Any:
+    """Returns recurrent states of several batches as one; layers may have several, by number."""
+
+    if isinstance(states[0], dict):
+        return {key: _concatenated([part[key] for part in states]) for key in states[0]}
+    return torch.cat(list(states)) if isinstance(states[0], Tensor) else states[0]
+
+
 def move_to_the_end(caches: Sequence[Cache], ends: Sequence[int], longest: int) -> Cache:
     """
     Returns one cache that ends with a given token of each sample, as if all had been padded on the left.

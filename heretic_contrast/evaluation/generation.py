@@ -17,11 +17,20 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-from ..language_model import LanguageModel, batches
+from ..language_model import LanguageModel
 from ..prompts import Prompt
-from .caches import concatenate, join, keeps_every_token, move_to_the_end, select_rows
+from .caches import (
+    can_be_joined,
+    concatenate,
+    join,
+    keeps_every_token,
+    move_to_the_end,
+    select_rows,
+    side_by_side,
+)
 from .cpu_layers import fast_on_cpu
 from .divergence import CHUNK
 from .interventions import Intervention, TeacherForcing, ablated_samples
@@ -139,52 +148,88 @@ class Running:
         cache = None if self.cache is None else select_rows(self.cache, indices)
         return Running(self.tokens[indices], self.mask[indices], cache)
 
+    def joined_by(self, other: "Running") -> "Running":
+        """Returns both as one, where their caches allow it: see `can_be_joined`."""
+
+        assert self.cache is not None and other.cache is not None
+        length = max(self.tokens.shape[1], other.tokens.shape[1])
+
+        def join(first: Tensor, second: Tensor) -> Tensor:
+            return torch.cat([pad(part, (length - part.shape[1], 0)) for part in (first, second)])
+
+        return Running(
+            join(self.tokens, other.tokens),
+            join(self.mask, other.mask),
+            side_by_side([self.cache, other.cache]),
+        )
+
 
 def generate_tokens(
     model: LanguageModel,
     sequences: Sequence[Tokens],
     max_new_tokens: Sequence[int],
     interventions: Sequence[Intervention] | None = None,
+    n_rows: int | None = None,
 ) -> list[Tokens]:
     """
     Returns the greedy continuation of each sequence, up to and with the token that ends it.
 
-    `max_new_tokens` is per sequence; sample i is ablated as `interventions[i]` says.
+    `max_new_tokens` is per sequence; sample i is ablated as `interventions[i]` says. `n_rows`: the largest batch, all if
+    not given. When half of a batch has ended, others join it.
     """
 
     found: list[Tokens] = [()] * len(sequences)
-    generate_on(model, Running.start(model, sequences), found, max_new_tokens, interventions)
+    n_rows = n_rows or max(1, len(sequences))
+    coming, waiting = list(range(len(sequences))), list[int]()
+    running: Running | None = None
+    while coming or waiting:
+        joins = running is not None and running.cache is not None and can_be_joined(running.cache)
+        if running is None or (coming and len(waiting) <= (n_rows // 2 if joins else 0)):
+            joining = coming[: n_rows - len(waiting)]
+            coming = coming[len(joining) :]
+            others = Running.start(model, [sequences[index] for index in joining])
+            # They are read together with their first token.
+            joining, others = extend(
+                model, others, joining, found, max_new_tokens, interventions, 1
+            )
+            if waiting and joining:
+                running = running.joined_by(others)  # type: ignore[union-attr]
+            elif not waiting:
+                running = others
+            waiting += joining
+        else:
+            waiting, running = extend(
+                model, running, waiting, found, max_new_tokens, interventions, STRIDE
+            )
     return found
 
 
-def generate_on(
+def extend(
     model: LanguageModel,
     running: Running,
+    rows: Sequence[int],
     found: list[Tokens],
     max_new_tokens: Sequence[int],
-    interventions: Sequence[Intervention] | None = None,
-    n_left: int = 0,
+    interventions: Sequence[Intervention] | None,
+    n_tokens: int,
 ) -> tuple[list[int], Running]:
     """
-    Generates until at most `n_left` sequences are unfinished, and returns which ones these are, and their state.
+    Generates at most `n_tokens` more tokens of each sequence, and returns which ones are unfinished, and their state.
 
-    `found`: what has been generated of each sequence before, to which the new tokens are added.
+    `rows`: which of the sequences are running. `found`: what has been generated of each sequence, to which the new tokens
+    are added.
     """
 
     ends = end_tokens(model)
-    waiting = list(range(len(found)))
-    while len(waiting) > n_left:
-        left = max(max_new_tokens[index] - len(found[index]) for index in waiting)
-        chosen = None if interventions is None else [interventions[index] for index in waiting]
-        new, running = running.advance(model, min(STRIDE, left), chosen)
-        unfinished = []
-        for row, index in enumerate(waiting):
-            found[index] = until_end(found[index] + new[row], max_new_tokens[index], ends)
-            if not has_ended(found[index], max_new_tokens[index], ends):
-                unfinished.append(row)
-        running = running.select(unfinished)
-        waiting = [waiting[row] for row in unfinished]
-    return waiting, running
+    left = max(max_new_tokens[index] - len(found[index]) for index in rows)
+    chosen = None if interventions is None else [interventions[index] for index in rows]
+    new, running = running.advance(model, min(n_tokens, left), chosen)
+    unfinished = []
+    for row, index in enumerate(rows):
+        found[index] = until_end(found[index] + new[row], max_new_tokens[index], ends)
+        if not has_ended(found[index], max_new_tokens[index], ends):
+            unfinished.append(row)
+    return [rows[row] for row in unfinished], running.select(unfinished)
 
 
 def forget_images(model: LanguageModel) -> None:
@@ -251,9 +296,7 @@ class Responder:
         self._ends = end_tokens(self.model)
         self._tokens = prompt_tokens(self.model, prompts)
         limits = [max_new_tokens] * len(prompts)
-        self.base: list[Tokens] = []
-        for part in batches(len(prompts), n_rows):
-            self.base += generate_tokens(self.model, self._tokens[part], limits[part])
+        self.base = generate_tokens(self.model, self._tokens, limits, n_rows=n_rows)
         self._is_plain_greedy = is_plain_greedy(self.model)
         self._known = KnownSequences(forcing, self._tokens, self.base, n_rows)
         self._unmodified = self._unmodified_cache() if self._is_plain_greedy else None
@@ -349,25 +392,36 @@ class Responder:
             return self._advance(rows, cache, interventions, found, n_left)
         # Sequences of similar length share a batch.
         rows.sort(key=lambda row: len(self._sequence(row, found)))
-        for part in batches(len(rows), self._n_rows):
-            self._advance(rows[part], None, interventions, found, 0)
+        continuations = generate_tokens(
+            self.model,
+            [self._sequence(row, found) for row in rows],
+            [self._max_new_tokens - len(found[index][prompt]) for index, prompt in rows],
+            [interventions[index] for index, _ in rows],
+            self._n_rows,
+        )
+        for (index, prompt), continuation in zip(rows, continuations, strict=True):
+            found[index][prompt] += continuation
         return []
 
     def _advance(
         self,
         rows: list[tuple[int, int]],
-        cache: Cache | None,
+        cache: Cache,
         interventions: Sequence[Intervention],
         found: list[list[Tokens]],
         n_left: int,
     ) -> list[_Departures]:
-        """As `_generate`, for responses that are generated in one batch."""
+        """As `_generate`, for responses that go on from what has been read."""
 
         running = Running.start(self.model, [self._sequence(row, found) for row in rows], cache)
         responses = [found[index][prompt] for index, prompt in rows]
         limits = [self._max_new_tokens] * len(rows)
         chosen = [interventions[index] for index, _ in rows]
-        unfinished, running = generate_on(self.model, running, responses, limits, chosen, n_left)
+        unfinished = list(range(len(rows)))
+        while len(unfinished) > n_left:
+            unfinished, running = extend(
+                self.model, running, unfinished, responses, limits, chosen, STRIDE
+            )
         for (index, prompt), response in zip(rows, responses, strict=True):
             found[index][prompt] = response
         if not unfinished:

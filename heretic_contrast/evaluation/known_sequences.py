@@ -23,8 +23,11 @@ from .interventions import Intervention, LayerInput, TeacherForcing, TokenBatch
 
 Tokens = tuple[int, ...]
 
+CPU_ELEMENTS_PER_PASS = 2**19
+"""Elements of the hidden states in one pass on a CPU, where they should stay in the cache from one layer to the next."""
+
 CPU_TOKENS_PER_PASS = 1536
-"""Tokens of one pass on a CPU, where what a layer computes should not leave the cache before the next one reads it."""
+"""Tokens of one pass on a CPU that are allowed in any case, so that a pass over the weights is shared by enough of them."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class KnownSequences:
         self._widths = [len(sequences[index]) - self.n_common for index in self.order]
         shape = (len(sequences), max(self._widths, default=0))
         if model.model.device.type == "cpu":
-            n_rows = min(n_rows, max(1, CPU_TOKENS_PER_PASS // max(1, shape[1])))
+            n_tokens = max(CPU_TOKENS_PER_PASS, CPU_ELEMENTS_PER_PASS // model.hidden_size)
+            n_rows = min(n_rows, max(1, n_tokens // max(1, shape[1])))
         self._n_rows = n_rows
         self._tokens = TokenBatch(
             torch.full(shape, model.pad_token_id()), torch.zeros(shape, dtype=torch.long)

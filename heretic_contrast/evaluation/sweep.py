@@ -20,7 +20,7 @@ import torch
 from ..ablation import Composition, Operator, compose, effective_weight, equalize, weight_along
 from ..directions import Directions
 from ..errors import ContrastError
-from ..language_model import LanguageModel, Progress, batches
+from ..language_model import LanguageModel, Progress
 from ..prompts import Prompt, prompts_digest
 from .coherence import is_coherent
 from .divergence import (
@@ -31,7 +31,7 @@ from .divergence import (
 )
 from .generation import Responder, generate_tokens, prompt_tokens
 from .interventions import Intervention, TeacherForcing, output_projections, require_layers
-from .known_sequences import KnownSequences, Piece, Tokens
+from .known_sequences import KnownSequences, Piece
 from .responses import Tier, classify_response
 from .results import Cell, Measurement, SweepResult, Synergy
 
@@ -108,10 +108,8 @@ class References:
         tokens = prompt_tokens(forcing.model, prompts)
         # Prompts of similar length share a batch.
         tokens.sort(key=len)
-        continuations: list[Tokens] = []
-        for part in batches(len(tokens), n_rows):
-            limits = [kl_tokens] * len(tokens[part])
-            continuations += generate_tokens(forcing.model, tokens[part], limits)
+        limits = [kl_tokens] * len(tokens)
+        continuations = generate_tokens(forcing.model, tokens, limits, n_rows=n_rows)
         self._known = KnownSequences(forcing, tokens, continuations, n_rows)
         self._base: list[SparseLogProbabilities] = []
         for piece in self._known.unmodified(forcing):
