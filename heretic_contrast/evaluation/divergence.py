@@ -19,7 +19,10 @@ from ..errors import ContrastError
 from .interventions import TeacherForcing
 
 CHUNK = 256
-"""Positions whose logits are held at the same time."""
+"""Positions whose logits are held at the same time; more where the vocabulary is small, see `positions_at_once`."""
+
+ELEMENTS = 2**20
+"""Logits that may be held at the same time in any case."""
 
 CPU_ELEMENTS = 2**20
 """Logits that are summed up at once on a CPU, where they should stay in the cache between the steps of it."""
@@ -53,6 +56,12 @@ class SparseLogProbabilities:
         return [SparseLogProbabilities(*parts) for parts in zip(*columns, strict=True)]
 
 
+def positions_at_once(forcing: TeacherForcing) -> int:
+    """Returns how many positions' logits are held at the same time: `CHUNK`, or as many as have `ELEMENTS` logits."""
+
+    return max(CHUNK, ELEMENTS // forcing.vocabulary)
+
+
 def _keep(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """
     Returns the log-probabilities of `tokens`, and that of all others together. Overwrites the logits.
@@ -76,20 +85,20 @@ def _logsumexp(logits: Tensor) -> Tensor:
 
 
 def base_statistics(
-    forcing: TeacherForcing, hidden_states: Tensor, top_k: int, chunk: int = CHUNK
+    forcing: TeacherForcing, hidden_states: Tensor, top_k: int, chunk: int | None = None
 ) -> SparseLogProbabilities:
     """
     Returns what is kept of the unmodified model's distributions.
 
     `hidden_states`: final hidden states, Tensor of shape (n_positions, hidden_size). No more than `chunk` positions'
-    logits exist at the same time.
+    logits exist at the same time, by default `positions_at_once`.
 
     Raises `ContrastError` when the unmodified model gives no probabilities, because its outputs are infinite or not numbers.
     """
 
     parts = []
-    for start in range(0, len(hidden_states), chunk):
-        logits = forcing.logits(hidden_states[start : start + chunk])
+    for piece in hidden_states.split(chunk or positions_at_once(forcing)):
+        logits = forcing.logits(piece)
         tokens = logits.topk(min(top_k, logits.shape[1]), dim=1).indices
         values, tails = _keep(logits, tokens)
         if bool(values.isnan().any()):
@@ -106,7 +115,7 @@ def divergences(
     forcing: TeacherForcing,
     base: SparseLogProbabilities,
     hidden_states: Tensor,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """
     Returns the KL divergence at each position, in nats: Σ p (log p − log q) over the kept tokens and the tail.
@@ -116,7 +125,7 @@ def divergences(
     where it is so broken that its outputs are no numbers.
     """
 
-    pieces = hidden_states.split(chunk)
+    pieces = hidden_states.split(chunk or positions_at_once(forcing))
     tokens = base.tokens.long().split([len(piece) for piece in pieces])
     kept = [_keep(forcing.logits(piece), part) for piece, part in zip(pieces, tokens, strict=True)]
     modified, modified_tails = (torch.cat(part).double() for part in zip(*kept, strict=True))

@@ -32,7 +32,7 @@ from .caches import (
     side_by_side,
 )
 from .cpu_layers import fast_on_cpu
-from .divergence import CHUNK
+from .divergence import positions_at_once
 from .interventions import Intervention, TeacherForcing, ablated_samples
 from .known_sequences import KnownSequences, Piece, Tokens, n_common
 
@@ -466,7 +466,7 @@ class Responder:
         """Returns the most likely token at each position."""
 
         parts = [
-            self._forcing.logits(hidden_states[start : start + CHUNK]).argmax(dim=1)
-            for start in range(0, len(hidden_states), CHUNK)
+            self._forcing.logits(piece).argmax(dim=1)
+            for piece in hidden_states.split(positions_at_once(self._forcing))
         ]
         return tuple(torch.cat(parts).tolist())

@@ -201,6 +201,12 @@ class TeacherForcing:
             "position_ids" in inspect.signature(self._decoder.forward).parameters
         )
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the model knows."""
+
+        return int(self.model.model.get_input_embeddings().weight.shape[0])
+
     @cached_property
     def carries_samples(self) -> bool:
         """Whether one batch may hold several interventions: see `carries_samples`."""
@@ -299,8 +305,7 @@ class TeacherForcing:
         Some recurrent layers start anew in every pass, and some models have caches of another kind.
         """
 
-        vocabulary = self.model.model.get_input_embeddings().weight.shape[0]
-        ids = torch.arange(3, 15, device=self.model.model.device).view(2, 6) % vocabulary
+        ids = torch.arange(3, 15, device=self.model.model.device).view(2, 6) % self.vocabulary
         # Both samples begin in the same way, and one of them is padded.
         ids[1, :3] = ids[0, :3]
         mask = torch.ones_like(ids)
