@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from heretic_contrast.ablation import compose
+from heretic_contrast.evaluation import generation
 from heretic_contrast.evaluation.caches import (
     Past,
     keeps_every_token,
@@ -370,3 +371,30 @@ def test_nothing_is_left_out_where_it_is_not_known_to_be_the_same(
     assert [item is not None for item in found[:3]] == [True, False, False]
     assert found[0] is not None and found[0].around is tiny_llama.layers[0].self_attn
     assert found[0].projection is tiny_llama.layers[0].self_attn.o_proj
+
+
+def test_sequences_join_a_running_batch(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = [tokens for tokens in SEQUENCES for _ in range(4)]
+    limits = [20, 2, 3, 1] * 3
+    expected = [
+        generate_tokens(model, [tokens], [limit])[0]
+        for tokens, limit in zip(sequences, limits, strict=True)
+    ]
+    assert sum(len(tokens) == 20 for tokens in expected) == 3
+    steps: list[int] = []
+    handle = model.layers[0].register_forward_hook(
+        lambda module, args, output: steps.append(len(args[0]))
+    )
+    try:
+        assert generate_tokens(model, sequences, limits, n_rows=4) == expected
+        together = list(steps)
+        assert max(together) == 4
+        steps.clear()
+        # As for caches whose samples must all have read equally much.
+        monkeypatch.setattr(generation, "can_be_joined", lambda cache: False)
+        assert generate_tokens(model, sequences, limits, n_rows=4) == expected
+    finally:
+        handle.remove()
+    assert len(steps) == 60 and len(together) < 50
