@@ -312,4 +312,6 @@ def test_samples_of_a_batch_do_not_touch_each_other(vectors: Tensor, n_others: i
     outputs = normal(n_others + 1, 3, hidden, seed=7)
     assert torch.allclose(batch.apply(outputs)[-1], operator.apply(outputs[-1]), atol=1e-5)
     order = torch.arange(n_others, -1, -1)
-    assert torch.equal(batch.select(order).apply(outputs[order]), batch.apply(outputs)[order])
+    reordered = batch.select(order).apply(outputs[order])
+    # On some processors the rounding of a batched product depends on the place in the batch.
+    assert torch.allclose(reordered, batch.apply(outputs)[order], atol=1e-5)

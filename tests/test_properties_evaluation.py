@@ -29,9 +29,11 @@ from heretic_contrast.evaluation.coherence import (
     split_words,
 )
 from heretic_contrast.evaluation.divergence import (
+    CHUNK,
     base_statistics,
     divergences,
     mean_with_standard_error,
+    positions_at_once,
 )
 from heretic_contrast.evaluation.geometry import (
     angle,
@@ -104,6 +106,9 @@ def test_words_that_never_repeat_are_coherent(n: int) -> None:
 class Head:
     """Takes logits themselves for hidden states, so that a test can choose them."""
 
+    def __init__(self, vocabulary: int = 40) -> None:
+        self.vocabulary = vocabulary
+
     def logits(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.float().clone()
 
@@ -161,6 +166,26 @@ def test_logits_that_are_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr("heretic_contrast.evaluation.divergence.CPU_ELEMENTS", elements)
         found = divergences(FORCING, base_statistics(FORCING, first, 30), second)
         torch.testing.assert_close(found, full_divergence(first, second), rtol=1e-4, atol=1e-5)
+
+
+def test_small_vocabularies_have_more_positions_at_once() -> None:
+    def positions(vocabulary: int) -> int:
+        return positions_at_once(cast(TeacherForcing, Head(vocabulary)))
+
+    assert positions(248_320) == CHUNK == 256
+    assert positions(1_536) == 2**20 // 1_536
+    counts: list[int] = []
+
+    class Counting(Head):
+        def logits(self, hidden_states: Tensor) -> Tensor:
+            counts.append(len(hidden_states))
+            return super().logits(hidden_states)
+
+    forcing = cast(TeacherForcing, Counting(2**20 // 300))
+    first, second = normal(700, 5, seed=1), normal(700, 5, seed=2)
+    found = divergences(forcing, base_statistics(forcing, first, 5), second)
+    torch.testing.assert_close(found, full_divergence(first, second), rtol=1e-4, atol=1e-5)
+    assert counts == [300, 300, 100] * 2
 
 
 @given(seeds, st.integers(1, 8))

@@ -180,11 +180,13 @@ def generate_tokens(
 
     found: list[Tokens] = [()] * len(sequences)
     n_rows = n_rows or max(1, len(sequences))
-    coming, waiting = list(range(len(sequences))), list[int]()
+    coming = list(range(len(sequences)))
+    waiting: list[int] = []
     running: Running | None = None
     while coming or waiting:
         joins = running is not None and running.cache is not None and can_be_joined(running.cache)
-        if running is None or (coming and len(waiting) <= (n_rows // 2 if joins else 0)):
+        n_that_may_stay = n_rows // 2 if joins else 0
+        if running is None or (coming and len(waiting) <= n_that_may_stay):
             joining = coming[: n_rows - len(waiting)]
             coming = coming[len(joining) :]
             others = Running.start(model, [sequences[index] for index in joining])
@@ -192,10 +194,7 @@ def generate_tokens(
             joining, others = extend(
                 model, others, joining, found, max_new_tokens, interventions, 1
             )
-            if waiting and joining:
-                running = running.joined_by(others)  # type: ignore[union-attr]
-            elif not waiting:
-                running = others
+            running = running.joined_by(others) if running is not None and waiting else others
             waiting += joining
         else:
             waiting, running = extend(
