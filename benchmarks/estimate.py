@@ -34,12 +34,10 @@ from scaling import make_evaluator
 from som import make_residuals, views
 from torch.utils.flop_counter import FlopCounterMode
 
+from heretic_contrast.evaluation.divergence import CHUNK
 from heretic_contrast.evaluation.sweep import SweepEvaluator, SweepOptions
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.som import SomSettings, train_maps
-
-CHUNK = 256
-"""Positions whose logits exist at the same time."""
 
 LOGIT_PASSES = 6
 """How often a chunk's logits are read or written for a divergence: made, copied, gathered from, scattered to, summed twice."""

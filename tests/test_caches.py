@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from heretic_contrast.ablation import compose
-from heretic_contrast.evaluation import generation
+from heretic_contrast.evaluation import generation, known_sequences
 from heretic_contrast.evaluation.caches import (
     Past,
     keeps_every_token,
@@ -398,3 +398,23 @@ def test_sequences_join_a_running_batch(
     finally:
         handle.remove()
     assert len(steps) == 60 and len(together) < 50
+
+
+def test_passes_on_a_cpu_are_limited_by_elements_and_tokens(
+    tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forcing, sequences = known(tiny_llama, reads_on=True, n_rows=50)
+    longest = max(sequences._widths)
+
+    def rows(elements: int, tokens: int, n_rows: int = 50) -> list[int]:
+        monkeypatch.setattr(known_sequences, "CPU_ELEMENTS_PER_PASS", elements)
+        monkeypatch.setattr(known_sequences, "CPU_TOKENS_PER_PASS", tokens)
+        _, limited = known(tiny_llama, reads_on=True, n_rows=n_rows)
+        pieces = limited.unmodified(forcing)
+        return [len(limited.order[piece.sequences]) for piece in pieces]
+
+    assert rows(2 * longest * tiny_llama.hidden_size, 0) == [2, 2]
+    assert rows(0, 3 * longest) == [3, 1]
+    assert rows(0, 0) == [1] * 4
+    assert rows(50 * longest * tiny_llama.hidden_size, 0) == [4]
+    assert rows(50 * longest * tiny_llama.hidden_size, 0, n_rows=3) == [3, 1]

@@ -311,6 +311,10 @@ def test_samples_of_a_batch_do_not_touch_each_other(vectors: Tensor, n_others: i
     batch = BatchOperator.stack([*others, operator], hidden)
     outputs = normal(n_others + 1, 3, hidden, seed=7)
     assert torch.allclose(batch.apply(outputs)[-1], operator.apply(outputs[-1]), atol=1e-5)
+    # Whatever the others are, nothing of them reaches the sample.
+    changed = outputs.clone()
+    changed[:-1] = 1e3 * normal(n_others, 3, hidden, seed=8)
+    assert torch.equal(batch.apply(changed)[-1], batch.apply(outputs)[-1])
     order = torch.arange(n_others, -1, -1)
     reordered = batch.select(order).apply(outputs[order])
     # On some processors the rounding of a batched product depends on the place in the batch.

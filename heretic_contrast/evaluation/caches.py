@@ -9,12 +9,18 @@ No function changes a cache that it is given. Layers of a cache are those of the
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,7 @@ def concatenate(caches: Sequence[Cache]) -> Cache:
 def can_be_joined(cache: Cache) -> bool:
     """Returns whether samples that have read different numbers of tokens may share a cache: see `side_by_side`."""
 
-    return all(
-        type(layer).__name__ in ("DynamicLayer", "LinearAttentionLayer") for layer in cache.layers
-    )
+    return all(type(layer) in (DynamicLayer, LinearAttentionLayer) for layer in cache.layers)
 
 
 def side_by_side(caches: Sequence[Cache]) -> Cache:
@@ -94,27 +98,7 @@ def side_by_side(caches: Sequence[Cache]) -> Cache:
     Recurrent states need no padding. All must allow it: see `can_be_joined`.
     """
 
-    layers = []
-    for parts in zip(*(cache.layers for cache in caches), strict=True):
-        layer = _copied(parts[0])
-        for name, value in vars(layer).items():
-            states = [getattr(part, name) for part in parts]
-            if name in ("keys", "values") and isinstance(value, Tensor):
-                longest = max(part.shape[2] for part in states)
-                states = [pad(part, (0, 0, longest - part.shape[2], 0)) for part in states]
-                setattr(layer, name, torch.cat(states))
-            elif name in ("conv_states", "recurrent_states"):
-                setattr(layer, name, _concatenated(states))
-        layers.append(layer)
-    return _with_layers(caches[0], layers)
-
-
-def _concatenated(states: Sequence[Any]) -> Any:
-    """Returns recurrent states of several batches as one; layers may have several, by number."""
-
-    if isinstance(states[0], dict):
-        return {key: _concatenated([part[key] for part in states]) for key in states[0]}
-    return torch.cat(list(states)) if isinstance(states[0], Tensor) else states[0]
+    return _with_states(caches, partial(_padded_together, on_the_left=True))
 
 
 def move_to_the_end(caches: Sequence[Cache], ends: Sequence[int], longest: int) -> Cache:
@@ -137,27 +121,44 @@ def move_to_the_end(caches: Sequence[Cache], ends: Sequence[int], longest: int) 
     return _with_states(caches, moved)
 
 
-def _padded_together(parts: Sequence[Tensor]) -> Tensor:
+def _padded_together(parts: Sequence[Tensor], on_the_left: bool = False) -> Tensor:
     """Returns keys or values of several batches as one, Tensors of shape (batch, n_heads, length, head_dim)."""
 
     longest = max(part.shape[2] for part in parts)
-    return torch.cat([pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts])
+    missing = [longest - part.shape[2] for part in parts]
+    return torch.cat(
+        [
+            pad(part, (0, 0, n, 0) if on_the_left else (0, 0, 0, n))
+            for part, n in zip(parts, missing, strict=True)
+        ]
+    )
 
 
 def _with_states(caches: Sequence[Cache], states: Callable[[Sequence[Tensor]], Tensor]) -> Cache:
-    """Returns one cache with the keys and the values of each layer made from those of all caches."""
+    """Returns one cache with the keys and the values of each layer made from those of all caches, and all recurrent states."""
 
     layers = []
     for parts in zip(*(cache.layers for cache in caches), strict=True):
         layer = _copied(parts[0])
+        for name in ("conv_states", "recurrent_states"):
+            if hasattr(layer, name):
+                setattr(layer, name, _concatenated([getattr(part, name) for part in parts]))
         # Layers that attend to the keys and values of another one keep none themselves.
-        if layer.is_initialized:
+        if getattr(layer, "is_initialized", False):
             layer.keys = states([part.keys for part in parts])
             layer.values = states([part.values for part in parts])
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = layer.keys.shape[2]
         layers.append(layer)
     return _with_layers(caches[0], layers)
+
+
+def _concatenated(states: Sequence[Any]) -> Any:
+    """Returns recurrent states of several batches as one; layers may have several, by number, or none."""
+
+    if isinstance(states[0], dict):
+        return {key: _concatenated([part[key] for part in states]) for key in states[0]}
+    return torch.cat(list(states)) if isinstance(states[0], Tensor) else states[0]
 
 
 def _copied(layer: Any) -> Any:

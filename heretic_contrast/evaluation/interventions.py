@@ -428,10 +428,10 @@ class TeacherForcing:
         # Which projection each layer comes to first, and what that gives.
         first: dict[int, tuple[Module, Tensor]] = {}
 
-        def project(layer: int, module: Module, output: Tensor) -> None:
+        def project(layer: int, module: Module, args: Any, output: Tensor) -> None:
             first.setdefault(layer, (module, output))
 
-        def leave(layer: int, module: Module, output: Any) -> None:
+        def leave(layer: int, module: Module, args: Any, output: Any) -> None:
             if layer not in first or module is first[layer][0]:
                 return
             projection, projected = first[layer]
@@ -447,11 +447,11 @@ class TeacherForcing:
                 if any(_is_shared(module) for module in layer.modules()):
                     continue
                 for module in output_projections(self.model, index, None):
-                    hook = partial(_with_output, project, index)
+                    hook = partial(project, index)
                     stack.callback(module.register_forward_hook(hook).remove)
                 for module in layer.modules():
                     if module is not layer:
-                        hook = partial(_with_output, leave, index)
+                        hook = partial(leave, index)
                         stack.callback(module.register_forward_hook(hook).remove)
             token = torch.full((1, 2), self.model.pad_token_id(), device=self.model.model.device)
             self._run(TokenBatch(token, torch.ones_like(token)))
@@ -479,18 +479,6 @@ def _is_shared(module: Module) -> bool:
     """Returns whether layers above attend to the keys and values of an attention, as in Gemma 4."""
 
     return bool(getattr(module, "store_full_length_kv", False))
-
-
-def _with_output(
-    function: Callable[[int, Module, Any], None],
-    layer: int,
-    module: Module,
-    args: Any,
-    output: Any,
-) -> None:
-    """A forward hook that knows its layer."""
-
-    function(layer, module, output)
 
 
 def require_layers(model: LanguageModel, layers: Sequence[int]) -> None:
