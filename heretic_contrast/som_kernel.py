@@ -36,15 +36,15 @@ TRAINED = 0
 DIVERGED = 1
 
 
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+def compiled(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`numba.njit` with its cache on disk where there is a writable place for one, and without it otherwise."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return numba.njit(cache=True, **options)(function)
+            return numba.njit(*signatures, cache=True, **options)(function)
         except RuntimeError:
             # Neither the package's directory nor the user's cache directory can be written.
-            return numba.njit(**options)(function)
+            return numba.njit(*signatures, **options)(function)
 
     return decorate
 

@@ -159,15 +159,6 @@ def test_divergence_is_a_bound_of_the_full_one(
     assert float(divergences(FORCING, base, first).abs().max()) < 1e-5
 
 
-def test_logits_that_are_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = normal(9, 30, seed=1), normal(9, 30, seed=2)
-    # Two rows at once, and one where a single row is already more.
-    for elements in (60, 7):
-        monkeypatch.setattr("heretic_contrast.evaluation.divergence.CPU_ELEMENTS", elements)
-        found = divergences(FORCING, base_statistics(FORCING, first, 30), second)
-        torch.testing.assert_close(found, full_divergence(first, second), rtol=1e-4, atol=1e-5)
-
-
 def test_small_vocabularies_have_more_positions_at_once() -> None:
     def positions(vocabulary: int) -> int:
         return positions_at_once(cast(TeacherForcing, Head(vocabulary)))

@@ -24,9 +24,6 @@ CHUNK = 256
 ELEMENTS = 2**20
 """Logits that may be held at the same time in any case."""
 
-CPU_ELEMENTS = 2**20
-"""Logits that are summed up at once on a CPU, where they should stay in the cache between the steps of it."""
-
 
 @dataclass(frozen=True)
 class SparseLogProbabilities:
@@ -70,18 +67,17 @@ def _keep(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """
 
     kept = logits.gather(1, tokens)
-    rest = _logsumexp(logits.scatter_(1, tokens, -math.inf))
+    rest = _logsumexp_in_place(logits.scatter_(1, tokens, -math.inf))
     total = torch.logaddexp(kept.logsumexp(dim=1), rest)
     return kept - total[:, None], rest - total
 
 
-def _logsumexp(logits: Tensor) -> Tensor:
-    """Returns the logarithm of Σ exp of each row, a few rows after the other on a CPU."""
+def _logsumexp_in_place(logits: Tensor) -> Tensor:
+    """Returns the logarithm of Σ exp of each row. Overwrites the logits, so that nothing else of their size is made."""
 
-    if logits.device.type != "cpu":
-        return logits.logsumexp(dim=1)
-    n_rows = max(1, CPU_ELEMENTS // logits.shape[1])
-    return torch.cat([part.logsumexp(dim=1) for part in logits.split(n_rows)])
+    # A row without any finite logit has no probability, which is not a NaN.
+    largest = logits.amax(dim=1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+    return logits.sub_(largest).exp_().sum(dim=1).log_().add_(largest[:, 0])
 
 
 def base_statistics(

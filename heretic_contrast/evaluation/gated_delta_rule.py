@@ -11,6 +11,7 @@ transformers computes many tokens at once, through matrices of every pair of tok
 suits a GPU. On a CPU it is several times faster to keep the state of a head in the cache and go from token to token.
 """
 
+from functools import cache
 from typing import Any
 
 import numba
@@ -32,7 +33,6 @@ def _inverse_length(vector: Any) -> Any:
     return np.float32(1.0) / np.sqrt(total)
 
 
-@compiled(parallel=True, fastmath={"contract"})
 def _run(
     query: Any,
     key: Any,
@@ -53,6 +53,7 @@ def _run(
         memory = state[sample, head]
         keys, queries = np.empty(key_dim, np.float32), np.empty(key_dim, np.float32)
         change, read = np.empty(value_dim, np.float32), np.empty(value_dim, np.float32)
+        values = np.empty(value_dim, np.float32)
         for token in range(n_tokens):
             key_scale, query_scale = np.float32(1.0), np.float32(1.0 / np.sqrt(key_dim))
             if normalize:
@@ -63,6 +64,8 @@ def _run(
                 keys[i] = key[sample, token, head, i] * key_scale
                 queries[i] = query[sample, token, head, i] * query_scale
                 agreement += keys[i] * queries[i]
+            for j in range(value_dim):
+                values[j] = value[sample, token, head, j]
             decay = np.exp(log_decay[sample, token, head])
             rate = beta[sample, token, head]
             # What key and query find in the old state, in one pass over it: four rows at a time, so that sums are
@@ -82,13 +85,23 @@ def _run(
                     change[j] += memory[i, j] * keys[i]
                     read[j] += memory[i, j] * queries[i]
             for j in range(value_dim):
-                change[j] = rate * (value[sample, token, head, j] - decay * change[j])
+                change[j] = rate * (values[j] - decay * change[j])
                 # The query finds what is added now as well: Sᵀ q = exp(g) S_oldᵀ q + (k · q) change.
                 output[sample, token, head, j] = decay * read[j] + agreement * change[j]
             for i in range(key_dim):
                 weight = keys[i]
                 for j in range(value_dim):
                     memory[i, j] = memory[i, j] * decay + weight * change[j]
+
+
+@cache
+def _compiled_run() -> Any:
+    """Returns `_run`, compiled once for inputs of any strides, which are most often parts of a larger tensor."""
+
+    strided = [numba.float32[(slice(None),) * n] for n in (4, 4, 4, 3, 3)]
+    whole = [numba.float32[:, :, :, ::1]] * 2
+    signature = numba.void(*strided, numba.boolean, *whole)
+    return compiled(signature, parallel=True, fastmath={"contract"})(_run)
 
 
 def gated_delta_rule(
@@ -120,8 +133,8 @@ def gated_delta_rule(
         n_threads = numba.get_num_threads()
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         try:
-            _run(
-                *(item.float().contiguous().numpy() for item in (query, key, value, g, beta)),
+            _compiled_run()(
+                *(item.float().numpy() for item in (query, key, value, g, beta)),
                 use_qk_l2norm_in_kernel,
                 state.numpy(),
                 output.numpy(),

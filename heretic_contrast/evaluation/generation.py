@@ -438,6 +438,9 @@ class Responder:
         """Returns what the unmodified model keeps of all known sequences, where tokens can be taken out of it."""
 
         longest = max(map(len, self._tokens), default=0) + self._max_new_tokens
+        # Nothing needs to be read to know that recurrent layers do not keep every token.
+        if not keeps_every_token(self._forcing.nothing_read().cache, longest):
+            return None
         caches = [piece.cache for piece in self._known.unmodified(self._forcing)]
         kept = [
             cache for cache in caches if cache is not None and keeps_every_token(cache, longest)
