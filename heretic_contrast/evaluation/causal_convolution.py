@@ -29,12 +29,7 @@ def causal_convolution(
     computation is in float32. Names and order of the arguments are transformers', whose others make no difference.
     """
 
-    inputs, taps = hidden_states.float(), weight.float()
-    length = inputs.shape[2]
-    output = inputs * taps[:, -1:]
-    for lag in range(1, min(taps.shape[1], length)):
-        tap = taps[:, -1 - lag, None]
-        output[:, :, lag:].addcmul_(inputs[:, :, : length - lag], tap)
+    output = _shifted_sums(hidden_states, weight, hidden_states.shape[2])
     return _activated(output, bias, activation).to(hidden_states.dtype)
 
 
@@ -52,13 +47,25 @@ def next_causal_convolution(
     `conv_state`: Tensor of shape (batch, n_channels, n_kept), the last tokens that were read, which become those of now.
     """
 
-    length, n_kept = hidden_states.shape[2], conv_state.shape[2]
     both = torch.cat([conv_state, hidden_states], dim=2)
-    conv_state.copy_(both[:, :, -n_kept:])
-    # There is rarely more than one token, and then no sum of shifted copies.
-    windows = both.float().unfold(2, weight.shape[1], 1)[:, :, -length:]
-    output = (windows * weight.float()[:, None]).sum(dim=3)
+    conv_state.copy_(both[:, :, -conv_state.shape[2] :])
+    output = _shifted_sums(both, weight, hidden_states.shape[2])
     return _activated(output, bias, activation).to(hidden_states.dtype)
+
+
+def _shifted_sums(inputs: Tensor, weight: Tensor, length: int) -> Tensor:
+    """Returns the convolution for the last `length` tokens, zeros before the first of all."""
+
+    inputs, taps = inputs.float(), weight.float()
+    end = inputs.shape[2]
+    start = end - length
+    output = inputs[:, :, start:] * taps[:, -1:]
+    for lag in range(1, taps.shape[1]):
+        # The first tokens have none so far before them.
+        missing = min(max(0, lag - start), length)
+        before = inputs[:, :, start + missing - lag : end - lag]
+        output[:, :, missing:].addcmul_(before, taps[:, -1 - lag, None])
+    return output
 
 
 def _activated(output: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

@@ -175,12 +175,12 @@ def generate_tokens(
     Returns the greedy continuation of each sequence, up to and with the token that ends it.
 
     `max_new_tokens` is per sequence; sample i is ablated as `interventions[i]` says. `n_rows`: the largest batch, all if
-    not given. When half of a batch has ended, others join it.
+    not given. Sequences of similar length share a batch; when half of it has ended, others join it.
     """
 
     found: list[Tokens] = [()] * len(sequences)
     n_rows = n_rows or max(1, len(sequences))
-    coming = list(range(len(sequences)))
+    coming = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     waiting: list[int] = []
     running: Running | None = None
     while coming or waiting:
@@ -277,7 +277,7 @@ class Responder:
     """
     Greedy responses of a model to fixed prompts.
 
-    `n_rows`: the number of samples in one pass.
+    `n_rows`: the number of samples in one pass. `base`: the tokens of the unmodified model's responses, where they are known.
     """
 
     def __init__(
@@ -286,6 +286,7 @@ class Responder:
         prompts: Sequence[Prompt],
         max_new_tokens: int,
         n_rows: int,
+        base: Sequence[Tokens] | None = None,
     ) -> None:
         self.model = forcing.model
         self.prompts = tuple(prompts)
@@ -294,8 +295,10 @@ class Responder:
         self._n_rows = n_rows
         self._ends = end_tokens(self.model)
         self._tokens = prompt_tokens(self.model, prompts)
-        limits = [max_new_tokens] * len(prompts)
-        self.base = generate_tokens(self.model, self._tokens, limits, n_rows=n_rows)
+        if base is None:
+            limits = [max_new_tokens] * len(prompts)
+            base = generate_tokens(self.model, self._tokens, limits, n_rows=n_rows)
+        self.base = list(base)
         self._is_plain_greedy = is_plain_greedy(self.model)
         self._known = KnownSequences(forcing, self._tokens, self.base, n_rows)
         self._unmodified = self._unmodified_cache() if self._is_plain_greedy else None
@@ -389,8 +392,6 @@ class Responder:
             longest = max(len(self._sequence(row, found)) for row in rows) - 1
             cache = move_to_the_end(caches, lengths, longest)
             return self._advance(rows, cache, interventions, found, n_left)
-        # Sequences of similar length share a batch.
-        rows.sort(key=lambda row: len(self._sequence(row, found)))
         continuations = generate_tokens(
             self.model,
             [self._sequence(row, found) for row in rows],

@@ -31,7 +31,7 @@ from .divergence import (
 )
 from .generation import Responder, generate_tokens, prompt_tokens
 from .interventions import Intervention, TeacherForcing, output_projections, require_layers
-from .known_sequences import KnownSequences, Piece
+from .known_sequences import KnownSequences, Piece, Tokens
 from .responses import Tier, classify_response
 from .results import Cell, Measurement, SweepResult, Synergy
 
@@ -94,7 +94,11 @@ class CellKey:
 
 
 class References:
-    """The reference prompts with the unmodified model's continuations, and what is kept of its distributions."""
+    """
+    The reference prompts with the unmodified model's continuations, and what is kept of its distributions.
+
+    `continuations`: their tokens, where they are known.
+    """
 
     def __init__(
         self,
@@ -103,13 +107,13 @@ class References:
         kl_tokens: int,
         top_k: int,
         n_rows: int,
+        continuations: Sequence[Tokens] | None = None,
     ) -> None:
         self._forcing: TeacherForcing | None = forcing
         tokens = prompt_tokens(forcing.model, prompts)
-        # Prompts of similar length share a batch.
-        tokens.sort(key=len)
-        limits = [kl_tokens] * len(tokens)
-        continuations = generate_tokens(forcing.model, tokens, limits, n_rows=n_rows)
+        if continuations is None:
+            limits = [kl_tokens] * len(tokens)
+            continuations = generate_tokens(forcing.model, tokens, limits, n_rows=n_rows)
         self._known = KnownSequences(forcing, tokens, continuations, n_rows)
         self._base: list[SparseLogProbabilities] = []
         for piece in self._known.unmodified(forcing):
@@ -194,8 +198,25 @@ class SweepEvaluator:
         n_rows = model.batch_size
         self._harmful, self._canaries = tuple(harmful), tuple(canaries)
         # Both are answered in the same passes.
-        self._responder = Responder(forcing, (*harmful, *canaries), options.max_new_tokens, n_rows)
-        self._references = References(forcing, references, options.kl_tokens, options.top_k, n_rows)
+        answered = (*harmful, *canaries)
+        # The unmodified model answers everything in one go, since a step takes hardly longer for more rows.
+        generated = generate_tokens(
+            model,
+            prompt_tokens(model, (*answered, *references)),
+            [options.max_new_tokens] * len(answered) + [options.kl_tokens] * len(references),
+            n_rows=n_rows,
+        )
+        self._responder = Responder(
+            forcing, answered, options.max_new_tokens, n_rows, generated[: len(answered)]
+        )
+        self._references = References(
+            forcing,
+            references,
+            options.kl_tokens,
+            options.top_k,
+            n_rows,
+            generated[len(answered) :],
+        )
         self.baseline = self._baseline()
         if self.baseline.refusals == 0:
             raise ContrastError(
