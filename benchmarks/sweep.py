@@ -6,7 +6,8 @@ Times the sweep against the reference loop: change the weights, generate, measur
     python benchmarks/sweep.py [--reference-cells 8] [--random-llama | --model PATH] [--preset NAME]... [--operations]
 
 Both ways judge the same cells on the same model in one process. The reference runs on some cells and is scaled
-linearly, since its cost does not depend on the cell. Responses must be the same, and the divergence a lower bound.
+linearly, since its cost does not depend on the cell. It takes turns with the sweep, after every group of cells, so that a
+machine that becomes slower for a while slows down both. Responses must be the same, and the divergence a lower bound.
 
 `--operations` counts the floating-point operations of matrix products instead of seconds. Where arithmetic is the limit,
 their ratio is how much faster the sweep can be.
@@ -16,7 +17,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,12 @@ from heretic_contrast.evaluation.interventions import output_projections
 from heretic_contrast.evaluation.responses import Tier
 from heretic_contrast.evaluation.results import Cell
 from heretic_contrast.evaluation.sampling import stratified_sample
-from heretic_contrast.evaluation.sweep import SweepEvaluator, SweepOptions, run_cells
+from heretic_contrast.evaluation.sweep import (
+    CellKey,
+    SweepEvaluator,
+    SweepOptions,
+    run_cells,
+)
 from heretic_contrast.extraction import Pools, extract
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel, batches
@@ -214,6 +220,68 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+class ReferenceLoop:
+    """Measures cells by changed weights, generation and the full-vocabulary divergence, and compares."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        harmful: list[Prompt],
+        canaries: list[Prompt],
+        references: list[Prompt],
+        options: SweepOptions,
+        clock: Clock,
+    ) -> None:
+        self._model, self._harmful, self._canaries = model, harmful, canaries
+        self._options, self._clock = options, clock
+        started = clock()
+        # Needed once: the unmodified model's responses, its continuations and its distributions there.
+        self._respond()
+        self._prompts = prompt_tokens(model, references)
+        limits = [options.kl_tokens] * len(references)
+        self._continuations = [
+            item
+            for part in batches(len(references), model.batch_size)
+            for item in generate_tokens(model, self._prompts[part], limits[part])
+        ]
+        self._base = log_probabilities(model, self._prompts, self._continuations)
+        self.preparation = clock() - started
+        self.n_cells, self.n_same = 0, 0
+        self.responses, self.divergence, self.excess = 0.0, 0.0, 0.0
+
+    def compare(self, cell: Cell, operator: Operator) -> None:
+        """Measures a cell of one layer, and prints how what the sweep found compares."""
+
+        layer = cell.layers[0]
+        started = self._clock()
+        with changed_weights(self._model, layer, operator):
+            responses = self._respond()
+            generated = self._clock()
+            modified = log_probabilities(self._model, self._prompts, self._continuations)
+        total = sum(
+            float((p.exp() * (p - q)).sum()) for p, q in zip(self._base, modified, strict=True)
+        )
+        self.responses += generated - started
+        self.divergence += self._clock() - generated
+        full = total / sum(map(len, self._continuations))
+        same = responses == [*cell.responses, *cell.canary_responses]
+        self.n_cells += 1
+        self.n_same += same
+        self.excess = max(self.excess, cell.measurement.kl_divergence - full)
+        print(
+            f"{cell.configuration} layer {layer:2} w {cell.weight:.1f}: KL {cell.measurement.kl_divergence:.6f} "
+            f"of {full:.6f}, responses {'same' if same else 'DIFFER'}",
+            flush=True,
+        )
+
+    def _respond(self) -> list[str]:
+        n_tokens = self._options.max_new_tokens
+        return [
+            *self._model.generate(self._harmful, n_tokens),
+            *self._model.generate(self._canaries, n_tokens),
+        ]
+
+
 def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str, float]:
     """Returns what both ways cost, their ratio, and the agreement. Prints a line per compared cell."""
 
@@ -221,6 +289,7 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
     options = SweepOptions(
         layers=None if not arguments.layers else tuple(arguments.layers), synergy_size=0
     )
+    reference = ReferenceLoop(model, harmful, canaries, references, options, clock)
     forward = ForwardCost(model.model, clock)
 
     started = clock()
@@ -237,49 +306,32 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
     preparation = clock() - started
     divergence = Stopwatch(evaluator._references.measure, clock)
     evaluator._references.measure = divergence  # type: ignore[method-assign]
+    keys = evaluator.grid()
+    chosen = set(random.Random(0).sample(keys, min(arguments.reference_cells, len(keys))))
+    evaluate = evaluator.evaluate
+    # What passes while the sweep waits for the reference, altogether and in forward passes.
+    waited, waited_in_forward = 0.0, 0.0
+
+    def take_turns(group: Sequence[CellKey]) -> list[Cell]:
+        nonlocal waited, waited_in_forward
+        cells = evaluate(group)
+        before, before_in_forward = clock(), forward.total
+        for key, cell in zip(group, cells, strict=True):
+            if key in chosen:
+                operator = evaluator.operator(
+                    key.configuration, key.strength, key.layers[0], key.weight
+                )
+                reference.compare(cell, operator)
+        waited += clock() - before
+        waited_in_forward += forward.total - before_in_forward
+        return cells
+
+    evaluator.evaluate = take_turns  # type: ignore[method-assign]
     cells = run_cells(evaluator, None, None)
-    spent = clock() - started
-    in_forward = forward.total
-
-    # Both ways need the unmodified model's responses, its continuations and its distributions there, once.
-    started = clock()
-    model.generate(harmful, options.max_new_tokens)
-    model.generate(canaries, options.max_new_tokens)
-    prompts = prompt_tokens(model, references)
-    continuations = [
-        item
-        for part in batches(len(prompts), model.batch_size)
-        for item in generate_tokens(model, prompts[part], [options.kl_tokens] * len(prompts[part]))
-    ]
-    base = log_probabilities(model, prompts, continuations)
-    reference_preparation = clock() - started
-
-    chosen: list[Cell] = random.Random(0).sample(cells, min(arguments.reference_cells, len(cells)))
-    same, excess, reference_spent, reference_divergence = 0, 0.0, 0.0, 0.0
-    for cell in chosen:
-        layer = cell.layers[0]
-        operator = evaluator.operator(cell.configuration, cell.strength, layer, cell.weight)
-        started = clock()
-        with changed_weights(model, layer, operator):
-            responses = model.generate(harmful, options.max_new_tokens)
-            canary_responses = model.generate(canaries, options.max_new_tokens)
-            generated = clock()
-            modified = log_probabilities(model, prompts, continuations)
-            total = sum(
-                float((p.exp() * (p - q)).sum()) for p, q in zip(base, modified, strict=True)
-            )
-        reference_spent += clock() - started
-        reference_divergence += clock() - generated
-        full = total / sum(map(len, continuations))
-        same += (
-            list(cell.responses) == responses and list(cell.canary_responses) == canary_responses
-        )
-        excess = max(excess, cell.measurement.kl_divergence - full)
-        print(
-            f"{cell.configuration} layer {layer:2} w {cell.weight:.1f}: KL {cell.measurement.kl_divergence:.6f} "
-            f"of {full:.6f}, responses {'same' if responses == list(cell.responses) else 'DIFFER'}"
-        )
-    reference_total = reference_preparation + reference_spent / len(chosen) * len(cells)
+    spent = clock() - started - waited
+    in_forward = forward.total - waited_in_forward
+    per_cell = (reference.responses + reference.divergence) / reference.n_cells
+    reference_total = reference.preparation + per_cell * len(cells)
     return {
         "cells": len(cells),
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
@@ -287,16 +339,15 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
         f"reference {unit}, scaled": reference_total,
         "reference / ours": reference_total / spent,
         f"{unit} of preparation": preparation,
-        f"reference {unit} of preparation": reference_preparation,
+        f"reference {unit} of preparation": reference.preparation,
         f"{unit} per cell, divergence": divergence.total / len(cells),
         f"{unit} per cell, responses": (spent - preparation - divergence.total) / len(cells),
-        f"reference {unit} per cell, divergence": reference_divergence / len(chosen),
-        f"reference {unit} per cell, responses": (reference_spent - reference_divergence)
-        / len(chosen),
+        f"reference {unit} per cell, divergence": reference.divergence / reference.n_cells,
+        f"reference {unit} per cell, responses": reference.responses / reference.n_cells,
         f"share of {unit} in forward passes": in_forward / spent,
-        "reference cells": len(chosen),
-        "reference cells with the same responses": same,
-        "largest excess of KL over the full one": excess,
+        "reference cells": reference.n_cells,
+        "reference cells with the same responses": reference.n_same,
+        "largest excess of KL over the full one": reference.excess,
         "bytes of base statistics per position": evaluator._references.n_bytes()
         / sum(evaluator._references.counts),
     }
