@@ -42,7 +42,7 @@ from heretic_contrast.evaluation.sweep import (
 )
 from heretic_contrast.extraction import Pools, extract
 from heretic_contrast.hosts.surface import wrap
-from heretic_contrast.language_model import LanguageModel, batches
+from heretic_contrast.language_model import LanguageModel, Progress, batches
 from heretic_contrast.prompts import Prompt, read_json_lines
 from heretic_contrast.settings import ContrastSettings
 
@@ -312,9 +312,9 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
     # What passes while the sweep waits for the reference, altogether and in forward passes.
     waited, waited_in_forward = 0.0, 0.0
 
-    def take_turns(group: Sequence[CellKey]) -> list[Cell]:
+    def take_turns(group: Sequence[CellKey], progress: Progress | None = None) -> list[Cell]:
         nonlocal waited, waited_in_forward
-        cells = evaluate(group)
+        cells = evaluate(group, progress)
         before, before_in_forward = clock(), forward.total
         for key, cell in zip(group, cells, strict=True):
             if key in chosen:

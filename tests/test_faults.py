@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from heretic_contrast.evaluation.sweep_state import SweepState, group_cells
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.hosts.checkpoint import repair_checkpoint
 from heretic_contrast.journal import CheckedJournal, JournalLock
+from heretic_contrast.language_model import Progress
 from heretic_contrast.processes import is_dead, this_process
 from heretic_contrast.prompts import Prompt
 from tests.command_server import ROOT, Server
@@ -106,7 +107,7 @@ def test_a_journal_that_was_cut_off_is_completed(tmp_path: Path) -> None:
 def test_half_a_line_of_another_process_harms_nobody(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
 
-    def evaluate(keys: list[CellKey]) -> list[Cell]:
+    def evaluate(keys: Sequence[CellKey], progress: Progress) -> list[Cell]:
         # Another process is killed in the middle of a write while this one computes.
         with storage.open("ab") as file:
             file.write(b'{"op_code":8,"worker_id":"half a li')
@@ -239,7 +240,7 @@ def test_a_storage_that_fails_in_the_background_is_not_shown(
     monkeypatch.setattr(sweep_state, "LEASE_SECONDS", 0.2)
     storage = tmp_path / "sweep.journal"
 
-    def evaluate(keys: list[CellKey]) -> list[Cell]:
+    def evaluate(keys: Sequence[CellKey], progress: Progress) -> list[Cell]:
         with limited_file_size(storage.stat().st_size):
             time.sleep(0.3)
         return [make_cell(key) for key in keys]

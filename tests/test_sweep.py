@@ -16,7 +16,7 @@ from heretic_contrast.evaluation.generation import generate_tokens, prompt_token
 from heretic_contrast.evaluation.interventions import output_projections
 from heretic_contrast.evaluation.responses import Tier, classify_response
 from heretic_contrast.evaluation.results import SweepResult, efficiency
-from heretic_contrast.evaluation.sweep import SweepOptions, sweep
+from heretic_contrast.evaluation.sweep import SweepEvaluator, SweepOptions, sweep
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.lora import base_weight
 from heretic_contrast.prompts import Prompt
@@ -99,6 +99,25 @@ def full_divergence(model: LanguageModel, changed: Any, kl_tokens: int) -> float
         total += float((base.exp() * (base - modified)).sum())
         count += len(continuation)
     return total / count
+
+
+def test_cells_that_are_evaluated_report_progress(tiny_llama: LanguageModel) -> None:
+    options = SweepOptions(layers=(1, 2), weights=(0.5, 1.0), max_new_tokens=12, kl_tokens=5)
+    evaluator = SweepEvaluator(
+        tiny_llama,
+        {"one": random_directions(tiny_llama, 1, 0)},
+        HARMFUL,
+        CANARIES,
+        REFERENCES,
+        options,
+        always_refuse_at_base(tiny_llama, HARMFUL),
+    )
+    shown: list[tuple[int, int]] = []
+    cells = evaluator.evaluate(evaluator.grid(), lambda *progress: shown.append(progress))
+    assert len(cells) == 4
+    assert [done for done, _ in shown] == sorted(done for done, _ in shown)
+    assert {done for done, _ in shown} >= {1, 2, 3, 4} and shown[-1] == (4, 4)
+    assert cells == evaluator.evaluate(evaluator.grid())
 
 
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_hybrid"])

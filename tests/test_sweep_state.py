@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -23,6 +24,7 @@ from heretic_contrast.evaluation.sweep_state import (
     group_cells,
     open_storage,
 )
+from heretic_contrast.language_model import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,7 +56,7 @@ class Evaluator:
         self.computed: list[CellKey] = []
         self._stop_after = stop_after
 
-    def __call__(self, keys: list[CellKey]) -> list[Cell]:
+    def __call__(self, keys: Sequence[CellKey], progress: Progress) -> list[Cell]:
         if self._stop_after is not None and len(self.computed) >= self._stop_after:
             raise KeyboardInterrupt
         self.computed += keys
@@ -71,7 +73,7 @@ def small_claims(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cells_are_taken_from_the_lowest_layer_up() -> None:
     claims: list[list[CellKey]] = []
 
-    def evaluate(keys: list[CellKey]) -> list[Cell]:
+    def evaluate(keys: Sequence[CellKey], progress: Progress) -> list[Cell]:
         claims.append(list(keys))
         return [make_cell(key) for key in keys]
 
@@ -92,6 +94,32 @@ def test_interrupted_sweep_resumes(tmp_path: Path) -> None:
     assert first.computed + second.computed == KEYS
     third = Evaluator()
     assert SweepState(storage, "f").run(KEYS, third) == cells and not third.computed
+
+
+def test_progress_goes_on_within_a_claim(tmp_path: Path) -> None:
+    shown: list[tuple[int, int]] = []
+
+    def evaluate(keys: Sequence[CellKey], progress: Progress) -> list[Cell]:
+        for n_done in range(len(keys) + 1):
+            progress(n_done, len(keys))
+        return [make_cell(key) for key in keys]
+
+    storage = str(tmp_path / "sweep.journal")
+    SweepState(storage, "f").run(KEYS, evaluate, lambda *progress: shown.append(progress))
+    assert list(dict.fromkeys(shown)) == [(n_done, 9) for n_done in range(10)]
+    assert [done for done, _ in shown] == sorted(done for done, _ in shown)
+
+    # Only cells that are missing count, although their whole group is computed again.
+    state = SweepState(str(tmp_path / "other.journal"), "f")
+    state._choices = {"configuration": ["one"], "strength": ["weight"]}
+    state._enqueue(KEYS)
+    claimed = state._claim(group_cells(KEYS), set(KEYS))[1]
+    for trial in claimed[:2]:
+        state._store(trial, make_cell(sweep_state._key(trial)))
+    state._give_back(claimed[2:])
+    shown.clear()
+    state.run(KEYS, evaluate, lambda *progress: shown.append(progress))
+    assert list(dict.fromkeys(shown)) == [(n_done, 9) for n_done in range(2, 10)]
 
 
 def test_half_a_line_and_a_stale_lock_are_survived(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from .caches import (
 from .cpu_layers import fast_on_cpu
 from .divergence import positions_at_once
 from .interventions import Intervention, TeacherForcing, ablated_samples
-from .known_sequences import KnownSequences, Piece, Tokens, n_common
+from .known_sequences import Count, KnownSequences, Piece, Tokens, n_common
 
 STRIDE = 8
 """How many tokens are generated before responses that have ended leave the batch."""
@@ -308,12 +308,14 @@ class Responder:
 
         return self._decode(self.base)
 
-    def respond(self, interventions: Sequence[Intervention]) -> list[list[str]]:
-        """Returns the responses to all prompts under each intervention."""
+    def respond(
+        self, interventions: Sequence[Intervention], count: Count = lambda n_sequences: None
+    ) -> list[list[str]]:
+        """Returns the responses to all prompts under each intervention. `count`: told of each check of a response."""
 
         found: list[list[Tokens]] = [[()] * len(self.prompts) for _ in interventions]
         waiting: list[_Departures] = []
-        for departures in self._check(interventions, found):
+        for departures in self._check(interventions, found, count):
             n_left = self._n_that_may_stay(waiting, departures)
             if sum(len(item.rows) for item in waiting) > n_left:
                 waiting = self._generate(waiting, interventions, found, n_left)
@@ -322,7 +324,10 @@ class Responder:
         return [self._decode(rows) for rows in found]
 
     def _check(
-        self, interventions: Sequence[Intervention], found: list[list[Tokens]]
+        self,
+        interventions: Sequence[Intervention],
+        found: list[list[Tokens]],
+        count: Count,
     ) -> Iterator[_Departures]:
         """
         Yields the responses that are not those of the unmodified model.
@@ -333,6 +338,7 @@ class Responder:
         if not self._is_plain_greedy:
             for index in range(len(interventions)):
                 yield _Departures(tuple(product((index,), range(len(self.prompts)))))
+                count(len(self.prompts))
             return
         for piece in self._known.modified(self._forcing, interventions):
             predictions = self._predict(piece.hidden_states)
@@ -341,8 +347,9 @@ class Responder:
                 self._known.lengths[piece.sequences],
                 strict=True,
             )
+            rows_read = list(product(piece.interventions, places))
             departed: dict[int, tuple[int, int]] = {}
-            for row, (index, (prompt, length)) in enumerate(product(piece.interventions, places)):
+            for row, (index, (prompt, length)) in enumerate(rows_read):
                 predicted, predictions = predictions[:length], predictions[length:]
                 agreed = n_common(predicted, self.base[prompt])
                 # Where the response departs, the prediction there is the right next token.
@@ -350,6 +357,7 @@ class Responder:
                 found[index][prompt] = tokens
                 if not has_ended(tokens, self._max_new_tokens, self._ends):
                     departed[row] = (index, prompt)
+            count(len(rows_read))
             if departed:
                 rows = tuple(departed.values())
                 lengths = tuple(len(self._sequence(row, found)) - 1 for row in rows)
@@ -440,7 +448,9 @@ class Responder:
 
         longest = max(map(len, self._tokens), default=0) + self._max_new_tokens
         # Nothing needs to be read to know that recurrent layers do not keep every token.
-        if not keeps_every_token(self._forcing.nothing_read().cache, longest):
+        if not self._forcing.reads_on or not keeps_every_token(
+            self._forcing.nothing_read().cache, longest
+        ):
             return None
         caches = [piece.cache for piece in self._known.unmodified(self._forcing)]
         kept = [

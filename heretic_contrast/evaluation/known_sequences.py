@@ -9,7 +9,7 @@ as the sweep moves up the layers. What all prompts begin with, such as the syste
 intervention.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,9 @@ from .caches import Past, join
 from .interventions import Intervention, LayerInput, TeacherForcing, TokenBatch
 
 Tokens = tuple[int, ...]
+
+Count = Callable[[int], None]
+"""Is told how many more sequences have been read, each under each intervention."""
 
 CPU_ELEMENTS_PER_PASS = 2**19
 """Elements of the hidden states in one pass on a CPU, where they should stay in the cache from one layer to the next."""
@@ -219,13 +222,13 @@ class KnownSequences:
     def _positions(self, part: slice, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns the rows and columns that predict the continuations, for some sequences that are repeated."""
 
-        rows: list[int] = []
-        columns: list[int] = []
-        places = list(zip(self._starts[part], self.lengths[part], strict=True))
-        for row, (start, length) in enumerate(places * count):
-            rows += [row] * length
-            columns += range(start, start + length)
-        return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+        starts = torch.tensor(self._starts[part] * count)
+        lengths = torch.tensor(self.lengths[part] * count)
+        rows = torch.arange(len(lengths)).repeat_interleave(lengths)
+        # From a place among all positions to the column in its row.
+        shifts = starts - (lengths.cumsum(dim=0) - lengths)
+        columns = torch.arange(len(rows)) + shifts[rows]
+        return rows.to(device), columns.to(device)
 
 
 def common_beginning(prompts: Sequence[Tokens]) -> Tokens:

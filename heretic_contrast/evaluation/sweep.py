@@ -31,7 +31,7 @@ from .divergence import (
 )
 from .generation import Responder, generate_tokens, prompt_tokens
 from .interventions import Intervention, TeacherForcing, output_projections, require_layers
-from .known_sequences import KnownSequences, Piece, Tokens
+from .known_sequences import Count, KnownSequences, Piece, Tokens
 from .responses import Tier, classify_response
 from .results import Cell, Measurement, SweepResult, Synergy
 
@@ -136,13 +136,15 @@ class References:
 
         self._forcing = None
 
-    def measure(self, interventions: Sequence[Intervention]) -> list[tuple[float, float]]:
-        """Returns the KL divergence and its standard error under each intervention."""
+    def measure(
+        self, interventions: Sequence[Intervention], count: Count = lambda n_sequences: None
+    ) -> list[tuple[float, float]]:
+        """Returns the KL divergence and its standard error under each intervention. `count`: told of each prompt."""
 
         forcing = self._forcing
         assert forcing is not None
         return self._divergences(
-            forcing, self._known.modified(forcing, interventions), len(interventions)
+            forcing, self._known.modified(forcing, interventions), len(interventions), count
         )
 
     def measure_model(self, forcing: TeacherForcing) -> tuple[float, float]:
@@ -151,7 +153,11 @@ class References:
         return self._divergences(forcing, self._known.unmodified(forcing), 1)[0]
 
     def _divergences(
-        self, forcing: TeacherForcing, pieces: Iterable[Piece], n_interventions: int
+        self,
+        forcing: TeacherForcing,
+        pieces: Iterable[Piece],
+        n_interventions: int,
+        count: Count = lambda n_sequences: None,
     ) -> list[tuple[float, float]]:
         """Returns the mean of the divergences at all positions, and its standard error, by intervention."""
 
@@ -161,8 +167,9 @@ class References:
             # Taken over from the device at once: a sum of its own for every sequence takes longer than the few positions.
             values = iter(divergences(forcing, base, piece.hidden_states).tolist())
             for index in piece.interventions:
-                for length in self._known.lengths[piece.sequences]:
-                    sums[index].append(sum(islice(values, length)))
+                lengths = self._known.lengths[piece.sequences]
+                sums[index] += [sum(islice(values, length)) for length in lengths]
+                count(len(lengths))
         return [mean_with_standard_error(values, self.counts) for values in sums]
 
 
@@ -321,8 +328,21 @@ class SweepEvaluator:
             weights = equalize(vectors, weights)
         return compose(vectors, weights, self.options.composition)
 
-    def evaluate(self, keys: Sequence[CellKey]) -> list[Cell]:
-        """Measures cells. Those that start at one layer share what lies below it."""
+    def evaluate(self, keys: Sequence[CellKey], progress: Progress | None = None) -> list[Cell]:
+        """
+        Measures cells. Those that start at one layer share what lies below it.
+
+        `progress`: told how many cells' worth of prompts have been read, out of how many cells.
+        """
+
+        n_read = 0
+        n_sequences = len(self._responder.prompts) + len(self._references.counts)
+
+        def count(n_more: int) -> None:
+            nonlocal n_read
+            n_read += n_more
+            if progress is not None:
+                progress(n_read // n_sequences, len(keys))
 
         operators = [
             {
@@ -332,8 +352,8 @@ class SweepEvaluator:
             for key in keys
         ]
         interventions = [Intervention(item, self.options.components) for item in operators]
-        responses = self._responder.respond(interventions)
-        kl = self._references.measure(interventions)
+        responses = self._responder.respond(interventions, count)
+        kl = self._references.measure(interventions, count)
         cells = []
         for index, key in enumerate(keys):
             directions = self.configurations[key.configuration]

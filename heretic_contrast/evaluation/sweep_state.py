@@ -51,7 +51,8 @@ CELLS_PER_CLAIM = 40
 _at_work: set[str] = set()
 """The workers of this process that are computing at this moment."""
 
-Evaluate = Callable[[Sequence[CellKey]], list[Cell]]
+Evaluate = Callable[[Sequence[CellKey], Progress], list[Cell]]
+"""Measures cells, and tells about how many of them are done while it does so."""
 
 
 def group_cells(keys: Sequence[CellKey]) -> list[list[CellKey]]:
@@ -163,8 +164,9 @@ class SweepState:
         while True:
             done = self._done()
             missing = [key for key in keys if key not in done]
+            n_done = len(keys) - len(missing)
             if progress is not None:
-                progress(len(keys) - len(missing), len(keys))
+                progress(n_done, len(keys))
             if not missing:
                 return [done[key] for key in keys]
             group, trials = self._claim(groups, set(missing))
@@ -172,9 +174,10 @@ class SweepState:
                 self._take_over(set(missing))
                 time.sleep(0.5)
                 continue
+            part = _part(progress, n_done, len(trials), len(keys))
             with self._leased(trials):
                 # The whole group, so that rounding does not depend on who computed which part of it.
-                cells = dict(zip(group, evaluate(group), strict=True))
+                cells = dict(zip(group, evaluate(group, part), strict=True))
             for trial in trials:
                 self._store(trial, cells[_key(trial)])
 
@@ -339,6 +342,16 @@ class SweepState:
             # An attempt that failed, for example because the disk was full, and could not give its cells back.
             return worker not in _at_work
         return is_dead(process) or bool(time.time() > lease["until"])
+
+
+def _part(progress: Progress | None, n_done: int, n_claimed: int, n_cells: int) -> Progress:
+    """Returns the progress of the claimed cells, which is shown as that of all cells."""
+
+    def advance(done: int, total: int) -> None:
+        if progress is not None:
+            progress(n_done + n_claimed * done // total, n_cells)
+
+    return advance
 
 
 def _key(trial: FrozenTrial) -> CellKey:
