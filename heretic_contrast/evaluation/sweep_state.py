@@ -45,8 +45,11 @@ LEASE_SECONDS = 60.0
 UNLEASED_SECONDS = 5.0
 """How long a claimed cell may be without a lease, which a living process writes at once."""
 
-CELLS_PER_CLAIM = 40
-"""How many cells a process takes at a time: enough to fill batches, few enough to lose little of when it is killed."""
+CELLS_PER_CLAIM = 60
+"""
+How many cells a process takes at a time: enough to fill batches, few enough to lose little of when it is killed, and whole
+layers with five weights and up to four configurations.
+"""
 
 _at_work: set[str] = set()
 """The workers of this process that are computing at this moment."""
