@@ -400,6 +400,47 @@ def test_sequences_join_a_running_batch(
     assert len(steps) == 60 and len(together) < 50
 
 
+def test_the_last_mlp_runs_only_where_something_is_predicted(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forcing = TeacherForcing(model)
+    mlp = model.layers[-1].mlp
+    assert forcing._last_mlp is mlp
+    tokens = TokenBatch(torch.arange(5, 17).view(2, 6), torch.ones(2, 6, dtype=torch.long))
+    # The second sample asks for one column twice.
+    columns = torch.tensor([[2, 3, 4], [4, 5, 5]])
+    seen: list[tuple[int, ...]] = []
+    for layer in (0, model.n_layers - 1):
+        ablated = interventions(model, [(layer,), (layer, model.n_layers - 1)])
+        start = forcing.layer_input(tokens, layer)
+        expected = forcing.modified(tokens, ablated, start)
+        handle = mlp.down_proj.register_forward_hook(
+            lambda *inputs: seen.append(tuple(inputs[2].shape))
+        )
+        found = forcing.modified(tokens, ablated, start, None, columns)
+        handle.remove()
+        assert seen.pop() == (2, 3, model.hidden_size) and not seen
+        rows = torch.arange(2)[:, None]
+        torch.testing.assert_close(
+            found[rows, columns], expected[rows, columns], rtol=1e-5, atol=1e-5
+        )
+        # What nobody asked for is what is saved.
+        assert not torch.allclose(found[0, 5], expected[0, 5], rtol=1e-3, atol=1e-3)
+    # Afterwards, everything is as before.
+    assert torch.equal(expected, forcing.modified(tokens, ablated, start))
+
+    # A module that mixes tokens has to see all of them.
+    original = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda states: original(states.cumsum(dim=1)))
+    assert TeacherForcing(model)._last_mlp is None
+    start = TeacherForcing(model).layer_input(tokens, 0)
+    mixed = [
+        TeacherForcing(model).modified(tokens, ablated[:1] * 2, start, None, part)
+        for part in (None, columns)
+    ]
+    assert torch.equal(*mixed)
+
+
 def test_passes_on_a_cpu_are_limited_by_elements_and_tokens(
     tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

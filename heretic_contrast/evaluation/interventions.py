@@ -279,17 +279,24 @@ class TeacherForcing:
         interventions: Sequence[Intervention],
         start: LayerInput,
         past: Past | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """
         Returns the final hidden states of ablated samples. Tensor of shape (batch, length, hidden_size).
 
         `start`: the input of a layer below which no sample is ablated. `past`: what each sample has read before, and was
-        ablated in the same way.
+        ablated in the same way. `columns`: which tokens of each sample are asked for, integer Tensor of shape
+        (batch, n_columns), where other hidden states may be wrong; None for all.
         """
 
         if any(intervention.first_layer < start.layer for intervention in interventions):
             raise AssertionError("An intervention starts below the layer that is replayed.")
-        with self._replayed(start), ablated_samples(self.model, interventions):
+        with (
+            # Finds out about the whole model when it is first asked, so that nothing may be replayed yet.
+            self._only_at(columns),
+            self._replayed(start),
+            ablated_samples(self.model, interventions),
+        ):
             return self._run(tokens, past)
 
     def nothing_read(self) -> Past:
@@ -410,14 +417,58 @@ class TeacherForcing:
                 return (output, *[None] * (n_outputs - 1)) if n_outputs else output
 
             replacements += [(projection, lambda output: output), (first.around, around)]
-        originals = [module.forward for module, _ in replacements]
-        try:
-            for module, forward in replacements:
-                module.forward = forward
+        with _replaced_forwards(replacements):
             yield
-        finally:
-            for (module, _), original in zip(replacements, originals, strict=True):
-                module.forward = original
+
+    @contextmanager
+    def _only_at(self, columns: Tensor | None) -> Iterator[None]:
+        """Makes the last layer leave out what does not reach the final hidden states of some tokens: see `modified`."""
+
+        mlp = None if columns is None else self._last_mlp
+        if columns is None or mlp is None:
+            yield
+            return
+        original = mlp.forward
+
+        def forward(states: Tensor) -> Tensor:
+            places = columns[:, :, None].expand(-1, -1, states.shape[2])
+            outputs = original(states.gather(1, places))
+            return torch.zeros_like(states).scatter_(1, places, outputs)
+
+        with _replaced_forwards([(mlp, forward)]):
+            yield
+
+    @cached_property
+    @torch.no_grad()
+    def _last_mlp(self) -> Module | None:
+        """The MLP of the last layer, if it sees each token by itself, found out by one pass over a few tokens."""
+
+        layer = self.model.n_layers - 1
+        first = self._first_projections[layer]
+        if first is None:
+            return None
+        calls: list[tuple[Module, Tensor, Tensor]] = []
+
+        def leave(module: Module, args: tuple[Any, ...], output: Any) -> None:
+            if len(args) == 1 and isinstance(output, Tensor) and output.ndim == 3:
+                calls.append((module, args[0], output))
+
+        projections = set(output_projections(self.model, layer, None)) - {first.projection}
+        with ExitStack() as stack:
+            for module in self.model.layers[layer].children():
+                # Not the attention, which mixes tokens.
+                parts = set(module.modules())
+                if parts & projections and first.projection not in parts:
+                    stack.callback(module.register_forward_hook(leave).remove)
+            ids = torch.arange(3, 9, device=self.model.model.device).view(2, 3) % self.vocabulary
+            self._run(TokenBatch(ids, torch.ones_like(ids)))
+        if len(calls) != 1:
+            return None
+        mlp, states, output = calls[0]
+        expected = output[:, 1:].float()
+        difference = mlp(states[:, 1:]).float() - expected
+        # A token that is mixed with others differs by about the norm itself, rounding by far less.
+        return mlp if bool(difference.norm() <= 0.01 * expected.norm()) else None
 
     @cached_property
     @torch.no_grad()
@@ -473,6 +524,20 @@ class TeacherForcing:
         finally:
             handle.remove()
         return found[0]
+
+
+@contextmanager
+def _replaced_forwards(replacements: Sequence[tuple[Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Makes modules do something else, for as long as the context lasts. Their hooks go on to run."""
+
+    originals = [module.forward for module, _ in replacements]
+    try:
+        for module, forward in replacements:
+            module.forward = forward
+        yield
+    finally:
+        for (module, _), original in zip(replacements, originals, strict=True):
+            module.forward = original
 
 
 def _is_shared(module: Module) -> bool:

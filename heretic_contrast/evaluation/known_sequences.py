@@ -140,6 +140,7 @@ class KnownSequences:
                         [intervention for intervention in ablated for _ in range(n_sequences)],
                         inputs.rest.select(part, width).repeat(len(chosen)),
                         known,
+                        self._columns(part, len(chosen), tokens.input_ids),
                     )
                     yield self._piece(chosen, part, hidden_states, known, first_read)
 
@@ -218,6 +219,13 @@ class KnownSequences:
             self._tokens.input_ids[part, :width].to(device),
             self._tokens.attention_mask[part, :width].to(device),
         )
+
+    def _columns(self, part: slice, count: int, input_ids: Tensor) -> Tensor:
+        """Returns the columns that predict the continuations, as many in each row. Tensor of shape (n_rows, n_columns)."""
+
+        starts = torch.tensor(self._starts[part] * count)[:, None]
+        columns = starts + torch.arange(max(self.lengths[part]))
+        return columns.clamp_max(input_ids.shape[1] - 1).to(input_ids.device)
 
     def _positions(self, part: slice, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns the rows and columns that predict the continuations, for some sequences that are repeated."""
