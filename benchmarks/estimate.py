@@ -234,7 +234,8 @@ def sweep_parts(model: Model, job: Job, layers: Sequence[int] | None = None) -> 
     Seconds of a sweep, by what is done. `layers`: those that are swept, all if not given.
 
     "unmodified": responses and distributions of the unmodified model, and its divergence from itself. "below": everything up to
-    the attention of the ablated layers, once for all cells. "above": the rest of these layers and those over them, per cell.
+    the attention of the ablated layers, once for all cells. "above": the rest of these layers and those over them, per cell,
+    the last one's MLP only where something is predicted.
     "head": divergences and chosen tokens, per cell. "generation": what follows a departure.
     """
 
@@ -248,16 +249,18 @@ def sweep_parts(model: Model, job: Job, layers: Sequence[int] | None = None) -> 
     def known(layers: float) -> float:
         return sum(model.layers(count, rest, layers) for count in (job.references, judged))
 
-    generated = (job.references, job.harmful, job.canaries)
+    attention = model.shape.attention_share
+    # The last layer's MLP runs where something is predicted.
+    left_out = (1 - attention) * (1 - job.tokens / rest)
     departing = job.departing * judged * cells_per_layer * len(swept)
     return {
-        "unmodified": sum(model.generate(n, job.prompt_tokens, job.tokens) for n in generated)
+        "unmodified": model.generate(job.references + judged, job.prompt_tokens, job.tokens)
         + 2 * model.layers(job.references, rest, n_layers)
         + model.layers(judged, rest, n_layers)
         + 2 * model.head(job.references * job.tokens),
-        "below": known(max(swept) + model.shape.attention_share),
+        "below": known(max(swept) + attention),
         "above": cells_per_layer
-        * sum(known(n_layers - layer - model.shape.attention_share) for layer in swept),
+        * sum(known(n_layers - layer - attention - left_out) for layer in swept),
         "head": cells_per_layer
         * len(swept)
         * (model.head(job.references * job.tokens) + model.head(judged * job.tokens, 3)),

@@ -29,6 +29,10 @@ STRONGEST = 1e33
 """The largest element of K, times the square of the longest direction: below it nothing in C y overflows float32."""
 
 
+CPU_PARTS = 8
+"""How many parts a weight is read in on a CPU; not the number of cores, on which no result may depend."""
+
+
 class Composition(str, Enum):
     """How the ablations of several directions are put together."""
 
@@ -80,7 +84,7 @@ class Operator:
         """
 
         vectors = self.vectors.to(weight.device)
-        return vectors @ weight, -(vectors.T @ self.kernel.to(weight.device))
+        return rows_times(vectors, weight), -(vectors.T @ self.kernel.to(weight.device))
 
     def to(self, device: torch.device) -> "Operator":
         """Returns the operator on a device: itself where it is there already."""
@@ -88,6 +92,22 @@ class Operator:
         if self.vectors.device == device:
             return self
         return Operator(self.vectors.to(device), self.kernel.to(device))
+
+
+def rows_times(vectors: Tensor, weight: Tensor) -> Tensor:
+    """
+    Returns the product of a few rows and a weight.
+
+    `vectors`: Tensor of shape (n_directions, hidden_size). `weight`: Tensor of shape (hidden_size, in_features).
+    Tensor of shape (n_directions, in_features).
+    """
+
+    hidden_size, in_features = weight.shape
+    if weight.device.type != "cpu" or hidden_size % CPU_PARTS != 0:
+        return vectors @ weight
+    # Libraries give a product with so few rows to one core, and a sum over parts of the weight to all of them.
+    parts = vectors.reshape(len(vectors), CPU_PARTS, -1).transpose(0, 1)
+    return torch.bmm(parts, weight.reshape(CPU_PARTS, -1, in_features)).sum(dim=0)
 
 
 def compose(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .ablation import Operator
+from .ablation import Operator, rows_times
 from .settings import RowNormalization
 
 
@@ -82,7 +82,7 @@ def lora_factors(
     if row_normalization is RowNormalization.PRE:
         # The rows are scaled on the small side: Vᵀ Ŵ = (Vᵀ diag(1 / ρ)) W.
         vectors = operator.vectors.to(weight.device)
-        factor_a = (vectors / norms.clamp_min(1e-12).T) @ weight
+        factor_a = rows_times(vectors / norms.clamp_min(1e-12).T, weight)
         factor_b = -(vectors.T @ operator.kernel.to(weight.device)) * norms
         return factor_a, factor_b
 
@@ -115,7 +115,7 @@ class RenormalizedChange:
 
         vectors = operator.vectors.to(weight.device)
         safe_norms = norms.clamp_min(1e-12)
-        factor_a = (vectors / safe_norms.T) @ weight
+        factor_a = rows_times(vectors / safe_norms.T, weight)
         factor_b = -(vectors.T @ operator.kernel.to(weight.device))
         normalized_lengths = (norms / safe_norms).square()
         cross = (weight @ factor_a.T) / safe_norms

@@ -13,6 +13,7 @@ from heretic_contrast.ablation import (
     compose,
     effective_weight,
     equalize,
+    rows_times,
     weight_along,
 )
 from heretic_contrast.errors import ContrastError
@@ -141,3 +142,16 @@ def test_hook_does_what_a_changed_weight_does(bias: bool) -> None:
 def test_operator_keeps_the_dtype_of_outputs() -> None:
     operator = Operator(random_unit(), torch.eye(N))
     assert operator.apply(torch.randn(2, HIDDEN, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("hidden_size", [8, 40, 41])
+@pytest.mark.parametrize("n_directions", [1, 3])
+def test_few_rows_times_a_weight(hidden_size: int, n_directions: int) -> None:
+    generator = torch.Generator().manual_seed(hidden_size)
+    vectors = torch.randn(n_directions, hidden_size, generator=generator)
+    weight = torch.randn(hidden_size, 6, generator=generator)
+    expected = (vectors.double() @ weight.double()).float()
+    torch.testing.assert_close(rows_times(vectors, weight), expected, rtol=1e-5, atol=1e-5)
+    # Strides make no difference.
+    strided = weight.T.contiguous().T
+    torch.testing.assert_close(rows_times(vectors, strided), expected, rtol=1e-5, atol=1e-5)
