@@ -231,12 +231,9 @@ class KnownSequences:
         """Returns the rows and columns that predict the continuations, for some sequences that are repeated."""
 
         starts = torch.tensor(self._starts[part] * count)
-        lengths = torch.tensor(self.lengths[part] * count)
-        rows = torch.arange(len(lengths)).repeat_interleave(lengths)
-        # From a place among all positions to the column in its row.
-        shifts = starts - (lengths.cumsum(dim=0) - lengths)
-        columns = torch.arange(len(rows)) + shifts[rows]
-        return rows.to(device), columns.to(device)
+        lengths = torch.tensor(self.lengths[part] * count)[:, None]
+        rows, steps = (torch.arange(max(self.lengths[part])) < lengths).nonzero(as_tuple=True)
+        return rows.to(device), (starts[rows] + steps).to(device)
 
 
 def common_beginning(prompts: Sequence[Tokens]) -> Tokens:
