@@ -40,7 +40,7 @@ from som import make_residuals, views
 
 from heretic_contrast.ablation import compose
 from heretic_contrast.directions import PoolResiduals, extract_directions
-from heretic_contrast.evaluation.divergence import CHUNK
+from heretic_contrast.evaluation.head import CHUNK
 from heretic_contrast.evaluation.responses import Tier
 from heretic_contrast.evaluation.sweep import CellKey, SweepEvaluator, SweepOptions
 from heretic_contrast.files import write_bytes_atomically, write_text_atomically

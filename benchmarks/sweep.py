@@ -30,6 +30,7 @@ from heretic_contrast.ablation import Operator
 from heretic_contrast.builtin import DATA, refuser_pool
 from heretic_contrast.directions import Directions
 from heretic_contrast.evaluation.generation import generate_tokens, prompt_tokens
+from heretic_contrast.evaluation.head import Head
 from heretic_contrast.evaluation.interventions import output_projections
 from heretic_contrast.evaluation.responses import Tier
 from heretic_contrast.evaluation.results import Cell
@@ -242,7 +243,7 @@ class ReferenceLoop:
         self._continuations = [
             item
             for part in batches(len(references), model.batch_size)
-            for item in generate_tokens(model, self._prompts[part], limits[part])
+            for item in generate_tokens(Head(model), self._prompts[part], limits[part])
         ]
         self._base = log_probabilities(model, self._prompts, self._continuations)
         self.preparation = clock() - started

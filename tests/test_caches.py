@@ -24,6 +24,7 @@ from heretic_contrast.evaluation.generation import (
     generate_tokens,
     prompt_tokens,
 )
+from heretic_contrast.evaluation.head import Head
 from heretic_contrast.evaluation.interventions import (
     Intervention,
     LayerInput,
@@ -105,9 +106,9 @@ def test_generation_goes_on_from_caches_that_were_cut(tiny_llama: LanguageModel)
     cut = [tokens[:n] for tokens, n in zip(SEQUENCES, cuts, strict=True)]
     # The last token of each is read by the generation itself.
     ends = [n - 1 for n in cuts]
-    running = Running.start(tiny_llama, cut, move_to_the_end(caches, ends, max(ends)))
-    new, running = running.advance(tiny_llama, 5, None)
-    expected = generate_tokens(tiny_llama, cut, [9] * 3)
+    running = Running.start(Head(tiny_llama), cut, move_to_the_end(caches, ends, max(ends)))
+    new, running = running.advance(Head(tiny_llama), 5, None)
+    expected = generate_tokens(Head(tiny_llama), cut, [9] * 3)
     assert new == [tokens[:5] for tokens in expected]
     # And once more, with samples left out and others joining in.
     first = running.select([0, 2])
@@ -116,7 +117,9 @@ def test_generation_goes_on_from_caches_that_were_cut(tiny_llama: LanguageModel)
     joined = [first.cache, read(tiny_llama, SEQUENCES[1:2])]
     n_cached = first.tokens.shape[1] - 1
     cache = move_to_the_end(joined, [n_cached, n_cached, 2], max(map(len, longer)) - 1)
-    new, _ = Running.start(tiny_llama, [*longer, SEQUENCES[1]], cache).advance(tiny_llama, 4, None)
+    new, _ = Running.start(Head(tiny_llama), [*longer, SEQUENCES[1]], cache).advance(
+        Head(tiny_llama), 4, None
+    )
     assert new == [expected[0][5:], expected[2][5:], expected[1][:4]]
 
 
@@ -159,7 +162,7 @@ def known(
     forcing = TeacherForcing(model)
     forcing.__dict__["reads_on"] = forcing.reads_on and reads_on
     prompts = prompt_tokens(model, REFERENCES)
-    continuations = generate_tokens(model, prompts, [7, 12, 9, 1])
+    continuations = generate_tokens(Head(model), prompts, [7, 12, 9, 1])
     return forcing, KnownSequences(forcing, prompts, continuations, n_rows)
 
 
@@ -239,7 +242,7 @@ def responses_one_by_one(
     return [
         model.tokenizer.batch_decode(
             [
-                generate_tokens(model, [tokens], [n_tokens], [intervention])[0]
+                generate_tokens(Head(model), [tokens], [n_tokens], [intervention])[0]
                 for tokens in prompt_tokens(model, prompts)
             ],
             skip_special_tokens=True,
@@ -379,7 +382,7 @@ def test_sequences_join_a_running_batch(
     sequences = [tokens for tokens in SEQUENCES for _ in range(4)]
     limits = [20, 2, 3, 1] * 3
     expected = [
-        generate_tokens(model, [tokens], [limit])[0]
+        generate_tokens(Head(model), [tokens], [limit])[0]
         for tokens, limit in zip(sequences, limits, strict=True)
     ]
     assert sum(len(tokens) == 20 for tokens in expected) == 3
@@ -388,13 +391,13 @@ def test_sequences_join_a_running_batch(
         lambda module, args, output: steps.append(len(args[0]))
     )
     try:
-        assert generate_tokens(model, sequences, limits, n_rows=4) == expected
+        assert generate_tokens(Head(model), sequences, limits, n_rows=4) == expected
         together = list(steps)
         assert max(together) == 4
         steps.clear()
         # As for caches whose samples must all have read equally much.
         monkeypatch.setattr(generation, "can_be_joined", lambda cache: False)
-        assert generate_tokens(model, sequences, limits, n_rows=4) == expected
+        assert generate_tokens(Head(model), sequences, limits, n_rows=4) == expected
     finally:
         handle.remove()
     assert len(steps) == 60 and len(together) < 50

@@ -21,6 +21,7 @@ from heretic_contrast.evaluation.cpu_layers import (
 )
 from heretic_contrast.evaluation.gated_delta_rule import gated_delta_rule
 from heretic_contrast.evaluation.generation import generate_tokens
+from heretic_contrast.evaluation.head import Head
 from heretic_contrast.evaluation.interventions import TeacherForcing, TokenBatch
 from heretic_contrast.language_model import LanguageModel
 from tests.tiny_models import make_model
@@ -191,7 +192,7 @@ def test_passes_and_generation_use_the_fast_functions(
     ids = torch.arange(3, 33).view(2, 15)
     hidden_states = TeacherForcing(tiny_hybrid).unmodified(TokenBatch(ids, torch.ones_like(ids)))
     assert hidden_states.isfinite().all()
-    assert len(generate_tokens(tiny_hybrid, [(3, 4, 5)], [2])[0]) > 0
+    assert len(generate_tokens(Head(tiny_hybrid), [(3, 4, 5)], [2])[0]) > 0
 
 
 def test_grouped_attention_is_the_same_to_the_last_bit() -> None:

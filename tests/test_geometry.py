@@ -23,6 +23,7 @@ from heretic_contrast.evaluation.geometry import (
     perturbation,
     principal_angles,
 )
+from heretic_contrast.evaluation.head import Head
 from heretic_contrast.evaluation.interventions import output_projections
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
@@ -113,7 +114,7 @@ def reference_steps(
     """
 
     tokens = prompt_tokens(model, [prompt])[0]
-    continuation = generate_tokens(model, [tokens], [n_tokens])[0]
+    continuation = generate_tokens(Head(model), [tokens], [n_tokens])[0]
     written: dict[int, list[torch.Tensor]] = {index: [] for index in range(model.n_layers)}
     states: dict[int, torch.Tensor] = {}
     handles = []

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks.measuring import LiveBytes
-from heretic_contrast.evaluation.divergence import CHUNK, base_statistics
+from heretic_contrast.evaluation.divergence import base_statistics, divergences
+from heretic_contrast.evaluation.head import CPU_CHUNK, CPU_ELEMENTS
 from heretic_contrast.evaluation.interventions import TeacherForcing, TokenBatch
 from heretic_contrast.evaluation.responses import Tier
 from heretic_contrast.evaluation.sweep import CellKey, SweepEvaluator, SweepOptions
@@ -90,7 +91,7 @@ def test_stored_statistics_of_a_position() -> None:
     forcing = TeacherForcing(large_vocabulary())
     tokens = torch.tensor([[5, 6, 7]])
     hidden_states = forcing.unmodified(TokenBatch(tokens, torch.ones_like(tokens)))[0]
-    stored = base_statistics(forcing, hidden_states, top_k=100).n_bytes() / len(hidden_states)
+    stored = base_statistics(forcing.head, hidden_states, top_k=100).n_bytes() / len(hidden_states)
     assert stored == 804
     assert stored <= VOCABULARY * FLOAT / 200
 
@@ -119,14 +120,28 @@ def sweep_memory(n_references: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_sweep_holds_the_logits_of_one_chunk() -> None:
-    chunk = CHUNK * VOCABULARY * FLOAT
+def test_sweep_holds_the_logits_of_one_part_of_the_vocabulary() -> None:
     few = sweep_memory(16)
     many = sweep_memory(64)
-    assert 16 * KL_TOKENS >= 2 * CHUNK
-    for what in ("preparation", "cell"):
-        # The logits, their logarithms of probabilities, and the same without the kept tokens.
-        assert many[what] <= 3.1 * chunk
-        assert many[what] - few[what] <= 0.05 * chunk
+    assert 16 * KL_TOKENS >= CPU_CHUNK
+    position = VOCABULARY * FLOAT
+    # Where all logits of 256 positions would be held: beside those of a part, what is kept of each position.
+    assert many["cell"] <= 0.06 * 256 * position
+    assert many["cell"] - few["cell"] <= 0.05 * 256 * position
+    # While all continuations are generated in one batch, there is a row of logits for each.
+    assert few["preparation"] <= (16 + 2) * position + 0.06 * 256 * position
+    assert many["preparation"] <= (64 + 2) * position + 0.06 * 256 * position
     per_position = (many["kept"] - few["kept"]) / (48 * KL_TOKENS)
     assert per_position <= VOCABULARY * FLOAT / 200
+
+
+def test_generation_and_divergence_hold_a_part_of_the_vocabulary() -> None:
+    head = TeacherForcing(large_vocabulary()).head
+    states = torch.randn(600, 32, generator=torch.Generator().manual_seed(0))
+    base = base_statistics(head, states, 100)
+    with LiveBytes() as memory:
+        head.most_likely(states)
+        divergences(head, base, states)
+    # What is kept of a position: values and tokens of several widths.
+    assert memory.peak <= 3 * CPU_ELEMENTS * FLOAT + 600 * 100 * 8 * FLOAT
+    assert memory.peak < 600 * VOCABULARY * FLOAT / 20

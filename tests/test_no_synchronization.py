@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from heretic_contrast.ablation import BatchOperator, Operator, ablated, compose
 from heretic_contrast.evaluation.divergence import SparseLogProbabilities, divergences
-from heretic_contrast.evaluation.interventions import TeacherForcing, TokenBatch, output_projections
+from heretic_contrast.evaluation.head import Head
+from heretic_contrast.evaluation.interventions import output_projections
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from tests.tiny_models import make_model, make_tokenizer
@@ -209,12 +210,12 @@ def test_chunks_of_the_divergence_do_not_wait(on_device: LanguageModel) -> None:
         torch.zeros(n_positions, device="meta"),
     )
     hidden_states = torch.zeros(n_positions, HIDDEN, device="meta")
-    forcing = TeacherForcing(on_device)
+    head = Head(on_device)
     with recorded():
-        tokens = torch.ones(1, 4, dtype=torch.long, device="meta")
-        forcing.unmodified(TokenBatch(tokens, torch.ones_like(tokens)))
+        # The first logits come with a pass of the decoder.
+        head.logits(hidden_states[:1])
     with recorded() as recorder:
-        values = divergences(forcing, base, hidden_states, chunk)
+        values = divergences(head, base, hidden_states, chunk)
     assert values.shape == (n_positions,) and values.device.type == "meta"
     assert recorder.waits == []
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from heretic_contrast.ablation import compose, effective_weight
 from heretic_contrast.directions import Directions
 from heretic_contrast.evaluation.generation import generate_tokens, prompt_tokens
+from heretic_contrast.evaluation.head import Head
 from heretic_contrast.evaluation.interventions import output_projections
 from heretic_contrast.evaluation.responses import Tier, classify_response
 from heretic_contrast.evaluation.results import SweepResult, efficiency
@@ -90,7 +91,7 @@ def full_divergence(model: LanguageModel, changed: Any, kl_tokens: int) -> float
     total, count = 0.0, 0
     for prompt in REFERENCES:
         tokens = prompt_tokens(model, [prompt])[0]
-        continuation = generate_tokens(model, [tokens], [kl_tokens])[0]
+        continuation = generate_tokens(Head(model), [tokens], [kl_tokens])[0]
         ids = torch.tensor([tokens + continuation])
         positions = slice(len(tokens) - 1, len(tokens) - 1 + len(continuation))
         base = model.model(input_ids=ids).logits[0, positions].double().log_softmax(-1)

@@ -16,13 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ContrastError
-from .interventions import TeacherForcing
-
-CHUNK = 256
-"""Positions whose logits are held at the same time; more where the vocabulary is small, see `positions_at_once`."""
-
-ELEMENTS = 2**20
-"""Logits that may be held at the same time in any case."""
+from .head import Head
 
 
 @dataclass(frozen=True)
@@ -53,23 +47,42 @@ class SparseLogProbabilities:
         return [SparseLogProbabilities(*parts) for parts in zip(*columns, strict=True)]
 
 
-def positions_at_once(forcing: TeacherForcing) -> int:
-    """Returns how many positions' logits are held at the same time: `CHUNK`, or as many as have `ELEMENTS` logits."""
-
-    return max(CHUNK, ELEMENTS // forcing.vocabulary)
-
-
-def _keep(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _keep(head: Head, hidden_states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Returns the log-probabilities of `tokens`, and that of all others together. Overwrites the logits.
+    Returns the log-probabilities of `tokens`, and that of all others together.
 
-    The others are summed by themselves, since 1 − Σ p would cancel, and the vocabulary is gone through only once.
+    The others are summed by themselves, since 1 − Σ p would cancel.
     """
 
-    kept = logits.gather(1, tokens)
-    rest = _logsumexp_in_place(logits.scatter_(1, tokens, -math.inf))
+    parts = head.parts(len(tokens))
+    if len(parts) == 1:
+        logits = head.logits(hidden_states)
+        kept = logits.gather(1, tokens)
+        rest = _logsumexp_in_place(logits.scatter_(1, tokens, -math.inf))
+    else:
+        kept, rest = _keep_by_part(head, hidden_states, tokens, parts)
     total = torch.logaddexp(kept.logsumexp(dim=1), rest)
     return kept - total[:, None], rest - total
+
+
+def _keep_by_part(
+    head: Head, hidden_states: Tensor, tokens: Tensor, parts: Sequence[slice]
+) -> tuple[Tensor, Tensor]:
+    """Returns the logits of `tokens`, and the logarithm of Σ exp of all others. All parts but the last have the same size."""
+
+    flat = tokens.flatten()
+    numbers = flat // parts[0].stop
+    places = numbers.argsort(stable=True).split(numbers.bincount(minlength=len(parts)).tolist())
+    kept = torch.empty(flat.shape, device=flat.device)
+    rest = torch.full((len(tokens),), -math.inf, device=flat.device)
+    for part, inside in zip(parts, places, strict=True):
+        logits = head.logits(hidden_states, part).contiguous()
+        rows, columns = inside // tokens.shape[1], flat[inside] - part.start
+        indices = rows * logits.shape[1] + columns
+        kept[inside] = logits.take(indices)
+        logits.view(-1).index_fill_(0, indices, -math.inf)
+        rest = torch.logaddexp(rest, _logsumexp_in_place(logits))
+    return kept.view(tokens.shape), rest
 
 
 def _logsumexp_in_place(logits: Tensor) -> Tensor:
@@ -81,22 +94,21 @@ def _logsumexp_in_place(logits: Tensor) -> Tensor:
 
 
 def base_statistics(
-    forcing: TeacherForcing, hidden_states: Tensor, top_k: int, chunk: int | None = None
+    head: Head, hidden_states: Tensor, top_k: int, chunk: int | None = None
 ) -> SparseLogProbabilities:
     """
     Returns what is kept of the unmodified model's distributions.
 
     `hidden_states`: final hidden states, Tensor of shape (n_positions, hidden_size). No more than `chunk` positions'
-    logits exist at the same time, by default `positions_at_once`.
+    logits exist at the same time, by default as many as the head says.
 
     Raises `ContrastError` when the unmodified model gives no probabilities, because its outputs are infinite or not numbers.
     """
 
     parts = []
-    for piece in hidden_states.split(chunk or positions_at_once(forcing)):
-        logits = forcing.logits(piece)
-        tokens = logits.topk(min(top_k, logits.shape[1]), dim=1).indices
-        values, tails = _keep(logits, tokens)
+    for piece in hidden_states.split(chunk or head.n_positions):
+        tokens = head.largest(piece, top_k)
+        values, tails = _keep(head, piece, tokens)
         if bool(values.isnan().any()):
             raise ContrastError(
                 "The outputs of the unmodified model are infinite or not numbers, so nothing can be measured: load the model "
@@ -108,10 +120,7 @@ def base_statistics(
 
 
 def divergences(
-    forcing: TeacherForcing,
-    base: SparseLogProbabilities,
-    hidden_states: Tensor,
-    chunk: int | None = None,
+    head: Head, base: SparseLogProbabilities, hidden_states: Tensor, chunk: int | None = None
 ) -> Tensor:
     """
     Returns the KL divergence at each position, in nats: Σ p (log p − log q) over the kept tokens and the tail.
@@ -121,9 +130,9 @@ def divergences(
     where it is so broken that its outputs are no numbers.
     """
 
-    pieces = hidden_states.split(chunk or positions_at_once(forcing))
+    pieces = hidden_states.split(chunk or head.n_positions)
     tokens = base.tokens.long().split([len(piece) for piece in pieces])
-    kept = [_keep(forcing.logits(piece), part) for piece, part in zip(pieces, tokens, strict=True)]
+    kept = [_keep(head, piece, part) for piece, part in zip(pieces, tokens, strict=True)]
     modified, modified_tails = (torch.cat(part).double() for part in zip(*kept, strict=True))
     values = _terms(base.values.double(), modified).sum(dim=1)
     values += _terms(base.tails.double(), modified_tails)

@@ -11,13 +11,14 @@ that of plain greedy decoding.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
 from ..language_model import LanguageModel
@@ -32,7 +33,7 @@ from .caches import (
     side_by_side,
 )
 from .cpu_layers import fast_on_cpu
-from .divergence import positions_at_once
+from .head import Head
 from .interventions import Intervention, TeacherForcing, ablated_samples
 from .known_sequences import Count, KnownSequences, Piece, Tokens, n_common
 
@@ -105,10 +106,11 @@ class Running:
 
     @classmethod
     def start(
-        cls, model: LanguageModel, sequences: Sequence[Tokens], cache: Cache | None = None
+        cls, head: Head, sequences: Sequence[Tokens], cache: Cache | None = None
     ) -> "Running":
         """Returns sequences that are to be continued."""
 
+        model = head.model
         device = model.model.device
         tokens, mask = (tensor.to(device) for tensor in pad_left(sequences, model.pad_token_id()))
         return cls(tokens, mask, cache)
@@ -116,21 +118,26 @@ class Running:
     @torch.no_grad()
     def advance(
         self,
-        model: LanguageModel,
+        head: Head,
         n_tokens: int,
         interventions: Sequence[Intervention] | None,
     ) -> tuple[list[Tokens], "Running"]:
         """Returns the next greedy tokens of each sequence, fewer if all have ended, and the sequences with them."""
 
+        model = head.model
         forget_images(model)
         hooks = nullcontext() if interventions is None else ablated_samples(model, interventions)
-        with hooks, fast_on_cpu(model):
+        chosen: AbstractContextManager[list[LogitsProcessor]] = nullcontext([])
+        if is_plain_greedy(model):
+            chosen = head.only_most_likely()
+        with hooks, fast_on_cpu(model), chosen as processors:
             output = model.model.generate(
                 input_ids=self.tokens,
                 attention_mask=self.mask,
                 past_key_values=self.cache,
                 max_new_tokens=n_tokens,
                 do_sample=False,
+                logits_processor=LogitsProcessorList(processors),
                 pad_token_id=model.pad_token_id(),
                 return_dict_in_generate=True,
             )
@@ -165,7 +172,7 @@ class Running:
 
 
 def generate_tokens(
-    model: LanguageModel,
+    head: Head,
     sequences: Sequence[Tokens],
     max_new_tokens: Sequence[int],
     interventions: Sequence[Intervention] | None = None,
@@ -189,22 +196,20 @@ def generate_tokens(
         if running is None or (coming and len(waiting) <= n_that_may_stay):
             joining = coming[: n_rows - len(waiting)]
             coming = coming[len(joining) :]
-            others = Running.start(model, [sequences[index] for index in joining])
+            others = Running.start(head, [sequences[index] for index in joining])
             # They are read together with their first token.
-            joining, others = extend(
-                model, others, joining, found, max_new_tokens, interventions, 1
-            )
+            joining, others = extend(head, others, joining, found, max_new_tokens, interventions, 1)
             running = running.joined_by(others) if running is not None and waiting else others
             waiting += joining
         else:
             waiting, running = extend(
-                model, running, waiting, found, max_new_tokens, interventions, STRIDE
+                head, running, waiting, found, max_new_tokens, interventions, STRIDE
             )
     return found
 
 
 def extend(
-    model: LanguageModel,
+    head: Head,
     running: Running,
     rows: Sequence[int],
     found: list[Tokens],
@@ -219,10 +224,10 @@ def extend(
     are added.
     """
 
-    ends = end_tokens(model)
+    ends = end_tokens(head.model)
     left = max(max_new_tokens[index] - len(found[index]) for index in rows)
     chosen = None if interventions is None else [interventions[index] for index in rows]
-    new, running = running.advance(model, min(n_tokens, left), chosen)
+    new, running = running.advance(head, min(n_tokens, left), chosen)
     unfinished = []
     for row, index in enumerate(rows):
         found[index] = until_end(found[index] + new[row], max_new_tokens[index], ends)
@@ -297,7 +302,7 @@ class Responder:
         self._tokens = prompt_tokens(self.model, prompts)
         if base is None:
             limits = [max_new_tokens] * len(prompts)
-            base = generate_tokens(self.model, self._tokens, limits, n_rows=n_rows)
+            base = generate_tokens(forcing.head, self._tokens, limits, n_rows=n_rows)
         self.base = list(base)
         self._is_plain_greedy = is_plain_greedy(self.model)
         self._known = KnownSequences(forcing, self._tokens, self.base, n_rows)
@@ -341,7 +346,7 @@ class Responder:
                 count(len(self.prompts))
             return
         for piece in self._known.modified(self._forcing, interventions):
-            predictions = self._predict(piece.hidden_states)
+            predictions = tuple(self._forcing.head.most_likely(piece.hidden_states).tolist())
             places = zip(
                 self._known.order[piece.sequences],
                 self._known.lengths[piece.sequences],
@@ -401,7 +406,7 @@ class Responder:
             cache = move_to_the_end(caches, lengths, longest)
             return self._advance(rows, cache, interventions, found, n_left)
         continuations = generate_tokens(
-            self.model,
+            self._forcing.head,
             [self._sequence(row, found) for row in rows],
             [self._max_new_tokens - len(found[index][prompt]) for index, prompt in rows],
             [interventions[index] for index, _ in rows],
@@ -421,14 +426,16 @@ class Responder:
     ) -> list[_Departures]:
         """As `_generate`, for responses that go on from what has been read."""
 
-        running = Running.start(self.model, [self._sequence(row, found) for row in rows], cache)
+        running = Running.start(
+            self._forcing.head, [self._sequence(row, found) for row in rows], cache
+        )
         responses = [found[index][prompt] for index, prompt in rows]
         limits = [self._max_new_tokens] * len(rows)
         chosen = [interventions[index] for index, _ in rows]
         unfinished = list(range(len(rows)))
         while len(unfinished) > n_left:
             unfinished, running = extend(
-                self.model, running, unfinished, responses, limits, chosen, STRIDE
+                self._forcing.head, running, unfinished, responses, limits, chosen, STRIDE
             )
         for (index, prompt), response in zip(rows, responses, strict=True):
             found[index][prompt] = response
@@ -474,12 +481,3 @@ class Responder:
         return self.model.tokenizer.batch_decode(
             [list(sequence) for sequence in tokens], skip_special_tokens=True
         )
-
-    def _predict(self, hidden_states: Tensor) -> Tokens:
-        """Returns the most likely token at each position."""
-
-        parts = [
-            self._forcing.logits(piece).argmax(dim=1)
-            for piece in hidden_states.split(positions_at_once(self._forcing))
-        ]
-        return tuple(torch.cat(parts).tolist())

@@ -25,6 +25,8 @@ from ..errors import ContrastError
 from ..language_model import LanguageModel
 from .caches import Past, join
 from .cpu_layers import fast_on_cpu
+from .head import Head
+from .replaced_forwards import replaced_forwards
 
 
 @dataclass(frozen=True)
@@ -191,11 +193,12 @@ class TeacherForcing:
     Runs a model's decoder over known tokens.
 
     `unmodified` gives the final hidden states, `layer_input` the input of a layer; `modified` starts at a layer from
-    such an input; `logits` applies the language model's head.
+    such an input. `head` turns hidden states into logits.
     """
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
+        self.head = Head(model)
         self._decoder: Any = model.decoder()
         self._takes_position_ids = (
             "position_ids" in inspect.signature(self._decoder.forward).parameters
@@ -341,32 +344,6 @@ class TeacherForcing:
         # Reading without the beginning differs by about the norm itself, rounding by far less.
         return bool(difference < 0.05 * expected.float().norm())
 
-    @torch.no_grad()
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """
-        Returns the logits of final hidden states, with whatever scaling or capping the model applies to them.
-
-        Tensor of shape (n_positions, hidden_size) to one of shape (n_positions, vocabulary), float32.
-        """
-
-        decoder = self._decoder
-        original = decoder.forward
-        template = self._output_template
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            template.last_hidden_state = hidden_states[None]
-            return template
-
-        decoder.forward = forward
-        try:
-            token = torch.full(
-                (1, len(hidden_states)), self.model.pad_token_id(), device=hidden_states.device
-            )
-            return self.model.model(input_ids=token, use_cache=False).logits[0].float()
-        finally:
-            decoder.forward = original
-            template.last_hidden_state = None
-
     def _run(self, tokens: TokenBatch, past: Past | None = None) -> Tensor:
         """Runs the decoder, as it is hooked and patched at this moment. Adds the tokens to the cache of the past."""
 
@@ -385,12 +362,7 @@ class TeacherForcing:
             arguments["position_ids"] = positions[:, mask.shape[1] - tokens.input_ids.shape[1] :]
         with fast_on_cpu(self.model):
             output = self._decoder(**arguments)
-        # What is kept of it is its form, not its tensors.
-        self._output_template = output
-        hidden_states = output.last_hidden_state
-        output.last_hidden_state = None
-        if past is not None:
-            output.past_key_values = None
+        hidden_states: Tensor = output.last_hidden_state
         return hidden_states
 
     @contextmanager
@@ -417,7 +389,7 @@ class TeacherForcing:
                 return (output, *[None] * (n_outputs - 1)) if n_outputs else output
 
             replacements += [(projection, lambda output: output), (first.around, around)]
-        with _replaced_forwards(replacements):
+        with replaced_forwards(replacements):
             yield
 
     @contextmanager
@@ -435,7 +407,7 @@ class TeacherForcing:
             outputs = original(states.gather(1, places))
             return torch.zeros_like(states).scatter_(1, places, outputs)
 
-        with _replaced_forwards([(mlp, forward)]):
+        with replaced_forwards([(mlp, forward)]):
             yield
 
     @cached_property
@@ -524,20 +496,6 @@ class TeacherForcing:
         finally:
             handle.remove()
         return found[0]
-
-
-@contextmanager
-def _replaced_forwards(replacements: Sequence[tuple[Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Makes modules do something else, for as long as the context lasts. Their hooks go on to run."""
-
-    originals = [module.forward for module, _ in replacements]
-    try:
-        for module, forward in replacements:
-            module.forward = forward
-        yield
-    finally:
-        for (module, _), original in zip(replacements, originals, strict=True):
-            module.forward = original
 
 
 def _is_shared(module: Module) -> bool:

@@ -113,11 +113,11 @@ class References:
         tokens = prompt_tokens(forcing.model, prompts)
         if continuations is None:
             limits = [kl_tokens] * len(tokens)
-            continuations = generate_tokens(forcing.model, tokens, limits, n_rows=n_rows)
+            continuations = generate_tokens(forcing.head, tokens, limits, n_rows=n_rows)
         self._known = KnownSequences(forcing, tokens, continuations, n_rows)
         self._base: list[SparseLogProbabilities] = []
         for piece in self._known.unmodified(forcing):
-            statistics = base_statistics(forcing, piece.hidden_states, top_k)
+            statistics = base_statistics(forcing.head, piece.hidden_states, top_k)
             self._base += statistics.split(self._known.lengths[piece.sequences])
 
     @property
@@ -165,7 +165,7 @@ class References:
         for piece in pieces:
             base = _concatenate(self._base[piece.sequences] * len(piece.interventions))
             # Taken over from the device at once: a sum of its own for every sequence takes longer than the few positions.
-            values = iter(divergences(forcing, base, piece.hidden_states).tolist())
+            values = iter(divergences(forcing.head, base, piece.hidden_states).tolist())
             for index in piece.interventions:
                 lengths = self._known.lengths[piece.sequences]
                 sums[index] += [sum(islice(values, length)) for length in lengths]
@@ -208,7 +208,7 @@ class SweepEvaluator:
         answered = (*harmful, *canaries)
         # The unmodified model answers everything in one go, since a step takes hardly longer for more rows.
         generated = generate_tokens(
-            model,
+            forcing.head,
             prompt_tokens(model, (*answered, *references)),
             [options.max_new_tokens] * len(answered) + [options.kl_tokens] * len(references),
             n_rows=n_rows,
