@@ -4,11 +4,13 @@
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import Linear
 
@@ -63,6 +65,17 @@ def test_logits_are_those_of_the_model(tiny_llama: LanguageModel, small_parts: N
     tokens = torch.tensor([[5, 6, 7, 8]])
     output = tiny_llama.model(input_ids=tokens, output_hidden_states=True)
     torch.testing.assert_close(head.logits(output.hidden_states[-1][0]), output.logits[0])
+
+
+def some_interventions(model: LanguageModel) -> list[Intervention]:
+    vectors = random_directions(model, 3, 0).tensor
+    return [
+        Intervention(
+            {layer: compose(vectors[layer + 1], torch.full((3,), weight), Composition.SUM)}
+        )
+        for layer in (0, 2)
+        for weight in (0.3, 1.0)
+    ]
 
 
 class CenteredHead(Linear):
@@ -170,14 +183,7 @@ def test_generation_without_all_logits(architecture: str, monkeypatch: pytest.Mo
 
 def test_responses_without_all_logits(tiny_llama: LanguageModel, small_parts: None) -> None:
 
-    vectors = random_directions(tiny_llama, 3, 0).tensor
-    interventions = [
-        Intervention(
-            {layer: compose(vectors[layer + 1], torch.full((3,), weight), Composition.SUM)}
-        )
-        for layer in (0, 2)
-        for weight in (0.3, 1.0)
-    ]
+    interventions = some_interventions(tiny_llama)
     forcing = TeacherForcing(tiny_llama)
     assert len(forcing.head.parts(1)) > 1
     found = Responder(forcing, PROMPTS, 12, 8).respond(interventions)
@@ -185,3 +191,26 @@ def test_responses_without_all_logits(tiny_llama: LanguageModel, small_parts: No
         patch.setattr(head_module, "CPU_ELEMENTS", 2**20)
         expected = Responder(TeacherForcing(tiny_llama), PROMPTS, 12, 8).respond(interventions)
     assert found == expected
+
+
+def test_generation_with_adapters_and_hooks(
+    tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make_model("llama")
+    with_adapters = get_peft_model(
+        network, LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    )
+    model = replace(wrap(network, make_tokenizer(), "tiny"), model=with_adapters)
+    sequences = [tuple(range(3, 3 + length)) for length in (4, 9, 6, 12)]
+    interventions = some_interventions(model)
+    expected = generate_tokens(Head(model), sequences, [12] * 4, interventions)
+    widths = []
+    network.register_forward_hook(
+        lambda module, args, output: widths.append(output.logits.shape[-1])
+    )
+    monkeypatch.setattr(head_module, "CHUNK", 4)
+    monkeypatch.setattr(head_module, "CPU_CHUNK", 8)
+    monkeypatch.setattr(head_module, "CPU_ELEMENTS", 64)
+    # It has seen nothing of the model before.
+    assert generate_tokens(Head(model), sequences, [12] * 4, interventions) == expected
+    assert widths.count(320) == 1 and set(widths) == {1, 16, 107, 106, 320}

@@ -86,6 +86,9 @@ def is_plain_greedy(model: LanguageModel) -> bool:
         and not config.min_length
         and not config.min_new_tokens
         and not config.sequence_bias
+        and config.exponential_decay_length_penalty is None
+        and (config.guidance_scale or 1.0) == 1.0
+        and config.watermarking_config is None
         and config.forced_bos_token_id is None
         and config.forced_eos_token_id is None
     )
@@ -130,7 +133,8 @@ class Running:
         chosen: AbstractContextManager[list[LogitsProcessor]] = nullcontext([])
         if is_plain_greedy(model):
             chosen = head.only_most_likely()
-        with hooks, fast_on_cpu(model), chosen as processors:
+        # The head may have to find out about the model as it is, before anything is ablated.
+        with chosen as processors, hooks, fast_on_cpu(model):
             output = model.model.generate(
                 input_ids=self.tokens,
                 attention_mask=self.mask,
