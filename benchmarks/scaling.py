@@ -426,9 +426,9 @@ def plot(results: Mapping[str, Any], memory: Mapping[str, Any] | None) -> bytes:
     if memory is not None:
         axes = panels[len(results)]
         prompts = [row["prompts"] for row in memory["rows"]]
+        # Resident memory may grow by nothing, which has no place on a logarithmic scale.
         for label, key, index in (
             ("all logits would take", "dense_bytes", 1),
-            ("resident memory", "resident_bytes", 2),
             ("live tensors", "live_bytes", 0),
         ):
             axes.plot(
@@ -436,9 +436,6 @@ def plot(results: Mapping[str, Any], memory: Mapping[str, Any] | None) -> bytes:
                 [row[key] / 2**20 for row in memory["rows"]],
                 color=COLORS[index],
                 marker=MARKERS[index],
-                linestyle="--" if key == "resident_bytes" else "-",
-                # Two lines lie on each other: the lower one shows around the upper.
-                markersize=11 if key == "resident_bytes" else 6,
                 label=label,
             )
         axes.set_title(f"Memory of a divergence, vocabulary {memory['vocabulary']:,}")
