@@ -240,10 +240,11 @@ class ReferenceLoop:
         self._respond()
         self._prompts = prompt_tokens(model, references)
         limits = [options.kl_tokens] * len(references)
+        head = Head(model)
         self._continuations = [
             item
             for part in batches(len(references), model.batch_size)
-            for item in generate_tokens(Head(model), self._prompts[part], limits[part])
+            for item in generate_tokens(head, self._prompts[part], limits[part])
         ]
         self._base = log_probabilities(model, self._prompts, self._continuations)
         self.preparation = clock() - started

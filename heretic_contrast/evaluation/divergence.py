@@ -56,6 +56,7 @@ def _keep(head: Head, hidden_states: Tensor, tokens: Tensor) -> tuple[Tensor, Te
 
     parts = head.parts(len(tokens))
     if len(parts) == 1:
+        # Nothing to be sorted by part, for which a device would have to be waited for.
         logits = head.logits(hidden_states)
         kept = logits.gather(1, tokens)
         rest = _logsumexp_in_place(logits.scatter_(1, tokens, -math.inf))

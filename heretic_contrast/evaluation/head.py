@@ -7,7 +7,7 @@ A logit needs no other row of the head's weights than its own. Products whose re
 faster, and so is what is done with the results, of which there are more than of anything else.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, wraps
 from typing import Any
@@ -62,7 +62,7 @@ class Head:
 
         width = self.vocabulary
         if self._is_large and self._can_be_split:
-            width = CPU_ELEMENTS // min(max(n_positions, CHUNK), CPU_ELEMENTS)
+            width = max(1, CPU_ELEMENTS // max(n_positions, CHUNK))
         return list(batches(self.vocabulary, width))
 
     @property
@@ -188,11 +188,11 @@ class Head:
         states = states.to(projection.weight.dtype)
         whole = self.logits(states)
         try:
-            parts = [self.logits(states, part) for part in _thirds(self.vocabulary)]
+            thirds = batches(self.vocabulary, -(-self.vocabulary // 3))
+            joined = torch.cat([self.logits(states, part) for part in thirds], dim=1)
         except RuntimeError:
             # What follows the projection takes the whole vocabulary only.
             return False
-        joined = torch.cat(parts, dim=1)
         # Rounding differs by far less, and what depends on other logits by more.
         return joined.shape == whole.shape and bool((joined - whole).norm() <= 1e-3 * whole.norm())
 
@@ -215,7 +215,3 @@ class _Chosen(LogitsProcessor):
             self._logits.scatter_(1, self._tokens, 0.0)
         self._tokens = scores.long()
         return self._logits.scatter_(1, self._tokens, 1.0)
-
-
-def _thirds(n_items: int) -> Sequence[slice]:
-    return list(batches(n_items, -(-n_items // 3)))
