@@ -3,7 +3,6 @@
 """The language model's head gives the same for parts of the vocabulary as for the whole."""
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -29,14 +28,19 @@ from tests.tiny_models import make_model, make_tokenizer
 PROMPTS = [Prompt(text) for text in ("Bread", "Break the door", "Bake a cake for all of us")]
 
 
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def take_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the vocabularies of tiny models apart, too."""
 
     monkeypatch.setattr(head_module, "CHUNK", 4)
     monkeypatch.setattr(head_module, "CPU_CHUNK", 8)
     monkeypatch.setattr(head_module, "CPU_ELEMENTS", 64)
-    yield
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `take_apart`, for a whole test."""
+
+    take_apart(monkeypatch)
 
 
 def hidden_states(model: LanguageModel, n_positions: int = 20) -> Tensor:
@@ -78,6 +82,20 @@ def some_interventions(model: LanguageModel) -> list[Intervention]:
         for layer in (0, 2)
         for weight in (0.3, 1.0)
     ]
+
+
+def test_biases_belong_to_their_part(small_parts: None) -> None:
+    network = make_model("llama")
+    projection = Linear(32, 320)
+    projection.weight = network.lm_head.weight
+    torch.nn.init.normal_(projection.bias, generator=torch.Generator().manual_seed(0))
+    network.lm_head = projection
+    head = Head(wrap(network, make_tokenizer(), "tiny"))
+    states = hidden_states(head.model)
+    parts = head.parts(8)
+    assert len(parts) == 40
+    joined = torch.cat([head.logits(states, part) for part in parts], dim=1)
+    torch.testing.assert_close(joined, projection(states))
 
 
 class CenteredHead(Linear):
@@ -174,9 +192,7 @@ def test_generation_without_all_logits(architecture: str, monkeypatch: pytest.Mo
         widths.add(output.logits.shape[-1])
         return output
 
-    monkeypatch.setattr(head_module, "CHUNK", 4)
-    monkeypatch.setattr(head_module, "CPU_CHUNK", 8)
-    monkeypatch.setattr(head_module, "CPU_ELEMENTS", 64)
+    take_apart(monkeypatch)
     head = Head(model)
     assert len(head.parts(1)) > 1
     seen.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
@@ -189,6 +205,17 @@ def test_generation_without_all_logits(architecture: str, monkeypatch: pytest.Mo
     # One number in place of the logits, and parts of at most 16.
     assert max(widths) <= 16
     assert "forward" not in vars(model.model) and "forward" not in vars(model.model.lm_head)
+
+
+def test_penalties_see_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap(make_model("llama"), make_tokenizer(), "tiny")
+    sequences = [tuple(range(3, 3 + length)) for length in (4, 9, 6)]
+    plain = generate_tokens(Head(model), sequences, [15] * 3)
+    model.model.generation_config.repetition_penalty = 5.0
+    penalized = generate_tokens(Head(model), sequences, [15] * 3)
+    assert penalized != plain
+    take_apart(monkeypatch)
+    assert generate_tokens(Head(model), sequences, [15] * 3) == penalized
 
 
 def test_responses_without_all_logits(tiny_llama: LanguageModel, small_parts: None) -> None:
@@ -218,9 +245,7 @@ def test_generation_with_adapters_and_hooks(
     network.register_forward_hook(
         lambda module, args, output: widths.append(output.logits.shape[-1])
     )
-    monkeypatch.setattr(head_module, "CHUNK", 4)
-    monkeypatch.setattr(head_module, "CPU_CHUNK", 8)
-    monkeypatch.setattr(head_module, "CPU_ELEMENTS", 64)
+    take_apart(monkeypatch)
     # It has seen nothing of the model before.
     assert generate_tokens(Head(model), sequences, [12] * 4, interventions) == expected
     assert widths.count(320) == 1 and set(widths) == {1, 16, 107, 106, 320}

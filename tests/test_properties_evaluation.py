@@ -160,6 +160,8 @@ def test_divergence_is_a_bound_of_the_full_one(
     full = full_divergence(first, second)
     tolerance = 1e-5 * (1 + float(full.max()))
     base = base_statistics(head, first, top_k, chunk)
+    values = first.double().log_softmax(dim=1).gather(1, base.tokens.long())
+    torch.testing.assert_close(base.values.double(), values, rtol=1e-4, atol=1e-4)
     found = divergences(head, base, second, chunk)
     assert found.shape == (len(first),) and found.dtype == torch.float64
     assert bool((found >= -tolerance).all())
