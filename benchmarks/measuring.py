@@ -34,6 +34,13 @@ def best_time(action: Callable[[], Any], repeats: int) -> float:
     return best_times(action, repeats)[0]
 
 
+def best_times_in_turns(actions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Wall seconds of the fastest of several runs of each action, where a slow minute slows down all of them."""
+
+    turns = [[best_time(action, 1) for action in actions] for _ in range(repeats)]
+    return [min(times) for times in zip(*turns, strict=True)]
+
+
 def fitted_exponent(values: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
     """Slope, and its standard error, of the line through measurements in doubly logarithmic coordinates."""
 

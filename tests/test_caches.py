@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from heretic_contrast.ablation import compose
 from heretic_contrast.evaluation import generation, known_sequences
@@ -17,6 +18,7 @@ from heretic_contrast.evaluation.caches import (
     keeps_every_token,
     move_to_the_end,
     select_rows,
+    with_room,
 )
 from heretic_contrast.evaluation.generation import (
     Responder,
@@ -113,8 +115,9 @@ def test_generation_goes_on_from_caches_that_were_cut(tiny_llama: LanguageModel)
     # And once more, with samples left out and others joining in.
     first = running.select([0, 2])
     longer = [cut[0] + new[0], cut[2] + new[2]]
-    assert first.cache is not None
-    joined = [first.cache, read(tiny_llama, SEQUENCES[1:2])]
+    own = first.own_cache()
+    assert own is not None
+    joined = [own, read(tiny_llama, SEQUENCES[1:2])]
     n_cached = first.tokens.shape[1] - 1
     cache = move_to_the_end(joined, [n_cached, n_cached, 2], max(map(len, longer)) - 1)
     new, _ = Running.start(Head(tiny_llama), [*longer, SEQUENCES[1]], cache).advance(
@@ -136,6 +139,47 @@ def test_selecting_samples_changes_nothing_in_the_original(model: LanguageModel)
         a.shape == b.shape and torch.equal(a, b)
         for a, b in zip(tensors(chosen), before, strict=True)
     )
+
+
+def test_room_for_tokens_that_follow(model: LanguageModel) -> None:
+    """Hidden states are those of caches that grow, the cache stays as it was, and what comes later is not copied."""
+
+    cache = read(model, SEQUENCES)
+    forcing = TeacherForcing(model)
+    more = [
+        TokenBatch(torch.full((3, 1), token), torch.ones(3, 1, dtype=torch.long))
+        for token in (7, 8)
+    ]
+    rows = torch.arange(3)
+    growing = select_rows(cache, rows)
+    expected = [forcing.unmodified(tokens, Past(growing, 6 + n)) for n, tokens in enumerate(more)]
+    before = tensors(cache)
+    # A layer of keys and values, or of nothing else where there is none.
+    full = [index for index, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
+    assert full
+    with with_room(cache, 2, rows) as roomy:
+        places = []
+        for n, tokens in enumerate(more):
+            found = forcing.unmodified(tokens, Past(roomy, 6 + n))
+            torch.testing.assert_close(found, expected[n], rtol=0, atol=1e-5)
+            places.append([roomy.layers[index].keys.data_ptr() for index in full])
+        assert places[0] == places[1]
+        assert [roomy.layers[index].keys.shape[2] for index in full] == [8] * len(full)
+    for index in full:
+        for name in ("keys", "values"):
+            found, grown = (getattr(item.layers[index], name) for item in (roomy, growing))
+            torch.testing.assert_close(found, grown, rtol=0, atol=1e-5)
+    after = tensors(cache)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(type(layer) is type(cache.layers[i]) for i, layer in enumerate(roomy.layers))
+    assert not any("update" in vars(layer) for layer in (*roomy.layers, *cache.layers))
+    # From then on it grows as any other, also after an error.
+    later = TokenBatch(torch.full((3, 1), 9), torch.ones(3, 1, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="stop"), with_room(roomy, 1, rows) as last:
+        raise RuntimeError("stop")
+    for item in (roomy, last, growing):
+        forcing.unmodified(later, Past(select_rows(item, rows), 8))
+    assert not any("update" in vars(layer) for layer in last.layers)
 
 
 def test_caches_that_tokens_can_be_taken_out_of(

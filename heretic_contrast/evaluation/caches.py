@@ -7,9 +7,11 @@ No function changes a cache that it is given. Layers of a cache are those of the
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -109,16 +111,81 @@ def move_to_the_end(caches: Sequence[Cache], ends: Sequence[int], longest: int) 
     first token of a shorter sample means nothing. All caches must keep every token: see `keeps_every_token`.
     """
 
-    places = (torch.tensor(ends)[:, None] - longest + torch.arange(longest)).clamp_min(0)
-    places = places[:, None, :, None]
-
     def moved(parts: Sequence[Tensor]) -> Tensor:
         # Layer by layer, so that no second copy of all layers exists.
-        states = _padded_together(parts)
-        batch, n_heads, _, head_dim = states.shape
-        return states.gather(2, places.to(states.device).expand(batch, n_heads, -1, head_dim))
+        _, n_heads, _, head_dim = parts[0].shape
+        found = parts[0].new_zeros(len(ends), n_heads, longest, head_dim)
+        places = ((part, row) for part in parts for row in range(len(part)))
+        # Most samples of a batch end at the same place, and are moved together.
+        samples = zip(range(len(ends)), ends, places, strict=True)
+        for (_, end), run in groupby(samples, key=lambda sample: (id(sample[2][0]), sample[1])):
+            (first, _, (part, row)), *others = run
+            n_rows = 1 + len(others)
+            kept = part[row : row + n_rows, :, max(0, end - longest) : end]
+            found[first : first + n_rows, :, longest - kept.shape[2] :] = kept
+        return found
 
     return _with_states(caches, moved)
+
+
+@contextmanager
+def with_room(cache: Cache, n_tokens: int, rows: Tensor) -> Iterator[Cache]:
+    """
+    Gives a cache with some of the samples and room for more tokens, for as long as the context lasts.
+
+    Without room, all keys and values are copied whenever a token is added. Only layers that keep every token get it.
+    `rows`: as in `select_rows`.
+    """
+
+    layers = [_copied(layer) for layer in cache.layers]
+    roomy: list[Any] = []
+    for layer in layers:
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            roomy.append(layer)
+            _give_room(layer, n_tokens, rows)
+        else:
+            layer.reorder_cache(rows)
+    try:
+        yield _with_layers(cache, layers)
+    finally:
+        for layer in roomy:
+            # That of its class is found again.
+            del layer.update
+
+
+def _give_room(layer: Any, n_tokens: int, rows: Tensor) -> None:
+    """Copies some samples' keys and values to where they have room."""
+
+    length = layer.get_seq_length()
+
+    def copied(states: Tensor) -> Tensor:
+        _, n_heads, _, head_dim = states.shape
+        room = states.new_empty(len(rows), n_heads, length + n_tokens, head_dim)
+        torch.index_select(states, 0, rows.to(states.device), out=room[:, :, :length])
+        return room
+
+    keys, values = copied(layer.keys), copied(layer.values)
+    layer.keys, layer.values = keys[:, :, :length], values[:, :, :length]
+    layer.update = partial(_update_in_room, layer, keys, values)
+
+
+def _update_in_room(
+    layer: DynamicLayer,
+    keys: Tensor,
+    values: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Does what `DynamicLayer.update` does, in tensors that have room."""
+
+    start = layer.get_seq_length()
+    end = start + key_states.shape[2]
+    keys[:, :, start:end] = key_states
+    values[:, :, start:end] = value_states
+    layer.keys, layer.values = keys[:, :, :end], values[:, :, :end]
+    return layer.keys, layer.values
 
 
 def _padded_together(parts: Sequence[Tensor], on_the_left: bool = False) -> Tensor:

@@ -31,14 +31,19 @@ from .caches import (
     move_to_the_end,
     select_rows,
     side_by_side,
+    with_room,
 )
 from .cpu_layers import fast_on_cpu
+from .few_rows import fast_with_few_rows
 from .head import Head
 from .interventions import Intervention, TeacherForcing, ablated_samples
 from .known_sequences import Count, KnownSequences, Piece, Tokens, n_common
 
 STRIDE = 8
 """How many tokens are generated before responses that have ended leave the batch."""
+
+CPU_STRIDE = 4
+"""The same on a CPU, where each row of a step takes its time."""
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -100,12 +105,14 @@ class Running:
     Sequences that are being generated, padded on the left.
 
     `tokens` and `mask`: integer Tensors of shape (batch, length). `cache`: what the model keeps of all tokens but the
-    last; None at the beginning, when they have to be read.
+    last; None at the beginning, when they have to be read. `rows`: which samples of the cache the sequences are, integer
+    Tensor of shape (batch,); None for all, in their order. They are taken out when they go on, which saves a copy.
     """
 
     tokens: Tensor
     mask: Tensor
     cache: Cache | None
+    rows: Tensor | None = None
 
     @classmethod
     def start(
@@ -133,12 +140,22 @@ class Running:
         chosen: AbstractContextManager[list[LogitsProcessor]] = nullcontext([])
         if is_plain_greedy(model):
             chosen = head.only_most_likely()
-        # The head may have to find out about the model as it is, before anything is ablated.
-        with chosen as processors, hooks, fast_on_cpu(model):
+        room: AbstractContextManager[Cache | None] = nullcontext()
+        if self.cache is not None:
+            rows = torch.arange(len(self.tokens)) if self.rows is None else self.rows
+            room = with_room(self.cache, n_tokens, rows)
+        with (
+            # The head may have to find out about the model as it is, before anything is ablated.
+            chosen as processors,
+            hooks,
+            fast_on_cpu(model),
+            fast_with_few_rows(model),
+            room as cache,
+        ):
             output = model.model.generate(
                 input_ids=self.tokens,
                 attention_mask=self.mask,
-                past_key_values=self.cache,
+                past_key_values=cache,
                 max_new_tokens=n_tokens,
                 do_sample=False,
                 logits_processor=LogitsProcessorList(processors),
@@ -156,13 +173,21 @@ class Running:
         if len(rows) == len(self.tokens):
             return self
         indices = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
-        cache = None if self.cache is None else select_rows(self.cache, indices)
-        return Running(self.tokens[indices], self.mask[indices], cache)
+        chosen = indices if self.rows is None else self.rows[indices]
+        return Running(self.tokens[indices], self.mask[indices], self.cache, chosen)
+
+    def own_cache(self) -> Cache | None:
+        """Returns what the model keeps of these sequences alone."""
+
+        if self.cache is None or self.rows is None:
+            return self.cache
+        return select_rows(self.cache, self.rows)
 
     def joined_by(self, other: "Running") -> "Running":
         """Returns both as one, where their caches allow it: see `can_be_joined`."""
 
-        assert self.cache is not None and other.cache is not None
+        first_cache, second_cache = self.own_cache(), other.own_cache()
+        assert first_cache is not None and second_cache is not None
         length = max(self.tokens.shape[1], other.tokens.shape[1])
 
         def join(first: Tensor, second: Tensor) -> Tensor:
@@ -171,7 +196,7 @@ class Running:
         return Running(
             join(self.tokens, other.tokens),
             join(self.mask, other.mask),
-            side_by_side([self.cache, other.cache]),
+            side_by_side([first_cache, second_cache]),
         )
 
 
@@ -207,7 +232,7 @@ def generate_tokens(
             waiting += joining
         else:
             waiting, running = extend(
-                head, running, waiting, found, max_new_tokens, interventions, STRIDE
+                head, running, waiting, found, max_new_tokens, interventions, stride(head.model)
             )
     return found
 
@@ -238,6 +263,12 @@ def extend(
         if not has_ended(found[index], max_new_tokens[index], ends):
             unfinished.append(row)
     return [rows[row] for row in unfinished], running.select(unfinished)
+
+
+def stride(model: LanguageModel) -> int:
+    """Returns how many tokens are generated before responses that have ended leave the batch."""
+
+    return CPU_STRIDE if model.model.device.type == "cpu" else STRIDE
 
 
 def forget_images(model: LanguageModel) -> None:
@@ -391,7 +422,8 @@ class Responder:
         # Those that are read again can still be distributed over several batches.
         if departures.cache is None or n_waiting + len(departures.rows) <= self._n_rows:
             return n_waiting
-        return min(self._n_rows - len(departures.rows), self._n_rows // 2)
+        # A step of more rows takes less time for each, and a join copies all that has been read.
+        return min(self._n_rows - len(departures.rows), self._n_rows * 3 // 4)
 
     def _generate(
         self,
@@ -439,7 +471,13 @@ class Responder:
         unfinished = list(range(len(rows)))
         while len(unfinished) > n_left:
             unfinished, running = extend(
-                self._forcing.head, running, unfinished, responses, limits, chosen, STRIDE
+                self._forcing.head,
+                running,
+                unfinished,
+                responses,
+                limits,
+                chosen,
+                stride(self.model),
             )
         for (index, prompt), response in zip(rows, responses, strict=True):
             found[index][prompt] = response
@@ -449,7 +487,7 @@ class Responder:
         return [
             _Departures(
                 tuple(rows[row] for row in unfinished),
-                running.cache,
+                running.own_cache(),
                 (n_cached,) * len(unfinished),
             )
         ]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Linear, Module
-from torch.nn.functional import linear
 from transformers import LogitsProcessor
 
 from ..language_model import LanguageModel, batches
+from .few_rows import linear_of_few_rows
 from .replaced_forwards import replaced_forwards
 
 CHUNK = 256
@@ -87,7 +87,9 @@ class Head:
         if part is not None and part != slice(0, self.vocabulary):
             weight, bias = self._projection.weight[part], self._projection.bias
             biases = None if bias is None else bias[part]
-            replacements.append((self._projection, lambda states: linear(states, weight, biases)))
+            replacements.append(
+                (self._projection, lambda states: linear_of_few_rows(states, weight, biases))
+            )
         token = torch.full((1, len(hidden_states)), self._pad_token_id, device=hidden_states.device)
         try:
             with replaced_forwards(replacements):
