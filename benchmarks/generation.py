@@ -6,7 +6,7 @@ Times steps of greedy generation on a CPU, against plain linear layers and cache
     python benchmarks/generation.py [--repeats 7]
 
 First the products of a few rows with matrices of several shapes, as many of them as do not fit into the processor's
-cache; then whole steps of a random Llama of 146 million parameters. All ways take turns in one process, and the best of
+cache; then whole steps of a random Llama of 141 million parameters. All ways take turns in one process, and the best of
 several repeats of each counts.
 """
 
