@@ -32,6 +32,9 @@ SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (6144, 2048), (204
 
 ROWS = (8, 32, 64, 128, 256)
 
+MOST_ROWS = few_rows.MOST_ROWS
+"""What is taken apart in steps; products are, whatever their rows."""
+
 ELEMENTS = 10_000_000
 """Elements of all matrices of one shape together."""
 
@@ -51,7 +54,7 @@ def no_room(cache: Cache, n_tokens: int, rows: Tensor) -> Iterator[Cache]:
     yield select_rows(cache, rows)
 
 
-def products(rows: int, outputs: int, inputs: int, repeats: int) -> tuple[float, float]:
+def products(rows: int, outputs: int, inputs: int, repeats: int) -> list[float]:
     """Returns the seconds of plain products, and of those in parts."""
 
     states = torch.randn(rows, inputs)
@@ -63,15 +66,14 @@ def products(rows: int, outputs: int, inputs: int, repeats: int) -> tuple[float,
 
     few_rows.MOST_ROWS = max(ROWS)
     ways = [partial(run, linear), partial(run, few_rows.linear_of_few_rows)]
-    plain, in_parts = best_times_in_turns(ways, repeats)
-    return plain, in_parts
+    return best_times_in_turns(ways, repeats)
 
 
 def advance(head: Head, running: Running, way: tuple[bool, bool]) -> Any:
     """Generates a few tokens of each row, and returns them."""
 
     in_parts, has_room = way
-    few_rows.MOST_ROWS = 128 if in_parts else 0
+    few_rows.MOST_ROWS = MOST_ROWS if in_parts else 0
     generation.with_room = with_room if has_room else no_room
     return running.advance(head, generation.CPU_STRIDE, None)[0]
 
@@ -95,7 +97,8 @@ def main() -> None:
         prompts = [tuple(torch.randint(5, 1000, (60,)).tolist()) for _ in range(rows)]
         running = Running.start(head, prompts).advance(head, 1, None)[1]
         runs = [partial(advance, head, running, way) for way in WAYS.values()]
-        same = all(run() == runs[0]() for run in runs)
+        tokens = [run() for run in runs]
+        same = all(found == tokens[0] for found in tokens)
         seconds = best_times_in_turns(runs, arguments.repeats)
         for name, taken in zip(WAYS, seconds, strict=True):
             print(

@@ -115,6 +115,7 @@ def test_generation_goes_on_from_caches_that_were_cut(tiny_llama: LanguageModel)
     # And once more, with samples left out and others joining in.
     first = running.select([0, 2])
     longer = [cut[0] + new[0], cut[2] + new[2]]
+    assert first.select([1]).rows is not None and first.select([1]).rows.tolist() == [2]
     own = first.own_cache()
     assert own is not None
     joined = [own, read(tiny_llama, SEQUENCES[1:2])]
@@ -180,6 +181,21 @@ def test_room_for_tokens_that_follow(model: LanguageModel) -> None:
     for item in (roomy, last, growing):
         forcing.unmodified(later, Past(select_rows(item, rows), 8))
     assert not any("update" in vars(layer) for layer in last.layers)
+
+
+def test_generation_copies_no_cache_for_a_token(
+    tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = Head(tiny_llama)
+    first, running = Running.start(head, SEQUENCES).advance(head, 1, None)
+    expected = generate_tokens(head, SEQUENCES, [4] * 3)
+
+    def copying(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("A cache grows by a copy.")
+
+    monkeypatch.setattr(DynamicLayer, "update", copying)
+    new, _ = running.select([0, 2]).advance(head, 3, None)
+    assert [first[0] + new[0], first[2] + new[1]] == [expected[0], expected[2]]
 
 
 def test_caches_that_tokens_can_be_taken_out_of(

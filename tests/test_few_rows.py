@@ -12,6 +12,7 @@ from torch.nn import Linear
 from torch.nn.functional import linear
 
 from heretic_contrast.evaluation import few_rows
+from heretic_contrast.evaluation import head as head_module
 from heretic_contrast.evaluation.few_rows import (
     MOST_ROWS,
     fast_with_few_rows,
@@ -21,6 +22,7 @@ from heretic_contrast.evaluation.few_rows import (
 from heretic_contrast.evaluation.generation import generate_tokens
 from heretic_contrast.evaluation.head import Head
 from heretic_contrast.hosts.surface import wrap
+from tests.test_head import hidden_states, take_apart
 from tests.tiny_models import make_model, make_tokenizer
 
 
@@ -170,3 +172,22 @@ def test_generation_takes_steps_apart(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False
         )
         assert tuple(plain[0, len(tokens) :].tolist()) == expected[row][:4]
+
+
+def test_parts_of_the_vocabulary_are_taken_apart_again(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_apart(monkeypatch)
+    head = Head(wrap(make_model("llama"), make_tokenizer(), "tiny"))
+    states, parts = hidden_states(head.model, 4), head.parts(4)
+    expected = head.logits(states).argmax(dim=1)
+    shapes = []
+
+    def counting(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append((states.shape[-2], len(weight), n_parts(weight)))
+        return linear_of_few_rows(states, weight, bias)
+
+    monkeypatch.setattr(head_module, "linear_of_few_rows", counting)
+    assert head.most_likely(states).equal(expected)
+    width = parts[0].stop
+    assert shapes == [(4, width, 4)] * len(parts) and len(parts) > 1

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -115,14 +115,15 @@ def move_to_the_end(caches: Sequence[Cache], ends: Sequence[int], longest: int) 
         # Layer by layer, so that no second copy of all layers exists.
         _, n_heads, _, head_dim = parts[0].shape
         found = parts[0].new_zeros(len(ends), n_heads, longest, head_dim)
-        places = ((part, row) for part in parts for row in range(len(part)))
-        # Most samples of a batch end at the same place, and are moved together.
-        samples = zip(range(len(ends)), ends, places, strict=True)
-        for (_, end), run in groupby(samples, key=lambda sample: (id(sample[2][0]), sample[1])):
-            (first, _, (part, row)), *others = run
-            n_rows = 1 + len(others)
-            kept = part[row : row + n_rows, :, max(0, end - longest) : end]
-            found[first : first + n_rows, :, longest - kept.shape[2] :] = kept
+        rest = iter(ends)
+        for part, target in zip(parts, found.split([len(part) for part in parts]), strict=True):
+            start = 0
+            # Most samples of a batch end at the same place, and are moved together.
+            for end, run in groupby(islice(rest, len(part))):
+                rows = slice(start, start + len(list(run)))
+                kept = part[rows, :, max(0, end - longest) : end]
+                target[rows, :, longest - kept.shape[2] :] = kept
+                start = rows.stop
         return found
 
     return _with_states(caches, moved)

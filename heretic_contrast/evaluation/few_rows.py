@@ -21,7 +21,7 @@ from ..language_model import LanguageModel
 from .replaced_forwards import replaced_forwards
 
 MOST_ROWS = 128
-"""With more rows, one product is as fast: see docs/benchmarks.md."""
+"""With more rows, small matrices may be slower in parts, and large ones are little faster: see `benchmarks/generation.py`."""
 
 LEAST_WIDTH = 128
 """Outputs of a part, of which fewer would be slower."""

@@ -142,7 +142,9 @@ class Running:
             chosen = head.only_most_likely()
         room: AbstractContextManager[Cache | None] = nullcontext()
         if self.cache is not None:
-            rows = torch.arange(len(self.tokens)) if self.rows is None else self.rows
+            rows = self.rows
+            if rows is None:
+                rows = torch.arange(len(self.tokens), device=self.tokens.device)
             room = with_room(self.cache, n_tokens, rows)
         with (
             # The head may have to find out about the model as it is, before anything is ablated.
