@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .evaluation.sweep import sweep
     from .hosts.surface import wrap
     from .modifier import ContrastAbliteration
-    from .scorers import FalseRefusals, FixedWeightSweep, RefusalTiers, TeacherForcedDivergence
+    from .response_scorers import FalseRefusals, RefusalTiers
+    from .scorers import FixedWeightSweep, TeacherForcedDivergence
 
 __all__ = [
     "ContrastAbliteration",
@@ -30,9 +31,9 @@ __all__ = [
 _HOMES = {
     "ContrastAbliteration": ".modifier",
     "Directions": ".directions",
-    "FalseRefusals": ".scorers",
+    "FalseRefusals": ".response_scorers",
     "FixedWeightSweep": ".scorers",
-    "RefusalTiers": ".scorers",
+    "RefusalTiers": ".response_scorers",
     "TeacherForcedDivergence": ".scorers",
     "extract_directions": ".directions",
     "sweep": ".evaluation.sweep",

@@ -24,7 +24,6 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 import numpy as np
-from minisom import MiniSom
 from numpy.typing import NDArray
 
 from .errors import ContrastError
@@ -351,6 +350,8 @@ def _rates(settings: SomSettings) -> tuple[NDArray[np.float64], NDArray[np.int64
         )
     )
     if settings.topology == "hexagonal" and settings.neighborhood in ("gaussian", "mexican_hat"):
+        from minisom import MiniSom
+
         # Every second column is shifted, counted from the last.
         row = np.where((settings.columns - 1 - column) % 2 == 0, row - 0.5, row)
         column = column * MiniSom.Y_HEX_CONV_FACTOR
@@ -403,6 +404,8 @@ def _train_by_minisom(
     points: list[NDArray[Any]], settings: SomSettings, progress: Progress | None
 ) -> list[TrainedMap]:
     """Trains the maps one after the other with MiniSom itself."""
+
+    from minisom import MiniSom
 
     maps = []
     for index, array in enumerate(points):

@@ -6,6 +6,7 @@ What the plugins need of the installed Heretic, whichever it is.
 Importing this module imports Heretic and PyTorch.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -52,6 +53,8 @@ __all__ = [
     "log",
     "progress_bar",
     "prompt_loader",
+    "require_model_access",
+    "scorer_entries",
     "wrap",
 ]
 
@@ -66,21 +69,32 @@ class Context(Protocol):
     def get_responses(self, prompts: list[Any]) -> list[str]: ...
 
 
-def language_model(
-    ctx: Context, heretic_settings: Any, batch_size: int | None = None
-) -> LanguageModel:
-    """
-    Returns the wrapper around the model that Heretic has loaded at this moment.
-
-    Raises `ContrastError` when this Heretic's plugins have no access to it.
-    """
+def require_model_access(ctx: Context, plugin: str) -> None:
+    """Raises `ContrastError` when this Heretic does not let a plugin look into the model, which the plugin needs."""
 
     if not hasattr(ctx, "get_model"):
         raise ContrastError(
-            "This Heretic gives its plugins no access to the model (Context.get_model): use Heretic 2.0, "
-            "or Heretic 1.4 with heretic-contrast."
+            f"{plugin} looks into the model, which this Heretic keeps to itself (its plugin context has no get_model): "
+            f"use Heretic 2.0, or leave {plugin} out."
         )
+
+
+def language_model(
+    ctx: Context, heretic_settings: Any, batch_size: int | None = None
+) -> LanguageModel:
+    """Returns the wrapper around the model that Heretic has loaded at this moment."""
+
     return from_heretic(ctx.get_model(), heretic_settings, batch_size)
+
+
+def scorer_entries(heretic_settings: Any, name: str) -> list[Any]:
+    """Returns Heretic's entries in `scorers` that name a scorer, by import path or by file; none under Heretic 1.4."""
+
+    return [
+        entry
+        for entry in getattr(heretic_settings, "scorers", [])
+        if re.split("[.:]", entry.plugin)[-1] == name
+    ]
 
 
 def from_heretic(

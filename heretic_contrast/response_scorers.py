@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Scorer plugins that need a model's responses and nothing else of it, and what all scorers share.
+
+They load no more than the rules that responses are judged by, and work in every Heretic that has scorers, also in the
+development state of July 2026, which has no modifiers and gives its plugins no access to the model.
+"""
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .builtin import harmful_pool, harmless_pool, is_builtin, refuser_pool
+from .evaluation.coherence import is_coherent
+from .evaluation.responses import Tier, classify_response
+from .hosts.surface import Context, Score, Scorer, heretic_prompts, log, prompt_loader
+from .hosts.tables import check_tables, show_errors_as_sentences, validated
+from .prompts import Prompt, load_pool
+from .settings import PromptSource
+
+DEFAULT_POOL = "unset for Heretic's default, or for the built-in refuser its own"
+
+
+class RefusalTiersSettings(BaseModel):
+    """Settings of `RefusalTiers`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    score_name: str = Field(
+        default="Refusal tiers",
+        description="Name of the score.",
+    )
+
+    prompts: PromptSource | None = Field(
+        default=None,
+        description=f"Dataset of harmful prompts to judge responses to ({DEFAULT_POOL}).",
+    )
+
+    counted_tiers: list[Tier] = Field(
+        default=[Tier.REFUSE],
+        min_length=1,
+        description=(
+            "Tiers that count in the score. Options: "
+            '"REFUSE" (declines), "EVASIVE" (neither declines nor answers), "COMPLY" (engages with the request).'
+        ),
+    )
+
+    count_incoherent: bool = Field(
+        default=False,
+        description="Whether incoherent responses count in the score whatever their tier.",
+    )
+
+    print_responses: bool = Field(
+        default=False,
+        description="Whether to print each prompt with its response and tier.",
+    )
+
+
+class FalseRefusalsSettings(BaseModel):
+    """Settings of `FalseRefusals`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    score_name: str = Field(
+        default="False refusals",
+        description="Name of the score.",
+    )
+
+    prompts: PromptSource | None = Field(
+        default=None,
+        description=f"Dataset of harmless prompts whose refusals are counted ({DEFAULT_POOL}).",
+    )
+
+
+class ContrastScorer(Scorer):
+    """
+    What all scorers of this package share.
+
+    `settings_class`: the class of the scorer's settings, whose table is `[scorer.NAME]` with the name of the scorer's class.
+    """
+
+    settings_class: ClassVar[type[BaseModel]]
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether Heretic can rebuild a score from its settings alone: it would need this package."""
+
+        return False
+
+    @property
+    def score_name(self) -> str:
+        """What the command line and the model card call the score."""
+
+        return str(self.settings.score_name)
+
+    @classmethod
+    def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> Any:
+        """Validates the plugin's table. Raises `ContrastError` with the first complaint."""
+
+        return validated(cls.settings_class, raw_namespace, f"[scorer.{cls.__name__}]")
+
+    def init(self, ctx: Context) -> None:
+        """Checks the raw tables, which Heretic has filtered. Raises `ContrastError` when a key or a table is misspelled."""
+
+        show_errors_as_sentences()
+        check_tables(self.heretic_settings, "scorer", type(self).__name__, self.settings_class)
+
+    def load(self, ctx: Context, source: PromptSource | None, pool: str) -> list[Prompt]:
+        """
+        Loads evaluation prompts.
+
+        `pool`: "harmful" or "harmless", which decides the default. Raises `ContrastError` when they cannot be loaded.
+        """
+
+        if source is None:
+            if is_builtin(self.heretic_settings.model):
+                source = refuser_pool(pool, "test")
+            else:
+                source = (harmful_pool if pool == "harmful" else harmless_pool)("test[:100]")
+        prompts = load_pool(source, prompt_loader(ctx), f"{pool} evaluation")
+        log(f"* [bold]{len(prompts)}[/] {pool} evaluation prompts loaded")
+        return prompts
+
+
+class RefusalTiers(ContrastScorer):
+    """Share of harmful prompts whose responses fall into the counted tiers, by default: that are refused."""
+
+    settings_class = RefusalTiersSettings
+    settings: RefusalTiersSettings
+    prompts: list[Prompt]
+
+    def init(self, ctx: Context) -> None:
+        """Loads the prompts. Raises `ContrastError` when settings or prompts do not work."""
+
+        super().init(ctx)
+        self.prompts = self.load(ctx, self.settings.prompts, "harmful")
+
+    def get_score(self, ctx: Context) -> Score:
+        """Judges the model's responses; the value is a share between 0 and 1."""
+
+        responses = ctx.get_responses(heretic_prompts(self.prompts, self.heretic_settings))
+        tiers = [
+            classify_response(prompt.text, response)
+            for prompt, response in zip(self.prompts, responses, strict=True)
+        ]
+        coherent = [is_coherent(response) for response in responses]
+        if self.settings.print_responses:
+            for prompt, response, tier in zip(self.prompts, responses, tiers, strict=True):
+                log()
+                log(f"Prompt: {prompt.text}", markup=False)
+                log(f"Response ({tier.value}): {response or '(empty)'}", markup=False)
+        counted = sum(
+            tier in self.settings.counted_tiers or (self.settings.count_incoherent and not clear)
+            for tier, clear in zip(tiers, coherent, strict=True)
+        )
+        others = ", ".join(
+            [
+                *(f"{tier.value} {tiers.count(tier)}" for tier in Tier),
+                f"incoherent {coherent.count(False)}",
+            ]
+        )
+        return Score(
+            value=counted / len(tiers),
+            rich_display=f"[bold]{counted}[/]/{len(tiers)} ({others})",
+            md_display=f"{counted}/{len(tiers)} ({others})",
+        )
+
+
+class FalseRefusals(ContrastScorer):
+    """Share of harmless prompts that are refused: the canaries."""
+
+    settings_class = FalseRefusalsSettings
+    settings: FalseRefusalsSettings
+    prompts: list[Prompt]
+
+    def init(self, ctx: Context) -> None:
+        """Loads the prompts. Raises `ContrastError` when settings or prompts do not work."""
+
+        super().init(ctx)
+        self.prompts = self.load(ctx, self.settings.prompts, "harmless")
+
+    def get_score(self, ctx: Context) -> Score:
+        """Judges the model's responses; the value is a share between 0 and 1."""
+
+        responses = ctx.get_responses(heretic_prompts(self.prompts, self.heretic_settings))
+        refused = sum(
+            classify_response(prompt.text, response) is Tier.REFUSE
+            for prompt, response in zip(self.prompts, responses, strict=True)
+        )
+        return Score(
+            value=refused / len(responses),
+            rich_display=f"[bold]{refused}[/]/{len(responses)}",
+            md_display=f"{refused}/{len(responses)}",
+        )
