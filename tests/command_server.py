@@ -7,6 +7,7 @@ Importing PyTorch and Heretic takes longer than the smallest run. A server impor
 what is forked runs `heretic_contrast.cli.main` as the program does.
 """
 
+import gc
 import json
 import os
 import resource
@@ -234,6 +235,9 @@ def serve() -> None:
     import torch
 
     torch.set_num_threads(1)
+    # Nothing that has been imported is garbage, and looking for it would copy its memory into every fork.
+    gc.collect()
+    gc.freeze()
     running: dict[int, tuple[float, BinaryIO]] = {}
     for line in sys.stdin:
         request = json.loads(line)
