@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .errors import ContrastError
+from .greedy import explained_settings, generation_batches, plain_settings
 from .prompts import Prompt
 
 Progress = Callable[[int, int], None]
@@ -133,24 +134,42 @@ class LanguageModel:
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, special_tokens: bool = False
     ) -> list[str]:
-        """Returns the greedy responses to the prompts, with or without special tokens."""
+        """
+        Returns the greedy responses to the prompts, with or without special tokens.
 
-        responses: list[str] = []
-        for batch in batches(len(prompts), self.batch_size):
-            inputs = self.tokenize(prompts[batch])
-            outputs = self.model.generate(
+        Raises `ContrastError` when the model's generation configuration does not work.
+        """
+
+        texts = self.chat_texts(prompts)
+        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]] if texts else []
+        responses = [""] * len(texts)
+        for batch in generation_batches(self.model, lengths, self.batch_size):
+            inputs = self.tokenize_texts([texts[index] for index in batch])
+            tokens = self.continue_tokens(inputs, max_new_tokens)
+            decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=not special_tokens)
+            for index, response in zip(batch, decoded, strict=True):
+                responses[index] = response
+        return responses
+
+    @torch.no_grad()
+    def continue_tokens(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
+        """
+        Returns what the model's own `generate` makes of tokens without sampling: see `greedy`.
+
+        `inputs`: as `tokenize` gives them. Integer Tensor of shape (n_texts, n_new_tokens), at most `max_new_tokens`, padded
+        on the right. Raises `ContrastError` when the model's generation configuration does not work.
+        """
+
+        with explained_settings(self.model, self.name):
+            outputs: Tensor = self.model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
                 pad_token_id=self.pad_token_id(),
             )
-            responses.extend(
-                self.tokenizer.batch_decode(
-                    outputs[:, inputs["input_ids"].shape[1] :],
-                    skip_special_tokens=not special_tokens,
-                )
-            )
-        return responses
+        return outputs[:, inputs["input_ids"].shape[1] :]
 
     @torch.no_grad()
     def residuals(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> Tensor:
@@ -174,7 +193,7 @@ class LanguageModel:
         for batch in batches(len(order), self.batch_size):
             chosen = order[batch]
             inputs = self.tokenize_texts([texts[index] for index in chosen])
-            with self._capture_last_positions() as captured:
+            with plain_settings(self.model), self._capture_last_positions() as captured:
                 self.model.generate(
                     **inputs,
                     max_new_tokens=1,

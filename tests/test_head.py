@@ -15,7 +15,7 @@ from torch.nn import Linear
 
 from heretic_contrast.ablation import Composition, compose
 from heretic_contrast.evaluation import head as head_module
-from heretic_contrast.evaluation.generation import Responder, generate_tokens, is_plain_greedy
+from heretic_contrast.evaluation.generation import Responder, generate_tokens
 from heretic_contrast.evaluation.head import CHUNK, CPU_CHUNK, Head
 from heretic_contrast.evaluation.interventions import Intervention, TeacherForcing
 from heretic_contrast.hosts.surface import wrap
@@ -249,20 +249,3 @@ def test_generation_with_adapters_and_hooks(
     # It has seen nothing of the model before.
     assert generate_tokens(Head(model), sequences, [12] * 4, interventions) == expected
     assert widths.count(320) == 1 and set(widths) == {1, 16, 107, 106, 320}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("repetition_penalty", 1.2),
-        ("suppress_tokens", [5]),
-        ("exponential_decay_length_penalty", (2, 1.5)),
-        ("guidance_scale", 1.5),
-        ("watermarking_config", {"bias": 2.0}),
-    ],
-)
-def test_what_changes_logits_is_not_plainly_greedy(name: str, value: Any) -> None:
-    model = wrap(make_model("llama"), make_tokenizer(), "tiny")
-    assert is_plain_greedy(model)
-    setattr(model.model.generation_config, name, value)
-    assert not is_plain_greedy(model)

@@ -7,7 +7,8 @@ Most interventions answer most prompts like the unmodified model. So its respons
 teacher-forced pass: as long as each of its tokens is the one that the ablated model would choose, greedy decoding
 would have produced it. Only what follows a departure is generated token by token, for many interventions on any
 layers in one batch, from the keys and values of the check where these can be cut at the departure. The result is
-that of plain greedy decoding.
+that of the model's own `generate`; where its generation configuration asks for more than the most likely token, that is
+what is called, for each response as a whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,10 @@ from itertools import product
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 from transformers.cache_utils import Cache
 
+from ..greedy import generation_batches, is_plainly_greedy
 from ..language_model import LanguageModel
 from ..prompts import Prompt
 from .caches import (
@@ -65,38 +67,10 @@ def prompt_tokens(model: LanguageModel, prompts: Sequence[Prompt]) -> list[Token
 
 
 def end_tokens(model: LanguageModel) -> frozenset[int]:
-    """Returns the tokens that end a response."""
+    """Returns the tokens that end a response; none where the model's generation goes on to the limit."""
 
     found = model.model.generation_config.eos_token_id
-    if found is None:
-        found = model.tokenizer.eos_token_id
     return frozenset([found] if isinstance(found, int) else found or [])
-
-
-def is_plain_greedy(model: LanguageModel) -> bool:
-    """
-    Returns whether greedy decoding takes the most likely token and nothing else.
-
-    Models may ship a generation configuration that penalizes or forbids tokens, which one pass cannot check.
-    """
-
-    config = model.model.generation_config
-    return (
-        (config.repetition_penalty or 1.0) == 1.0
-        and (config.encoder_repetition_penalty or 1.0) == 1.0
-        and not config.no_repeat_ngram_size
-        and not config.bad_words_ids
-        and not config.suppress_tokens
-        and not config.begin_suppress_tokens
-        and not config.min_length
-        and not config.min_new_tokens
-        and not config.sequence_bias
-        and config.exponential_decay_length_penalty is None
-        and (config.guidance_scale or 1.0) == 1.0
-        and config.watermarking_config is None
-        and config.forced_bos_token_id is None
-        and config.forced_eos_token_id is None
-    )
 
 
 @dataclass(frozen=True)
@@ -137,9 +111,6 @@ class Running:
         model = head.model
         forget_images(model)
         hooks = nullcontext() if interventions is None else ablated_samples(model, interventions)
-        chosen: AbstractContextManager[list[LogitsProcessor]] = nullcontext([])
-        if is_plain_greedy(model):
-            chosen = head.only_most_likely()
         room: AbstractContextManager[Cache | None] = nullcontext()
         if self.cache is not None:
             rows = self.rows
@@ -148,7 +119,7 @@ class Running:
             room = with_room(self.cache, n_tokens, rows)
         with (
             # The head may have to find out about the model as it is, before anything is ablated.
-            chosen as processors,
+            head.only_most_likely() as processors,
             hooks,
             fast_on_cpu(model),
             fast_with_few_rows(model),
@@ -158,6 +129,8 @@ class Running:
                 input_ids=self.tokens,
                 attention_mask=self.mask,
                 past_key_values=cache,
+                # One that is named cannot be given.
+                cache_implementation=None,
                 max_new_tokens=n_tokens,
                 do_sample=False,
                 logits_processor=LogitsProcessorList(processors),
@@ -212,12 +185,17 @@ def generate_tokens(
     """
     Returns the greedy continuation of each sequence, up to and with the token that ends it.
 
+    It is what the model's `generate` gives for the sequence alone, with the model's generation configuration.
     `max_new_tokens` is per sequence; sample i is ablated as `interventions[i]` says. `n_rows`: the largest batch, all if
     not given. Sequences of similar length share a batch; when half of it has ended, others join it.
+
+    Raises `ContrastError` when the generation configuration does not work.
     """
 
     found: list[Tokens] = [()] * len(sequences)
     n_rows = n_rows or max(1, len(sequences))
+    if not is_plainly_greedy(head.model.model):
+        return whole_continuations(head.model, sequences, max_new_tokens, interventions, n_rows)
     coming = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     waiting: list[int] = []
     running: Running | None = None
@@ -236,6 +214,40 @@ def generate_tokens(
             waiting, running = extend(
                 head, running, waiting, found, max_new_tokens, interventions, stride(head.model)
             )
+    return found
+
+
+def whole_continuations(
+    model: LanguageModel,
+    sequences: Sequence[Tokens],
+    max_new_tokens: Sequence[int],
+    interventions: Sequence[Intervention] | None,
+    n_rows: int,
+) -> list[Tokens]:
+    """
+    As `generate_tokens`, in one call of `generate` for each continuation.
+
+    For generation settings that look at more than the next token: how a continuation began, how long it may become, or
+    what else is in its batch.
+    """
+
+    found: list[Tokens] = [()] * len(sequences)
+    ends = end_tokens(model)
+    kinds = [(len(tokens), limit) for tokens, limit in zip(sequences, max_new_tokens, strict=True)]
+    for batch in generation_batches(model.model, kinds, n_rows):
+        limit = max_new_tokens[batch[0]]
+        chosen = None if interventions is None else [interventions[index] for index in batch]
+        tokens = torch.tensor([sequences[index] for index in batch], device=model.model.device)
+        forget_images(model)
+        with (
+            nullcontext() if chosen is None else ablated_samples(model, chosen),
+            fast_on_cpu(model),
+            fast_with_few_rows(model),
+        ):
+            inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            continuations = model.continue_tokens(inputs, limit)
+        for index, row in zip(batch, continuations.tolist(), strict=True):
+            found[index] = until_end(tuple(row), limit, ends)
     return found
 
 
@@ -341,9 +353,9 @@ class Responder:
             limits = [max_new_tokens] * len(prompts)
             base = generate_tokens(forcing.head, self._tokens, limits, n_rows=n_rows)
         self.base = list(base)
-        self._is_plain_greedy = is_plain_greedy(self.model)
+        self._is_plainly_greedy = is_plainly_greedy(self.model.model)
         self._known = KnownSequences(forcing, self._tokens, self.base, n_rows)
-        self._unmodified = self._unmodified_cache() if self._is_plain_greedy else None
+        self._unmodified = self._unmodified_cache() if self._is_plainly_greedy else None
 
     def base_responses(self) -> list[str]:
         """Returns the responses of the unmodified model."""
@@ -377,7 +389,7 @@ class Responder:
         Fills in how each response starts: as the unmodified model's does, and one token more where it departs.
         """
 
-        if not self._is_plain_greedy:
+        if not self._is_plainly_greedy:
             for index in range(len(interventions)):
                 yield _Departures(tuple(product((index,), range(len(self.prompts)))))
                 count(len(self.prompts))

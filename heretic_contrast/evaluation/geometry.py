@@ -22,6 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..ablation import Composition, Operator, compose, effective_weight, weight_along
 from ..directions import Directions
+from ..greedy import plain_settings
 from ..language_model import LanguageModel, Progress, batches
 from ..prompts import Prompt
 from ..vectors import unit_vectors
@@ -279,7 +280,8 @@ def observe_outputs(
 
     `vectors`: Tensor of shape (n_layers, n_vectors, hidden_size). The first step is the last position of the
     prompt; steps after the end of a response are not counted. Only the last position of each step is
-    ever kept, and only its moments.
+    ever kept, and only its moments. Each step takes the most likely token, whatever the model's generation
+    configuration asks for.
     """
 
     vectors = vectors.to(torch.float64)
@@ -296,7 +298,7 @@ def observe_outputs(
         squares = torch.zeros(n_prompts, n_layers, dtype=torch.float64)
         counts = torch.zeros(n_prompts, dtype=torch.float64)
 
-        with _last_positions(model) as (outputs, states):
+        with plain_settings(model.model), _last_positions(model) as (outputs, states):
 
             def step(
                 tokens: Tensor,

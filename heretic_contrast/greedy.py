@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+What a model's own generation settings make of greedy decoding.
+
+A model ships a generation configuration, and `generate(do_sample=False)` follows it: it may penalize, forbid or force
+tokens, search with beams, or draft. What it gives is the model's greedy response. Whether that is the most likely token
+at each step and nothing else is decided by a list of what is known to leave it so.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import GenerationConfig, GenerationMixin
+
+from .errors import ContrastError
+
+WITHOUT_INFLUENCE = frozenset(
+    {
+        # Given with every call.
+        "do_sample",
+        "max_length",
+        "max_new_tokens",
+        "num_return_sequences",
+        "return_dict_in_generate",
+        # Read when tokens are drawn.
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "top_h",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        # Read by beam search.
+        "early_stopping",
+        "length_penalty",
+        "num_beam_groups",
+        "diversity_penalty",
+        # Read where another model, or the prompt, drafts.
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "assistant_ensemble_weight",
+        "max_matching_ngram_size",
+        # Read by caches of another kind.
+        "cache_config",
+        "max_cache_len",
+        "disable_compile",
+        # The tokens that end a response end it here as well.
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "decoder_start_token_id",
+        # No settings.
+        "transformers_version",
+        "_from_model_config",
+    }
+)
+"""Settings that change nothing, whatever they are, where those that are not listed change nothing."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "guidance_scale": (1,),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "renormalize_logits": (False,),
+    "remove_invalid_values": (False,),
+    "token_healing": (False,),
+    "is_assistant": (False,),
+    "use_mtp": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "output_scores": (False,),
+    "output_logits": (False,),
+    "use_cache": (True,),
+    # What models with sliding windows ship, which is the usual cache by now.
+    "cache_implementation": ("dynamic", "hybrid"),
+}
+"""The values of other settings that change nothing, besides None."""
+
+ROW_BY_ROW = frozenset(
+    {
+        "min_length",
+        "min_new_tokens",
+        "repetition_penalty",
+        "encoder_repetition_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "sequence_bias",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "exponential_decay_length_penalty",
+        "renormalize_logits",
+        "remove_invalid_values",
+        "use_cache",
+    }
+)
+"""Settings under which responses do not depend on what else is in their batch, as long as nothing is padded."""
+
+METHODS = (
+    "generate",
+    "_sample",
+    "_prefill",
+    "_prepare_generation_config",
+    "_get_logits_processor",
+    "_get_stopping_criteria",
+)
+"""What a class of models may replace by a generation of its own."""
+
+
+def base_network(network: Any) -> Any:
+    """Returns the transformers model, with adapters looked through."""
+
+    return getattr(network, "get_base_model", lambda: network)()
+
+
+def peculiarities(network: Any) -> frozenset[str]:
+    """Returns which generation settings may make greedy responses differ from the most likely token at each step."""
+
+    base = base_network(network)
+    found = {
+        name
+        for name, value in network.generation_config.to_dict().items()
+        if value is not None
+        and name not in WITHOUT_INFLUENCE
+        and not any(value == neutral for neutral in NEUTRAL.get(name, ()))
+    }
+    found |= {
+        name
+        for name in METHODS
+        if name in vars(base)
+        or getattr(type(base), name, None) is not getattr(GenerationMixin, name, None)
+    }
+    return frozenset(found)
+
+
+def is_plainly_greedy(network: Any) -> bool:
+    """Returns whether greedy decoding takes the most likely token at each step and nothing else."""
+
+    return not peculiarities(network)
+
+
+def goes_row_by_row(network: Any) -> bool:
+    """Returns whether a greedy response is the same in a batch of prompts of its length as by itself."""
+
+    return peculiarities(network) <= ROW_BY_ROW
+
+
+def generation_batches(
+    network: Any, kinds: Sequence[Hashable], batch_size: int
+) -> Iterator[list[int]]:
+    """
+    Yields which prompts may be answered together, so that each gets the response that it gets by itself.
+
+    `kinds`: the number of tokens of each, and whatever else must be the same in a batch. Padding is masked, but penalties
+    see it: only under plain decoding do prompts of several lengths share a batch. Under settings that nothing is known
+    about, none do.
+    """
+
+    groups = [list(range(len(kinds)))]
+    if not is_plainly_greedy(network):
+        by_kind: dict[Hashable, list[int]] = {}
+        for index, kind in enumerate(kinds):
+            by_kind.setdefault(kind, []).append(index)
+        groups = list(by_kind.values())
+        if not goes_row_by_row(network):
+            batch_size = 1
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+@contextmanager
+def explained_settings(network: Any, name: str) -> Iterator[None]:
+    """Raises `ContrastError` where generation fails because of its settings. `name`: of the model, for the message."""
+
+    try:
+        yield
+    except ContrastError:
+        raise
+    except (ValueError, TypeError, AttributeError, AssertionError, ImportError) as error:
+        names = peculiarities(network)
+        if not names:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ContrastError(
+            f"{name} cannot generate as its generation configuration asks ({', '.join(sorted(names))}: {reason}): "
+            "correct its generation_config.json."
+        ) from error
+
+
+@contextmanager
+def plain_settings(network: Any) -> Iterator[None]:
+    """Makes a model decode plainly for as long as the context lasts, whatever its generation configuration says."""
+
+    # PEFT hands on its own one, if it was given one.
+    owners = [
+        owner
+        for owner in {id(item): item for item in (network, base_network(network))}.values()
+        if "generation_config" in vars(owner)
+    ]
+    originals = [owner.generation_config for owner in owners]
+    try:
+        for owner, original in zip(owners, originals, strict=True):
+            owner.generation_config = GenerationConfig(eos_token_id=original.eos_token_id)
+        yield
+    finally:
+        for owner, original in zip(owners, originals, strict=True):
+            owner.generation_config = original
