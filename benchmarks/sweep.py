@@ -176,7 +176,7 @@ def build(
         preset: extract(
             model,
             training,
-            ContrastSettings(preset=[preset], small_classes="merge"),
+            ContrastSettings(preset=[preset]),
             lambda line: None,
         )
         for preset in arguments.preset or ["paper-unmatched"]

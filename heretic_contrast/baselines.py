@@ -10,7 +10,7 @@ Packages outside this one add baselines through the entry point group `heretic_c
 name is the baseline's, and it points to a function with the signature of `Baseline`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
@@ -63,17 +63,48 @@ def mean(residuals: Tensor) -> Tensor:
     return residuals.to(torch.float64).mean(dim=0)
 
 
+def require_matched(harmful_classes: Iterable[str], matched_classes: Iterable[str]) -> None:
+    """Raises `ContrastError` when a class of harmful prompts has no matched ones."""
+
+    for name in sorted(set(harmful_classes) - set(matched_classes)):
+        raise ContrastError(
+            f'The class "{name}" has no matched harmless prompts: add some to the matched pool, '
+            "or use the baseline unmatched."
+        )
+
+
+def require_neighbors(n_neighbors: int, n_bulk: int) -> None:
+    """Raises `ContrastError` when the general harmless pool has fewer prompts than neighbors are asked for."""
+
+    if not 1 <= n_neighbors <= n_bulk:
+        raise ContrastError(
+            f"The baseline nearest asks for {n_neighbors} neighbors of each prompt, but the pool has "
+            f"{n_bulk} prompts: choose between 1 and {n_bulk}."
+        )
+
+
+def require_prompts(
+    name: str,
+    options: BaselineOptions,
+    harmful_classes: Iterable[str],
+    matched_classes: Iterable[str],
+    n_bulk: int,
+) -> None:
+    """Raises `ContrastError` when the pools lack prompts that a built-in baseline needs; known without a model."""
+
+    if name in NEEDS_MATCHED:
+        require_matched(harmful_classes, matched_classes)
+    if name == "nearest":
+        require_neighbors(options.n_neighbors, n_bulk)
+
+
 def class_means(layer: LayerResiduals) -> dict[str, Tensor]:
     """Returns mean(G_c) for every class c of the harmful prompts: float64 tensors of shape (hidden_size,)."""
 
+    require_matched(layer.harmful_classes, layer.matched_classes)
     means = {}
     for name in sorted(set(layer.harmful_classes)):
         chosen = [index for index, category in enumerate(layer.matched_classes) if category == name]
-        if not chosen:
-            raise ContrastError(
-                f'The class "{name}" has no matched harmless prompts: add some to the matched pool, '
-                "or use the baseline unmatched."
-            )
         means[name] = mean(layer.matched[chosen])
     return means
 
@@ -119,11 +150,7 @@ def nearest(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
     """
 
     n_bulk = len(layer.bulk)
-    if not 1 <= options.n_neighbors <= n_bulk:
-        raise ContrastError(
-            f"The baseline nearest asks for {options.n_neighbors} neighbors of each prompt, but the pool has "
-            f"{n_bulk} prompts: choose between 1 and {n_bulk}."
-        )
+    require_neighbors(options.n_neighbors, n_bulk)
     bulk = layer.bulk.to(torch.float64)
     harmful = layer.harmful.to(torch.float64)
     center = bulk.mean(dim=0)

@@ -22,16 +22,14 @@ from torch import Tensor
 
 from . import __version__
 from .baselines import BaselineOptions, LayerResiduals, get_baseline, mean
+from .classes import ClassSelection, select_classes
 from .directions_file import TENSORS, directions_file, read_directions
 from .errors import ContrastError
 from .files import write_bytes_atomically
 from .language_model import LanguageModel, Progress
-from .settings import Classes, ContrastSettings, Control, Method, Scale, SmallClasses
+from .settings import ContrastSettings, Control, Method, Scale
 from .som import SomSettings, TrainedMap, train_maps
 from .vectors import unit_vectors
-
-FALLBACK_CLASS = "miscellaneous"
-"""The class that small classes are merged into."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,8 @@ def extract_directions(
         if len(tensor) == 0:
             raise ContrastError(f"The pool of {what} prompts is empty: give one with prompts.")
 
-    residuals, class_names = select_classes(residuals, settings)
+    selection = select_classes(residuals.harmful_classes, residuals.matched_classes, settings)
+    residuals, class_names = with_selected_classes(residuals, selection), selection.names
     as_trained, hits, names = class_directions(residuals, class_names, settings, progress)
 
     bulk_means = torch.stack(
@@ -293,88 +292,24 @@ def extraction_settings(settings: ContrastSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", include=set(EXTRACTION_FIELDS))
 
 
-def select_classes(
-    residuals: PoolResiduals, settings: ContrastSettings
-) -> tuple[PoolResiduals, list[str]]:
-    """
-    Returns the residuals of the classes that get directions, and the sorted names of these classes.
+def with_selected_classes(residuals: PoolResiduals, selection: ClassSelection) -> PoolResiduals:
+    """Returns the residuals of the classes that get directions."""
 
-    Applies `classes`, `exclude_categories` and `small_classes`.
-
-    Raises `ContrastError` when a class is too small, or none is left.
-    """
-
-    harmful_classes = list(residuals.harmful_classes)
-    matched_classes = list(residuals.matched_classes)
-    unknown = set(settings.exclude_categories) - set(harmful_classes)
-    if unknown:
-        raise ContrastError(
-            f"The category {sorted(unknown)[0]!r} cannot be excluded, since no harmful prompt has it: "
-            f"the categories are {', '.join(sorted(set(harmful_classes)))}."
-        )
-    kept = [
-        index
-        for index, name in enumerate(harmful_classes)
-        if name not in settings.exclude_categories
-    ]
-
-    if settings.classes is Classes.SINGLE:
-        # With one class for everything, the matched pool of that class is all matched prompts.
-        harmful_classes = ["all"] * len(harmful_classes)
-        matched_classes = ["all"] * len(matched_classes)
-    else:
-        # A map cannot tell more groups of prompts apart than it has neurons to win them.
-        needed = max(
-            settings.som_rows * settings.som_columns if settings.method is Method.SOM else 1,
-            1,
-        )
-        counts = {
-            name: sum(harmful_classes[index] == name for index in kept)
-            for name in {harmful_classes[index] for index in kept}
-        }
-        small = {
-            name: count
-            for name, count in sorted(counts.items())
-            if count < needed and name != FALLBACK_CLASS
-        }
-        if small and settings.small_classes is SmallClasses.MERGE:
-            harmful_classes = [
-                FALLBACK_CLASS if name in small else name for name in harmful_classes
-            ]
-            matched_classes = [
-                FALLBACK_CLASS if name in small else name for name in matched_classes
-            ]
-            counts = {
-                FALLBACK_CLASS: sum(harmful_classes[index] == FALLBACK_CLASS for index in kept)
-            }
-        small = {name: count for name, count in sorted(counts.items()) if count < needed}
-        if small and settings.small_classes is SmallClasses.ERROR:
-            name, count = next(iter(small.items()))
-            raise ContrastError(
-                f'The class "{name}" has {count} prompts, fewer than the {needed} neurons of its map: give it more prompts, '
-                'use a smaller map, or set small_classes to "drop" or "merge".'
-            )
-        if small and FALLBACK_CLASS in small and settings.small_classes is SmallClasses.MERGE:
-            raise ContrastError(
-                f'Even merged, the class "{FALLBACK_CLASS}" has {small[FALLBACK_CLASS]} prompts, fewer than the {needed} '
-                'neurons of its map: give more prompts, use a smaller map, or set small_classes to "drop".'
-            )
-        kept = [index for index in kept if harmful_classes[index] not in small]
-
-    if not kept:
-        raise ContrastError(
-            "No class of harmful prompts is left to extract a direction from: exclude fewer, or give more prompts."
-        )
-    names = [harmful_classes[index] for index in kept]
-    selected = replace(
+    kept = list(selection.kept)
+    return replace(
         residuals,
         harmful=residuals.harmful[kept]
         if len(kept) < len(residuals.harmful)
         else residuals.harmful,
-        harmful_classes=tuple(names),
-        matched_classes=tuple(matched_classes),
+        harmful_classes=selection.harmful_classes,
+        matched_classes=selection.matched_classes,
     )
-    return selected, sorted(set(names))
+
+
+def baseline_options(settings: ContrastSettings) -> BaselineOptions:
+    """Returns the numbers that the baseline needs."""
+
+    return BaselineOptions(mixing=settings.mixing, n_neighbors=settings.n_neighbors)
 
 
 def class_directions(
@@ -391,18 +326,12 @@ def class_directions(
     """
 
     baseline = get_baseline(settings.baseline)
-    options = BaselineOptions(mixing=settings.mixing, n_neighbors=settings.n_neighbors)
+    options = baseline_options(settings)
     members = {
         name: [index for index, other in enumerate(residuals.harmful_classes) if other == name]
         for name in class_names
     }
     n_layers = residuals.harmful.shape[1]
-    n_neurons = settings.som_rows * settings.som_columns
-    if settings.method is Method.SOM and settings.winners > n_neurons:
-        raise ContrastError(
-            f"{settings.winners} winners are asked for, but a map of {settings.som_rows} × {settings.som_columns} has "
-            f"{n_neurons} neurons: use a larger map or fewer winners."
-        )
     directions: list[Tensor] = []
     hits: list[Tensor] = []
     for index in range(n_layers):

@@ -10,15 +10,16 @@ from pathlib import Path
 from rich.markup import escape
 
 from . import residual_cache
-from .baselines import NEEDS_MATCHED
+from .baselines import NEEDS_MATCHED, require_prompts
 from .builtin import harmful_pool, harmless_pool, matched_pool
 from .categories import assign, classify_with_model
-from .directions import Directions, PoolResiduals, extract_directions
+from .classes import ClassSelection, select_classes
+from .directions import Directions, PoolResiduals, baseline_options, extract_directions
 from .errors import ContrastError, one_line
 from .evaluation.responses import Tier, classify_response
 from .language_model import LanguageModel, Progress
 from .prompts import Prompt, PromptLoader, load_pool, prompts_digest
-from .settings import CategorySource, Classes, ContrastSettings
+from .settings import CategorySource, Classes, ContrastSettings, Method
 
 Log = Callable[[str], None]
 """Prints a line with rich markup."""
@@ -35,26 +36,20 @@ class Pools:
     """What a behavior filter found: name of the pool, number of misbehaving prompts, number of all prompts."""
 
 
-def load_pools(settings: ContrastSettings, load: PromptLoader, model: LanguageModel) -> Pools:
+def load_pools(settings: ContrastSettings, load: PromptLoader) -> Pools:
     """
-    Loads the pools that the settings name, and assigns categories.
+    Loads the pools that the settings name, and assigns categories; those that a model assigns are left open.
 
-    Raises `ContrastError` when a pool cannot be read or is empty, a category is missing, or a prompt stands both
-    in the harmful and in a harmless pool.
+    Raises `ContrastError` when a pool cannot be read or is empty, a category is missing, a prompt stands both in the
+    harmful and in a harmless pool, or no directions can be fitted to such pools.
     """
 
     harmful = load_pool(settings.bad_prompts or harmful_pool("train[:400]"), load, "harmful")
     bulk = load_pool(settings.good_prompts or harmless_pool("train[:400]"), load, "harmless")
-    if settings.classes is Classes.CATEGORY:
-        harmful = assign_categories(harmful, settings.category_source, model, "harmful")
     matched: list[Prompt] = []
     if settings.matched_prompts is not None or settings.baseline in NEEDS_MATCHED:
         source = settings.matched_prompts or matched_pool()
         matched = load_pool(source, load, "matched harmless")
-        if settings.classes is Classes.CATEGORY:
-            matched = assign_categories(
-                matched, settings.category_source, model, "matched harmless"
-            )
     for name, pool in (("harmless", bulk), ("matched harmless", matched)):
         shared = {prompt.text for prompt in harmful} & {prompt.text for prompt in pool}
         if shared:
@@ -62,7 +57,57 @@ def load_pools(settings: ContrastSettings, load: PromptLoader, model: LanguageMo
                 f'The prompt "{min(shared)}" stands both in the harmful and in the {name} pool, so it would be contrasted '
                 "with itself: remove it from one of them."
             )
-    return Pools(harmful=tuple(harmful), bulk=tuple(bulk), matched=tuple(matched))
+    pools = Pools(harmful=tuple(harmful), bulk=tuple(bulk), matched=tuple(matched))
+    if needs_model(settings):
+        return pools
+    pools = with_categories(pools, settings, None)
+    select(pools, settings)
+    return pools
+
+
+def needs_model(settings: ContrastSettings) -> bool:
+    """Returns whether categories are only known once a model is loaded."""
+
+    return settings.classes is Classes.CATEGORY and settings.category_source is CategorySource.MODEL
+
+
+def with_categories(pools: Pools, settings: ContrastSettings, model: LanguageModel | None) -> Pools:
+    """
+    Returns the pools with the categories of the harmful and of the matched prompts.
+
+    `model`: asked where the settings say so. Raises `ContrastError` as `assign_categories` does.
+    """
+
+    if settings.classes is not Classes.CATEGORY:
+        return pools
+    source = settings.category_source
+    return replace(
+        pools,
+        harmful=tuple(assign_categories(pools.harmful, source, model, "harmful")),
+        matched=tuple(assign_categories(pools.matched, source, model, "matched harmless")),
+    )
+
+
+def select(pools: Pools, settings: ContrastSettings) -> ClassSelection:
+    """
+    Returns the classes of the pools that get directions.
+
+    Raises `ContrastError` when a class is too small, none is left, or the baseline lacks prompts.
+    """
+
+    selection = select_classes(_classes(pools.harmful), _classes(pools.matched), settings)
+    require_prompts(
+        settings.baseline,
+        baseline_options(settings),
+        selection.harmful_classes,
+        selection.matched_classes,
+        len(pools.bulk),
+    )
+    return selection
+
+
+def _classes(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    return tuple(prompt.category or "all" for prompt in prompts)
 
 
 def assign_categories(
@@ -76,7 +121,8 @@ def assign_categories(
 
     if source is CategorySource.LEXICON:
         return [replace(prompt, category=assign(prompt.text)) for prompt in prompts]
-    if source is CategorySource.MODEL and model is not None:
+    if source is CategorySource.MODEL and prompts:
+        assert model is not None
         categories = classify_with_model(model, prompts)
         return [
             replace(prompt, category=category)
@@ -143,10 +189,10 @@ def collect_residuals(
     )
     return PoolResiduals(
         harmful=harmful,
-        harmful_classes=tuple(prompt.category or "all" for prompt in pools.harmful),
+        harmful_classes=_classes(pools.harmful),
         bulk=bulk,
         matched=matched,
-        matched_classes=tuple(prompt.category or "all" for prompt in pools.matched),
+        matched_classes=_classes(pools.matched),
     )
 
 
@@ -161,9 +207,13 @@ def extract(
     """
     Extracts directions for a loaded model.
 
-    Raises `ContrastError` as `load_pools` and `extract_directions` do.
+    `pools`: as `load_pools` gives them. `max_response_length`: in tokens, of the responses that show whether a prompt is
+    refused. Raises `ContrastError` as `load_pools` and `extract_directions` do.
     """
 
+    if needs_model(settings):
+        log("* Asking the model for the categories...")
+        pools = with_categories(pools, settings, model)
     if settings.drop_misbehaving:
         log("* Checking which prompts the model refuses...")
         pools = filter_by_behavior(pools, model, max_response_length)
@@ -173,6 +223,15 @@ def extract(
         counts = Counter(prompt.category for prompt in pools.harmful)
         listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=str))
         log(f"* Harmful prompts by category: {escape(one_line(listed))}")
+    # Before any residual is collected, so that no time is lost to pools that do not work.
+    selection = select(pools, settings)
+    if selection.note:
+        log(f"* {escape(one_line(selection.note))}")
+    n_directions = len(selection.names) * (settings.winners if settings.method is Method.SOM else 1)
+    if settings.svd and (settings.svd_rank or 0) > n_directions:
+        log(
+            f"* All [bold]{n_directions}[/] singular vectors are kept, since there are no more of them"
+        )
     log(
         f"* Obtaining residuals for [bold]{len(pools.harmful)}[/] harmful, [bold]{len(pools.bulk)}[/] harmless and "
         f"[bold]{len(pools.matched)}[/] matched prompts..."

@@ -89,9 +89,16 @@ class ContrastAbliteration(Modifier[Parameters]):
             self.directions = Directions.load(self.settings.directions)
             self.directions.require_model(model, self.settings.directions)
         else:
-            pools = load_pools(self.settings, prompt_loader(ctx), model)
+            pools = load_pools(self.settings, prompt_loader(ctx))
             with progress_bar() as progress:
-                self.directions = extract(model, pools, self.settings, log, progress)
+                self.directions = extract(
+                    model,
+                    pools,
+                    self.settings,
+                    log,
+                    progress,
+                    self.heretic_settings.max_response_length,
+                )
         if self.settings.save_directions is not None:
             self.directions.save(self.settings.save_directions)
         if not bool(self.directions.tensor.any()):

@@ -230,7 +230,7 @@ class FixedWeightSweep(ContrastScorer):
             if configuration.directions is not None:
                 directions[name] = Directions.load(configuration.directions)
                 continue
-            pools = load_pools(configuration, prompt_loader(ctx), model)
+            pools = load_pools(configuration, prompt_loader(ctx))
             used.update({p.text: p for p in (*pools.harmful, *pools.bulk, *pools.matched)})
             with progress_bar() as progress:
                 directions[name] = extract(model, pools, configuration, log, progress)

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import ContrastError
 
@@ -285,10 +292,10 @@ class ContrastSettings(BaseModel):
     )
 
     small_classes: SmallClasses = Field(
-        default=SmallClasses.ERROR,
+        default=SmallClasses.MERGE,
         description=(
             "What to do with a class that has fewer prompts than the SOM has neurons. Options: "
-            '"error", "drop", "merge" (into the class miscellaneous).'
+            '"merge" (into the class miscellaneous, or drop them where even together they are too few), "drop", "error".'
         ),
     )
 
@@ -558,21 +565,40 @@ class ContrastSettings(BaseModel):
             )
         return value
 
+    @model_validator(mode="after")
+    def check_winners(self) -> "ContrastSettings":
+        """Refuses more winners than neurons; with several presets, each of them is checked by itself."""
+
+        n_neurons = self.som_rows * self.som_columns
+        if len(self.preset) <= 1 and self.method is Method.SOM and self.winners > n_neurons:
+            raise ContrastError(
+                f"{self.winners} winners are asked for, but a map of {self.som_rows} × {self.som_columns} has "
+                f"{n_neurons} neurons: use a larger map or fewer winners."
+            )
+        return self
+
     def configurations(self) -> dict[str, "ContrastSettings"]:
         """
         Returns one settings object per configuration to compare, by name.
 
         With several presets: each of them, with the settings given explicitly on top. Otherwise this one, named
         after its preset or its baseline.
+
+        Raises `ContrastError` when the settings do not work with one of the presets.
         """
 
         if len(self.preset) <= 1:
             return {self.preset[0] if self.preset else self.baseline: self}
         explicit = {name: getattr(self, name) for name in self.model_fields_set if name != "preset"}
-        return {
-            name: ContrastSettings.model_validate({"preset": [name], **explicit})
-            for name in self.preset
-        }
+        found = {}
+        for name in self.preset:
+            try:
+                found[name] = ContrastSettings.model_validate({"preset": [name], **explicit})
+            except ValidationError as error:
+                # Each setting works by itself, so that only what they are together can be wrong.
+                cause = error.errors()[0].get("ctx", {}).get("error", error)
+                raise ContrastError(f"With the preset {name}: {cause}") from error
+        return found
 
     def require_single_configuration(self) -> None:
         """Raises `ContrastError` when several presets are given where only one can be used."""

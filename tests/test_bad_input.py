@@ -111,7 +111,14 @@ NO_MAP = ["--contrast.method", "mean"]
 @pytest.mark.parametrize(
     ("harmful", "harmless", "matched", "options", "expected"),
     [
-        (HARMFUL[:5], HARMLESS, [], [], "5 prompts, fewer than the 9 neurons"),
+        (HARMFUL[:5], HARMLESS, [], [], "Even merged"),
+        (
+            HARMFUL[:5],
+            HARMLESS,
+            [],
+            ["--contrast.small-classes", "error"],
+            "5 prompts, fewer than the 9 neurons",
+        ),
         (
             [{"text": row["text"]} for row in HARMFUL],
             HARMLESS,
@@ -162,6 +169,8 @@ def test_pools(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # What is wrong with prompts is said before a model is loaded: there is none.
+    monkeypatch.setattr("heretic_contrast.hosts.loading.open_model", None)
     output = tmp_path / "directions.safetensors"
     output.write_bytes(b"kept")
     arguments = [
@@ -175,6 +184,14 @@ def test_pools(
         *options,
     ]
     assert expected in run(arguments, tmp_path, monkeypatch, capsys)
+    assert output.read_bytes() == b"kept"
+    arguments = [
+        f"--contrast.save-directions={output}" if argument.startswith("--output") else argument
+        for argument in arguments
+        if argument != "extract"
+    ]
+    monkeypatch.setattr("heretic.main.run", None)
+    assert expected in run([*arguments[1:], arguments[0]], tmp_path, monkeypatch, capsys)
     assert output.read_bytes() == b"kept"
 
 

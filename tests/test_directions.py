@@ -173,25 +173,6 @@ def test_single_class_and_winners() -> None:
     assert hits.sum() == 42
 
 
-def test_small_classes_are_merged_or_dropped() -> None:
-    residuals = make_residuals()
-    classes = list(residuals.harmful_classes)
-    classes[::3] = ["drugs"] * 3 + ["miscellaneous"] * 11
-    uneven = PoolResiduals(
-        residuals.harmful,
-        tuple(classes),
-        residuals.bulk,
-        residuals.matched,
-        residuals.matched_classes,
-    )
-    with pytest.raises(ContrastError, match='"drugs" has 3 prompts'):
-        extract_directions(uneven, settings())
-    dropped = extract_directions(uneven, settings(small_classes="drop"))
-    assert dropped.names == ("fraud", "hacking", "miscellaneous")
-    merged = extract_directions(uneven, settings(small_classes="merge"))
-    assert merged.provenance["n_prompts"]["harmful"]["miscellaneous"] == 14
-
-
 @pytest.mark.parametrize("pool", ["harmful", "bulk", "matched"])
 def test_non_finite_residuals_are_refused(pool: str) -> None:
     residuals = make_residuals()

@@ -292,7 +292,6 @@ def contrast_settings(draw: st.DrawFn, **fixed: Any) -> ContrastSettings:
         "som_columns": draw(st.integers(1, 2)),
         "som_iterations": draw(st.integers(1, 40)),
         "som_sigma": draw(st.floats(0.1, 1.4)),
-        "winners": draw(st.integers(1, 3)),
         "svd": draw(st.booleans()),
         "svd_rank": draw(st.none() | st.integers(1, 10)),
         "scale": draw(st.sampled_from(["unit", "raw", "unmatched"])),
@@ -300,6 +299,7 @@ def contrast_settings(draw: st.DrawFn, **fixed: Any) -> ContrastSettings:
         "control": draw(st.sampled_from(["none", "random"])),
         "seed": draw(st.integers(0, 2**32 - 1)),
     }
+    options["winners"] = draw(st.integers(1, min(3, options["som_rows"] * options["som_columns"])))
     return ContrastSettings.model_validate({**options, **fixed})
 
 

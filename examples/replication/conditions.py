@@ -131,7 +131,6 @@ class DirectionsMaker:
         settings: dict[str, Any] = {
             "baseline": "matched" if baseline == SENSITIVE else baseline,
             "seed": self._draw.seed,
-            "small_classes": "merge",
         }
         if baseline == "random":
             settings |= {"baseline": "unmatched", "control": "random"}

@@ -18,7 +18,7 @@ from .wording import number, table
 
 GPU_COMMAND = (
     "heretic-contrast sweep Qwen/Qwen3.5-2B --contrast.preset paper-unmatched --contrast.preset paper-matched "
-    "--contrast.preset paper-matched-svd --contrast.small-classes merge --strength both --n-harmful 10 --n-references 100 "
+    "--contrast.preset paper-matched-svd --strength both --n-harmful 10 "
     "--kl-tokens 50 --synergy-weight 0.3 --output qwen3.5-2b"
 )
 """The paper's sweep on the paper's model, as one command."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field
 from rich.markup import escape
 
+from ..builtin import model_name
 from ..cli import PROGRAM
 from ..errors import ContrastError
 from ..files import require_writable_directory, require_writable_file
@@ -71,16 +72,20 @@ def main(arguments: Sequence[str]) -> None:
     from ..evaluation.capture import load_pairs
     from ..extraction import extract, load_pools
     from ..hosts.loading import load_language_model, with_response_prefix
-    from ..hosts.surface import log, progress_bar, prompt_loader
+    from ..hosts.surface import log, progress_bar, settings_prompt_loader
 
-    model, context = load_language_model(settings, settings.contrast.batch_size)
-    load = prompt_loader(context)
-    pairs = load_pairs(None if settings.pairs is None else Path(settings.pairs), model.name)
+    load = settings_prompt_loader(settings)
+    # Whatever can be wrong with prompts is found before a model is loaded.
+    all_pools = {name: load_pools(contrast, load) for name, contrast in configurations.items()}
+    pairs = load_pairs(
+        None if settings.pairs is None else Path(settings.pairs), model_name(settings.model)
+    )
+    model, _ = load_language_model(settings, settings.contrast.batch_size)
     results = {}
     for name, contrast in configurations.items():
         log()
         log(f"Extracting directions of [bold]{name}[/]...")
-        pools = load_pools(contrast, load, model)
+        pools = all_pools[name]
         model = with_response_prefix(model, settings, pools.bulk, pools.harmful)
         with progress_bar() as progress:
             directions = extract(

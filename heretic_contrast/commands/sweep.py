@@ -246,7 +246,7 @@ def main(arguments: Sequence[str]) -> None:
         if contrast.directions is not None:
             directions[name] = Directions.load(contrast.directions)
             continue
-        pools = load_pools(contrast, load, model)
+        pools = load_pools(contrast, load)
         model = with_response_prefix(model, settings, pools.bulk, pools.harmful)
         for prompt in (*pools.harmful, *pools.bulk, *pools.matched):
             extraction[prompt.text] = prompt

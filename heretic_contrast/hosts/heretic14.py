@@ -28,7 +28,9 @@ from questionary import Choice
 from torch import Tensor
 
 from .. import __version__
+from ..directions import Directions
 from ..errors import ContrastError, find_cause
+from ..extraction import load_pools
 from ..files import require_writable_directory, require_writable_file
 from ..journal import CheckedJournal
 from ..modifier import ContrastAbliteration
@@ -37,7 +39,7 @@ from .checkpoint import repair_checkpoints
 from .lora_targets import literal_targets, refuse_saving_adapter
 from .sampler import make_sampler
 from .settings import HostSettings
-from .surface import log
+from .surface import log, settings_prompt_loader
 
 SEAMS = (
     "Settings",
@@ -461,6 +463,19 @@ def publish_model(source: Path, target: Path) -> None:
         ) from error
 
 
+def check_directions_source(settings: HostSettings) -> None:
+    """
+    Looks at the prompts, or the file, that directions will come from, before Heretic loads a model.
+
+    Raises `ContrastError` when they do not work.
+    """
+
+    if settings.contrast.directions is None:
+        load_pools(settings.contrast, settings_prompt_loader(settings))
+    else:
+        Directions.load(settings.contrast.directions)
+
+
 def run(settings: HostSettings) -> None:
     """
     Runs Heretic 1.4 with the modifier.
@@ -480,6 +495,8 @@ def run(settings: HostSettings) -> None:
         require_writable_directory(Path(settings.save_directory))
     if settings.contrast.save_directions is not None:
         require_writable_file(Path(settings.contrast.save_directions))
+    if settings.evaluate_model is None:
+        check_directions_source(settings)
     if settings.checkpoint_action != "restart":
         repair_checkpoints(Path(settings.study_checkpoint_dir))
     else:

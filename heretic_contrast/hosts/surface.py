@@ -55,6 +55,7 @@ __all__ = [
     "prompt_loader",
     "require_model_access",
     "scorer_entries",
+    "settings_prompt_loader",
     "wrap",
 ]
 
@@ -216,6 +217,16 @@ def prompt_loader(ctx: Context) -> PromptLoader:
 
     def load(source: PromptSource) -> list[Prompt]:
         prompts = ctx.load_prompts(dataset_specification(source))
+        return [Prompt(text=prompt.user, system=prompt.system) for prompt in prompts]
+
+    return load
+
+
+def settings_prompt_loader(heretic_settings: Any) -> PromptLoader:
+    """Returns a function that loads prompts as `prompt_loader` does, before a model is loaded."""
+
+    def load(source: PromptSource) -> list[Prompt]:
+        prompts = heretic.utils.load_prompts(heretic_settings, dataset_specification(source))
         return [Prompt(text=prompt.user, system=prompt.system) for prompt in prompts]
 
     return load
