@@ -56,6 +56,7 @@ from tests.test_sweep import (  # noqa: E402
     always_refuse_at_base,
     changed_weights,
     full_divergence,
+    known_references,
     random_directions,
 )
 
@@ -303,6 +304,7 @@ def test_sweep_equals_changed_weights(case: Case, rows: Rows) -> None:
     cells = [cell for cell in result.cells if len(cell.layers) == 1]
     assert [cell.layers for cell in cells] == [(1,), (2,)]
     assert result.floor == pytest.approx(0, abs=1e-5 if case.exact else 0.02)
+    known = known_references(model, 6)
     for cell in cells:
         assert cell.measurement.kl_divergence > 0
         if not case.exact:
@@ -310,16 +312,11 @@ def test_sweep_equals_changed_weights(case: Case, rows: Rows) -> None:
             continue
         vectors = directions.tensor[cell.layers[0] + 1].double()
         change = vectors.T @ vectors
-
-        def changed(layer: int = cell.layers[0], change: Tensor = change) -> Any:
-            return changed_weights(model, layer, change)
-
-        with changed():
+        with changed_weights(model, cell.layers[0], change):
             assert list(cell.responses) == model.generate(HARMFUL, 12)
             assert list(cell.canary_responses) == model.generate(CANARIES, 12)
-        assert cell.measurement.kl_divergence == pytest.approx(
-            full_divergence(model, changed, 6), rel=1e-2, abs=1e-5
-        )
+            expected = full_divergence(model, known)
+        assert cell.measurement.kl_divergence == pytest.approx(expected, rel=1e-2, abs=1e-5)
     rows[case.name]["sweep"] = "equal" if case.exact else "runs"
 
 
