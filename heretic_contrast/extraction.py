@@ -16,7 +16,6 @@ from .categories import assign, classify_with_model
 from .classes import ClassSelection, select_classes
 from .directions import Directions, PoolResiduals, baseline_options, extract_directions
 from .errors import ContrastError, one_line
-from .evaluation.responses import Tier, classify_response
 from .language_model import LanguageModel, Progress
 from .prompts import Prompt, PromptLoader, load_pool, prompts_digest
 from .settings import CategorySource, Classes, ContrastSettings, Method
@@ -146,6 +145,9 @@ def filter_by_behavior(pools: Pools, model: LanguageModel, max_new_tokens: int) 
 
     Raises `ContrastError` when a pool would be empty.
     """
+
+    # The rules of the tiers are many, and no other step of an extraction needs them.
+    from .evaluation.responses import Tier, classify_response
 
     found = []
     kept = {}

@@ -14,6 +14,7 @@ from .builtin import is_builtin, with_refuser_pools
 from .directions import Directions
 from .errors import ContrastError, one_line
 from .extraction import extract, load_pools
+from .hosts.lora_targets import adapters_on_named_modules
 from .hosts.surface import Context, Modifier, language_model, log, progress_bar, prompt_loader
 from .hosts.tables import check_tables, show_errors_as_sentences, validated
 from .lora import base_weight, lora_factors
@@ -107,7 +108,9 @@ class ContrastAbliteration(Modifier[Parameters]):
             )
         names = escape(one_line(", ".join(self.directions.names)))
         log(f"* Directions: [bold]{self.directions.n_directions}[/] per layer ({names})")
-        ctx.get_model().apply_lora(self.lora_rank)
+        heretic_model = ctx.get_model()
+        with adapters_on_named_modules(heretic_model):
+            heretic_model.apply_lora(self.lora_rank)
 
     def suggest_parameters(self, ctx: Context, trial: Trial) -> Parameters:
         """Samples the parameters of a trial: see `search.suggest_parameters`."""
@@ -165,6 +168,7 @@ class ContrastAbliteration(Modifier[Parameters]):
     def reset_model(self, ctx: Context) -> None:
         """Undoes the modification; after an export, the reloaded model gets its LoRA adapters anew."""
 
-        model = ctx.get_model()
-        if not model.reset_model():
-            model.apply_lora(self.lora_rank)
+        heretic_model = ctx.get_model()
+        with adapters_on_named_modules(heretic_model):
+            if not heretic_model.reset_model():
+                heretic_model.apply_lora(self.lora_rank)

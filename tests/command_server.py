@@ -34,7 +34,7 @@ MODULES = (
     "heretic_contrast.commands.run",
     "heretic_contrast.commands.sweep",
     "heretic_contrast.evaluation.sweep_state",
-    "heretic_contrast.hosts.heretic14",
+    "heretic_contrast.hosts.surface",
     "heretic_contrast.report",
     "heretic_contrast.som_kernel",
 )
@@ -44,7 +44,9 @@ MODULES = (
 class Server:
     """Starts commands one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, *heretic: Path) -> None:
+        """`heretic`: a folder with a Heretic that takes the place of the installed one."""
+
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.command_server"],
             cwd=ROOT,
@@ -54,7 +56,9 @@ class Server:
                 "COLUMNS": "200",
                 "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "PYTHONPATH": os.pathsep.join(
+                    [*map(str, heretic), str(ROOT), os.environ.get("PYTHONPATH", "")]
+                ),
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -232,6 +236,9 @@ def serve() -> None:
 
     for name in MODULES:
         import_module(name)
+    from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
+
+    import_module(f"heretic_contrast.hosts.{'heretic20' if HAS_PLUGIN_SURFACE else 'heretic14'}")
     import torch
 
     torch.set_num_threads(1)

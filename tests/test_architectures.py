@@ -35,7 +35,7 @@ from heretic_contrast.ablation import ablated, compose  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.evaluation.interventions import output_projections  # noqa: E402
 from heretic_contrast.evaluation.sweep import SweepOptions, sweep  # noqa: E402
-from heretic_contrast.hosts import heretic14  # noqa: E402
+from heretic_contrast.hosts import lora_targets  # noqa: E402
 from heretic_contrast.hosts.heretic14 import HostContext, HostModel  # noqa: E402
 from heretic_contrast.hosts.loading import (  # noqa: E402
     PlainModel,
@@ -49,6 +49,7 @@ from heretic_contrast.prompts import Prompt  # noqa: E402
 from heretic_contrast.search import Kernel, Parameters  # noqa: E402
 from heretic_contrast.settings import ContrastSettings  # noqa: E402
 from tests.architectures import FAMILIES, UNSUPPORTED, Family  # noqa: E402
+from tests.contract.heretic2.heretic.model import Model as ModelOfHeretic2  # noqa: E402
 from tests.test_sweep import (  # noqa: E402
     CANARIES,
     HARMFUL,
@@ -101,9 +102,8 @@ Components without a count are in every layer. What Heretic does not find is nei
 
 **Mixtures with dense layers** (GLM-4, DeepSeek, ERNIE 4.5, EXAONE and others). PEFT reads the target
 `model.layers.0.mlp.down_proj` of such a model as a name of transformers 4, and puts adapters on the experts instead of
-on the dense layer. Heretic 1.4 alone then stops with `'Linear' object has no attribute 'base_layer'`. Under Heretic 1.4
-the plugin makes PEFT take the names literally. The adapter cannot be saved by itself, since PEFT would misread it again:
-save the merged model. Under Heretic 2.0 the plugin stops with a sentence.
+on the dense layer. Heretic alone then stops with `'Linear' object has no attribute 'base_layer'`. The plugin makes PEFT take
+the names literally. The adapter cannot be saved by itself, since PEFT would misread it again: save the merged model.
 
 **Vision.** Heretic loads a model with vision together with its processor, and gives it text alone. The processors of
 Qwen and Mistral 3 need torchvision, without which Heretic cannot load these models:
@@ -225,7 +225,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_case(request.param, tmp_path_factory.mktemp("model"))
 
 
-def make_case(name: str, folder: Path) -> Case:
+def make_case(name: str, folder: Path, model_class: Any = HostModel) -> Case:
     """Saves a family's model to a folder, and loads it through Heretic."""
 
     family = FAMILIES[name]
@@ -236,7 +236,7 @@ def make_case(name: str, folder: Path) -> Case:
     else:
         plain = wrap(family.make_model(), family.make_tokenizer(), name=name, batch_size=4)
     random_directions(plain, 2, 0).save(folder / "directions.safetensors")
-    host = HostModel(settings)
+    host = model_class(settings)
     modifier = ContrastAbliteration(
         heretic_settings=settings,
         settings=ContrastSettings.model_validate(
@@ -275,6 +275,17 @@ def test_hooks_equal_adapters(case: Case, rows: Rows) -> None:
     with_adapters = logits(case.host.model, case.plain)
     case.host.reset_model()
 
+    with_hooks = logits_with_hooks(case)
+    difference = relative(with_hooks, with_adapters)
+    assert relative(with_hooks, base) > 10 * max(difference, 1e-3) or difference == 0
+    assert relative(with_hooks, base) > 0.05
+    assert difference <= case.tolerance
+    rows[case.name]["hooks"] = f"{difference:.0e}"
+
+
+def logits_with_hooks(case: Case) -> Tensor:
+    """Returns the logits of the model in memory, ablated with forward hooks as `Case.ablate` does with adapters."""
+
     parameters = case.parameters
     scales = torch.tensor(list(parameters.scales.values()))
     with ExitStack() as stack:
@@ -284,12 +295,7 @@ def test_hooks_equal_adapters(case: Case, rows: Rows) -> None:
                 weights = scales * parameters.kernels[component].weight(layer)
                 modules = output_projections(case.plain, layer, (component,))
                 stack.enter_context(ablated(modules, compose(vectors, weights)))
-        with_hooks = logits(case.plain.model, case.plain)
-    difference = relative(with_hooks, with_adapters)
-    assert relative(with_hooks, base) > 10 * max(difference, 1e-3) or difference == 0
-    assert relative(with_hooks, base) > 0.05
-    assert difference <= case.tolerance
-    rows[case.name]["hooks"] = f"{difference:.0e}"
+        return logits(case.plain.model, case.plain)
 
 
 def test_sweep_equals_changed_weights(case: Case, rows: Rows) -> None:
@@ -367,12 +373,30 @@ def test_peft_misreads_dense_layers_of_mixtures(
     case.ablate()
     with pytest.raises(ContrastError, match="cannot be saved by itself"):
         case.host.model.save_pretrained(tmp_path / "adapter")
-    # Where PEFT reads the names in its own way, as for Heretic 2.0, the plugin says so.
-    monkeypatch.setattr(heretic14, "literal_targets", lambda: nullcontext([]))
+    # Where PEFT reads the names in its own way, the plugin says so.
+    monkeypatch.setattr(lora_targets, "literal_targets", lambda: nullcontext([]))
     case.host.needs_reload = True
     case.modifier.reset_model(case.context)
     with pytest.raises(ContrastError, match=r"down_proj of layer 0 carries no LoRA adapter"):
         case.ablate()
+
+
+@pytest.mark.parametrize("name", ["Qwen3 MoE, one dense layer", "DeepSeek V3"])
+def test_dense_layers_of_mixtures_under_heretic_2(name: str, tmp_path: Path) -> None:
+    """Heretic 2.0's model applies adapters when the modifier says so, and once more after it was loaded again."""
+
+    case = make_case(name, tmp_path, ModelOfHeretic2)
+    expected = logits_with_hooks(case)
+    for _ in range(2):
+        case.ablate()
+        assert relative(logits(case.host.model, case.plain), expected) <= case.tolerance
+        with pytest.raises(ContrastError, match="cannot be saved by itself"):
+            case.host.model.save_pretrained(tmp_path / "adapter")
+        merged = case.host.get_merged_model()
+        assert relative(logits(merged, case.plain), expected) <= case.tolerance
+        case.modifier.reset_model(case.context)
+        base = logits(case.plain.model, case.plain)
+        assert relative(logits(case.host.model, case.plain), base) <= case.tolerance
 
 
 def test_adapters_of_mixtures_without_dense_layers_are_saved(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from ..builtin import REFUSER, refuser_pool
 from ..cli import PROGRAM
 from ..errors import ContrastError
 from ..files import require_writable_directory, write_text_atomically
+from ..hosts.installed import installed_surface, require_heretic
 from ..hosts.settings import HostSettings, load_settings
+from ..prompts import Prompt, read_json_lines
 
 MAX_RESPONSE_LENGTH = 24
 """Tokens that show whether a response of the built-in model refuses."""
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the output does not work, or no trial was finished.
     """
 
+    require_heretic("demo")
     started = time.perf_counter()
     # The model comes first, so that no argument is taken for it.
     settings = load_settings(DemoSettings, f"{PROGRAM} demo", ["--model", REFUSER, *arguments])
@@ -62,12 +65,17 @@ def main(arguments: Sequence[str]) -> None:
         "--model",
         settings.model,
     ]
-    from ..hosts import heretic14
+    if installed_surface() == "2.0":
+        from ..hosts import heretic20 as host
+    else:
+        from ..hosts import heretic14 as host  # type: ignore[no-redef]
 
     settings = load_settings(HostSettings, PROGRAM, sys.argv[1:])
-    heretic14.run(settings)
+    host.run(settings)
 
-    summary = judge(settings, model_directory, output / "directions.safetensors")
+    summary = judge(
+        settings, model_directory, output / "directions.safetensors", host.count_refusals
+    )
     summary["model_directory"] = str(model_directory)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     write_text_atomically(output / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -110,29 +118,29 @@ def without_output(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def judge(settings: HostSettings, model_directory: Path, directions_file: Path) -> dict[str, Any]:
+def judge(
+    settings: HostSettings,
+    model_directory: Path,
+    directions_file: Path,
+    count_refusals: Callable[[HostSettings, Sequence[Prompt], Sequence[str]], int],
+) -> dict[str, Any]:
     """
     Reloads the saved model with plain transformers, and compares it with the original on held-out prompts.
 
-    Returns refusals by Heretic's markers before and after, false refusals of held-out harmless prompts, and the KL
+    `count_refusals` counts as the installed Heretic does. Returns refusals by Heretic's markers before and after, false refusals of held-out harmless prompts, and the KL
     divergence of the first token's distribution on held-out general prompts, in nats.
     """
 
     import torch
-    from heretic.main import Evaluator
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..directions import Directions
     from ..hosts.surface import wrap
-    from ..prompts import read_json_lines
 
     pools = {
         name: read_json_lines(Path(refuser_pool(name, "test").dataset), refuser_pool(name, "test"))
         for name in ("harmful", "matched", "harmless")
     }
-    # Heretic's own judgement needs the settings and nothing else of an evaluator.
-    evaluator = Evaluator.__new__(Evaluator)
-    evaluator.settings = settings
     refusals: dict[str, dict[str, int]] = {}
     first_tokens = {}
     for name, folder in (("original", settings.model), ("modified", str(model_directory))):
@@ -143,10 +151,7 @@ def judge(settings: HostSettings, model_directory: Path, directions_file: Path) 
             batch_size=64,
         )
         refusals[name] = {
-            pool: sum(
-                evaluator.is_refusal(response)
-                for response in model.generate(prompts, MAX_RESPONSE_LENGTH)
-            )
+            pool: count_refusals(settings, prompts, model.generate(prompts, MAX_RESPONSE_LENGTH))
             for pool, prompts in pools.items()
         }
         with torch.no_grad():

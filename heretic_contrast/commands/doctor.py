@@ -6,10 +6,11 @@ import importlib.util
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__
-from ..errors import ContrastError
+from ..errors import ContrastError, one_line
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,55 @@ def heretic_finding() -> Finding:
         installed = version("heretic-llm")
     except PackageNotFoundError:
         return Finding("Heretic", False, "not installed", 'pip install "heretic-llm>=1.4"')
-    numbers = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())
-    if numbers < (1, 4):
+    from ..hosts.installed import installed_surface
+
+    surface = installed_surface()
+    if surface == "older":
         return Finding(
             "Heretic",
             False,
             f"{installed}, older than 1.4",
             'pip install --upgrade "heretic-llm>=1.4"',
         )
-    if importlib.util.find_spec("heretic.modifier") is not None:
-        surface = (
-            'plugin surface of 2.0: heretic --modifiers \'[{"plugin": "heretic_contrast.ContrastAbliteration"}]\' '
-            "--model MODEL"
+    offers = {
+        "1.4": "no plugins, so that heretic-contrast hosts the plugin",
+        "scorers": "scorers, but no modifiers",
+        "2.0": "modifiers and scorers",
+    }
+    return Finding("Heretic", True, f"{installed}, with {offers[surface]}")
+
+
+def command_findings() -> list[Finding]:
+    """Looks at which commands work with the installed Heretic, and imports what they need of it."""
+
+    from ..hosts.installed import installed_surface, obstacle
+
+    surface = installed_surface()
+    host = "heretic20" if surface == "2.0" else "heretic14"
+    needed = {
+        "run": host,
+        "extract": "loading",
+        "sweep": "loading",
+        "audit": "surface",
+        "demo": host,
+    }
+    found = []
+    for command, module in needed.items():
+        sentence = obstacle(command, surface)
+        remedy = ""
+        if sentence is None:
+            try:
+                import_module(f"..hosts.{module}", __package__)
+            except Exception as error:
+                # Heretic's development state may have changed whatever it likes.
+                sentence = (
+                    f"this Heretic is another one than {command} knows ({one_line(str(error))})"
+                )
+                remedy = 'pip install "heretic-llm>=1.4,<2"'
+        found.append(
+            Finding(f"Command {command}", sentence is None, sentence or "works", remedy, False)
         )
-    else:
-        surface = "no plugin surface: heretic-contrast MODEL hosts the plugin"
-    return Finding("Heretic", True, f"{installed}, {surface}")
+    return found
 
 
 def torch_finding() -> Finding:
@@ -95,10 +129,11 @@ def cache_finding() -> Finding:
 def findings() -> list[Finding]:
     """Looks at everything."""
 
+    needed = [heretic_finding(), torch_finding()]
     return [
         Finding("heretic-contrast", True, __version__),
-        heretic_finding(),
-        torch_finding(),
+        *needed,
+        *(command_findings() if all(finding.fine for finding in needed) else []),
         module_finding("numba", "Fast maps", "pip install numba", required=False),
         module_finding("minisom", "Reference maps", "pip install minisom"),
         module_finding(

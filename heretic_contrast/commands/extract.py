@@ -12,6 +12,7 @@ from ..builtin import model_name
 from ..cli import PROGRAM
 from ..errors import ContrastError
 from ..files import require_writable_directory, require_writable_file
+from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings
 
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the settings, the prompts or the output do not work.
     """
 
+    require_heretic("extract")
     settings = load_settings(ExtractSettings, f"{PROGRAM} extract", list(arguments))
     if settings.output is None and settings.report is None:
         raise ContrastError(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ..cli import PROGRAM
-from ..errors import ContrastError
+from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings
 
 BASELINE_CHOICES = {
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the settings do not work, or this Heretic needs no launcher.
     """
 
+    require_heretic("run")
     settings = load_settings(HostSettings, PROGRAM, list(arguments))
     settings.contrast.require_single_configuration()
     undecided = not {"baseline", "preset", "directions"} & settings.contrast.model_fields_set
@@ -54,13 +55,6 @@ def main(arguments: Sequence[str]) -> None:
         settings = load_settings(HostSettings, PROGRAM, list(arguments))
 
     # Heavy imports come last, so that bad settings are answered at once.
-    from ..hosts.surface import HAS_PLUGIN_SURFACE
-
-    if HAS_PLUGIN_SURFACE:
-        raise ContrastError(
-            "This Heretic loads plugins itself, so it needs no launcher: run heretic "
-            '--modifiers \'[{"plugin": "heretic_contrast.ContrastAbliteration"}]\' --model MODEL.'
-        )
     from ..hosts import heretic14
 
     heretic14.run(settings)

@@ -14,6 +14,7 @@ from ..builtin import is_builtin, refuser_pool
 from ..cli import PROGRAM
 from ..errors import ContrastError
 from ..files import require_writable_directory, require_writable_file
+from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings
 from ..settings import PromptSource
 
@@ -197,6 +198,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the settings, the prompts, the storage or the output do not work.
     """
 
+    require_heretic("sweep")
     settings = load_settings(SweepSettings, f"{PROGRAM} sweep", list(arguments))
     if settings.output is None:
         raise ContrastError("The sweep needs a place for its report: give --output DIR.")

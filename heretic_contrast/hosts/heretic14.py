@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -34,9 +34,10 @@ from ..extraction import load_pools
 from ..files import require_writable_directory, require_writable_file
 from ..journal import CheckedJournal
 from ..modifier import ContrastAbliteration
+from ..prompts import Prompt
 from ..search import Parameters
 from .checkpoint import repair_checkpoints
-from .lora_targets import literal_targets, refuse_saving_adapter
+from .lora_targets import adapters_on_named_modules
 from .sampler import make_sampler
 from .settings import HostSettings
 from .surface import log, settings_prompt_loader
@@ -96,18 +97,10 @@ class HostModel(heretic.main.Model):
             }
         )
         try:
-            with literal_targets() as misread:
+            with adapters_on_named_modules(self):
                 super()._apply_lora()
         finally:
             self.settings = settings
-        if misread:
-            self.model.save_pretrained = refuse_saving_adapter
-
-    def get_merged_model(self) -> Any:
-        """Merges the adapters; those of a quantized model are applied anew to one in full precision."""
-
-        with literal_targets():
-            return super().get_merged_model()
 
     def reset_model(self) -> bool:
         """Resets the model; the adapters are in place afterwards, which Heretic 2.0 reports as True."""
@@ -388,6 +381,17 @@ class Host:
             "format_exception": self.format_exception,
             "JournalFileBackend": CheckedJournal,
         }
+
+
+def count_refusals(
+    settings: HostSettings, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> int:
+    """Returns how many responses Heretic's markers take for refusals."""
+
+    # Heretic's judgement needs the settings and nothing else of an evaluator.
+    evaluator = heretic.main.Evaluator.__new__(heretic.main.Evaluator)
+    evaluator.settings = settings
+    return sum(map(evaluator.is_refusal, responses))
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def open_model(settings: Any) -> LoadedContext:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if settings.seed is None:
         settings.seed = random.randint(0, 2**32 - 1)
-    heretic.utils.set_seed(settings.seed)
+    transformers.set_seed(settings.seed)
     try:
         return LoadedContext(PlainModel(settings), settings)
     except Exception as error:
@@ -84,24 +84,47 @@ def with_response_prefix(
     """
     Returns the model with the common prefix of its responses, as Heretic determines it.
 
-    A chain of thought that all responses open with is closed, so that the residual is taken where the actual
-    response starts. A prefix that is given in the settings is used as it is.
+    A chain of thought that all responses open with, or in Heretic 2.0 the chat template, is closed, so that the residual
+    is taken where the actual response starts. A prefix that is given in the settings is used as it is, and so are, in
+    Heretic 2.0, the prompts to look for one with.
     """
 
     if settings.response_prefix is None:
         prompts = [*harmless[:100], *harmful[:100]]
+        if "response_prefix_test_prompts" in settings.model_fields_set:
+            prompts = [
+                Prompt(text=prompt.user, system=prompt.system)
+                for prompt in heretic.utils.load_prompts(
+                    settings, settings.response_prefix_test_prompts
+                )
+            ]
         log("* Checking for common response prefix...")
-        prefix = _common_prefix(model, prompts, settings.max_response_length)
-        for initializer, closed_block in settings.chain_of_thought_skips:
-            if prefix.startswith(initializer):
-                closed = replace(model, response_prefix=closed_block)
-                extra = _common_prefix(closed, prompts, settings.max_response_length)
-                prefix = closed_block + extra
-                break
-        settings.response_prefix = prefix
-        if prefix:
-            log(f"* Prefix found: [bold]{escape(repr(prefix))}[/]")
+        settings.response_prefix = _find_prefix(model, settings, prompts)
+        if settings.response_prefix:
+            log(f"* Prefix found: [bold]{escape(repr(settings.response_prefix))}[/]")
     return replace(model, response_prefix=settings.response_prefix)
+
+
+def _find_prefix(model: LanguageModel, settings: Any, prompts: Sequence[Prompt]) -> str:
+    """Returns the common prefix of the responses to the prompts, with a chain of thought that is closed at once."""
+
+    skips = getattr(settings, "chain_of_thought_skips", [])
+    closed_block = None
+    if hasattr(settings, "response_prefix_test_prompts"):
+        # Heretic 2.0 looks first at the chat template, which may open the chain of thought by itself.
+        opened = model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "This is a test."}],
+            add_generation_prompt=True,
+            tokenize=False,
+        ).rstrip()
+        closed_block = next((block for tag, block in skips if opened.endswith(tag)), None)
+    if closed_block is None:
+        prefix = _common_prefix(model, prompts, settings.max_response_length)
+        closed_block = next((block for tag, block in skips if prefix.startswith(tag)), None)
+        if closed_block is None:
+            return prefix
+    closed = replace(model, response_prefix=closed_block)
+    return closed_block + _common_prefix(closed, prompts, settings.max_response_length)
 
 
 def _common_prefix(model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int) -> str:

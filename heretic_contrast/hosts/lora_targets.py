@@ -11,6 +11,7 @@ dense layer, which is to be ablated, gets no adapter.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 from peft.utils import transformers_weight_conversion
@@ -54,3 +55,26 @@ def refuse_saving_adapter(*args: Any, **kwargs: Any) -> NoReturn:
         "The adapter of this mixture of experts cannot be saved by itself, since PEFT would put what belongs to the "
         "dense layers into the experts: merge it, and save the full model."
     )
+
+
+@contextmanager
+def adapters_on_named_modules(heretic_model: Any) -> Iterator[None]:
+    """
+    Lets Heretic apply LoRA adapters to just the modules that it names, for as long as the context lasts.
+
+    Where PEFT would have misread the names, it is kept from doing so afterwards: in a merge, which applies the adapters
+    of a quantized model anew, and by an adapter that is saved by itself.
+    """
+
+    with literal_targets() as misread:
+        yield
+    if misread:
+        heretic_model.model.save_pretrained = refuse_saving_adapter
+        heretic_model.get_merged_model = partial(merge, heretic_model)
+
+
+def merge(heretic_model: Any) -> Any:
+    """Merges the adapters as Heretic's model does, with the names of targets taken literally."""
+
+    with literal_targets():
+        return type(heretic_model).get_merged_model(heretic_model)

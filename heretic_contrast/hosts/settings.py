@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
 """
-Heretic 1.4's settings with those of the plugin.
+Heretic's settings with those of the plugin.
 
 Imports Heretic's configuration alone, which is light, so that `--help` is as fast as Heretic's.
 """
@@ -23,7 +23,14 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ..builtin import DATA, is_builtin, resolve_model, with_refuser_pools
+from ..builtin import (
+    DATA,
+    harmful_pool,
+    harmless_pool,
+    is_builtin,
+    resolve_model,
+    with_refuser_pools,
+)
 from ..errors import ContrastError
 from ..settings import ContrastSettings, PromptSource, check_dataset_name, check_text
 
@@ -93,7 +100,7 @@ class ContrastTomlSource(TomlConfigSettingsSource):
 
 
 class HostSettings(Settings):
-    """Settings of Heretic 1.4, of the plugin, and of Heretic 2.0's headless mode."""
+    """Settings of Heretic, of the plugin, and of Heretic 2.0's headless mode, which Heretic 1.4 has none of."""
 
     # Errors of the command line become one sentence instead of pages of usage.
     model_config = SettingsConfigDict(cli_exit_on_error=False)
@@ -102,6 +109,18 @@ class HostSettings(Settings):
         default_factory=ContrastSettings,
         description="Settings of the plugin; in config.toml the table [modifier.ContrastAbliteration].",
     )
+
+    if "bad_evaluation_prompts" not in Settings.model_fields:
+        # Heretic 2.0 has moved these pools to the scorers' own settings.
+        good_evaluation_prompts: PromptSource = Field(
+            default=harmless_pool("test[:100]"),
+            description="Dataset of prompts that tend to not result in refusals (used for evaluation).",
+        )
+
+        bad_evaluation_prompts: PromptSource = Field(
+            default=harmful_pool("test[:100]"),
+            description="Dataset of prompts that tend to result in refusals (used for evaluation).",
+        )
 
     checkpoint_action: Literal["continue", "restart"] | None = Field(
         default=None,
@@ -299,14 +318,9 @@ def load_settings(
     """
     Parses command line, environment and `config.toml`.
 
-    Raises `ContrastError` with the first complaint, or when the installed Heretic is too old.
+    Raises `ContrastError` with the first complaint.
     """
 
-    if "export_strategy" not in Settings.model_fields:
-        raise ContrastError(
-            "The installed Heretic is older than 1.4, which this program needs: "
-            "run pip install --upgrade heretic-llm."
-        )
     sys.argv = [program, *normalize_arguments(arguments)]
     return parse_settings(settings_class)
 

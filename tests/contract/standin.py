@@ -1,47 +1,34 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
 """
-A stand-in for Heretic 2.0, which no package registry has.
+One run of the plugins in Heretic 2.0's documented life cycle, step by step.
 
-It follows the documented life cycle of plugins, and is not Heretic's code: where this file and Heretic disagree,
-Heretic is right, and `tests/upstream` finds out. Where the installed Heretic is 2.0, its own model class is used.
+Where the installed Heretic is 2.0, its own settings, model and context are used, and so are those of the stand-in for it
+(`heretic2`) where that is in front of the path. Under Heretic 1.4 the stand-in is used by its other name, with the bases that
+this package gives its plugins there.
 """
 
-import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
-import heretic.config
-import heretic.utils
 import optuna
 import torch
-from pydantic_settings import SettingsConfigDict
 
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE, Modifier, Scorer
 
 if HAS_PLUGIN_SURFACE:
+    from heretic.config import Settings
     from heretic.model import Model
+    from heretic.plugin import Context
+    from heretic.plugin import load_plugin as load_class
 else:
-    from heretic_contrast.hosts.heretic14 import HostModel
-
-    class Model(HostModel):  # type: ignore[no-redef]
-        """Heretic 1.4's model with 2.0's life cycle: no LoRA at first, and none after a reload."""
-
-        def reset_model(self) -> bool:
-            fast = not self.needs_reload
-            if not fast:
-                self.lora_rank = None
-            super().reset_model()
-            return fast
-
-
-class Settings(heretic.config.Settings):
-    """Heretic's settings, which keep unknown tables in `model_extra` as 2.0's do."""
-
-    model_config = SettingsConfigDict(extra="allow")
+    from tests.contract.heretic2.heretic.config import Settings
+    from tests.contract.heretic2.heretic.model import Model
+    from tests.contract.heretic2.heretic.plugin import Context, raw_settings
+    from tests.contract.heretic2.heretic.plugin import load_plugin as load_class
 
 
 def make_settings(model: str, tables: Mapping[str, Any], **options: Any) -> Any:
@@ -64,47 +51,15 @@ def make_settings(model: str, tables: Mapping[str, Any], **options: Any) -> Any:
         sys.argv = arguments
 
 
-class Context:
-    """What plugins get; responses are cached for the life of one context."""
-
-    def __init__(self, settings: Any, model: Any) -> None:
-        self._settings = settings
-        self._model = model
-        self._responses: dict[tuple[tuple[str, str], ...], list[str]] = {}
-
-    def get_responses(self, prompts: list[Any]) -> list[str]:
-        key = tuple((prompt.system, prompt.user) for prompt in prompts)
-        if key not in self._responses:
-            self._responses[key] = self._model.get_responses_batched(
-                prompts, skip_special_tokens=True
-            )
-        return self._responses[key]
-
-    def get_logits(self, prompts: list[Any]) -> torch.Tensor:
-        return self._model.get_logits_batched(prompts)
-
-    def get_residuals(self, prompts: list[Any]) -> torch.Tensor:
-        return self._model.get_residuals_batched(prompts)
-
-    def get_model(self) -> Any:
-        return self._model
-
-    def load_prompts(self, specification: Any) -> list[Any]:
-        return heretic.utils.load_prompts(self._settings, specification)
-
-
 def load_plugin(path: str, base: type, namespace: str, settings: Any) -> Any:
-    """Loads a plugin class by import path, checks the contract, and instantiates it with validated settings."""
+    """Loads a plugin class by import path or from a file, and instantiates it with its validated settings."""
 
-    module, name = path.rsplit(".", 1)
-    plugin = getattr(importlib.import_module(module), name)
-    assert isinstance(plugin, type) and issubclass(plugin, base)
-    assert "__init__" not in plugin.__dict__, f"{name} must not define __init__"
-    schema = get_type_hints(plugin, include_extras=True)["settings"]
-    table = (settings.model_extra.get(namespace) or {}).get(plugin.__name__) or {}
-    # As Heretic does: what the schema does not know is dropped without a word.
-    known = {key: value for key, value in table.items() if key in schema.model_fields}
-    return plugin(heretic_settings=settings, settings=plugin.validate_settings(known))
+    plugin: Any = load_class(path, base)
+    if HAS_PLUGIN_SURFACE:
+        raw = plugin.get_settings_raw(settings.model_extra, namespace, None)
+    else:
+        raw = raw_settings(plugin, settings.model_extra, namespace, None)
+    return plugin(heretic_settings=settings, settings=plugin.validate_settings(raw))
 
 
 @dataclass

@@ -16,8 +16,18 @@ from tests.contract.conftest import MODEL
 from tests.contract.standin import load_plugin, make_settings
 
 
-def scorer(name: str, table: dict[str, Any]) -> Any:
-    settings = make_settings(MODEL, {"scorer": {name: table}})
+class ContextWithoutModel:
+    """The plugin context of Heretic's development state of July 2026, which keeps the model to itself."""
+
+    def __init__(self, context: Any) -> None:
+        self.load_prompts = context.load_prompts
+        self.get_responses = context.get_responses
+        self.get_logits = context.get_logits
+        self.get_residuals = context.get_residuals
+
+
+def scorer(name: str, table: dict[str, Any], **options: Any) -> Any:
+    settings = make_settings(MODEL, {"scorer": {name: table}}, **options)
     return load_plugin(f"heretic_contrast.{name}", Scorer, "scorer", settings)
 
 
@@ -34,6 +44,51 @@ def test_counted_tiers_are_a_setting(run: Any, scorer_tables: dict[str, Any]) ->
     assert score("RefusalTiers", {**table, "counted_tiers": ["EVASIVE"]}, run).value == 0.0
     both = score("RefusalTiers", {**table, "counted_tiers": ["REFUSE", "EVASIVE"]}, run)
     assert both.value == 1.0
+
+
+@pytest.mark.parametrize(("name", "expected"), [("RefusalTiers", 1.0), ("FalseRefusals", 0.0)])
+def test_responses_alone_are_enough(
+    name: str, expected: float, run: Any, scorer_tables: dict[str, Any]
+) -> None:
+    """The refuser refuses all that is harmful, and nothing else."""
+
+    run.loaded_modifier.reset_model(run.context())
+    loaded = scorer(name, scorer_tables[name])
+    loaded.init(ContextWithoutModel(run.context()))
+    assert loaded.get_baseline_score(ContextWithoutModel(run.context())).value == expected
+    assert loaded.get_score(ContextWithoutModel(run.context())).value == expected
+
+
+@pytest.mark.parametrize("name", ["TeacherForcedDivergence", "FixedWeightSweep"])
+def test_scorers_that_need_the_model_say_so(name: str, run: Any, tmp_path: Path) -> None:
+    table = {"output": str(tmp_path / "sweep")} if name == "FixedWeightSweep" else {}
+    with pytest.raises(ContrastError) as error:
+        scorer(name, table).init(ContextWithoutModel(run.context()))
+    assert str(error.value) == (
+        f"{name} looks into the model, which this Heretic keeps to itself (its plugin context has no get_model): "
+        f"use Heretic 2.0, or leave {name} out."
+    )
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("optimization", ["minimize", "maximize"])
+@pytest.mark.parametrize("plugin", ["heretic_contrast.", "somewhere/scorers.py:"])
+def test_sweep_cannot_be_optimized(
+    optimization: str, plugin: str, run: Any, tmp_path: Path
+) -> None:
+    entries = [
+        {"plugin": "heretic_contrast.RefusalTiers", "optimization": "minimize"},
+        {"plugin": f"{plugin}FixedWeightSweep", "optimization": optimization},
+    ]
+    loaded = scorer("FixedWeightSweep", {"output": str(tmp_path / "sweep")}, scorers=entries)
+    with pytest.raises(
+        ContrastError, match=f'nothing to {optimization}: set optimization = "none"'
+    ):
+        loaded.init(run.context())
+    entries[1]["optimization"] = "none"
+    scorer("FixedWeightSweep", {"output": str(tmp_path / "sweep")}, scorers=entries).init(
+        run.context()
+    )
 
 
 def test_incoherent_responses_can_count(

@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,8 @@ class Checkout:
     """
     A checkout of Heretic.
 
-    `surface`: "2.0" (modifiers and scorers), "scorers" (its development state before modifiers), or "1.4".
+    `surface`: "2.0" (modifiers and scorers), "scorers" (its development state before modifiers), "1.4", or "older", which the
+    plugin cannot be run in.
     """
 
     root: Path
@@ -44,7 +46,18 @@ class Checkout:
     def surface(self) -> str:
         if (self.package / "modifier.py").is_file():
             return "2.0"
-        return "scorers" if (self.package / "scorer.py").is_file() else "1.4"
+        if (self.package / "scorer.py").is_file():
+            return "scorers"
+        settings = (self.package / "config.py").read_text(encoding="utf-8")
+        return "1.4" if "export_strategy" in settings else "older"
+
+    @property
+    def version(self) -> str:
+        """The version that the checkout gives itself."""
+
+        project = (self.root / "pyproject.toml").read_text(encoding="utf-8")
+        found = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
+        return "of an unknown version" if found is None else found[1]
 
     @property
     def revision(self) -> str:
@@ -105,6 +118,20 @@ class Checkout:
             f"Directory: {directory}\nCommand: {shown}\nconfig.toml:\n{text}\nEnd of the output:\n{end}"
         )
 
+    def contrast(self, directory: Path, *arguments: str) -> str:
+        """Runs a command of heretic-contrast with the checkout, and returns its output."""
+
+        output = self.python(directory, "-c", LAUNCHER, *arguments)
+        self.require_own_code(output)
+        return output
+
+    def require_own_code(self, output: str) -> None:
+        """Fails where what ran was not the checkout."""
+
+        assert f"Running {self.package}" in output, (
+            f"Heretic was not imported from {self.package}: is another one in front of it?\n{output[:500]}"
+        )
+
     def heretic(
         self, directory: Path, config: Mapping[str, Any], *flags: str, launcher: bool = False
     ) -> str:
@@ -130,9 +157,7 @@ class Checkout:
             "--response-prefix=",
             *flags,
         )
-        assert f"Running {self.package}" in output, (
-            f"Heretic was not imported from {self.package}: is another one in front of it?\n{output[:500]}"
-        )
+        self.require_own_code(output)
         return output
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from heretic_contrast.directions import Directions
 from heretic_contrast.search import Parameters
 from tests.upstream.checkout import HERETIC, LAUNCHER, MODEL, REPOSITORY, Checkout, stored_trials
 
@@ -22,6 +23,8 @@ ABLITERATION = "heretic.modifiers.abliteration.Abliteration"
 ARA = "heretic.modifiers.ara.ARA"
 PLUGIN = "heretic_contrast.ContrastAbliteration"
 STRATEGIES = ("merge", "adapter")
+NEED_THE_MODEL = {"heretic_contrast.TeacherForcedDivergence", "heretic_contrast.FixedWeightSweep"}
+ONLY_SCORERS = "this checkout has scorers but no modifiers"
 
 
 def plugin_table(pools: dict[str, str]) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def exported(
                 launcher=True,
             )
         else:
-            pytest.skip("this checkout has scorers but no modifiers, and is no Heretic 1.4 either")
+            pytest.skip(ONLY_SCORERS + ", and is no Heretic 1.4 either")
         assert "Restoring model from trial" in output
         # A failed action is reported, and Heretic ends with exit code 0 all the same.
         expected = "adapter_model.safetensors" if strategy == "adapter" else "model.safetensors"
@@ -246,30 +249,111 @@ def test_scorers_beside(
             table["n_optimization_steps"] = 1
         config["modifier"] = {name: table}
     elif modifier == ABLITERATION:
-        flags = [
-            f"--bad-prompts.dataset={pools['harmful-train.txt']}",
-            f"--good-prompts.dataset={pools['harmless-train.txt']}",
+        # Without access to the model, the scorers that judge responses are left.
+        config["scorers"] = [
+            entry for entry in config["scorers"] if entry["plugin"] not in NEED_THE_MODEL
         ]
+        flags = abliteration_pools(pools)
     else:
-        pytest.skip("this checkout has scorers but no modifiers: its built-in abliteration is used")
+        pytest.skip(ONLY_SCORERS + ": its built-in abliteration is used")
     output = checkout.heretic(tmp_path, config, *flags, *headless("merge"))
     scores = {score["name"]: score for score in stored_trials(tmp_path)[-1]["scores"]}
-    assert list(scores) == [
-        "Refusal tiers",
-        "Teacher-forced KL divergence",
-        "False refusals",
-        "Fixed-weight sweep",
-    ], checkout.failure(tmp_path, ["heretic"], 0, output)
+    expected = ["Refusal tiers", "False refusals"]
+    if checkout.surface == "2.0":
+        expected[1:1] = ["Teacher-forced KL divergence"]
+        expected.append("Fixed-weight sweep")
+    assert list(scores) == expected, checkout.failure(tmp_path, ["heretic"], 0, output)
     assert scores["Refusal tiers"]["baseline"]["value"] == 1.0
-    assert abs(scores["Teacher-forced KL divergence"]["baseline"]["value"]) < 1e-5
-    assert scores["Teacher-forced KL divergence"]["score"]["value"] > -1e-6
-    sweep = scores["Fixed-weight sweep"]
-    assert sweep["score"] == sweep["baseline"]
-    assert any((tmp_path / "sweep").iterdir())
-    record_property(
-        "refused",
-        f"{scores['Refusal tiers']['score']['md_display']}, sweep {sweep['score']['md_display']}",
+    assert scores["False refusals"]["baseline"]["value"] == 0.0
+    found = f"refused {scores['Refusal tiers']['score']['md_display']}"
+    if checkout.surface == "2.0":
+        assert abs(scores["Teacher-forced KL divergence"]["baseline"]["value"]) < 1e-5
+        assert scores["Teacher-forced KL divergence"]["score"]["value"] > -1e-6
+        sweep = scores["Fixed-weight sweep"]
+        assert sweep["score"] == sweep["baseline"]
+        assert any((tmp_path / "sweep").iterdir())
+        found += f", sweep {sweep['score']['md_display']}"
+    record_property("scores", found)
+
+
+@pytest.mark.parametrize("plugin", sorted(NEED_THE_MODEL))
+def test_scorers_that_need_the_model_say_so(
+    plugin: str, checkout: Checkout, pools: dict[str, str], tmp_path: Path, record_property: Any
+) -> None:
+    if checkout.surface != "scorers":
+        pytest.skip("this checkout gives scorers access to the model, or has none")
+    config = our_scorers(pools, tmp_path)
+    config["scorers"] = [
+        {"plugin": "heretic_contrast.RefusalTiers", "optimization": "minimize"},
+        {"plugin": plugin, "optimization": "none"},
+    ]
+    output = refused(checkout, tmp_path, config, *abliteration_pools(pools))
+    name = plugin.rpartition(".")[2]
+    assert f"Error: {name} looks into the model, which this Heretic keeps to itself" in output
+    record_property("shown", f"{name} looks into the model …")
+
+
+def refused(checkout: Checkout, directory: Path, config: dict[str, Any], *flags: str) -> str:
+    """Runs Heretic with what cannot work, and returns its output, which has no traceback, on one line."""
+
+    with pytest.raises(AssertionError) as error:
+        checkout.heretic(
+            directory, config, *flags, *headless("merge"), launcher=checkout.surface == "1.4"
+        )
+    output = str(error.value).partition("End of the output:")[2]
+    assert "Traceback" not in output, output
+    return " ".join(output.split())
+
+
+def abliteration_pools(pools: dict[str, str]) -> list[str]:
+    """Flags for Heretic's own abliteration, where it is no plugin."""
+
+    return [
+        f"--bad-prompts.dataset={pools['harmful-train.txt']}",
+        f"--good-prompts.dataset={pools['harmless-train.txt']}",
+    ]
+
+
+def test_commands(
+    checkout: Checkout, pools: dict[str, str], tmp_path: Path, record_property: Any
+) -> None:
+    """Extraction, a sweep and, where something can run the modifier, the demo; doctor says the same."""
+
+    contrast = [
+        "--contrast.method=mean",
+        f"--contrast.bad-prompts.dataset={pools['harmful-train']}",
+        f"--contrast.good-prompts.dataset={pools['harmless-train']}",
+    ]
+    checkout.contrast(tmp_path, "extract", MODEL, *contrast, "--output=found.safetensors")
+    assert Directions.load(tmp_path / "found.safetensors").n_directions == 9
+    checkout.contrast(
+        tmp_path,
+        "sweep",
+        MODEL,
+        *contrast,
+        f"--bad-evaluation-prompts.dataset={pools['harmful-test.txt']}",
+        f"--good-evaluation-prompts.dataset={pools['harmless-test.txt']}",
+        *("--layers=3", "--weights=[1.0]", "--n-harmful=9", "--n-canaries=4", "--n-references=8"),
+        *("--kl-tokens=8", "--sweep-response-length=8", "--synergy-size=0", "--output=sweep"),
     )
+    result = json.loads((tmp_path / "sweep" / "sweep.json").read_text(encoding="utf-8"))
+    assert result["baseline"]["refusals"] == 9
+    works = {"extract", "sweep", "audit"}
+    demo = ["demo", "--output=demo", "--n-trials=1", "--n-startup-trials=1", *contrast]
+    if checkout.surface == "scorers":
+        with pytest.raises(
+            AssertionError, match="Error: This Heretic has scorers but no modifiers"
+        ):
+            checkout.contrast(tmp_path, *demo)
+    else:
+        works |= {"demo", "run"} if checkout.surface == "1.4" else {"demo"}
+        checkout.contrast(tmp_path, *demo)
+        summary = json.loads((tmp_path / "demo" / "summary.json").read_text(encoding="utf-8"))
+        assert summary["base_refusals"] == summary["n_prompts"]
+    shown = checkout.contrast(tmp_path, "doctor")
+    lines = [line.replace("│", "").split() for line in shown.splitlines()]
+    assert works == {line[2] for line in lines if line[:2] == ["Ok", "Command"]}
+    record_property("work", ", ".join(sorted(works)))
 
 
 def test_one_direction_equals_abliteration(
@@ -303,23 +387,25 @@ def test_one_direction_equals_abliteration(
         )
         record_property("tests/test_heretic_equality.py", output.strip().splitlines()[-1])
     else:
-        pytest.skip("this checkout has scorers but no modifiers")
+        pytest.skip(ONLY_SCORERS)
 
 
 def test_misspelled_setting_ends_in_one_sentence(
     checkout: Checkout, pools: dict[str, str], tmp_path: Path, record_property: Any
 ) -> None:
+    flags = []
     if checkout.surface == "scorers":
-        pytest.skip("this checkout has scorers but no modifiers")
-    config: dict[str, Any] = {
-        "modifiers": [{"plugin": PLUGIN}],
-        "modifier": {"ContrastAbliteration": {**plugin_table(pools), "wieghts": 1}},
-    }
+        config = our_scorers(pools, tmp_path)
+        config["scorers"] = config["scorers"][:1]
+        config["scorer"] = {"RefusalTiers": {"wieghts": 1}}
+        flags = abliteration_pools(pools)
+    else:
+        config = {
+            "modifiers": [{"plugin": PLUGIN}],
+            "modifier": {"ContrastAbliteration": {**plugin_table(pools), "wieghts": 1}},
+        }
     if checkout.surface == "2.0":
         config["scorer"] = heretic_scorers(pools)
-    with pytest.raises(AssertionError) as error:
-        checkout.heretic(tmp_path, config, *headless("merge"), launcher=checkout.surface == "1.4")
-    output = str(error.value).partition("End of the output:")[2]
-    assert "Traceback" not in output, output
-    assert 'There is no setting "wieghts"' in " ".join(output.split()), output
+    output = refused(checkout, tmp_path, config, *flags)
+    assert 'There is no setting "wieghts"' in output, output
     record_property("shown", 'There is no setting "wieghts" …')

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Prints the tables of docs/upstream.md with the files of a default plugin: `python examples/upstream_files.py`."""
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "heretic_contrast"
+
+FILES = {
+    "modifier.py": "the modifier itself",
+    "settings.py": "its settings and presets",
+    "search.py": "parameters of a trial, and their space",
+    "extraction.py": "from prompts to directions",
+    "prompts.py": "reading prompt files with categories",
+    "categories.py": "harm categories, by a word list or by the model",
+    "classes.py": "which classes get a direction of their own",
+    "builtin.py": "default pools, and those of the built-in refuser",
+    "language_model.py": "chat format, residuals, and what identifies a model",
+    "greedy.py": "greedy decoding under a model's own generation settings",
+    "residual_cache.py": "residuals on disk",
+    "baselines.py": "the contrast baselines",
+    "directions.py": "class directions, SVD, scale, controls",
+    "directions_file.py": "directions on disk",
+    "som.py": "self-organizing maps in the span of their samples",
+    "som_kernel.py": "their compiled training; imported when a map is trained, and needs Numba",
+    "ablation.py": "the ablation operator and its compositions",
+    "lora.py": "its exact LoRA factors",
+    "vectors.py": "unit vectors",
+    "errors.py": "errors that are shown as one sentence",
+    "files.py": "writing files whole or not at all",
+    "hosts/surface.py": "all that is used of Heretic",
+    "hosts/tables.py": "complaints about tables in `config.toml`",
+    "hosts/lora_targets.py": "PEFT's targets in mixtures of experts",
+}
+"""What a default plugin consists of, in the order that it is best read in."""
+
+OPTIONAL = {
+    "hosts/base.py": "the bases of plugins, where Heretic 1.4 has none",
+    "evaluation/responses.py": "the tiers of a response, for `drop_misbehaving`",
+    "evaluation/response_rules.py": "their rules",
+    "evaluation/response_text.py": "the text that they look at",
+}
+"""What one of those files imports only where it is asked for, and a default plugin can do without."""
+
+
+def n_lines(name: str) -> int:
+    """Returns the number of lines of a file, to the next ten, so that the table lasts a while."""
+
+    return round(len((PACKAGE / name).read_text(encoding="utf-8").splitlines()), -1)
+
+
+def rows(files: dict[str, str]) -> list[str]:
+    """Returns the lines of a table."""
+
+    return [
+        "| File | Lines | What it holds |",
+        "| :--- | ----: | :------------ |",
+        *(f"| `{name}` | {n_lines(name)} | {what} |" for name, what in files.items()),
+        f"| together | {sum(map(n_lines, files))} | |",
+    ]
+
+
+if __name__ == "__main__":
+    print("\n".join([*rows(FILES), "", *rows(OPTIONAL)]))

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+A headless run of Heretic 2.0, which loads the modifier by itself.
+
+`heretic` takes the settings of a plugin from `config.toml` alone. A command of this package has them on its own command line,
+and hands them over where Heretic makes its settings.
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import heretic.main
+import rich.traceback
+from heretic.config import Settings
+from heretic.scorers.keyword_rate import KeywordRate
+
+from ..errors import ContrastError, find_cause
+from ..files import require_writable_directory
+from ..prompts import Prompt
+from .settings import PLUGIN, TABLE, HostSettings
+from .surface import heretic_prompts
+
+
+def plugin_settings(settings: HostSettings) -> dict[str, Any]:
+    """Returns the settings of Heretic's own that were given, and those of the plugin as Heretic 2.0 takes them."""
+
+    pools = {
+        "KeywordRate": settings.bad_evaluation_prompts,
+        "KLDivergence": settings.good_evaluation_prompts,
+    }
+    return {
+        **{
+            name: getattr(settings, name)
+            for name in Settings.model_fields
+            if name in settings.model_fields_set
+        },
+        "modifiers": [{"plugin": PLUGIN}],
+        "modifier": {
+            TABLE: settings.contrast.model_dump(
+                mode="json", include=settings.contrast.model_fields_set, exclude_none=True
+            )
+        },
+        "scorer": {
+            name: {"prompts": source.model_dump(exclude={"category_column"}, exclude_none=True)}
+            for name, source in pools.items()
+        },
+    }
+
+
+def run(settings: HostSettings) -> None:
+    """
+    Runs Heretic 2.0 with the modifier and Heretic's own scorers, headless.
+
+    Raises `ContrastError` when the plugin's settings do not work, or the model was not saved.
+    """
+
+    settings.contrast.require_single_configuration()
+    for directory in (settings.study_checkpoint_dir, settings.save_directory):
+        if directory is not None:
+            require_writable_directory(Path(directory))
+    arguments, original = sys.argv, heretic.main.Settings
+    # What stands on the command line is in the settings already.
+    sys.argv = ["heretic"]
+    heretic.main.Settings = partial(Settings, **plugin_settings(settings))
+    rich.traceback.install()
+    try:
+        heretic.main.run()
+    except Exception as error:
+        # Optuna and transformers raise errors of their own while they clean up.
+        cause = find_cause(error, KeyboardInterrupt) or find_cause(error, ContrastError)
+        if cause is None:
+            raise
+        raise cause from error
+    finally:
+        sys.argv, heretic.main.Settings = arguments, original
+    if settings.save_directory is not None and not any(
+        Path(settings.save_directory).glob("*.safetensors")
+    ):
+        raise ContrastError(
+            f"Heretic did not save the model to {settings.save_directory}: its message above says why."
+        )
+
+
+def count_refusals(
+    settings: HostSettings, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> int:
+    """Returns how many responses Heretic's keywords take for refusals."""
+
+    class Given:
+        """A plugin context in which the model has responded already."""
+
+        def load_prompts(self, specification: Any) -> list[Any]:
+            return heretic_prompts(prompts, settings)
+
+        def get_responses(self, asked: list[Any]) -> list[str]:
+            return list(responses)
+
+    scorer = KeywordRate(heretic_settings=settings, settings=KeywordRate.validate_settings({}))
+    # It announces the dataset that prompts are loaded from, and these are not.
+    with redirect_stdout(StringIO()):
+        scorer.init(Given())
+    return round(scorer.get_score(Given()).value * len(responses))

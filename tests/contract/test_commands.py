@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Every command under Heretic 2.0: the installed one, or the stand-in for it."""
+
+import json
+from collections.abc import Iterator
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from heretic_contrast.directions import Directions
+from heretic_contrast.hosts.loading import with_response_prefix
+from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
+from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.prompts import Prompt, PromptSource, read_json_lines
+from tests.command_server import Server
+from tests.contract.standin import make_settings
+
+STANDIN = Path(__file__).parent / "heretic2"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """Runs commands in processes that have loaded Heretic 2.0."""
+
+    started = Server() if HAS_PLUGIN_SURFACE else Server(STANDIN)
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def pools(modifier_table: dict[str, Any]) -> dict[str, str]:
+    return {name: modifier_table[name]["dataset"] for name in ("bad_prompts", "good_prompts")}
+
+
+@pytest.fixture(scope="module")
+def contrast(pools: dict[str, str]) -> list[str]:
+    """Flags of a small configuration: the difference in means of all prompts."""
+
+    return [
+        "--contrast.preset=arditi",
+        f"--contrast.bad-prompts.dataset={pools['bad_prompts']}",
+        f"--contrast.good-prompts.dataset={pools['good_prompts']}",
+    ]
+
+
+@pytest.mark.slow
+def test_extract(
+    server: Server,
+    contrast: list[str],
+    pools: dict[str, str],
+    refuser: LanguageModel,
+    tmp_path: Path,
+) -> None:
+    command = server.run(
+        ["extract", "builtin:refuser", *contrast, "--output=found.safetensors"], tmp_path
+    )
+    assert command.code == 0, command.output()
+    harmful, harmless = (
+        refuser.residuals(read_json_lines(Path(path), PromptSource(dataset=path))).mean(dim=0)
+        for path in pools.values()
+    )
+    expected = torch.nn.functional.normalize(harmful - harmless, dim=-1)
+    found = Directions.load(tmp_path / "found.safetensors").tensor[:, 0]
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_sweep(
+    server: Server, contrast: list[str], scorer_tables: dict[str, Any], tmp_path: Path
+) -> None:
+    command = server.run(
+        [
+            "sweep",
+            "builtin:refuser",
+            *contrast,
+            f"--bad-evaluation-prompts.dataset={scorer_tables['RefusalTiers']['prompts']['dataset']}",
+            f"--good-evaluation-prompts.dataset={scorer_tables['FalseRefusals']['prompts']['dataset']}",
+            "--layers=3",
+            "--weights=[1.0]",
+            "--n-harmful=9",
+            "--n-canaries=4",
+            "--n-references=6",
+            "--kl-tokens=6",
+            "--sweep-response-length=8",
+            "--synergy-size=0",
+            "--output=sweep",
+        ],
+        tmp_path,
+    )
+    assert command.code == 0, command.output()
+    result = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    # The refuser refuses all that is harmful, and nothing else.
+    assert result["baseline"]["refusals"] == result["baseline"]["n_harmful"] == 9
+
+
+@pytest.mark.slow
+def test_demo(server: Server, tmp_path: Path) -> None:
+    command = server.run(
+        [
+            "demo",
+            "--output=demo",
+            "--contrast.method=mean",
+            "--n-trials=2",
+            "--n-startup-trials=2",
+        ],
+        tmp_path,
+    )
+    assert command.code == 0, command.output()
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert summary["base_refusals"] == summary["n_prompts"] == 108
+    assert summary["n_directions"] == 9
+    assert summary["kl_divergence"] > 0
+    saved = load_file(tmp_path / "demo" / "model" / "model.safetensors")
+    assert all(bool(weight.isfinite().all()) for weight in saved.values())
+
+
+@pytest.mark.slow
+def test_demo_that_cannot_save_says_so(server: Server, tmp_path: Path) -> None:
+    command = server.run(
+        [
+            "demo",
+            "--output=demo",
+            "--contrast.method=mean",
+            "--n-trials=1",
+            "--n-startup-trials=1",
+            # Heretic shows what went wrong with a saved model, and ends as if nothing had.
+            "--max-shard-size=nonsense",
+        ],
+        tmp_path,
+    )
+    assert command.code == 2
+    assert command.output().splitlines()[-1].startswith("Error: Heretic did not save the model")
+    assert "Traceback" not in command.output()
+
+
+@pytest.mark.slow
+def test_run_names_the_command_of_heretic_2(server: Server, tmp_path: Path) -> None:
+    command = server.run(["some/model", "--no-such-flag"], tmp_path)
+    assert command.code == 2
+    assert command.output() == (
+        "Error: This Heretic loads plugins itself, so it needs no launcher: run heretic "
+        '--modifiers \'[{"plugin": "heretic_contrast.ContrastAbliteration"}]\' --model MODEL.\n'
+    )
+
+
+@pytest.mark.slow
+def test_doctor_tells_for_every_command(server: Server, tmp_path: Path) -> None:
+    command = server.run(["doctor"], tmp_path)
+    assert command.code == 0, command.output()
+    lines = [line.replace("│", "").split() for line in command.output().splitlines()]
+    shown = {line[2]: line[0] for line in lines if line[1:2] == ["Command"]}
+    assert shown == {"run": "No", "extract": "Ok", "sweep": "Ok", "audit": "Ok", "demo": "Ok"}
+
+
+def test_thinking_tag_is_found_in_the_chat_template(
+    refuser: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [Prompt("What is tea?"), Prompt("Name a color."), Prompt("Describe a river.")]
+    settings = make_settings("some/model", {}, response_prefix=None, max_response_length=4)
+    found = with_response_prefix(refuser, settings, prompts[:2], prompts[2:])
+    plain = refuser.generate(prompts, 4, special_tokens=True)
+    assert found.response_prefix == commonprefix(plain).rstrip(" ")  # noqa: RUF071
+
+    template = refuser.tokenizer.chat_template.replace("assistant\\n", "assistant\\n<think>\\n")
+    monkeypatch.setattr(refuser.tokenizer, "chat_template", template)
+    settings = make_settings("some/model", {}, response_prefix=None, max_response_length=4)
+    found = with_response_prefix(refuser, settings, prompts[:2], prompts[2:])
+    texts = [text + "<think></think>" for text in refuser.chat_texts(prompts)]
+    assert texts[0].endswith("<think>\n<think></think>")
+    responses = []
+    for text in texts:
+        inputs = refuser.tokenize_texts([text])
+        output = refuser.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        responses.append(refuser.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+    common = commonprefix(responses).rstrip(" ")  # noqa: RUF071
+    assert found.response_prefix == "<think></think>" + common
+    assert settings.response_prefix == found.response_prefix
