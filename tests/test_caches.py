@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from heretic_contrast.ablation import compose
 from heretic_contrast.evaluation import generation, known_sequences
 from heretic_contrast.evaluation.caches import (
+    CACHE,
     Past,
     keeps_every_token,
     move_to_the_end,
@@ -271,7 +272,7 @@ def test_models_that_cannot_read_on_read_everything_again(
     assert TeacherForcing(model).reads_on
 
     def forgetful(*args: Any, **arguments: Any) -> Any:
-        past = arguments.pop("past_key_values", None)
+        past = arguments.pop(CACHE, None)
         if past is not None:
             arguments["use_cache"] = False
             arguments["attention_mask"] = arguments["attention_mask"][
@@ -280,7 +281,7 @@ def test_models_that_cannot_read_on_read_everything_again(
         return forward(*args, **arguments)
 
     def failing(*args: Any, **arguments: Any) -> Any:
-        past = arguments.get("past_key_values")
+        past = arguments.get(CACHE)
         # Generation works, which adds one token after the other.
         if past is not None and past.get_seq_length() > 0 and arguments["input_ids"].shape[1] > 1:
             raise TypeError("unexpected argument")

@@ -86,6 +86,18 @@ def test_delta_rule_by_its_formula() -> None:
     torch.testing.assert_close(final_state.double(), state, rtol=1e-5, atol=1e-5)
 
 
+def test_delta_rule_of_heads_that_share_keys() -> None:
+    inputs = some_inputs(6)
+    for name in ("value", "g", "beta"):
+        inputs[name] = torch.cat([inputs[name], 0.5 * inputs[name], -inputs[name].abs()], dim=2)
+    repeated = dict(inputs)
+    for name in ("query", "key"):
+        repeated[name] = inputs[name][:, :, [0, 0, 0, 1, 1, 1]]
+    expected = TOKENS(**repeated, use_qk_l2norm_in_kernel=True)[0]
+    found = gated_delta_rule(**inputs, use_qk_l2norm_in_kernel=True)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_delta_rule_of_half_precision_and_of_nothing() -> None:
     inputs = some_inputs(9, torch.bfloat16)
     found, state = gated_delta_rule(**inputs, output_final_state=True, use_qk_l2norm_in_kernel=True)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from heretic_contrast.ablation import BatchOperator, Operator, ablated, compose
+from heretic_contrast.evaluation.caches import CACHE
 from heretic_contrast.evaluation.divergence import SparseLogProbabilities, divergences
 from heretic_contrast.evaluation.head import Head
 from heretic_contrast.evaluation.interventions import output_projections
@@ -163,7 +164,7 @@ def test_decoding_step_waits_as_often_with_hooks_as_without(
                 output = on_device.model(
                     input_ids=prompt[:, :1],
                     attention_mask=mask,
-                    past_key_values=output.past_key_values,
+                    **{CACHE: getattr(output, CACHE)},
                     use_cache=True,
                 )
         assert output.logits.device.type == "meta"

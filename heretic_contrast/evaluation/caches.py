@@ -9,7 +9,7 @@ No function changes a cache that it is given. Layers of a cache are those of the
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import groupby, islice
 from typing import Any
@@ -23,6 +23,14 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
+
+CACHE = (
+    "cache"
+    if any(field.name == "cache" for field in fields(GenerateDecoderOnlyOutput))
+    else "past_key_values"
+)
+"""What the installed transformers calls a cache in arguments and results: 5.24 has renamed it."""
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,13 @@ def _run(
 ) -> None:
     """Fills in the outputs of all tokens, and changes the states to those after the last one."""
 
-    n_samples, n_tokens, n_heads, key_dim = key.shape
-    value_dim = value.shape[3]
+    n_samples, n_tokens, n_key_heads, key_dim = key.shape
+    n_heads, value_dim = value.shape[2:]
+    n_sharing = n_heads // n_key_heads
     n_whole = key_dim - key_dim % 4
     for place in numba.prange(n_samples * n_heads):
         sample, head = place // n_heads, place % n_heads
+        key_head = head // n_sharing
         memory = state[sample, head]
         keys, queries = np.empty(key_dim, np.float32), np.empty(key_dim, np.float32)
         change, read = np.empty(value_dim, np.float32), np.empty(value_dim, np.float32)
@@ -57,12 +59,12 @@ def _run(
         for token in range(n_tokens):
             key_scale, query_scale = np.float32(1.0), np.float32(1.0 / np.sqrt(key_dim))
             if normalize:
-                key_scale = _inverse_length(key[sample, token, head])
-                query_scale *= _inverse_length(query[sample, token, head])
+                key_scale = _inverse_length(key[sample, token, key_head])
+                query_scale *= _inverse_length(query[sample, token, key_head])
             agreement = np.float32(0.0)
             for i in range(key_dim):
-                keys[i] = key[sample, token, head, i] * key_scale
-                queries[i] = query[sample, token, head, i] * query_scale
+                keys[i] = key[sample, token, key_head, i] * key_scale
+                queries[i] = query[sample, token, key_head, i] * query_scale
                 agreement += keys[i] * queries[i]
             for j in range(value_dim):
                 values[j] = value[sample, token, head, j]
@@ -118,15 +120,16 @@ def gated_delta_rule(
     """
     Returns the outputs, and the states after the last token if they are asked for.
 
-    `query` and `key`: Tensors of shape (batch, length, n_heads, key_dim), on the CPU. `value`: (batch, length, n_heads, value_dim).
+    `query` and `key`: Tensors of shape (batch, length, n_key_heads, key_dim), on the CPU. `value`: (batch, length, n_heads,
+    value_dim), where as many neighboring heads share one of the queries and keys as it takes (one before transformers 5.24).
     `g` and `beta`: (batch, length, n_heads), the logarithm of the decay and the rate of learning. `initial_state`:
     (batch, n_heads, key_dim, value_dim), zeros if not given. Outputs have the shape of `value` and the dtype of `query`,
     states are float32, and so is the computation. Names and order of the arguments are transformers', whose
     others, such as the size of chunks, make no difference here.
     """
 
-    batch, _length, n_heads, key_dim = key.shape
-    shape = (batch, n_heads, key_dim, value.shape[3])
+    batch, _length, n_heads, value_dim = value.shape
+    shape = (batch, n_heads, key.shape[3], value_dim)
     state = torch.zeros(shape) if initial_state is None else initial_state.float().clone()
     output = torch.empty(value.shape)
     if output.numel() > 0:

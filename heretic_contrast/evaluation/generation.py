@@ -26,6 +26,7 @@ from ..greedy import generation_batches, is_plainly_greedy
 from ..language_model import LanguageModel
 from ..prompts import Prompt
 from .caches import (
+    CACHE,
     can_be_joined,
     concatenate,
     join,
@@ -128,7 +129,7 @@ class Running:
             output = model.model.generate(
                 input_ids=self.tokens,
                 attention_mask=self.mask,
-                past_key_values=cache,
+                **{CACHE: cache},
                 # One that is named cannot be given.
                 cache_implementation=None,
                 max_new_tokens=n_tokens,
@@ -139,7 +140,7 @@ class Running:
             )
         new = output.sequences[:, self.tokens.shape[1] :]
         mask = torch.cat([self.mask, self.mask.new_ones(new.shape)], dim=1)
-        running = Running(output.sequences, mask, output.past_key_values)
+        running = Running(output.sequences, mask, getattr(output, CACHE))
         return [tuple(row) for row in new.tolist()], running
 
     def select(self, rows: list[int]) -> "Running":

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from ..ablation import BatchOperator, Operator, ablated
 from ..errors import ContrastError
 from ..language_model import LanguageModel
-from .caches import Past, join
+from .caches import CACHE, Past, join
 from .cpu_layers import fast_on_cpu
 from .head import Head
 from .replaced_forwards import replaced_forwards
@@ -356,7 +356,7 @@ class TeacherForcing:
             "use_cache": past is not None,
         }
         if past is not None:
-            arguments["past_key_values"] = past.cache
+            arguments[CACHE] = past.cache
         if self._takes_position_ids:
             positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
             arguments["position_ids"] = positions[:, mask.shape[1] - tokens.input_ids.shape[1] :]
