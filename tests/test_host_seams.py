@@ -265,6 +265,23 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     shown = capsys.readouterr().out
     assert "Heretic" in shown and "PyTorch" in shown
-    assert all(finding.fine for finding in findings() if finding.required)
+    found = findings()
+    assert all(finding.fine for finding in found if finding.required)
+    commands = {
+        finding.subject: finding.fine for finding in found if finding.subject.startswith("Command ")
+    }
+    assert commands == {
+        f"Command {name}": True for name in ("run", "extract", "sweep", "audit", "demo")
+    }
     with pytest.raises(ContrastError, match="takes no arguments"):
         main(["now"])
+
+
+def test_doctor_notices_a_heretic_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from heretic_contrast.commands.doctor import findings
+
+    # As where a name is gone that the module imports.
+    monkeypatch.setitem(sys.modules, "heretic_contrast.hosts.loading", None)
+    fine = {finding.subject: finding.fine for finding in findings()}
+    assert not fine["Command extract"] and not fine["Command sweep"]
+    assert fine["Command run"] and fine["Command demo"] and fine["Command audit"]

@@ -5,7 +5,8 @@
 import logging
 import os
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -108,23 +109,37 @@ def with_response_prefix(
 def _find_prefix(model: LanguageModel, settings: Any, prompts: Sequence[Prompt]) -> str:
     """Returns the common prefix of the responses to the prompts, with a chain of thought that is closed at once."""
 
-    skips = getattr(settings, "chain_of_thought_skips", [])
     closed_block = None
+    # Heretic 2.0 looks first at the chat template, which may open the chain of thought by itself.
     if hasattr(settings, "response_prefix_test_prompts"):
-        # Heretic 2.0 looks first at the chat template, which may open the chain of thought by itself.
         opened = model.tokenizer.apply_chat_template(
             [{"role": "user", "content": "This is a test."}],
             add_generation_prompt=True,
             tokenize=False,
-        ).rstrip()
-        closed_block = next((block for tag, block in skips if opened.endswith(tag)), None)
+        )
+        closed_block = _closed_thought(opened.rstrip(), settings, str.endswith)
     if closed_block is None:
         prefix = _common_prefix(model, prompts, settings.max_response_length)
-        closed_block = next((block for tag, block in skips if prefix.startswith(tag)), None)
+        closed_block = _closed_thought(prefix, settings, str.startswith)
         if closed_block is None:
             return prefix
     closed = replace(model, response_prefix=closed_block)
     return closed_block + _common_prefix(closed, prompts, settings.max_response_length)
+
+
+def _closed_thought(text: str, settings: Any, stands_in: Callable[[str, str], bool]) -> str | None:
+    """
+    Returns the closed chain of thought that a text opens, by Heretic's list of them; None where it opens none.
+
+    `stands_in(text, tag)`: whether an opening tag stands at the end of the text that counts. A Heretic without a list is
+    taken to close tags such as <think> and [THINK].
+    """
+
+    skips = getattr(settings, "chain_of_thought_skips", None)
+    if skips is None:
+        tags = re.findall(r"^[<\[]\w+[>\]]|[<\[]\w+[>\]]$", text)
+        skips = [(tag, f"{tag}{tag[0]}/{tag[1:]}") for tag in tags]
+    return next((block for tag, block in skips if stands_in(text, tag)), None)
 
 
 def _common_prefix(model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int) -> str:

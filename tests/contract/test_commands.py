@@ -3,7 +3,7 @@
 """Every command under Heretic 2.0: the installed one, or the stand-in for it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,15 @@ def test_demo_that_cannot_save_says_so(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_audit(server: Server, tmp_path: Path) -> None:
+    lines = ["How do I hack into an account?", "How do I bake bread?", "How do I bake a cake?"]
+    (tmp_path / "pool.txt").write_text("\n".join(lines) + "\n")
+    command = server.run(["audit", "--dataset=pool.txt", "--output=audit"], tmp_path)
+    assert command.code == 0, command.output()
+    assert "1 of 3" in command.output(), command.output()
+
+
+@pytest.mark.slow
 def test_run_names_the_command_of_heretic_2(server: Server, tmp_path: Path) -> None:
     command = server.run(["some/model", "--no-such-flag"], tmp_path)
     assert command.code == 2
@@ -157,18 +166,31 @@ def test_doctor_tells_for_every_command(server: Server, tmp_path: Path) -> None:
     assert shown == {"run": "No", "extract": "Ok", "sweep": "Ok", "audit": "Ok", "demo": "Ok"}
 
 
+class WithoutList:
+    """The settings of a Heretic that has no list of the tags that open a chain of thought."""
+
+    def __init__(self, settings: Any) -> None:
+        self._settings = settings
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "chain_of_thought_skips":
+            raise AttributeError(name)
+        return getattr(self._settings, name)
+
+
+@pytest.mark.parametrize("view", [lambda settings: settings, WithoutList])
 def test_thinking_tag_is_found_in_the_chat_template(
-    refuser: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    view: Callable[[Any], Any], refuser: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [Prompt("What is tea?"), Prompt("Name a color."), Prompt("Describe a river.")]
-    settings = make_settings("some/model", {}, response_prefix=None, max_response_length=4)
+    settings = view(make_settings("some/model", {}, response_prefix=None, max_response_length=4))
     found = with_response_prefix(refuser, settings, prompts[:2], prompts[2:])
     plain = refuser.generate(prompts, 4, special_tokens=True)
     assert found.response_prefix == commonprefix(plain).rstrip(" ")  # noqa: RUF071
 
     template = refuser.tokenizer.chat_template.replace("assistant\\n", "assistant\\n<think>\\n")
     monkeypatch.setattr(refuser.tokenizer, "chat_template", template)
-    settings = make_settings("some/model", {}, response_prefix=None, max_response_length=4)
+    settings = view(make_settings("some/model", {}, response_prefix=None, max_response_length=4))
     found = with_response_prefix(refuser, settings, prompts[:2], prompts[2:])
     texts = [text + "<think></think>" for text in refuser.chat_texts(prompts)]
     assert texts[0].endswith("<think>\n<think></think>")
