@@ -20,7 +20,7 @@ from measuring import best_time
 from heretic_contrast.builtin import DATA, refuser_pool
 from heretic_contrast.hosts.loading import load_language_model
 from heretic_contrast.hosts.settings import HostSettings, load_settings
-from heretic_contrast.prompts import Prompt, read_json_lines
+from heretic_contrast.prompts import Prompt, load_pool
 
 
 def main() -> None:
@@ -46,8 +46,7 @@ def main() -> None:
         ],
     )
     model, context = load_language_model(settings, arguments.batch_size)
-    source = refuser_pool("harmful", "train")
-    texts = [prompt.text for prompt in read_json_lines(Path(source.dataset), source)]
+    texts = [prompt.text for prompt in load_pool(refuser_pool("harmful", "train"), "harmful")]
     # Real pools hold prompts of one to several sentences: every fourth is made longer.
     texts = [
         " ".join(texts[index : index + (1, 1, 1, 5)[index % 4]])

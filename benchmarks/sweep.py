@@ -44,7 +44,7 @@ from heretic_contrast.evaluation.sweep import (
 from heretic_contrast.extraction import Pools, extract
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel, Progress, batches
-from heretic_contrast.prompts import Prompt, read_json_lines
+from heretic_contrast.prompts import Prompt, load_pool
 from heretic_contrast.settings import ContrastSettings
 
 Clock = Callable[[], float]
@@ -139,9 +139,7 @@ def build(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pools = {
-        (name, split): read_json_lines(
-            Path(refuser_pool(name, split).dataset), refuser_pool(name, split)
-        )
+        (name, split): load_pool(refuser_pool(name, split), name)
         for name in ("harmful", "harmless", "matched")
         for split in ("train", "test")
     }

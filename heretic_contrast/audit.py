@@ -135,8 +135,8 @@ def run_audit(
     """
     Audits the pool and writes `audit.json` into the directory `output`.
 
-    With `cleaned` it also writes the pool without its matching prompts there, as JSON Lines with "text" and,
-    where a prompt has one, "category": a pool that every command can load.
+    With `cleaned` it also writes the pool without its matching prompts there, as `json_lines`: read as a pool, they
+    are the same prompts.
 
     Raises `ContrastError` when the pool is empty, cleaning leaves nothing, or a file cannot be written.
     """
@@ -152,14 +152,27 @@ def run_audit(
                 f"All {len(prompts)} prompts of the pool touch a harm category, so nothing is left to write to {cleaned}: "
                 "audit a larger pool."
             )
-        write_text_atomically(cleaned, "".join(_json_line(prompt) + "\n" for prompt in kept))
+        write_text_atomically(cleaned, json_lines(kept))
     return audit
 
 
-def _json_line(prompt: Prompt) -> str:
-    """Returns the prompt as one line of a JSON Lines pool."""
+def json_lines(prompts: Sequence[Prompt]) -> str:
+    """Returns a pool as JSON Lines: texts, or conversations where a prompt has a system prompt of its own."""
 
-    row = {"text": prompt.text}
-    if prompt.category is not None:
-        row["category"] = prompt.category
-    return json.dumps(row, ensure_ascii=False)
+    has_system = any(prompt.system is not None for prompt in prompts)
+    lines = []
+    for prompt in prompts:
+        row: dict[str, Any] = {"text": prompt.text}
+        if has_system:
+            turns = {"system": prompt.system, "user": prompt.text}
+            row = {
+                "messages": [
+                    {"role": role, "content": content}
+                    for role, content in turns.items()
+                    if content is not None
+                ]
+            }
+        if prompt.category is not None:
+            row["category"] = prompt.category
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines)

@@ -17,7 +17,7 @@ from .classes import ClassSelection, select_classes
 from .directions import Directions, PoolResiduals, baseline_options, extract_directions
 from .errors import ContrastError, one_line
 from .language_model import LanguageModel, Progress
-from .prompts import Prompt, PromptLoader, load_pool, prompts_digest
+from .prompts import Prompt, load_pool, prompts_digest
 from .settings import CategorySource, Classes, ContrastSettings, Method
 
 Log = Callable[[str], None]
@@ -35,20 +35,24 @@ class Pools:
     """What a behavior filter found: name of the pool, number of misbehaving prompts, number of all prompts."""
 
 
-def load_pools(settings: ContrastSettings, load: PromptLoader) -> Pools:
+def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
     """
-    Loads the pools that the settings name, and assigns categories; those that a model assigns are left open.
+    Reads the pools that the settings name, and assigns categories; those that a model assigns are left open.
 
-    Raises `ContrastError` when a pool cannot be read or is empty, a category is missing, a prompt stands both in the
+    `where` is what messages put before the name of a setting: a flag, or a table of `config.toml`. Raises `ContrastError` when a pool cannot be read or is empty, a category is missing, a prompt stands both in the
     harmful and in a harmless pool, or no directions can be fitted to such pools.
     """
 
-    harmful = load_pool(settings.bad_prompts or harmful_pool("train[:400]"), load, "harmful")
-    bulk = load_pool(settings.good_prompts or harmless_pool("train[:400]"), load, "harmless")
+    harmful = load_pool(
+        settings.bad_prompts or harmful_pool("train[:400]"), "harmful", f"{where}bad_prompts."
+    )
+    bulk = load_pool(
+        settings.good_prompts or harmless_pool("train[:400]"), "harmless", f"{where}good_prompts."
+    )
     matched: list[Prompt] = []
     if settings.matched_prompts is not None or settings.baseline in NEEDS_MATCHED:
         source = settings.matched_prompts or matched_pool()
-        matched = load_pool(source, load, "matched harmless")
+        matched = load_pool(source, "matched harmless", f"{where}matched_prompts.")
     for name, pool in (("harmless", bulk), ("matched harmless", matched)):
         shared = {prompt.text for prompt in harmful} & {prompt.text for prompt in pool}
         if shared:

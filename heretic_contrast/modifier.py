@@ -15,7 +15,7 @@ from .directions import Directions
 from .errors import ContrastError, one_line
 from .extraction import extract, load_pools
 from .hosts.lora_targets import adapters_on_named_modules
-from .hosts.surface import Context, Modifier, language_model, log, progress_bar, prompt_loader
+from .hosts.surface import HAS_PLUGIN_SURFACE, Context, Modifier, language_model, log, progress_bar
 from .hosts.tables import check_tables, show_errors_as_sentences, validated
 from .lora import base_weight, lora_factors
 from .search import Parameters, layer_vectors, suggest_parameters
@@ -90,7 +90,9 @@ class ContrastAbliteration(Modifier[Parameters]):
             self.directions = Directions.load(self.settings.directions)
             self.directions.require_model(model, self.settings.directions)
         else:
-            pools = load_pools(self.settings, prompt_loader(ctx))
+            pools = load_pools(
+                self.settings, f"[modifier.{TABLE}] " if HAS_PLUGIN_SURFACE else "--contrast."
+            )
             with progress_bar() as progress:
                 self.directions = extract(
                     model,

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from .builtin import harmful_pool, harmless_pool, is_builtin, refuser_pool
 from .evaluation.coherence import is_coherent
 from .evaluation.responses import Tier, classify_response
-from .hosts.surface import Context, Score, Scorer, heretic_prompts, log, prompt_loader
+from .hosts.surface import Context, Score, Scorer, heretic_prompts, log
 from .hosts.tables import check_tables, show_errors_as_sentences, validated
 from .prompts import Prompt, load_pool
-from .settings import PromptSource
+from .settings import PromptSources
 
 DEFAULT_POOL = "unset for Heretic's default, or for the built-in refuser its own"
 
@@ -32,7 +32,7 @@ class RefusalTiersSettings(BaseModel):
         description="Name of the score.",
     )
 
-    prompts: PromptSource | None = Field(
+    prompts: PromptSources | None = Field(
         default=None,
         description=f"Dataset of harmful prompts to judge responses to ({DEFAULT_POOL}).",
     )
@@ -67,7 +67,7 @@ class FalseRefusalsSettings(BaseModel):
         description="Name of the score.",
     )
 
-    prompts: PromptSource | None = Field(
+    prompts: PromptSources | None = Field(
         default=None,
         description=f"Dataset of harmless prompts whose refusals are counted ({DEFAULT_POOL}).",
     )
@@ -106,7 +106,7 @@ class ContrastScorer(Scorer):
         show_errors_as_sentences()
         check_tables(self.heretic_settings, "scorer", type(self).__name__, self.settings_class)
 
-    def load(self, ctx: Context, source: PromptSource | None, pool: str) -> list[Prompt]:
+    def load(self, ctx: Context, source: PromptSources | None, pool: str) -> list[Prompt]:
         """
         Loads evaluation prompts.
 
@@ -118,7 +118,9 @@ class ContrastScorer(Scorer):
                 source = refuser_pool(pool, "test")
             else:
                 source = (harmful_pool if pool == "harmful" else harmless_pool)("test[:100]")
-        prompts = load_pool(source, prompt_loader(ctx), f"{pool} evaluation")
+        name = "prompts" if hasattr(self.settings, "prompts") else f"{pool}_prompts"
+        where = f"[scorer.{type(self).__name__}] {name}."
+        prompts = load_pool(source, f"{pool} evaluation", where)
         log(f"* [bold]{len(prompts)}[/] {pool} evaluation prompts loaded")
         return prompts
 

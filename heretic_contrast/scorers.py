@@ -32,13 +32,12 @@ from .hosts.surface import (
     language_model,
     log,
     progress_bar,
-    prompt_loader,
     require_model_access,
     scorer_entries,
 )
 from .prompts import Prompt, prompts_digest
 from .response_scorers import DEFAULT_POOL, ContrastScorer
-from .settings import ContrastSettings, PromptSource
+from .settings import ContrastSettings, PromptSources
 
 
 class TeacherForcedDivergenceSettings(BaseModel):
@@ -51,7 +50,7 @@ class TeacherForcedDivergenceSettings(BaseModel):
         description="Name of the score.",
     )
 
-    prompts: PromptSource | None = Field(
+    prompts: PromptSources | None = Field(
         default=None,
         description=f"Dataset of harmless prompts to measure the divergence on ({DEFAULT_POOL}).",
     )
@@ -87,12 +86,12 @@ class FixedWeightSweepSettings(BaseModel):
         description="Directory to write the report to.",
     )
 
-    harmful_prompts: PromptSource | None = Field(
+    harmful_prompts: PromptSources | None = Field(
         default=None,
         description=f"Dataset of harmful prompts to judge responses to ({DEFAULT_POOL}).",
     )
 
-    harmless_prompts: PromptSource | None = Field(
+    harmless_prompts: PromptSources | None = Field(
         default=None,
         description=f"Dataset of harmless prompts to take canaries and reference prompts from ({DEFAULT_POOL}).",
     )
@@ -230,7 +229,7 @@ class FixedWeightSweep(ContrastScorer):
             if configuration.directions is not None:
                 directions[name] = Directions.load(configuration.directions)
                 continue
-            pools = load_pools(configuration, prompt_loader(ctx))
+            pools = load_pools(configuration, "[scorer.FixedWeightSweep] contrast.")
             used.update({p.text: p for p in (*pools.harmful, *pools.bulk, *pools.matched)})
             with progress_bar() as progress:
                 directions[name] = extract(model, pools, configuration, log, progress)

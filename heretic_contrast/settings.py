@@ -8,15 +8,18 @@ This module imports neither PyTorch nor Heretic, so that `--help` stays fast.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializeAsAny,
+    TypeAdapter,
     ValidationError,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -131,6 +134,15 @@ def check_dataset_name(name: str) -> None:
         )
 
 
+def complaint(details: Mapping[str, Any]) -> str:
+    """Returns what a validation error complains about, in the user's words: pydantic's name classes of Python."""
+
+    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "a table of settings is needed"
+    message = str(details["msg"])
+    return message[:1].lower() + message[1:]
+
+
 def check_text(settings: Mapping[str, Any]) -> None:
     """
     Raises `ContrastError` when a text in raw settings, however deep, holds a null character.
@@ -149,16 +161,28 @@ def check_text(settings: Mapping[str, Any]) -> None:
             waiting += [(name, inner) for inner in value]
 
 
+PROMPT_COLUMNS = ("text", "prompt", "instruction", "question", "goal", "messages")
+"""Where prompts are looked for when no column is named, in this order."""
+
+CATEGORY_COLUMN = "category"
+"""Where categories are looked for when no column is named."""
+
+DATASET_DESCRIPTION = (
+    "Hugging Face dataset ID, or path to a dataset on disk, a folder of data files, "
+    "or a file of text (one prompt per line), JSON Lines, JSON, CSV, Parquet or Arrow."
+)
+
+
 class PromptSource(BaseModel):
     """Where a pool of prompts comes from: Heretic's dataset specification, with a category column."""
 
     model_config = ConfigDict(extra="forbid")
 
-    dataset: str = Field(
-        description=(
-            "Hugging Face dataset ID, or path to a dataset on disk, a JSON Lines file, "
-            "or a plain text file with one prompt per line."
-        )
+    dataset: str = Field(description=DATASET_DESCRIPTION)
+
+    config: str | None = Field(
+        default=None,
+        description="Configuration of the dataset, where it has several.",
     )
 
     commit: str | None = Field(
@@ -168,17 +192,20 @@ class PromptSource(BaseModel):
 
     split: str | None = Field(
         default=None,
-        description="Portion of the dataset to use. Required for datasets, optional for files.",
+        description="Portion of the dataset to use, such as train[:400]. Required for Hugging Face datasets.",
     )
 
     column: str | None = Field(
         default=None,
-        description="Column that contains the prompts. Required for datasets; JSON Lines files default to text.",
+        description=(
+            "Column that contains the prompts. Required for Hugging Face datasets; otherwise the first of "
+            f"{', '.join(PROMPT_COLUMNS)}."
+        ),
     )
 
     category_column: str | None = Field(
         default=None,
-        description="Column that contains the harm category of each prompt; JSON Lines files default to category.",
+        description=f"Column that contains the harm category of each prompt; {CATEGORY_COLUMN} where there is one.",
     )
 
     prefix: str = Field(
@@ -203,6 +230,21 @@ class PromptSource(BaseModel):
 
         check_dataset_name(value)
         return value
+
+
+_SOURCES = TypeAdapter(Annotated[list[PromptSource], Field(min_length=1)])
+
+
+def _validate_sources(value: Any, validate: Callable[[Any], Any]) -> Any:
+    return _SOURCES.validate_python(value) if isinstance(value, list) else validate(value)
+
+
+if TYPE_CHECKING:
+    PromptSources = PromptSource | list[PromptSource]
+    """Where a pool comes from: one source, or several, one after the other."""
+else:
+    # As a union, the command line would have no flag for each field of a source, and messages would name its members.
+    PromptSources = Annotated[PromptSource, WrapValidator(_validate_sources), SerializeAsAny()]
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -497,17 +539,17 @@ class ContrastSettings(BaseModel):
         description="Number of prompts to process in parallel when residuals are collected.",
     )
 
-    good_prompts: PromptSource | None = Field(
+    good_prompts: PromptSources | None = Field(
         default=None,
         description="Dataset of general harmless prompts, or unset to use Heretic's good prompts.",
     )
 
-    bad_prompts: PromptSource | None = Field(
+    bad_prompts: PromptSources | None = Field(
         default=None,
         description="Dataset of harmful prompts, or unset to use Heretic's bad prompts.",
     )
 
-    matched_prompts: PromptSource | None = Field(
+    matched_prompts: PromptSources | None = Field(
         default=None,
         description=(
             "Dataset of harmless prompts on the subjects of the harm categories, "

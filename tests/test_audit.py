@@ -12,7 +12,7 @@ from rich.console import Console
 from heretic_contrast.audit import audit_pool, clean_pool, render, run_audit
 from heretic_contrast.categories import CATEGORIES, classify
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.prompts import Prompt, read_json_lines
+from heretic_contrast.prompts import Prompt, load_pool
 from heretic_contrast.settings import PromptSource
 
 POOL = [
@@ -64,7 +64,7 @@ def test_files_hold_the_audit_and_a_pool_that_loads(tmp_path: Path) -> None:
     assert stored == audit.to_dict()
     assert stored["categories"]["hacking"]["n_matches"] == 2
     assert sum(entry["n_matches"] for entry in stored["categories"].values()) == 5
-    assert read_json_lines(cleaned, PromptSource(dataset=str(cleaned))) == [POOL[0], POOL[3]]
+    assert load_pool(PromptSource(dataset=str(cleaned)), "cleaned") == [POOL[0], POOL[3]]
 
 
 def test_same_pool_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -138,13 +138,14 @@ def test_pairs_of_the_user(tmp_path: Path) -> None:
     for content, message in (
         ("", "no prompt pairs"),
         ('{"refused": "a"}\n', "Line 1"),
-        ("[]\n", "Line 1"),
+        ("[]\n", "no prompt pairs"),
+        ("[3]\n", "Item 1"),
         ('{"refused": "a", "answered": 3}\n', "not text"),
     ):
         path.write_text(content)
         with pytest.raises(ContrastError, match=message):
             load_pairs(path)
-    with pytest.raises(ContrastError, match="could not be read"):
+    with pytest.raises(ContrastError, match="cannot be read"):
         load_pairs(tmp_path / "missing.jsonl")
 
 

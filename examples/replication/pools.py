@@ -2,7 +2,6 @@
 
 """Which prompts directions are fitted to, which are judged, and the subsets that a seed draws."""
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from heretic_contrast.builtin import matched_pool, refuser_pool
 from heretic_contrast.categories import assign
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import Pair, load_pairs
-from heretic_contrast.prompts import Prompt, read_json_lines
+from heretic_contrast.prompts import Prompt, is_text, load_pool
+from heretic_contrast.prompts.reading import read_file
 
 MATCHED = "matched"
 """The matched pool of the model, or the one shipped with the package."""
@@ -48,8 +48,7 @@ def builtin_pools() -> StudyPools:
     """Returns the pools of the built-in refuser."""
 
     def read(pool: str, split: str) -> tuple[Prompt, ...]:
-        source = refuser_pool(pool, split)
-        return tuple(read_json_lines(Path(source.dataset), source))
+        return tuple(load_pool(refuser_pool(pool, split), pool))
 
     return StudyPools(
         harmful=read("harmful", "train"),
@@ -72,25 +71,15 @@ def file_pools(path: Path) -> StudyPools:
     """
 
     rows: dict[tuple[str, str, bool], list[Prompt]] = defaultdict(list)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ContrastError(
-            f"The prompts could not be read from {path}: give a JSON Lines file."
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, label, split, source = (row[key] for key in ("text", "label", "split", "source"))
-        except (ValueError, KeyError, TypeError) as error:
+    columns = ("text", "label", "split", "source")
+    for row in read_file(path, columns).rows:
+        text, label, split, source = cells = [row.cells.get(column) for column in columns]
+        if not all(map(is_text, cells)):
             raise ContrastError(
-                f"Line {number} of {path} is not an object with text, label, split and source: correct the line."
-            ) from error
+                f"{row.place} is not a row with text, label, split and source: correct it."
+            )
         rows[label, split, "XSTest" in source].append(Prompt(text, category=assign(text)))
-    source = matched_pool()
-    matched = {MATCHED: tuple(read_json_lines(Path(source.dataset), source))}
+    matched = {MATCHED: tuple(load_pool(matched_pool(), MATCHED))}
     sensitive = tuple(rows["harmless", "train", True])
     if sensitive:
         matched[SENSITIVE] = sensitive

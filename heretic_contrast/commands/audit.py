@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -17,27 +17,14 @@ from pydantic_settings import (
 from ..cli import PROGRAM
 from ..files import require_writable_directory, require_writable_file
 from ..hosts.settings import parse_settings
-from ..settings import PromptSource, check_dataset_name
+from ..settings import PromptSource
 
 
-class AuditSettings(BaseSettings):
-    """Settings of `audit`."""
+class AuditSettings(PromptSource, BaseSettings):
+    """Settings of `audit`: the source of the prompts, and where the results go."""
 
     # Errors of the command line become one sentence instead of pages of usage.
     model_config = SettingsConfigDict(cli_exit_on_error=False)
-
-    dataset: str = Field(
-        description=(
-            "Hugging Face dataset ID, or path to a dataset on disk, a JSON Lines file, "
-            "or a plain text file with one prompt per line."
-        )
-    )
-
-    split: str | None = Field(default=None, description="Portion of the dataset to use.")
-
-    column: str | None = Field(default=None, description="Column that contains the prompts.")
-
-    commit: str | None = Field(default=None, description="Hugging Face commit hash of the dataset.")
 
     output: str = Field(description="Directory to write audit.json to.")
 
@@ -45,14 +32,6 @@ class AuditSettings(BaseSettings):
         default=None,
         description="File to write the prompts that match no category to, as JSON Lines.",
     )
-
-    @field_validator("dataset")
-    @classmethod
-    def check_dataset(cls, value: str) -> str:
-        """Refuses the names of file formats."""
-
-        check_dataset_name(value)
-        return value
 
     @classmethod
     def settings_customise_sources(
@@ -82,26 +61,11 @@ def main(arguments: Sequence[str]) -> None:
     if settings.cleaned is not None:
         require_writable_file(Path(settings.cleaned))
 
-    from heretic.utils import load_prompts
-
     from ..audit import render, run_audit
-    from ..hosts.surface import dataset_specification, log
-    from ..prompts import Prompt, load_pool
+    from ..hosts.surface import log
+    from ..prompts import load_pool
 
-    source = PromptSource(
-        dataset=settings.dataset,
-        split=settings.split,
-        column=settings.column,
-        commit=settings.commit,
-        # Heretic falls back to the system prompt of a model; an audit has no model.
-        system_prompt="",
-    )
-
-    def load(source: PromptSource) -> list[Prompt]:
-        prompts = load_prompts(settings, dataset_specification(source))
-        return [Prompt(text=prompt.user) for prompt in prompts]
-
-    prompts = load_pool(source, load, "audited")
+    prompts = load_pool(settings, "audited", "--")
     cleaned = None if settings.cleaned is None else Path(settings.cleaned)
     result = run_audit(prompts, Path(settings.output), cleaned)
     log(render(result))

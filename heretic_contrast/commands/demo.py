@@ -18,7 +18,7 @@ from ..errors import ContrastError
 from ..files import require_writable_directory, write_text_atomically
 from ..hosts.installed import installed_surface, require_heretic
 from ..hosts.settings import HostSettings, load_settings
-from ..prompts import Prompt, read_json_lines
+from ..prompts import Prompt, load_pool
 
 MAX_RESPONSE_LENGTH = 24
 """Tokens that show whether a response of the built-in model refuses."""
@@ -138,7 +138,7 @@ def judge(
     from ..hosts.surface import wrap
 
     pools = {
-        name: read_json_lines(Path(refuser_pool(name, "test").dataset), refuser_pool(name, "test"))
+        name: load_pool(refuser_pool(name, "test"), name)
         for name in ("harmful", "matched", "harmless")
     }
     refusals: dict[str, dict[str, int]] = {}

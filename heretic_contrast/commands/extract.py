@@ -36,7 +36,7 @@ class ExtractSettings(HostSettings):
     pairs: str | None = Field(
         default=None,
         description=(
-            "JSON Lines file of prompt pairs for the capture analysis, each an object with refused and answered; "
+            "File of prompt pairs for the capture analysis, with columns refused and answered (JSON Lines, CSV, Parquet); "
             "unset for the shipped ones."
         ),
         exclude=True,
@@ -74,11 +74,10 @@ def main(arguments: Sequence[str]) -> None:
     from ..evaluation.capture import load_pairs
     from ..extraction import extract, load_pools
     from ..hosts.loading import load_language_model, with_response_prefix
-    from ..hosts.surface import log, progress_bar, settings_prompt_loader
+    from ..hosts.surface import log, progress_bar
 
-    load = settings_prompt_loader(settings)
     # Whatever can be wrong with prompts is found before a model is loaded.
-    all_pools = {name: load_pools(contrast, load) for name, contrast in configurations.items()}
+    all_pools = {name: load_pools(contrast) for name, contrast in configurations.items()}
     pairs = load_pairs(
         None if settings.pairs is None else Path(settings.pairs), model_name(settings.model)
     )
@@ -107,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
             model,
             results,
             configurations,
-            load,
+            next(iter(all_pools.values())),
             Path(settings.report),
             log,
             pairs,

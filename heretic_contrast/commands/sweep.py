@@ -15,8 +15,8 @@ from ..cli import PROGRAM
 from ..errors import ContrastError
 from ..files import require_writable_directory, require_writable_file
 from ..hosts.installed import require_heretic
-from ..hosts.settings import HostSettings, load_settings
-from ..settings import PromptSource
+from ..hosts.settings import HostSettings, load_settings, prompt_sources
+from ..settings import PromptSources
 
 JOURNAL = "sweep.journal"
 
@@ -132,7 +132,7 @@ class SweepSettings(HostSettings):
     pairs: str | None = Field(
         default=None,
         description=(
-            "JSON Lines file of prompt pairs for the capture analysis, each an object with refused and answered; "
+            "File of prompt pairs for the capture analysis, with columns refused and answered (JSON Lines, CSV, Parquet); "
             "unset for the shipped ones."
         ),
         exclude=True,
@@ -180,15 +180,12 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
     return tuple(sorted(layers))
 
 
-def pool_source(settings: Any, name: str, pool: str) -> PromptSource:
+def pool_source(settings: Any, name: str, pool: str) -> PromptSources:
     """Returns where evaluation prompts come from: the built-in refuser's pools know their categories."""
 
     if is_builtin(settings.model) and name not in settings.model_fields_set:
         return refuser_pool(pool, "test")
-    specification = getattr(settings, name)
-    return PromptSource(
-        **specification.model_dump(exclude={"residual_plot_label", "residual_plot_color"})
-    )
+    return prompt_sources(getattr(settings, name))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -224,13 +221,12 @@ def main(arguments: Sequence[str]) -> None:
     )
     from ..extraction import assign_categories, extract, load_pools
     from ..hosts.loading import load_language_model, with_response_prefix
-    from ..hosts.surface import log, progress_bar, prompt_loader
+    from ..hosts.surface import log, progress_bar
     from ..prompts import Prompt, load_pool, prompts_digest
     from ..report import write_sweep_report
     from ..settings import Control
 
-    model, context = load_language_model(settings, settings.contrast.batch_size)
-    load = prompt_loader(context)
+    model, _ = load_language_model(settings, settings.contrast.batch_size)
     pairs = load_pairs(None if settings.pairs is None else Path(settings.pairs), model.name)
     configurations = settings.contrast.configurations()
     if settings.random_control and all(
@@ -248,7 +244,7 @@ def main(arguments: Sequence[str]) -> None:
         if contrast.directions is not None:
             directions[name] = Directions.load(contrast.directions)
             continue
-        pools = load_pools(contrast, load)
+        pools = load_pools(contrast)
         model = with_response_prefix(model, settings, pools.bulk, pools.harmful)
         for prompt in (*pools.harmful, *pools.bulk, *pools.matched):
             extraction[prompt.text] = prompt
@@ -258,10 +254,14 @@ def main(arguments: Sequence[str]) -> None:
             )
 
     harmful_pool = load_pool(
-        pool_source(settings, "bad_evaluation_prompts", "harmful"), load, "harmful evaluation"
+        pool_source(settings, "bad_evaluation_prompts", "harmful"),
+        "harmful evaluation",
+        "--bad-evaluation-prompts.",
     )
     harmless_pool = load_pool(
-        pool_source(settings, "good_evaluation_prompts", "harmless"), load, "harmless evaluation"
+        pool_source(settings, "good_evaluation_prompts", "harmless"),
+        "harmless evaluation",
+        "--good-evaluation-prompts.",
     )
     used = list(extraction.values())
     harmful_pool, n_harmful_dropped = without_extraction_prompts(harmful_pool, used)

@@ -8,7 +8,6 @@ The paper's wording fits two figures, and both are given: `subspace` is ‖P δ�
 of the directions, `max_cosine` is max_k |cos(δ, v_k)|.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,8 @@ from ..builtin import DATA, REFUSER, refuser_pool
 from ..directions import Directions
 from ..errors import ContrastError
 from ..language_model import LanguageModel
-from ..prompts import Prompt, is_text, read_json_lines
+from ..prompts import Prompt, is_text, load_pool
+from ..prompts.reading import read_file
 from ..vectors import unit_vectors
 from .responses import Tier, classify_response
 
@@ -96,40 +96,27 @@ class CaptureResult:
 
 def load_pairs(path: Path | None = None, model: str | None = None) -> list[Pair]:
     """
-    Returns pairs from a JSON Lines file of objects with "refused", "answered", and perhaps "category".
+    Returns pairs from a file with the columns "refused", "answered", and perhaps "category", in any format with columns.
 
     Without a file: pairs of held-out prompts for the built-in refuser, which knows its own subjects alone, and the
     shipped pairs for any other model.
 
-    Raises `ContrastError` when the file cannot be read, is empty, or a line is not such an object.
+    Raises `ContrastError` when the file cannot be read, is empty, or a row lacks a text.
     """
 
     if path is None:
         if model == REFUSER:
             return _refuser_pairs()
         path = DATA / "pairs.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ContrastError(
-            f"The prompt pairs could not be read from {path}: give a JSON Lines file."
-        ) from error
     pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            pair = Pair(row["refused"], row["answered"], row.get("category"))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    columns = ("refused", "answered", "category")
+    for row in read_file(path, columns).rows:
+        cells: list[Any] = [row.cells.get(column) or "" for column in columns]
+        if not (all(map(is_text, cells)) and cells[0] and cells[1]):
             raise ContrastError(
-                f'Line {number} of {path} is not a JSON object with "refused" and "answered": correct the line.'
-            ) from error
-        if not all(map(is_text, (pair.refused, pair.answered, pair.category or ""))):
-            raise ContrastError(
-                f'Line {number} of {path} has a "refused", an "answered" or a "category" that is not text: correct the line.'
+                f'{row.place} lacks "refused" or "answered", or one of them or its "category" is not text: correct it.'
             )
-        pairs.append(pair)
+        pairs.append(Pair(cells[0], cells[1], cells[2] or None))
     if not pairs:
         raise ContrastError(f"There are no prompt pairs in {path}: give a file with pairs.")
     return pairs
@@ -139,8 +126,7 @@ def _refuser_pairs() -> list[Pair]:
     """Returns the first held-out prompts of each category, harmful and matched ones in the same wording."""
 
     harmful, matched = (
-        read_json_lines(Path(source.dataset), source)
-        for source in (refuser_pool("harmful", "test"), refuser_pool("matched", "test"))
+        load_pool(refuser_pool(name, "test"), name) for name in ("harmful", "matched")
     )
     counts: dict[str | None, int] = {}
     pairs = []

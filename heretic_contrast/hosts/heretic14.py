@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import heretic.evaluator
 import heretic.main
 import heretic.utils
 import rich.traceback
@@ -34,19 +35,20 @@ from ..extraction import load_pools
 from ..files import require_writable_directory, require_writable_file
 from ..journal import CheckedJournal
 from ..modifier import ContrastAbliteration
-from ..prompts import Prompt
+from ..prompts import Prompt, load_pool
 from ..search import Parameters
 from .checkpoint import repair_checkpoints
 from .lora_targets import adapters_on_named_modules
 from .sampler import make_sampler
-from .settings import HostSettings
-from .surface import log, settings_prompt_loader
+from .settings import HostSettings, prompt_sources
+from .surface import heretic_prompts, log
 
 SEAMS = (
     "Settings",
     "Model",
     "Evaluator",
     "TPESampler",
+    "load_prompts",
     "get_trial_parameters",
     "get_readme_intro",
     "prompt_select",
@@ -56,6 +58,22 @@ SEAMS = (
     "JournalFileBackend",
 )
 """The names in `heretic.main` that are substituted."""
+
+OTHER_SEAMS = (
+    # Heretic's evaluator loads its own prompts.
+    (heretic.evaluator, "load_prompts"),
+    # The model card of Heretic calls this one in its own module.
+    (heretic.utils, "get_trial_parameters"),
+)
+"""Where else these names are substituted."""
+
+POOLS = {
+    "good_prompts": "harmless",
+    "bad_prompts": "harmful",
+    "good_evaluation_prompts": "harmless evaluation",
+    "bad_evaluation_prompts": "harmful evaluation",
+}
+"""Heretic's own pools: the names of their settings, and what messages call them."""
 
 TRIAL_KEY = "contrast"
 """The trial's user attribute that holds the plugin's parameters."""
@@ -121,11 +139,6 @@ class HostContext:
 
         return self._model
 
-    def load_prompts(self, specification: Any) -> list[Any]:
-        """Loads prompts as Heretic does."""
-
-        return heretic.utils.load_prompts(self._settings, specification)
-
     def get_responses(self, prompts: list[Any]) -> list[str]:
         """Returns the model's responses."""
 
@@ -146,6 +159,20 @@ class Host:
         self.failure: Exception | None = None
         self.model_was_saved = False
         self.was_interrupted = False
+        self.pools: dict[str, list[Prompt]] = {}
+
+    def load_prompts(self, settings: HostSettings, specification: Any) -> list[Any]:
+        """
+        Returns the prompts of one of Heretic's own pools, in any format; each is read once.
+
+        Raises `ContrastError` when it cannot be read.
+        """
+
+        key = specification.model_dump_json()
+        if key not in self.pools:
+            name = next(name for name in POOLS if getattr(settings, name) == specification)
+            self.pools[key] = load_pool(prompt_sources(specification), POOLS[name], f"--{name}.")
+        return heretic_prompts(self.pools[key], settings)
 
     def start(self, model: HostModel) -> None:
         """Runs the modifier's `init` at the point where Heretic computes its own directions."""
@@ -373,6 +400,7 @@ class Host:
             "Model": self.model_class(),
             "Evaluator": self.evaluator_class(),
             "TPESampler": self.make_sampler,
+            "load_prompts": self.load_prompts,
             "get_trial_parameters": self.get_trial_parameters,
             "get_readme_intro": self.get_readme_intro,
             "prompt_select": self.prompt_select,
@@ -408,18 +436,15 @@ def substituted(substitutes: dict[str, Any]) -> Iterator[None]:
             f"The installed Heretic has no {missing[0]} in heretic.main, so the plugin cannot be hosted in it: "
             "install heretic-llm 1.4, or use Heretic 2.0's --modifiers."
         )
-    originals = {name: getattr(heretic.main, name) for name in substitutes}
-    # The model card of Heretic calls this one in its own module.
-    parameters = heretic.utils.get_trial_parameters
+    places = [*((heretic.main, name) for name in substitutes), *OTHER_SEAMS]
+    originals = [(module, name, getattr(module, name)) for module, name in places]
     try:
-        for name, value in substitutes.items():
-            setattr(heretic.main, name, value)
-        heretic.utils.get_trial_parameters = substitutes["get_trial_parameters"]
+        for module, name in places:
+            setattr(module, name, substitutes[name])
         yield
     finally:
-        for name, value in originals.items():
-            setattr(heretic.main, name, value)
-        heretic.utils.get_trial_parameters = parameters
+        for module, name, value in originals:
+            setattr(module, name, value)
 
 
 @contextmanager
@@ -475,7 +500,7 @@ def check_directions_source(settings: HostSettings) -> None:
     """
 
     if settings.contrast.directions is None:
-        load_pools(settings.contrast, settings_prompt_loader(settings))
+        load_pools(settings.contrast)
     else:
         Directions.load(settings.contrast.directions)
 
@@ -501,11 +526,14 @@ def run(settings: HostSettings) -> None:
         require_writable_file(Path(settings.contrast.save_directions))
     if settings.evaluate_model is None:
         check_directions_source(settings)
+    host = Host(settings)
+    for name in POOLS:
+        # Heretic loads its model first, and then finds out that a pool cannot be read.
+        host.load_prompts(settings, getattr(settings, name))
     if settings.checkpoint_action != "restart":
         repair_checkpoints(Path(settings.study_checkpoint_dir))
     else:
         shutil.rmtree(settings.study_checkpoint_dir, ignore_errors=True)
-    host = Host(settings)
     # Heretic's main() would show an interruption as an ordinary end.
     rich.traceback.install()
     with substituted(host.substitutes()), noticing_interruption(host):

@@ -41,11 +41,6 @@ class LoadedContext:
 
         return self._model
 
-    def load_prompts(self, specification: Any) -> list[Any]:
-        """Loads prompts as Heretic does."""
-
-        return heretic.utils.load_prompts(self._settings, specification)
-
     def get_responses(self, prompts: list[Any]) -> list[str]:
         """Returns the model's responses."""
 

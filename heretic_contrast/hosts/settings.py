@@ -32,11 +32,27 @@ from ..builtin import (
     with_refuser_pools,
 )
 from ..errors import ContrastError
-from ..settings import ContrastSettings, PromptSource, check_dataset_name, check_text
+from ..settings import (
+    ContrastSettings,
+    PromptSource,
+    PromptSources,
+    check_dataset_name,
+    check_text,
+    complaint,
+)
 
 PROGRAM = "heretic-contrast"
 PLUGIN = "heretic_contrast.ContrastAbliteration"
 TABLE = "ContrastAbliteration"
+
+
+def prompt_sources(specification: Any) -> PromptSources:
+    """Returns the source of prompts that a dataset specification of Heretic names, or several for a list."""
+
+    items = specification if isinstance(specification, list) else [specification]
+    known = set(PromptSource.model_fields)
+    sources = [PromptSource(**item.model_dump(include=known)) for item in items]
+    return sources if isinstance(specification, list) else sources[0]
 
 
 def contrast_table(config: dict[str, Any]) -> dict[str, Any]:
@@ -198,11 +214,7 @@ class HostSettings(Settings):
             # Heretic 2.0 has moved these pools to the modifiers' own settings.
             specification = getattr(self, name, None)
             if getattr(self.contrast, name) is None and specification is not None:
-                updates[name] = PromptSource(
-                    **specification.model_dump(
-                        exclude={"residual_plot_label", "residual_plot_color"}
-                    )
-                )
+                updates[name] = prompt_sources(specification)
         # Heretic's own flags mean the plugin's settings of the same name.
         for name in (
             "row_normalization",
@@ -305,8 +317,7 @@ def validation_sentence(error: ValidationError) -> str:
         return str(cause)
     if details["type"] == "missing":
         return f"The setting --{where} is required: give it on the command line or in config.toml."
-    message = details["msg"][:1].lower() + details["msg"][1:]
-    return f"{subject} not work ({message}): correct it, or see heretic-contrast --help."
+    return f"{subject} not work ({complaint(details)}): correct it, or see heretic-contrast --help."
 
 
 SettingsType = TypeVar("SettingsType", bound=BaseSettings)

@@ -22,8 +22,7 @@ from ..builtin import model_name
 from ..errors import ContrastError
 from ..language_model import LanguageModel
 from ..language_model import Progress as ProgressCallback
-from ..prompts import Prompt, PromptLoader
-from ..settings import PromptSource
+from ..prompts import Prompt
 
 try:
     # Present in Heretic 2.0 alone.
@@ -47,15 +46,12 @@ __all__ = [
     "Modifier",
     "Score",
     "Scorer",
-    "dataset_specification",
     "heretic_prompts",
     "language_model",
     "log",
     "progress_bar",
-    "prompt_loader",
     "require_model_access",
     "scorer_entries",
-    "settings_prompt_loader",
     "wrap",
 ]
 
@@ -64,8 +60,6 @@ class Context(Protocol):
     """What a plugin gets from Heretic 2.0, or from the host for Heretic 1.4."""
 
     def get_model(self) -> Any: ...
-
-    def load_prompts(self, specification: Any) -> list[Any]: ...
 
     def get_responses(self, prompts: list[Any]) -> list[str]: ...
 
@@ -189,17 +183,6 @@ def wrap(
     )
 
 
-def dataset_specification(source: PromptSource) -> Any:
-    """Returns Heretic's own specification of a dataset."""
-
-    specification = getattr(heretic.config, "SingleDatasetSpecification", None)
-    if specification is None:
-        specification = heretic.config.DatasetSpecification
-    return specification(
-        **source.model_dump(exclude={"category_column"}, exclude_none=True),
-    )
-
-
 def heretic_prompts(prompts: Sequence[Prompt], heretic_settings: Any) -> list[Any]:
     """Returns Heretic's own prompt objects, which its plugin context takes."""
 
@@ -210,26 +193,6 @@ def heretic_prompts(prompts: Sequence[Prompt], heretic_settings: Any) -> list[An
         )
         for prompt in prompts
     ]
-
-
-def prompt_loader(ctx: Context) -> PromptLoader:
-    """Returns a function that loads prompts through Heretic."""
-
-    def load(source: PromptSource) -> list[Prompt]:
-        prompts = ctx.load_prompts(dataset_specification(source))
-        return [Prompt(text=prompt.user, system=prompt.system) for prompt in prompts]
-
-    return load
-
-
-def settings_prompt_loader(heretic_settings: Any) -> PromptLoader:
-    """Returns a function that loads prompts as `prompt_loader` does, before a model is loaded."""
-
-    def load(source: PromptSource) -> list[Prompt]:
-        prompts = heretic.utils.load_prompts(heretic_settings, dataset_specification(source))
-        return [Prompt(text=prompt.user, system=prompt.system) for prompt in prompts]
-
-    return load
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 
 from ..errors import ContrastError, one_line
+from ..settings import complaint
 from .surface import log
 
 SettingsType = TypeVar("SettingsType", bound=BaseModel)
@@ -82,9 +83,8 @@ def validation_error(error: ValidationError, where: str) -> ContrastError:
     if isinstance(cause, ContrastError):
         return cause
     name = ".".join(str(part) for part in details["loc"])
-    message = details["msg"][:1].lower() + details["msg"][1:]
     subject = f'The setting "{name}" in {where} does' if name else f"The settings in {where} do"
-    return ContrastError(f"{subject} not work ({message}): correct it.")
+    return ContrastError(f"{subject} not work ({complaint(details)}): correct it.")
 
 
 def show_errors_as_sentences() -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from ..builtin import harmful_pool, harmless_pool
 from ..directions import Directions
 from ..evaluation.capture import CaptureResult, Pair, capture_pairs, load_pairs
 from ..evaluation.geometry import Geometry, measure_activities, measure_geometry
+from ..extraction import Pools
 from ..language_model import LanguageModel
-from ..prompts import PromptLoader, load_pool
 from ..settings import ContrastSettings
 from . import plots
 from .content import Column, Figure, Report, Section, Table, number, text_column
@@ -43,7 +42,7 @@ def write_extraction_report(
     model: LanguageModel,
     results: Mapping[str, Directions],
     configurations: Mapping[str, ContrastSettings],
-    load: PromptLoader,
+    pools: Pools,
     directory: Path,
     log: Callable[..., None],
     pairs: Sequence[Pair] | None = None,
@@ -52,7 +51,8 @@ def write_extraction_report(
     Measures capture, geometry and activations, writes them as JSON, CSV, plots and `report.html`, and prints the
     main tables.
 
-    `pairs`: None for the shipped ones. Raises `ContrastError` when a pool cannot be read, or a file cannot be written.
+    `pools`: what activations are observed on, the first prompts of each. `pairs`: None for the shipped ones. Raises
+    `ContrastError` when a file cannot be written.
     """
 
     log()
@@ -60,14 +60,11 @@ def write_extraction_report(
     if pairs is None:
         pairs = load_pairs(model=model.name)
     capture = capture_pairs(model, results, pairs, MAX_RESPONSE_LENGTH)
-    contrast = next(iter(configurations.values()))
-    harmful = load_pool(contrast.bad_prompts or harmful_pool("train[:400]"), load, "harmful")
-    bulk = load_pool(contrast.good_prompts or harmless_pool("train[:400]"), load, "harmless")
     activities = measure_activities(
         model,
         results,
-        harmful[:N_PROMPTS],
-        bulk[:N_PROMPTS],
+        pools.harmful[:N_PROMPTS],
+        pools.bulk[:N_PROMPTS],
         WEIGHTS,
         {name: settings.composition for name, settings in configurations.items()},
         MAX_RESPONSE_LENGTH,

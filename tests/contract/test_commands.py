@@ -16,7 +16,7 @@ from heretic_contrast.directions import Directions
 from heretic_contrast.hosts.loading import with_response_prefix
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
 from heretic_contrast.language_model import LanguageModel
-from heretic_contrast.prompts import Prompt, PromptSource, read_json_lines
+from heretic_contrast.prompts import Prompt, PromptSource, load_pool
 from tests.command_server import Server
 from tests.contract.standin import make_settings
 
@@ -61,7 +61,7 @@ def test_extract(
     )
     assert command.code == 0, command.output()
     harmful, harmless = (
-        refuser.residuals(read_json_lines(Path(path), PromptSource(dataset=path))).mean(dim=0)
+        refuser.residuals(load_pool(PromptSource(dataset=path), "harmful")).mean(dim=0)
         for path in pools.values()
     )
     expected = torch.nn.functional.normalize(harmful - harmless, dim=-1)

@@ -81,12 +81,10 @@ def test_divergence_is_that_of_full_distributions(run: Any) -> None:
     run.restore(run.trials[0])
     scorer = run.loaded_scorers[1]
     tokenizer, model = run.model.tokenizer, run.model.model
-    from heretic_contrast.prompts import PromptSource as Source
-    from heretic_contrast.prompts import read_json_lines
+    from heretic_contrast.prompts import load_pool
 
-    source: Source = scorer.settings.prompts
     total, count = 0.0, 0
-    for prompt in read_json_lines(Path(source.dataset), source):
+    for prompt in load_pool(scorer.settings.prompts, "harmless"):
         text = tokenizer.apply_chat_template(
             [
                 {"role": "system", "content": run.settings.system_prompt},

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Prompts, and loading them with their categories."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ContrastError
+from ..settings import CATEGORY_COLUMN, PROMPT_COLUMNS, PromptSource
+from .reading import Rows, Setting, read_rows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    One user message of a pool.
+
+    `category` is the harm category (see `categories.CATEGORIES`) or a class of the user's own; None where a pool has none.
+    `system` replaces the model's default system prompt where it is not None.
+    """
+
+    text: str
+    category: str | None = None
+    system: str | None = None
+
+
+def load_pool(
+    source: PromptSource | Sequence[PromptSource], what: str, where: str = ""
+) -> list[Prompt]:
+    """
+    Reads a pool of prompts, from one source or from several, one after the other; no model is needed.
+
+    `what` is what messages call the pool. `where` is what they put before the name of a setting of the source: a flag such as
+    "--contrast.bad-prompts.", or a key of `config.toml`.
+
+    Raises `ContrastError` when a source cannot be read, or the pool is empty.
+    """
+
+    def setting(name: str) -> str:
+        if not where:
+            return f'the setting "{name}"'
+        return f"{where}{name}".replace("_", "-") if where.startswith("--") else f"{where}{name}"
+
+    prompts: list[Prompt] = []
+    sources = [source] if isinstance(source, PromptSource) else source
+    for part in sources:
+        columns = {part.column} if part.column else set(PROMPT_COLUMNS)
+        try:
+            rows = read_rows(part, {*columns, part.category_column or CATEGORY_COLUMN}, setting)
+        except ContrastError:
+            raise
+        except Exception as error:
+            # Whatever a dataset library raises, the user needs to know which pool it was.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ContrastError(
+                f"The {what} prompts could not be loaded from {part.dataset} ({reason}): "
+                f"check {setting('dataset')}, its split and its column."
+            ) from error
+        prompts += _prompts(rows, part, setting)
+    if not prompts:
+        names = ", ".join(part.dataset for part in sources)
+        raise ContrastError(
+            f"The pool of {what} prompts in {names} is empty: give one with prompts."
+        )
+    return prompts
+
+
+def _prompts(rows: Rows, source: PromptSource, setting: Setting) -> list[Prompt]:
+    """
+    Returns the prompts that rows hold.
+
+    Raises `ContrastError` when there is no column of prompts, or a cell is no prompt or no category.
+    """
+
+    column, category_column = _columns(rows, source, setting)
+    labels = rows.labels.get(category_column, ())
+    prompts = []
+    for row in rows.rows:
+        text, system = row.cells.get(column), None
+        if text is None or (isinstance(text, str) and not text.strip()):
+            raise ContrastError(f'{row.place} has no "{column}": write one, or remove the row.')
+        if isinstance(text, list):
+            text, system = _turns(text)
+        category = _category(row.cells.get(category_column), labels)
+        for name, value in ((column, text), ("system", system or ""), (category_column, category)):
+            if not is_text(value):
+                raise ContrastError(
+                    f'{row.place} has a "{name}" that is not text, or holds half a character: correct it.'
+                )
+        prompts.append(
+            Prompt(
+                text=" ".join(part for part in (source.prefix, text, source.suffix) if part),
+                category=category or None,
+                system=system if source.system_prompt is None else source.system_prompt,
+            )
+        )
+    return prompts
+
+
+def _columns(rows: Rows, source: PromptSource, setting: Setting) -> tuple[str, str]:
+    """Returns the columns of prompts and of categories; the latter may be missing where it was not asked for."""
+
+    names = rows.columns
+    if names is None:
+        # As in Heretic, the column of a text file may be called anything.
+        if source.category_column is not None:
+            raise ContrastError(
+                f"{rows.name} is a text file without columns: leave {setting('category_column')} out, "
+                "or give a file with columns, such as JSON Lines or CSV."
+            )
+        return "text", CATEGORY_COLUMN
+    for key in ("column", "category_column"):
+        name = getattr(source, key)
+        if name is not None and name not in names and rows.rows:
+            raise ContrastError(
+                f'{rows.name} has no column "{name}" ({rows.listed_columns()}): correct {setting(key)}.'
+            )
+    column = source.column or next((name for name in PROMPT_COLUMNS if name in names), None)
+    if column is None and rows.rows:
+        raise ContrastError(
+            f"{rows.name} has none of the columns {', '.join(PROMPT_COLUMNS)} ({rows.listed_columns()}): "
+            f"name the one that holds the prompts with {setting('column')}."
+        )
+    return column or PROMPT_COLUMNS[0], source.category_column or CATEGORY_COLUMN
+
+
+def _turns(messages: Sequence[Any]) -> tuple[Any, Any]:
+    """Returns what the user says first in a conversation, and its system prompt; None for what there is not."""
+
+    turns: dict[str, Any] = {}
+    for message in messages:
+        if isinstance(message, Mapping):
+            turns.setdefault(str(message.get("role")), message.get("content"))
+    return turns.get("user"), turns.get("system")
+
+
+def _category(value: Any, labels: Sequence[str]) -> Any:
+    """Returns a category as text: empty where there is none, and unchanged what cannot be one."""
+
+    if labels and str(value).isdigit() and int(value) < len(labels):
+        return labels[int(value)]
+    if value is None or value != value or (labels and value == -1):
+        # Missing, also as tables write it: not a number, or no label.
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() if isinstance(value, int | str) else value
+
+
+def is_text(value: object) -> bool:
+    """Returns whether a value is text that can be encoded: the escapes of JSON can write half a character alone."""
+
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Returns a digest of a pool: its texts, categories and system prompts, in order."""
+
+    content = json.dumps(
+        [(prompt.text, prompt.category, prompt.system) for prompt in prompts], ensure_ascii=False
+    )
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()

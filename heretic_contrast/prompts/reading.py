@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The one reader of prompt files: whatever the format, rows of a file or dataset.
+
+Text, JSON and CSV are read here, so that a file that is not what it seems is said to be, and "NA" or "007" stay what
+they are. Parquet and Arrow files, saved datasets, folders and the Hub are read by `datasets` and what it reads them
+with. Nothing is unpickled.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import ContrastError
+from ..settings import PromptSource
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset, Features
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+ANY_DELIMITER = ",;\t|"
+CSV_DELIMITERS = {".csv": ANY_DELIMITER, ".tsv": "\t", ".tab": "\t"}
+TEXT_SUFFIXES = (".txt", ".text")
+ARROW_SUFFIXES = (".parquet", ".arrow")
+PICKLE_SUFFIXES = (".pkl", ".pickle")
+FILE_SUFFIXES = {
+    *JSON_SUFFIXES,
+    *CSV_DELIMITERS,
+    *TEXT_SUFFIXES,
+    *ARROW_SUFFIXES,
+    *PICKLE_SUFFIXES,
+}
+
+COMPRESSIONS: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
+    ".gz": (b"\x1f\x8b", gzip.decompress),
+    ".bz2": (b"BZh", bz2.decompress),
+    ".xz": (b"\xfd7zXZ\x00", lzma.decompress),
+}
+"""Endings of compressed files: what the files start with, and what decompresses them."""
+
+BYTE_ORDER_MARKS = {
+    b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+
+JSON_START = re.compile(r'\s*(\[\s*["{\]]|\{\s*["}])')
+HTML_START = re.compile(r"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
+LFS_START = "version https://git-lfs"
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
+LINE_END = re.compile(r"\r\n|\r|\n")
+
+Setting = Callable[[str], str]
+"""Returns what messages call a field of a source, such as "--contrast.bad-prompts.split" for "split"."""
+
+
+class Row(NamedTuple):
+    """A row: where it stands, as messages say it, and its cells by column."""
+
+    place: str
+    cells: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """
+    The rows of a file, or of a split of a dataset.
+
+    `name` is what messages call it. `columns` is None where the rows are nothing but texts, which stand under "text".
+    `labels` has the names of the integer labels of a column, where the file knows them.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    columns: tuple[str, ...] | None
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def listed_columns(self) -> str:
+        """Returns what a message says about the columns."""
+
+        names = [name for name in self.columns or () if name]
+        return f"its columns are {', '.join(names)}" if names else "it has no columns"
+
+
+def read_rows(source: PromptSource, columns: Collection[str], setting: Setting) -> Rows:
+    """
+    Returns the rows that a source names; Parquet and Arrow are read for the given columns alone.
+
+    Raises `ContrastError` when a file is not what it seems, or is asked for what it does not have; what `datasets` raises
+    is not caught.
+    """
+
+    path = Path(source.dataset)
+    if not path.exists():
+        return _read_hub(source, columns, setting)
+    saved = path.is_dir() and any(
+        (path / name).is_file() for name in ("state.json", "dataset_dict.json")
+    )
+    if source.commit is not None:
+        raise ContrastError(
+            f"{setting('commit')} is given, but {path} is not on the Hugging Face Hub: leave it out."
+        )
+    if source.config is not None and (saved or path.is_file()):
+        raise ContrastError(
+            f"{setting('config')} is given, but {path} has no configurations: leave it out."
+        )
+    if path.is_file():
+        rows = read_file(path, columns)
+        # As in Heretic, the lines of a text file are of whatever split is asked for.
+        return _take_split({"train": lambda: rows}, source, setting, _is_text(path, rows))
+    if not saved:
+        return _take_split(_folder(path, source.config, columns), source, setting)
+    from datasets import DatasetDict, load_from_disk
+
+    dataset = load_from_disk(str(path))
+    parts = dataset if isinstance(dataset, DatasetDict) else {dataset.split or "train": dataset}
+    return _take_split(
+        {
+            str(name): partial(_dataset_rows, part, str(path), columns)
+            for name, part in parts.items()
+        },
+        source,
+        setting,
+        # As in Heretic, a dataset that does not know its split is of whatever split is asked for.
+        not isinstance(dataset, DatasetDict) and dataset.split is None,
+    )
+
+
+def _is_text(path: Path, rows: Rows) -> bool:
+    return rows.columns is None and _suffix(path) not in JSON_SUFFIXES
+
+
+def _take_split(
+    splits: Mapping[str, Callable[[], Rows]],
+    source: PromptSource,
+    setting: Setting,
+    any_name: bool = False,
+) -> Rows:
+    """
+    Returns the rows of the split that a source asks for, such as "train[:400]", "[10:]" or "train[:10%]+test".
+
+    `splits`: what reads each split. `any_name`: whether the only one may be asked for by any name.
+    """
+
+    names = list(splits)
+    if source.split is None and len(names) > 1:
+        raise ContrastError(
+            f"{source.dataset} has the splits {', '.join(names)}: choose with {setting('split')}."
+        )
+    if source.split is None:
+        return splits[names[0]]()
+    from datasets import ReadInstruction
+
+    read: dict[str, Rows] = {}
+    parts = []
+    for part in source.split.split("+"):
+        name, bracket, piece = part.strip().partition("[")
+        if len(names) == 1 and (any_name or not name):
+            name = names[0]
+        if name not in splits:
+            raise ContrastError(
+                f'{source.dataset} has no split "{name}", only {", ".join(names)}: correct {setting("split")}.'
+            )
+        if name not in read:
+            read[name] = splits[name]()
+        parts.append(name + bracket + piece)
+    try:
+        slices = ReadInstruction.from_spec("+".join(parts)).to_absolute(
+            {name: len(rows.rows) for name, rows in read.items()}
+        )
+    except ValueError as error:
+        raise ContrastError(
+            f'{setting("split")} is "{source.split}", which cannot be read: write it like "train[:400]".'
+        ) from error
+    return _joined(
+        source.dataset,
+        [
+            replace(read[piece.splitname], rows=read[piece.splitname].rows[piece.from_ : piece.to])
+            for piece in slices
+        ],
+    )
+
+
+def _joined(name: str, pieces: Sequence[Rows]) -> Rows:
+    """Returns the rows of all pieces, in order."""
+
+    columns = dict.fromkeys(column for piece in pieces for column in piece.columns or ())
+    return Rows(
+        name,
+        [row for piece in pieces for row in piece.rows],
+        None if all(piece.columns is None for piece in pieces) else tuple(columns),
+        {column: names for piece in pieces for column, names in piece.labels.items()},
+    )
+
+
+def _read_hub(source: PromptSource, columns: Collection[str], setting: Setting) -> Rows:
+    """Returns rows of a dataset on the Hugging Face Hub, or of what is left of it in the cache."""
+
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(source.dataset)
+        is_path = _suffix(Path(source.dataset)) in FILE_SUFFIXES
+    except HFValidationError:
+        is_path = True
+    if is_path:
+        raise FileNotFoundError("there is no such file or folder")
+    for name, example in (("split", "train[:400]"), ("column", "text")):
+        if getattr(source, name) is None:
+            raise ContrastError(
+                f'The dataset {source.dataset} is used without a {name}: give {setting(name)}, such as "{example}".'
+            )
+    from datasets import load_dataset
+
+    dataset = load_dataset(
+        source.dataset, source.config, revision=source.commit, split=source.split
+    )
+    rows = _dataset_rows(dataset, f"{source.dataset} ({source.split})", columns)
+    if dataset.info.builder_name == "text":
+        # As in a text file, empty lines are no prompts.
+        return replace(rows, rows=[row for row in rows.rows if row.cells["text"].strip()])
+    return rows
+
+
+def _folder(
+    path: Path, config: str | None, columns: Collection[str]
+) -> dict[str, Callable[[], Rows]]:
+    """Returns what reads each split of a folder of data files; `datasets` says which files belong to which."""
+
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(str(path.resolve()), config)
+    labels = _labels(builder.info.features or {})
+
+    def read(files: Sequence[str]) -> Rows:
+        rows = _joined(str(path), [read_file(Path(file), columns) for file in files])
+        return replace(rows, labels={**rows.labels, **labels})
+
+    return {str(name): partial(read, files) for name, files in builder.config.data_files.items()}
+
+
+def _dataset_rows(dataset: "Dataset", name: str, columns: Collection[str]) -> Rows:
+    kept = [column for column in dataset.column_names if column in columns]
+    table = dataset.select_columns(kept).with_format("arrow")[:]
+    return _arrow_rows(table, tuple(dataset.column_names), dataset.features, name)
+
+
+def _arrow_rows(
+    table: "pyarrow.Table", columns: tuple[str, ...], features: "Features", name: str
+) -> Rows:
+    rows = [
+        Row(f"Row {number} of {name}", cells) for number, cells in enumerate(table.to_pylist(), 1)
+    ]
+    return Rows(name, rows, columns, _labels(features))
+
+
+def _labels(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+    """Returns the names of integer labels, by column."""
+
+    from datasets import ClassLabel
+
+    return {
+        column: feature.names
+        for column, feature in features.items()
+        if isinstance(feature, ClassLabel)
+    }
+
+
+def _suffix(path: Path) -> str:
+    """Returns how the name of a file ends, in lower case, with the ending of a compression looked through."""
+
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def read_file(path: Path, columns: Collection[str]) -> Rows:
+    """
+    Returns the rows of a file; Parquet and Arrow are read for the given columns alone.
+
+    The name tells the format; where it does not, the content. Raises `ContrastError` when the file cannot be read, or is
+    not what it seems.
+    """
+
+    suffix = _suffix(path)
+    if suffix in PICKLE_SUFFIXES:
+        raise ContrastError(
+            f"{path} is named like a pickle, which can run any code: save the prompts as JSON Lines."
+        )
+    try:
+        content = path.read_bytes()
+        for start, decompress in COMPRESSIONS.values():
+            if content.startswith(start):
+                content = decompress(content)
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise ContrastError(f"{path} cannot be read ({error}): give another file.") from error
+    if content.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        return _read_arrow(content, path, columns)
+    text = _decoded(content, path)
+    if HTML_START.match(text) or text.startswith(LFS_START):
+        what = "a Git LFS pointer" if text.startswith(LFS_START) else "a web page"
+        raise ContrastError(f"{path} holds {what} instead of prompts: download the file itself.")
+    if suffix in JSON_SUFFIXES:
+        return _read_json(text, path)
+    if suffix in CSV_DELIMITERS:
+        return _read_csv(text, path, columns, CSV_DELIMITERS[suffix])
+    found = ""
+    if JSON_START.match(text):
+        found = ".jsonl"
+    else:
+        header = _csv_header(text, _delimiter(text, ANY_DELIMITER))
+        if len(header) > 1 and not set(columns).isdisjoint(header):
+            found = ".csv"
+    if suffix in ARROW_SUFFIXES or (found and suffix in TEXT_SUFFIXES):
+        raise ContrastError(
+            f"{path} does not hold what its name says: name it after what it holds"
+            f"{f', such as {path.stem}{found}' if found else ''}."
+        )
+    if found:
+        return _read_json(text, path) if found == ".jsonl" else _read_csv(text, path, columns)
+    return Rows(
+        str(path),
+        [
+            Row(f"Line {number} of {path}", {"text": line.strip()})
+            for number, line in enumerate(LINE_END.split(text), 1)
+            if line.strip()
+        ],
+        None,
+    )
+
+
+def _decoded(content: bytes, path: Path) -> str:
+    """
+    Returns the text of a file: UTF-8, or whatever a byte order mark says.
+
+    Raises `ContrastError` when it is no such text; a guess of the encoding could be wrong without anyone seeing it.
+    """
+
+    encoding = next(
+        (name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8"
+    )
+    is_binary = b"\0" in content and encoding.startswith("utf-8")
+    try:
+        text = "" if is_binary else content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ContrastError(
+            f"Line {line} of {path} is not {encoding[:6].upper()}: save the file with the encoding UTF-8."
+        ) from error
+    if is_binary or "\0" in text:
+        raise ContrastError(
+            f"{path} holds binary data instead of prompts: give text, JSON, CSV, Parquet or Arrow."
+        )
+    return text
+
+
+def _read_arrow(content: bytes, path: Path, columns: Collection[str]) -> Rows:
+    """Returns the rows of a Parquet file, or of an Arrow file of either kind. Raises `ContrastError` when it is damaged."""
+
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Features
+
+    try:
+        if content.startswith(b"PAR1"):
+            file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+            names = file.schema_arrow.names
+            table = file.read(columns=[name for name in names if name in columns])
+        else:
+            is_file = content.startswith(b"ARROW1")
+            open_arrow = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+            table = open_arrow(content).read_all()
+            names = table.column_names
+            table = table.select([name for name in names if name in columns])
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ContrastError(f"{path} is damaged ({reason}): get it again.") from error
+    return _arrow_rows(table, tuple(names), Features.from_arrow_schema(table.schema), str(path))
+
+
+def _read_json(text: str, path: Path) -> Rows:
+    """
+    Returns the rows of JSON: objects or texts one after the other (JSON Lines, say), or one list of them.
+
+    Raises `ContrastError` when the text is not that.
+    """
+
+    decoder = json.JSONDecoder()
+    values: list[tuple[str, Any]] = []
+    line = 1
+    start, end = 0, 0
+    while (next_start := JSON_SPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr]
+        line += text.count("\n", start, next_start)
+        start = next_start
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", line)
+            reason = getattr(error, "msg", "") or type(error).__name__
+            raise ContrastError(
+                f"Line {line} of {path} is not JSON ({reason}): correct it, or name the file after what it holds."
+            ) from error
+        values.append((f"Line {line} of {path}", value))
+    if len(values) == 1 and isinstance(values[0][1], list):
+        values = [
+            (f"Item {number} of {path}", value) for number, value in enumerate(values[0][1], 1)
+        ]
+    rows = []
+    for place, value in values:
+        if not isinstance(value, dict | str):
+            raise ContrastError(
+                f'{place} is neither a JSON object nor a text: write it like {{"text": "..."}}.'
+            )
+        rows.append(Row(place, {"text": value} if isinstance(value, str) else value))
+    return Rows(str(path), rows, tuple(dict.fromkeys(name for row in rows for name in row.cells)))
+
+
+def _delimiter(text: str, delimiters: str) -> str:
+    """Returns the delimiter that makes most columns of the header, the first of several."""
+
+    return max(delimiters, key=lambda delimiter: len(_csv_header(text, delimiter)))
+
+
+def _csv_header(text: str, delimiter: str) -> list[str]:
+    """Returns the names of the columns, without spaces around them."""
+
+    try:
+        cells = next(
+            filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)), []
+        )
+    except csv.Error:
+        return []
+    return [cell.strip() for cell in cells]
+
+
+def _read_csv(
+    text: str, path: Path, columns: Collection[str], delimiters: str = ANY_DELIMITER
+) -> Rows:
+    """
+    Returns the rows of CSV with a header.
+
+    Raises `ContrastError` when a quotation is not closed, a row has more cells than the header, or a column is ambiguous.
+    """
+
+    delimiter = _delimiter(text, delimiters)
+    header = _csv_header(text, delimiter)
+    for name in columns:
+        if header.count(name) > 1:
+            raise ContrastError(f'{path} has several columns "{name}": rename all but one.')
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = []
+    line = 1
+    try:
+        for cells in reader:
+            if len(cells) > len(header):
+                raise ContrastError(
+                    f"Line {line} of {path} has {len(cells)} cells where the header has {len(header)}: "
+                    "put texts that hold a comma or a quotation mark into quotation marks."
+                )
+            if cells:
+                rows.append(Row(f"Line {line} of {path}", dict(zip(header, cells, strict=False))))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ContrastError(f"Line {line} of {path} is not CSV ({error}): correct it.") from error
+    return Rows(str(path), rows[1:], tuple(header))
