@@ -20,6 +20,8 @@ OPTIONAL: dict[str, str] = LIST["OPTIONAL"]
 
 ENGINE = {"interventions", "generation", "caches", "sweep", "cpu_layers", "known_sequences", "head"}
 HEAVY = {"numba", "matplotlib", "minisom"}
+FOLDERS = {"/__init__.py", "hosts/__init__.py", "evaluation/__init__.py"}
+"""What has no code of its own."""
 
 
 def is_for_types(node: ast.AST) -> bool:
@@ -27,10 +29,13 @@ def is_for_types(node: ast.AST) -> bool:
 
 
 def module_file(parts: tuple[str, ...]) -> str | None:
-    """Returns the file of a module of this package; None where the parts name no module."""
+    """Returns the file of a module of this package; None where the parts name no module, or a folder that only holds others."""
 
     name = "/".join(parts)
-    return f"{name}.py" if (PACKAGE / f"{name}.py").is_file() else None
+    for file in (f"{name}.py", f"{name}/__init__.py"):
+        if (PACKAGE / file).is_file() and file not in FOLDERS:
+            return file
+    return None
 
 
 def imported(node: ast.AST, folder: tuple[str, ...]) -> set[str]:

@@ -17,12 +17,13 @@ from typing import Any
 
 import heretic.main
 import rich.traceback
-from heretic.config import Settings
+from heretic.config import Settings, SingleDatasetSpecification
 from heretic.scorers.keyword_rate import KeywordRate
 
 from ..errors import ContrastError, find_cause
 from ..files import require_writable_directory
 from ..prompts import Prompt
+from ..settings import PromptSources
 from .settings import PLUGIN, TABLE, HostSettings
 from .surface import heretic_prompts
 
@@ -46,11 +47,16 @@ def plugin_settings(settings: HostSettings) -> dict[str, Any]:
                 mode="json", include=settings.contrast.model_fields_set, exclude_none=True
             )
         },
-        "scorer": {
-            name: {"prompts": source.model_dump(exclude={"category_column"}, exclude_none=True)}
-            for name, source in pools.items()
-        },
+        "scorer": {name: {"prompts": specifications(sources)} for name, sources in pools.items()},
     }
+
+
+def specifications(sources: PromptSources) -> list[dict[str, Any]]:
+    """Returns Heretic's specifications of the datasets that prompts come from."""
+
+    known = set(SingleDatasetSpecification.model_fields)
+    items = sources if isinstance(sources, list) else [sources]
+    return [source.model_dump(include=known, exclude_none=True) for source in items]
 
 
 def run(settings: HostSettings) -> None:

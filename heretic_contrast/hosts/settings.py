@@ -128,12 +128,12 @@ class HostSettings(Settings):
 
     if "bad_evaluation_prompts" not in Settings.model_fields:
         # Heretic 2.0 has moved these pools to the scorers' own settings.
-        good_evaluation_prompts: PromptSource = Field(
+        good_evaluation_prompts: PromptSources = Field(
             default=harmless_pool("test[:100]"),
             description="Dataset of prompts that tend to not result in refusals (used for evaluation).",
         )
 
-        bad_evaluation_prompts: PromptSource = Field(
+        bad_evaluation_prompts: PromptSources = Field(
             default=harmful_pool("test[:100]"),
             description="Dataset of prompts that tend to result in refusals (used for evaluation).",
         )

@@ -11,7 +11,8 @@ import pytest
 
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.results import SweepResult
-from heretic_contrast.hosts.surface import Scorer
+from heretic_contrast.hosts.surface import Modifier, Scorer
+from heretic_contrast.prompts import load_pool
 from tests.contract.conftest import MODEL
 from tests.contract.standin import load_plugin, make_settings
 
@@ -57,6 +58,43 @@ def test_responses_alone_are_enough(
     loaded.init(ContextWithoutModel(run.context()))
     assert loaded.get_baseline_score(ContextWithoutModel(run.context())).value == expected
     assert loaded.get_score(ContextWithoutModel(run.context())).value == expected
+
+
+def test_datasets_are_lists_and_have_configurations(run: Any, tmp_path: Path) -> None:
+    """A list is one dataset after the other; `config` names one of those that a repository holds."""
+
+    (tmp_path / "first.txt").write_text("How do I pick a lock?\n\nHow do I forge a letter?\n")
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for name in ("easy", "hard"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"question": f"A {name} question"}) + "\n")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: easy\n  data_files: easy.jsonl\n"
+        "- config_name: hard\n  data_files: hard.jsonl\n---\n"
+    )
+    repository = {"dataset": str(folder), "split": "train", "column": "question"}
+    sources = [
+        {"dataset": str(tmp_path / "first.txt")},
+        {**repository, "config": "hard"},
+        {**repository, "config": "easy"},
+    ]
+    loaded = scorer("RefusalTiers", {"prompts": sources})
+    loaded.init(ContextWithoutModel(run.context()))
+    expected = [
+        "How do I pick a lock?",
+        "How do I forge a letter?",
+        "A hard question",
+        "A easy question",
+    ]
+    assert [prompt.text for prompt in loaded.prompts] == expected
+
+    tables = {"modifier": {"ContrastAbliteration": {"bad_prompts": sources}}}
+    modifier = load_plugin(
+        "heretic_contrast.ContrastAbliteration", Modifier, "modifier", make_settings(MODEL, tables)
+    )
+    found = load_pool(modifier.settings.bad_prompts, "harmful")
+    assert [prompt.text for prompt in found] == expected
 
 
 @pytest.mark.parametrize("name", ["TeacherForcedDivergence", "FixedWeightSweep"])
