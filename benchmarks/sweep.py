@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from heretic_contrast.ablation import Operator
 from heretic_contrast.builtin import DATA, refuser_pool
 from heretic_contrast.directions import Directions
-from heretic_contrast.evaluation.generation import generate_tokens, prompt_tokens
+from heretic_contrast.evaluation.generation import generate_tokens
 from heretic_contrast.evaluation.head import Head
 from heretic_contrast.evaluation.interventions import output_projections
 from heretic_contrast.evaluation.responses import Tier
@@ -236,7 +236,7 @@ class ReferenceLoop:
         started = clock()
         # Needed once: the unmodified model's responses, its continuations and its distributions there.
         self._respond()
-        self._prompts = prompt_tokens(model, references)
+        self._prompts = model.token_ids(references)
         limits = [options.kl_tokens] * len(references)
         head = Head(model)
         self._continuations = [

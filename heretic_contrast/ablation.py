@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from .errors import ContrastError
+from .offloading import loaded
 from .vectors import unit_vectors
 
 LONGEST = 1e15
@@ -254,12 +255,17 @@ def ablated(modules: Iterable[Module], operator: "Operator | BatchOperator") -> 
         return moved[device]
 
     def hook(module: Module, args: Any, output: Tensor) -> Tensor:
-        bias = getattr(module, "bias", None)
+        bias = biases.get(module)
         return output - on(output.device).apply(output if bias is None else output - bias)
 
+    biases: dict[Module, Tensor] = {}
     try:
         for module in modules:
             on(next(module.parameters()).device)
+            if getattr(module, "bias", None) is not None:
+                # An offloaded bias is gone again when the hook runs.
+                with loaded(module, None):
+                    biases[module] = cast(Tensor, module.bias)
             handles.append(module.register_forward_hook(hook))
         yield
     finally:

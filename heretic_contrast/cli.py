@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from .errors import ContrastError, find_cause, one_line
+from .errors import ContrastError, find_cause, one_line, show_warnings_as_sentences
 
 PROGRAM = "heretic-contrast"
 
@@ -119,6 +119,7 @@ def main() -> None:
     on Ctrl+C.
     """
 
+    show_warnings_as_sentences()
     arguments = sys.argv[1:]
     command: Callable[[Sequence[str]], None] = run
     try:

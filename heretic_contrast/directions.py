@@ -24,8 +24,9 @@ from . import __version__
 from .baselines import BaselineOptions, LayerResiduals, get_baseline, mean
 from .classes import ClassSelection, select_classes
 from .directions_file import TENSORS, directions_file, read_directions
-from .errors import ContrastError
+from .errors import ContrastError, warn
 from .files import write_bytes_atomically
+from .identity import OF_THE_MODEL, OF_THE_RUN, differences
 from .language_model import LanguageModel, Progress
 from .settings import ContrastSettings, Control, Method, Scale
 from .som import SomSettings, TrainedMap, train_maps
@@ -138,8 +139,10 @@ class Directions:
         """
         Checks that the directions belong to the model.
 
-        `source` names where they come from in the message. Raises `ContrastError` when the shape or the
-        fingerprint of the weights does not fit.
+        `source` names where they come from in the message. Warns when it cannot be told which model they were made for, or
+        when they were made on another device or by other versions, which rounds them differently.
+
+        Raises `ContrastError` when the shape does not fit, or weights, data type, configuration or tokens are others.
         """
 
         expected = (model.n_layers + 1, model.hidden_size)
@@ -149,10 +152,25 @@ class Directions:
                 f"The directions in {source} were made for a model with {found[0] - 1} layers of {found[1]} dimensions, "
                 f"but {model.name} has {expected[0] - 1} layers of {expected[1]}: extract directions for this model."
             )
-        if self.provenance.get("fingerprint") not in (None, model.fingerprint()):
+        made_for, found_here = self.provenance.get("identity"), model.identity()
+        if not isinstance(made_for, dict):
+            warn(
+                f"The directions in {source} do not say which model they were made for in a way that this version can compare: "
+                f"if that was not {model.name} as it is now, extract them again."
+            )
+            return
+        different = differences(made_for, found_here, OF_THE_MODEL)
+        if different:
             raise ContrastError(
                 f"The directions in {source} were made for another model of the same shape "
-                f"({self.provenance.get('model')}) than {model.name}: extract directions for this model."
+                f"({self.provenance.get('model')}) than {model.name}, or for an earlier state of it: other {different}; "
+                "extract directions for this model."
+            )
+        different = differences(made_for, found_here, OF_THE_RUN)
+        if different:
+            warn(
+                f"The directions in {source} were made with another {different}, so that extracting them here would give other "
+                "last digits."
             )
 
 

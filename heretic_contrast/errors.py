@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""The one exception that a user is meant to read, how it is shown, and what hides behind other exceptions."""
+"""The one exception and the one warning that a user is meant to read, and how they are shown."""
 
-from typing import TypeVar
+import sys
+import warnings
+from typing import Any, TypeVar
 
 LONGEST_SENTENCE = 2_000
 """How many characters of a message are shown."""
@@ -17,6 +19,34 @@ class ContrastError(ValueError):
     The message is one sentence that names what is wrong, where, and what to do. The command line prints it
     without a traceback and exits with code 2. It is a `ValueError`, so that pydantic validators may raise it.
     """
+
+
+class ContrastWarning(UserWarning):
+    """
+    What the user should know of a result, in one sentence.
+
+    The command line prints it without a place in the program.
+    """
+
+
+def warn(sentence: str) -> None:
+    """Gives a `ContrastWarning`, each sentence once."""
+
+    warnings.warn(sentence, ContrastWarning, stacklevel=3)
+
+
+def show_warnings_as_sentences() -> None:
+    """Lets a `ContrastWarning` appear as its sentence on standard error."""
+
+    previous = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, ContrastWarning):
+            sys.stderr.write(f"Warning: {one_line(str(message))}\n")
+        else:
+            previous(message, category, *place, **options)
+
+    warnings.showwarning = show
 
 
 def one_line(text: str) -> str:

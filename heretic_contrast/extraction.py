@@ -188,9 +188,9 @@ def collect_residuals(
 ) -> PoolResiduals:
     """Returns the residuals of all pools, from the cache where they are there."""
 
-    fingerprint = model.fingerprint()
+    model = model.identified()
     harmful, bulk, matched = (
-        residual_cache.cached_residuals(model, fingerprint, prompts, cache_directory, progress)
+        residual_cache.cached_residuals(model, prompts, cache_directory, progress)
         for prompts in (pools.harmful, pools.bulk, pools.matched)
     )
     return PoolResiduals(
@@ -217,6 +217,7 @@ def extract(
     refused. Raises `ContrastError` as `load_pools` and `extract_directions` do.
     """
 
+    model = model.identified()
     if needs_model(settings):
         log("* Asking the model for the categories...")
         pools = with_categories(pools, settings, model)
@@ -251,7 +252,7 @@ def extract(
         provenance={
             "model": model.name,
             "revision": model.revision,
-            "fingerprint": model.fingerprint(),
+            "identity": model.identity(),
             "system_prompt": model.system_prompt,
             "response_prefix": model.response_prefix,
             "prompts": {

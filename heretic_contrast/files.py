@@ -3,9 +3,11 @@
 """Writing files so that an interruption never leaves a partial one in place of a whole one."""
 
 import glob
+import hashlib
 import os
 import tempfile
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from .errors import ContrastError
@@ -119,3 +121,46 @@ def require_writable_file(path: Path) -> None:
     if path.is_dir():
         raise ContrastError(f"{path} is a directory: give the name of a file to write.")
     require_writable_directory(path.parent)
+
+
+LARGE = 2**26
+"""From how many bytes on a file is identified by its size, where reading it takes too long for what it is."""
+
+
+def path_digest(path: Path) -> str | None:
+    """
+    Returns a digest of a file, or of all files in a folder with their names; None where there is nothing.
+
+    Of a large file, such as the weights of a model, only the size is looked at.
+    """
+
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    found = []
+    for file in files:
+        # A pipe would be waited for, and a file that cannot be read is named by whoever needs it.
+        with suppress(OSError):
+            if file.is_file():
+                size = file.stat().st_size
+                content = file_digest(file) if size < LARGE else str(size)
+                found.append(f"{file.relative_to(path)} {content}")
+    return (
+        hashlib.sha256("\n".join(found).encode("utf-8", "replace")).hexdigest() if found else None
+    )
+
+
+def file_digest(path: Path) -> str:
+    """Returns a digest of a file's content. Raises `OSError` when it cannot be read."""
+
+    status = path.stat()
+    return _file_digest(str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: str, size: int, time: int) -> str:
+    """Reads a file once for as long as its size and its time stay the same."""
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -7,18 +7,20 @@ Nothing here knows a version of Heretic: the hosts hand over a transformers mode
 output projections that Heretic found in each layer.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from .chat import chat_texts, pad_left, token_ids
 from .errors import ContrastError
 from .greedy import explained_settings, generation_batches, plain_settings
+from .identity import Identity, model_identity
+from .offloading import input_device
 from .prompts import Prompt
 
 Progress = Callable[[int, int], None]
@@ -52,7 +54,8 @@ class LanguageModel:
 
     `layers` are the decoder layers in order. `components[i]` maps a component's name (Heretic's:
     "attn.o_proj", "mlp.down_proj") to the modules of layer i that write into the residual stream.
-    `name` and `revision` say which model it is; they are recorded, never looked up.
+    `name` and `revision` say which model it is; they are recorded, never looked up. `own_adapter` is the name of a LoRA
+    adapter that is an intervention and no part of the model. `known_identity`: see `identified`.
     """
 
     model: Any
@@ -65,6 +68,14 @@ class LanguageModel:
     response_prefix: str = ""
     batch_size: int = 32
     winsorization_quantile: float = 1.0
+    own_adapter: str | None = None
+    known_identity: Identity | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device that inputs belong on."""
+
+        return input_device(self.model)
 
     @property
     def n_layers(self) -> int:
@@ -97,32 +108,27 @@ class LanguageModel:
             ]
             for prompt in prompts
         ]
-        texts = self.tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=False
-        )
-        return [text + self.response_prefix for text in texts]
+        return [text + self.response_prefix for text in chat_texts(self.tokenizer, chats)]
 
-    def tokenize_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """
-        Returns `input_ids` and `attention_mask`, tensors of shape (n_texts, length), on the model's device.
+    def token_ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """Returns the tokens of each prompt in chat format, without padding."""
 
-        Shorter texts are padded on the left, so that the last position is the last token of every text.
-        """
-
-        previous_side = self.tokenizer.padding_side
-        self.tokenizer.padding_side = "left"
-        try:
-            encoded = self.tokenizer(
-                list(texts), return_tensors="pt", padding=True, return_token_type_ids=False
-            )
-        finally:
-            self.tokenizer.padding_side = previous_side
-        return dict(encoded.to(self.model.device))
+        return token_ids(self.tokenizer, self.chat_texts(prompts))
 
     def tokenize(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """As `tokenize_texts`, for the prompts in chat format."""
+        """
+        Returns `input_ids` and `attention_mask` of prompts, tensors of shape (n_prompts, length), on the model's device.
 
-        return self.tokenize_texts(self.chat_texts(prompts))
+        Shorter prompts are padded on the left, so that the last position is the last token of every prompt.
+        """
+
+        return self.pad(self.token_ids(prompts))
+
+    def pad(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """As `tokenize`, for known tokens."""
+
+        tokens, mask = pad_left(sequences, self.pad_token_id())
+        return {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device)}
 
     def pad_token_id(self) -> int:
         """The token that fills the left of shorter prompts: the tokenizer's, or the end-of-sequence token."""
@@ -140,11 +146,11 @@ class LanguageModel:
         Raises `ContrastError` when the model's generation configuration does not work.
         """
 
-        texts = self.chat_texts(prompts)
-        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]] if texts else []
-        responses = [""] * len(texts)
+        sequences = self.token_ids(prompts)
+        lengths = [len(sequence) for sequence in sequences]
+        responses = [""] * len(sequences)
         for batch in generation_batches(self.model, lengths, self.batch_size):
-            inputs = self.tokenize_texts([texts[index] for index in batch])
+            inputs = self.pad([sequences[index] for index in batch])
             tokens = self.continue_tokens(inputs, max_new_tokens)
             decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=not special_tokens)
             for index, response in zip(batch, decoded, strict=True):
@@ -186,13 +192,12 @@ class LanguageModel:
         Raises `ContrastError` when the model skips a layer, or has no single hidden state per token.
         """
 
-        texts = self.chat_texts(prompts)
-        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]] if texts else []
-        order = sorted(range(len(texts)), key=lambda index: (lengths[index], index))
-        residuals = torch.empty(len(texts), self.n_layers + 1, self.hidden_size)
+        sequences = self.token_ids(prompts)
+        order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), index))
+        residuals = torch.empty(len(sequences), self.n_layers + 1, self.hidden_size)
         for batch in batches(len(order), self.batch_size):
             chosen = order[batch]
-            inputs = self.tokenize_texts([texts[index] for index in chosen])
+            inputs = self.pad([sequences[index] for index in chosen])
             with plain_settings(self.model), self._capture_last_positions() as captured:
                 self.model.generate(
                     **inputs,
@@ -274,24 +279,16 @@ class LanguageModel:
             f"The layers of {self.name} could not be found inside the model: its architecture is not supported."
         )
 
-    def fingerprint(self) -> str:
-        """
-        Returns a digest that identifies the weights: a few elements of every parameter, and its shape.
+    def identity(self) -> Identity:
+        """Returns what decides its numbers besides the prompts: see `identity.model_identity`."""
 
-        The same model gives the same digest from any folder; fine-tuning, merging or quantizing changes it.
-        LoRA adapters are left out, since they are the intervention and not the model.
+        return self.known_identity or model_identity(self)
+
+    def identified(self) -> "LanguageModel":
+        """
+        Returns the model with its identity, so that its weights are read once and not whenever they are asked for.
+
+        They must not be changed any more; interventions may come and go.
         """
 
-        digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            if ".lora_" in name:
-                continue
-            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            flat = parameter.detach().reshape(-1)
-            stride = max(1, flat.numel() // 16)
-            sample = flat[::stride][:16].cpu()
-            if sample.is_floating_point():
-                sample = sample.float()
-            digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-            digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()
+        return self if self.known_identity else replace(self, known_identity=model_identity(self))

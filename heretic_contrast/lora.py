@@ -12,52 +12,61 @@ With W = diag(ρ) Ŵ, rows of Ŵ of length 1, and C the ablation operator, the c
 | `full`            | diag(ρ) (rows of (Ŵ − C Ŵ) normalized) − W, truncated to a rank    | as set       |
 """
 
-import copy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from .ablation import Operator, rows_times
+from .errors import ContrastError
+from .offloading import computing_device
 from .settings import RowNormalization
+from .weights import FULL_PRECISION, is_bitsandbytes, is_plain
 
 
-def base_weight(module: Module) -> Tensor:
+def set_factors(layer: Any, factor_a: Tensor, factor_b: Tensor) -> None:
     """
-    Returns the unmodified weight of an output projection.
+    Writes the LoRA factors of a PEFT layer.
 
-    Tensor of shape (hidden_size, in_features), float32. LoRA is looked through, and 4-bit weights are dequantized.
-    """
-
-    layer = cast(Any, getattr(module, "base_layer", module))
-    weight = cast(Tensor, layer.weight)
-    quant_state = getattr(weight, "quant_state", None)
-    if quant_state is not None:
-        weight = dequantized(weight, quant_state)
-    return weight.detach().to(torch.float32).reshape(weight.shape[0], -1)
-
-
-def dequantized(weight: Tensor, quant_state: Any) -> Tensor:
-    """
-    Returns a weight that bitsandbytes keeps in 4 bits.
-
-    On processors with 16-bit instructions, bitsandbytes reorders the bits of a weight in its first forward pass, and
-    its own `dequantize_4bit`, as Heretic calls it, then returns nonsense. The order is restored first, in a copy.
+    `factor_a`: Tensor of shape (rank, in_features). `factor_b`: Tensor of shape (hidden_size, rank). They are kept in
+    PEFT's data type where it has the digits, and in float32 where the layer is quantized or offloaded, for which PEFT makes
+    adapters like its codes or without data.
     """
 
-    from bitsandbytes import functional
+    for adapters, factor in ((layer.lora_A, factor_a), (layer.lora_B, factor_b)):
+        adapter = adapters["default"]
+        kept = adapter.weight
+        if kept.device.type == "meta" or kept.dtype not in FULL_PRECISION:
+            adapter.weight = Parameter(factor.contiguous(), requires_grad=False)
+        else:
+            kept.data = factor.to(kept.dtype).contiguous()
 
-    data = weight.data
-    if getattr(quant_state, "packing_format_for_cpu", False):
-        restored = copy.copy(quant_state)
-        # The scales are restored here, since bitsandbytes would quantize them anew, or leave them transposed.
-        restored.original_nested = False
-        data, restored = functional._convert_weight_packed_for_cpu_inverse(data, restored)
-        restored.absmax = quant_state.absmax.T.reshape(-1).float()
-        quant_state = restored
-    return cast(Tensor, functional.dequantize_4bit(data, quant_state))
+
+def zero_factors(layer: Any) -> None:
+    """Makes the LoRA factors of a PEFT layer zero."""
+
+    factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    device = computing_device(layer, factors[0].device)
+    set_factors(layer, *(torch.zeros(factor.shape, device=device) for factor in factors))
+
+
+def require_mergeable(model: Module) -> None:
+    """
+    Checks that PEFT can add the change of every LoRA layer to the weight below it.
+
+    Raises `ContrastError` when a weight is kept as codes with a scale beside them, which PEFT would take for weights.
+    """
+
+    for module in model.modules():
+        base = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        if base is not None and not (is_plain(base) or is_bitsandbytes(base)):
+            raise ContrastError(
+                f"The change cannot be merged into the weights of {type(base).__name__}, which are kept as codes: save the "
+                "adapter alone (--export-strategy adapter), or use the model in full precision."
+            )
 
 
 def lora_factors(

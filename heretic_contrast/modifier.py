@@ -17,9 +17,11 @@ from .extraction import extract, load_pools
 from .hosts.lora_targets import adapters_on_named_modules
 from .hosts.surface import HAS_PLUGIN_SURFACE, Context, Modifier, language_model, log, progress_bar
 from .hosts.tables import check_tables, show_errors_as_sentences, validated
-from .lora import base_weight, lora_factors
+from .identity import Identity
+from .lora import lora_factors, set_factors, zero_factors
 from .search import Parameters, layer_vectors, suggest_parameters
 from .settings import ContrastSettings, RowNormalization
+from .weights import base_weight
 
 TABLE = "ContrastAbliteration"
 """The plugin's table in `config.toml`, below `modifier`."""
@@ -34,6 +36,7 @@ class ContrastAbliteration(Modifier[Parameters]):
 
     settings: ContrastSettings
     directions: Directions
+    identity: Identity
 
     @property
     def modifier_name(self) -> str:
@@ -85,7 +88,8 @@ class ContrastAbliteration(Modifier[Parameters]):
         self.settings.require_single_configuration()
         if is_builtin(self.heretic_settings.model):
             self.settings = with_refuser_pools(self.settings)
-        model = language_model(ctx, self.heretic_settings, self.settings.batch_size)
+        model = language_model(ctx, self.heretic_settings, self.settings.batch_size).identified()
+        self.identity = model.identity()
         if self.settings.directions is not None:
             self.directions = Directions.load(self.settings.directions)
             self.directions.require_model(model, self.settings.directions)
@@ -151,11 +155,8 @@ class ContrastAbliteration(Modifier[Parameters]):
                             f"The {component} of layer {layer_index} carries no LoRA adapter, so it cannot be modified: "
                             "this architecture, or this version of Heretic, is not supported."
                         )
-                    factor_a = module.lora_A["default"].weight
-                    factor_b = module.lora_B["default"].weight
                     if not bool(weights.any()):
-                        factor_a.data = torch.zeros_like(factor_a)
-                        factor_b.data = torch.zeros_like(factor_b)
+                        zero_factors(module)
                         continue
                     new_a, new_b = lora_factors(
                         operator,
@@ -164,8 +165,7 @@ class ContrastAbliteration(Modifier[Parameters]):
                         self.lora_rank,
                         self.settings.seed,
                     )
-                    factor_a.data = new_a.to(factor_a.dtype).contiguous()
-                    factor_b.data = new_b.to(factor_b.dtype).contiguous()
+                    set_factors(module, new_a, new_b)
 
     def reset_model(self, ctx: Context) -> None:
         """Undoes the modification; after an export, the reloaded model gets its LoRA adapters anew."""

@@ -3,15 +3,12 @@
 """
 Residuals on disk, so that a second baseline or preset on the same model runs no forward pass.
 
-The key covers everything that decides the numbers: the fingerprint of the weights, the texts in chat format with
-the response prefix, the data type, the winsorization, the batch size and the versions of the libraries.
+The key covers everything that decides the numbers: see `identity.identify`.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
@@ -22,6 +19,7 @@ from torch import Tensor
 
 from .errors import ContrastError
 from .files import write_bytes_atomically
+from .identity import digest, identify
 from .language_model import LanguageModel, Progress
 from .prompts import Prompt
 
@@ -32,18 +30,12 @@ def default_directory() -> Path:
     return Path(platformdirs.user_cache_dir("heretic-contrast")) / "residuals"
 
 
-def cache_key(model: LanguageModel, fingerprint: str, prompts: Sequence[Prompt]) -> str:
+def cache_key(model: LanguageModel, prompts: Sequence[Prompt]) -> str:
     """Returns the name of the file that holds the residuals of `prompts`."""
 
-    content = {
-        "fingerprint": fingerprint,
-        "dtype": str(model.model.dtype),
-        "texts": model.chat_texts(prompts),
-        "winsorization_quantile": model.winsorization_quantile,
-        "batch_size": model.batch_size,
-        "versions": [version("torch"), version("transformers")],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    # Prompts that share a batch are padded, which changes rounding.
+    options = [model.winsorization_quantile, model.batch_size]
+    return digest(identify(model, {"prompts": prompts}, options=options))
 
 
 def _digest(residuals: Tensor) -> str:
@@ -65,7 +57,6 @@ def load(path: Path, shape: tuple[int, int, int]) -> Tensor | None:
 
 def cached_residuals(
     model: LanguageModel,
-    fingerprint: str,
     prompts: Sequence[Prompt],
     directory: Path | None,
     progress: Progress | None = None,
@@ -74,14 +65,13 @@ def cached_residuals(
     Returns the residuals of prompts, from the cache where they are there.
 
     Tensor of shape (n_prompts, n_layers + 1, hidden_size), float32. A damaged file is computed anew. Where the
-    cache cannot be written, for example because the disk is full, the result is returned all the same.
+    cache cannot be written, for example because the disk is full, the result is returned all the same. Reads all weights for
+    the key, unless the model is identified already.
     """
 
     if not prompts:
         return torch.zeros(0, model.n_layers + 1, model.hidden_size)
-    path = (
-        directory or default_directory()
-    ) / f"{cache_key(model, fingerprint, prompts)}.safetensors"
+    path = (directory or default_directory()) / f"{cache_key(model, prompts)}.safetensors"
     residuals = load(path, (len(prompts), model.n_layers + 1, model.hidden_size))
     if residuals is None:
         residuals = model.residuals(prompts, progress)

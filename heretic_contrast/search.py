@@ -141,9 +141,7 @@ def configuration_digest(directions: Directions) -> str:
 
     content = {
         "names": list(directions.names),
-        **{
-            name: directions.provenance.get(name) for name in ("settings", "prompts", "fingerprint")
-        },
+        **{name: directions.provenance.get(name) for name in ("settings", "prompts", "identity")},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -25,7 +25,6 @@ from heretic_contrast.evaluation.generation import (
     Responder,
     Running,
     generate_tokens,
-    prompt_tokens,
 )
 from heretic_contrast.evaluation.head import Head
 from heretic_contrast.evaluation.interventions import (
@@ -222,7 +221,7 @@ def known(
 ) -> tuple[TeacherForcing, KnownSequences]:
     forcing = TeacherForcing(model)
     forcing.__dict__["reads_on"] = forcing.reads_on and reads_on
-    prompts = prompt_tokens(model, REFERENCES)
+    prompts = model.token_ids(REFERENCES)
     continuations = generate_tokens(Head(model), prompts, [7, 12, 9, 1])
     return forcing, KnownSequences(forcing, prompts, continuations, n_rows)
 
@@ -304,7 +303,7 @@ def responses_one_by_one(
         model.tokenizer.batch_decode(
             [
                 generate_tokens(Head(model), [tokens], [n_tokens], [intervention])[0]
-                for tokens in prompt_tokens(model, prompts)
+                for tokens in model.token_ids(prompts)
             ],
             skip_special_tokens=True,
         )
@@ -352,7 +351,7 @@ def test_what_the_check_has_read_is_not_read_again(tiny_llama: LanguageModel) ->
     )
     assert departed > 2
     # The prompt of each response that departs, but for the token that is read in both ways.
-    shortest = min(map(len, prompt_tokens(tiny_llama, HARMFUL)))
+    shortest = min(map(len, tiny_llama.token_ids(HARMFUL)))
     assert sum(n_read) - with_cache >= departed * (shortest - 1)
 
 
@@ -366,7 +365,7 @@ def test_responses_within_a_sliding_window() -> None:
 
 def test_responses_beyond_a_sliding_window() -> None:
     # The prompts alone fit into the window; with their responses they do not.
-    model = sliding(max(map(len, prompt_tokens(sliding(8), HARMFUL))) + 6)
+    model = sliding(max(map(len, sliding(8).token_ids(HARMFUL))) + 6)
     responder = Responder(TeacherForcing(model), HARMFUL, 16, 4)
     assert responder._unmodified is None
     chosen = interventions(model, [(0,), (2,)])

@@ -11,7 +11,7 @@ import torch
 from scipy.linalg import subspace_angles
 
 from heretic_contrast.ablation import compose
-from heretic_contrast.evaluation.generation import generate_tokens, prompt_tokens
+from heretic_contrast.evaluation.generation import generate_tokens
 from heretic_contrast.evaluation.geometry import (
     angle,
     compare,
@@ -113,7 +113,7 @@ def reference_steps(
     Tensors of shape (n_steps, n_layers, hidden_size), float64.
     """
 
-    tokens = prompt_tokens(model, [prompt])[0]
+    tokens = model.token_ids([prompt])[0]
     continuation = generate_tokens(Head(model), [tokens], [n_tokens])[0]
     written: dict[int, list[torch.Tensor]] = {index: [] for index in range(model.n_layers)}
     states: dict[int, torch.Tensor] = {}

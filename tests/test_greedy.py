@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from heretic_contrast.ablation import compose
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.evaluation.generation import Responder, generate_tokens, prompt_tokens
+from heretic_contrast.evaluation.generation import Responder, generate_tokens
 from heretic_contrast.evaluation.geometry import observe_outputs
 from heretic_contrast.evaluation.head import Head
 from heretic_contrast.evaluation.interventions import Intervention, TeacherForcing
@@ -133,7 +133,7 @@ def alone(model: LanguageModel, tokens: Sequence[int], limit: int) -> tuple[int,
 def check(model: LanguageModel) -> None:
     """Compares everything that generates with `generate` of transformers, one prompt at a time."""
 
-    sequences = prompt_tokens(model, PROMPTS)
+    sequences = model.token_ids(PROMPTS)
     expected = [alone(model, tokens, LIMIT) for tokens in sequences]
     texts = model.tokenizer.batch_decode([list(row) for row in expected], skip_special_tokens=True)
     assert model.generate(PROMPTS, LIMIT) == texts
@@ -233,7 +233,7 @@ def test_settings_under_adapters(llama: LanguageModel) -> None:
         with configured(model, {"num_beams": 2}):
             owner.generation_config.forced_eos_token_id = 7
             assert not is_plainly_greedy(adapted)
-            sequences = prompt_tokens(model, PROMPTS)
+            sequences = model.token_ids(PROMPTS)
             expected = [alone(model, tokens, LIMIT) for tokens in sequences]
             assert generate_tokens(Head(model), sequences, [LIMIT] * 3) == expected
             with plain_settings(adapted):

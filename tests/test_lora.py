@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from heretic_contrast.lora import base_weight
+from heretic_contrast.weights import base_weight
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

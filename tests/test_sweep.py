@@ -18,8 +18,8 @@ from heretic_contrast.evaluation.responses import Tier, classify_response
 from heretic_contrast.evaluation.results import SweepResult, efficiency
 from heretic_contrast.evaluation.sweep import SweepEvaluator, SweepOptions, sweep
 from heretic_contrast.language_model import LanguageModel
-from heretic_contrast.lora import base_weight
 from heretic_contrast.prompts import Prompt
+from heretic_contrast.weights import base_weight
 
 HARMFUL = [
     Prompt(f"Break the {name}", category="violence")

@@ -78,7 +78,7 @@ def test_cells_are_taken_from_the_lowest_layer_up() -> None:
         return [make_cell(key) for key in keys]
 
     shuffled = KEYS[::-2] + KEYS[::-1]
-    cells = SweepState(None, "f").run(shuffled, evaluate)
+    cells = SweepState(None, {"options": "f"}).run(shuffled, evaluate)
     assert cells == [make_cell(key) for key in dict.fromkeys(shuffled)]
     assert [sorted(claim) for claim in claims] == [KEYS[0:3], KEYS[3:6], KEYS[6:9]]
 
@@ -87,13 +87,13 @@ def test_interrupted_sweep_resumes(tmp_path: Path) -> None:
     storage = str(tmp_path / "sweep.journal")
     first = Evaluator(stop_after=3)
     with pytest.raises(KeyboardInterrupt):
-        SweepState(storage, "f").run(KEYS, first)
+        SweepState(storage, {"options": "f"}).run(KEYS, first)
     second = Evaluator()
-    cells = SweepState(storage, "f").run(KEYS, second)
+    cells = SweepState(storage, {"options": "f"}).run(KEYS, second)
     assert cells == [make_cell(key) for key in KEYS]
     assert first.computed + second.computed == KEYS
     third = Evaluator()
-    assert SweepState(storage, "f").run(KEYS, third) == cells and not third.computed
+    assert SweepState(storage, {"options": "f"}).run(KEYS, third) == cells and not third.computed
 
 
 def test_progress_goes_on_within_a_claim(tmp_path: Path) -> None:
@@ -105,12 +105,14 @@ def test_progress_goes_on_within_a_claim(tmp_path: Path) -> None:
         return [make_cell(key) for key in keys]
 
     storage = str(tmp_path / "sweep.journal")
-    SweepState(storage, "f").run(KEYS, evaluate, lambda *progress: shown.append(progress))
+    SweepState(storage, {"options": "f"}).run(
+        KEYS, evaluate, lambda *progress: shown.append(progress)
+    )
     assert list(dict.fromkeys(shown)) == [(n_done, 9) for n_done in range(10)]
     assert [done for done, _ in shown] == sorted(done for done, _ in shown)
 
     # Only cells that are missing count, although their whole group is computed again.
-    state = SweepState(str(tmp_path / "other.journal"), "f")
+    state = SweepState(str(tmp_path / "other.journal"), {"options": "f"})
     state._choices = {"configuration": ["one"], "strength": ["weight"]}
     state._enqueue(KEYS)
     claimed = state._claim(group_cells(KEYS), set(KEYS))[1]
@@ -125,37 +127,37 @@ def test_progress_goes_on_within_a_claim(tmp_path: Path) -> None:
 def test_half_a_line_and_a_stale_lock_are_survived(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
     with pytest.raises(KeyboardInterrupt):
-        SweepState(str(storage), "f").run(KEYS, Evaluator(stop_after=6))
+        SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator(stop_after=6))
     with storage.open("ab") as file:
         file.write(b'{"op_code": 8, "worker_id": "half a li')
     (tmp_path / "sweep.journal.lock").write_text("")
-    cells = SweepState(str(storage), "f").run(KEYS, Evaluator())
+    cells = SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator())
     assert cells == [make_cell(key) for key in KEYS]
 
 
 def test_storage_of_another_sweep_is_refused(tmp_path: Path) -> None:
     storage = str(tmp_path / "sweep.journal")
-    SweepState(storage, "f").run(KEYS, Evaluator())
+    SweepState(storage, {"options": "f"}).run(KEYS, Evaluator())
     with pytest.raises(ContrastError, match="holds another sweep"):
-        SweepState(storage, "g")
+        SweepState(storage, {"options": "g"})
 
 
 def test_damaged_storage_is_named(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
     storage.write_text("not a journal\nat all\n")
     with pytest.raises(ContrastError, match=r"sweep\.journal is damaged in line 1"):
-        SweepState(str(storage), "f")
+        SweepState(str(storage), {"options": "f"})
 
 
 def test_unknown_storage_is_named_without_its_password() -> None:
     with pytest.raises(ContrastError, match="nosuchdatabase://me") as information:
-        SweepState("nosuchdatabase://me:secret@host/name", "f")
+        SweepState("nosuchdatabase://me:secret@host/name", {"options": "f"})
     assert "secret" not in str(information.value)
 
 
 def test_cells_of_a_dead_process_are_taken_over(tmp_path: Path) -> None:
     storage = str(tmp_path / "sweep.journal")
-    state = SweepState(storage, "f")
+    state = SweepState(storage, {"options": "f"})
     state._choices = {"configuration": ["one"], "strength": ["weight"]}
     state._enqueue(KEYS)
     trials = state._claim(group_cells(KEYS), set(KEYS))[1]
@@ -166,13 +168,15 @@ def test_cells_of_a_dead_process_are_taken_over(tmp_path: Path) -> None:
             trial._trial_id, "lease", {"worker": "elsewhere 1 x", "until": time.time() - 1}
         )
     evaluator = Evaluator()
-    assert SweepState(storage, "f").run(KEYS, evaluator) == [make_cell(key) for key in KEYS]
+    assert SweepState(storage, {"options": "f"}).run(KEYS, evaluator) == [
+        make_cell(key) for key in KEYS
+    ]
     assert sorted(evaluator.computed) == sorted(KEYS)
 
 
 def test_study_shows_cells_as_trials(tmp_path: Path) -> None:
     storage = str(tmp_path / "sweep.journal")
-    SweepState(storage, "f").run(KEYS, Evaluator())
+    SweepState(storage, {"options": "f"}).run(KEYS, Evaluator())
     study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(storage))
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 9
     assert study.trials[4].params == {
@@ -257,7 +261,7 @@ def test_postgresql_holds_a_sweep() -> None:
         optuna.delete_study(study_name=STUDY_NAME, storage=url)
     first = Evaluator(stop_after=3)
     with pytest.raises(KeyboardInterrupt):
-        SweepState(url, "f").run(KEYS, first)
+        SweepState(url, {"options": "f"}).run(KEYS, first)
     second = Evaluator()
-    assert SweepState(url, "f").run(KEYS, second) == [make_cell(key) for key in KEYS]
+    assert SweepState(url, {"options": "f"}).run(KEYS, second) == [make_cell(key) for key in KEYS]
     assert first.computed + second.computed == KEYS

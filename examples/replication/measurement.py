@@ -23,9 +23,10 @@ from heretic_contrast.evaluation.capture import split_by_behavior
 from heretic_contrast.evaluation.coherence import is_coherent
 from heretic_contrast.evaluation.responses import Tier, classify_response
 from heretic_contrast.evaluation.results import Cell, SweepResult
-from heretic_contrast.evaluation.sweep import CellKey, SweepEvaluator, SweepOptions
+from heretic_contrast.evaluation.sweep import RULES, CellKey, SweepEvaluator, SweepOptions
 from heretic_contrast.evaluation.sweep_state import SweepState
 from heretic_contrast.files import write_text_atomically
+from heretic_contrast.identity import identify, program_digest
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt, prompts_digest
 from heretic_contrast.residual_cache import cached_residuals
@@ -123,9 +124,10 @@ def measure_study(
     Raises `ContrastError` when the model refuses too little, or the work directory belongs to another study.
     """
 
+    model = model.identified()
     fingerprint = {
         "format": FORMAT,
-        "model": model.fingerprint(),
+        "model": identify(model, _all_pools(pools), rules=program_digest(RULES, classify_response)),
         "options": json.loads(json.dumps(asdict(replace(options, seeds=0)))),
         "pools": {key: prompts_digest(prompts) for key, prompts in _all_pools(pools).items()},
         "versions": {key: version(key) for key in ("numpy", "torch", "transformers", "minisom")},
@@ -142,10 +144,9 @@ def measure_study(
     log(f"* It refuses {len(candidates)} of the {len(pools.judged)} prompts that may be judged.")
     log("Obtaining residuals...")
     residuals = {
-        key: cached_residuals(model, fingerprint["model"], prompts, None, show)
-        for key, prompts in pools.fitted().items()
+        key: cached_residuals(model, prompts, None, show) for key, prompts in pools.fitted().items()
     }
-    provenance = {"fingerprint": fingerprint["model"]}
+    provenance = {"identity": model.identity()}
     if swept is None:
         log("Sweeping every layer alone...")
         swept = run_sweep(
@@ -284,7 +285,7 @@ def _measure_seed(
         references,
         SweepOptions(max_new_tokens=options.tokens, kl_tokens=options.tokens),
     )
-    state = SweepState(str(work / f"seed-{drawn.seed}.journal"), evaluator.fingerprint())
+    state = SweepState(str(work / f"seed-{drawn.seed}.journal"), evaluator.identity())
     keys = {
         (scope, condition.name, condition.excluded): [
             CellKey(stands_for[condition.directions], condition.strength, at, weight)

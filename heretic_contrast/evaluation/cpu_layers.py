@@ -33,7 +33,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 def fast_on_cpu(model: LanguageModel) -> Iterator[None]:
     """Makes attention and linear attention of a model faster, for as long as the context lasts; on a CPU only."""
 
-    if model.model.device.type != "cpu":
+    if model.device.type != "cpu":
         yield
         return
     with grouped_attention(), fast_linear_attention(model):

@@ -49,24 +49,6 @@ CPU_STRIDE = 4
 """The same on a CPU, where each row of a step takes its time."""
 
 
-def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Returns tokens and mask, integer tensors of shape (n, length), padded on the left."""
-
-    length = max(map(len, sequences))
-    tokens = torch.full((len(sequences), length), pad)
-    mask = torch.zeros(len(sequences), length, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        tokens[row, length - len(sequence) :] = torch.tensor(sequence)
-        mask[row, length - len(sequence) :] = 1
-    return tokens, mask
-
-
-def prompt_tokens(model: LanguageModel, prompts: Sequence[Prompt]) -> list[Tokens]:
-    """Returns the tokens of each prompt in chat format, without padding."""
-
-    return [tuple(ids) for ids in model.tokenizer(model.chat_texts(prompts))["input_ids"]]
-
-
 def end_tokens(model: LanguageModel) -> frozenset[int]:
     """Returns the tokens that end a response; none where the model's generation goes on to the limit."""
 
@@ -96,9 +78,8 @@ class Running:
         """Returns sequences that are to be continued."""
 
         model = head.model
-        device = model.model.device
-        tokens, mask = (tensor.to(device) for tensor in pad_left(sequences, model.pad_token_id()))
-        return cls(tokens, mask, cache)
+        inputs = model.pad(sequences)
+        return cls(inputs["input_ids"], inputs["attention_mask"], cache)
 
     @torch.no_grad()
     def advance(
@@ -283,7 +264,7 @@ def extend(
 def stride(model: LanguageModel) -> int:
     """Returns how many tokens are generated before responses that have ended leave the batch."""
 
-    return CPU_STRIDE if model.model.device.type == "cpu" else STRIDE
+    return CPU_STRIDE if model.device.type == "cpu" else STRIDE
 
 
 def forget_images(model: LanguageModel) -> None:
@@ -349,7 +330,7 @@ class Responder:
         self._max_new_tokens = max_new_tokens
         self._n_rows = n_rows
         self._ends = end_tokens(self.model)
-        self._tokens = prompt_tokens(self.model, prompts)
+        self._tokens = self.model.token_ids(prompts)
         if base is None:
             limits = [max_new_tokens] * len(prompts)
             base = generate_tokens(forcing.head, self._tokens, limits, n_rows=n_rows)

@@ -168,7 +168,7 @@ class Head:
     def _output_template(self) -> Any:
         """What the decoder returns, without its hidden states: its form, not its tensors."""
 
-        token = torch.full((1, 1), self._pad_token_id, device=self._network.device)
+        token = torch.full((1, 1), self._pad_token_id, device=self.model.device)
         output = self._decoder(input_ids=token, use_cache=False)
         output.last_hidden_state = None
         return output

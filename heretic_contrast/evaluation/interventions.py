@@ -73,7 +73,7 @@ def ablated_samples(model: LanguageModel, interventions: Sequence[Intervention])
     batch dimension: see `carries_samples`.
     """
 
-    device = model.model.device
+    device = model.device
     unique = {id(intervention): intervention for intervention in interventions}
     place = {key: index for index, key in enumerate(unique)}
     rows = torch.tensor([place[id(intervention)] for intervention in interventions], device=device)
@@ -111,7 +111,7 @@ def carries_samples(model: LanguageModel) -> bool:
         for module in output_projections(model, layer, None)
     ]
     try:
-        token = torch.full((2, 3), model.pad_token_id(), device=model.model.device)
+        token = torch.full((2, 3), model.pad_token_id(), device=model.device)
         model.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
     finally:
         for handle in handles:
@@ -315,7 +315,7 @@ class TeacherForcing:
         Some recurrent layers start anew in every pass, and some models have caches of another kind.
         """
 
-        ids = torch.arange(3, 15, device=self.model.model.device).view(2, 6) % self.vocabulary
+        ids = torch.arange(3, 15, device=self.model.device).view(2, 6) % self.vocabulary
         # Both samples begin in the same way, and one of them is padded.
         ids[1, :3] = ids[0, :3]
         mask = torch.ones_like(ids)
@@ -432,7 +432,7 @@ class TeacherForcing:
                 parts = set(module.modules())
                 if parts & projections and first.projection not in parts:
                     stack.callback(module.register_forward_hook(leave).remove)
-            ids = torch.arange(3, 9, device=self.model.model.device).view(2, 3) % self.vocabulary
+            ids = torch.arange(3, 9, device=self.model.device).view(2, 3) % self.vocabulary
             self._run(TokenBatch(ids, torch.ones_like(ids)))
         if len(calls) != 1:
             return None
@@ -476,7 +476,7 @@ class TeacherForcing:
                     if module is not layer:
                         hook = partial(leave, index)
                         stack.callback(module.register_forward_hook(hook).remove)
-            token = torch.full((1, 2), self.model.pad_token_id(), device=self.model.model.device)
+            token = torch.full((1, 2), self.model.pad_token_id(), device=self.model.device)
             self._run(TokenBatch(token, torch.ones_like(token)))
         return tuple(found)
 
@@ -491,7 +491,7 @@ class TeacherForcing:
 
         handle = self.model.layers[0].register_forward_hook(hook)
         try:
-            token = torch.full((1, 2), self.model.pad_token_id(), device=self.model.model.device)
+            token = torch.full((1, 2), self.model.pad_token_id(), device=self.model.device)
             self._run(TokenBatch(token, torch.ones_like(token)))
         finally:
             handle.remove()

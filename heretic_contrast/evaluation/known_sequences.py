@@ -93,7 +93,7 @@ class KnownSequences:
         self._starts = [len(prompts[index]) - 1 - self.n_common for index in self.order]
         self._widths = [len(sequences[index]) - self.n_common for index in self.order]
         shape = (len(sequences), max(self._widths, default=0))
-        if model.model.device.type == "cpu":
+        if model.device.type == "cpu":
             n_tokens = max(CPU_TOKENS_PER_PASS, CPU_ELEMENTS_PER_PASS // model.hidden_size)
             n_rows = min(n_rows, max(1, n_tokens // max(1, shape[1])))
         self._n_rows = n_rows
@@ -103,7 +103,7 @@ class KnownSequences:
         for row, (index, width) in enumerate(zip(self.order, self._widths, strict=True)):
             self._tokens.input_ids[row, :width] = torch.tensor(sequences[index][self.n_common :])
             self._tokens.attention_mask[row, :width] = 1
-        ids = torch.tensor([beginning], dtype=torch.long, device=model.model.device)
+        ids = torch.tensor([beginning], dtype=torch.long, device=model.device)
         self._beginning = TokenBatch(ids, torch.ones_like(ids))
         self._inputs: _Inputs | None = None
         self._past: Past | None = None
@@ -213,7 +213,7 @@ class KnownSequences:
     def _batch(self, part: slice, forcing: TeacherForcing) -> TokenBatch:
         """Returns the tokens of some sequences, padded on the right no further than they need."""
 
-        device = forcing.model.model.device
+        device = forcing.model.device
         width = max(self._widths[part])
         return TokenBatch(
             self._tokens.input_ids[part, :width].to(device),

@@ -7,8 +7,6 @@ Each layer alone, at each weight, all directions of the layer at uniform weight:
 successful, and at what cost. Interventions are forward hooks, so the model is loaded once and never changed.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +18,10 @@ import torch
 from ..ablation import Composition, Operator, compose, effective_weight, equalize, weight_along
 from ..directions import Directions
 from ..errors import ContrastError
+from ..identity import Identity, identify, program_digest
 from ..language_model import LanguageModel, Progress
 from ..prompts import Prompt, prompts_digest
+from . import coherence, response_rules, response_text, responses
 from .coherence import is_coherent
 from .divergence import (
     SparseLogProbabilities,
@@ -29,7 +29,7 @@ from .divergence import (
     divergences,
     mean_with_standard_error,
 )
-from .generation import Responder, generate_tokens, prompt_tokens
+from .generation import Responder, generate_tokens
 from .interventions import Intervention, TeacherForcing, output_projections, require_layers
 from .known_sequences import Count, KnownSequences, Piece, Tokens
 from .responses import Tier, classify_response
@@ -37,6 +37,9 @@ from .results import Cell, Measurement, SweepResult, Synergy
 
 WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
 """The paper's weights."""
+
+RULES = (responses, response_rules, response_text, coherence)
+"""The modules that decide how a response is judged."""
 
 Classifier = Callable[[str, str], Tier]
 """Returns the tier of a response to a prompt."""
@@ -110,7 +113,7 @@ class References:
         continuations: Sequence[Tokens] | None = None,
     ) -> None:
         self._forcing: TeacherForcing | None = forcing
-        tokens = prompt_tokens(forcing.model, prompts)
+        tokens = forcing.model.token_ids(prompts)
         if continuations is None:
             limits = [kl_tokens] * len(tokens)
             continuations = generate_tokens(forcing.head, tokens, limits, n_rows=n_rows)
@@ -196,6 +199,8 @@ class SweepEvaluator:
         options: SweepOptions,
         classify: Classifier = classify_response,
     ) -> None:
+        # Its weights are read once.
+        model = model.identified()
         check_options(model, configurations, harmful, references, options)
         self.model = model
         self.configurations = dict(configurations)
@@ -204,12 +209,13 @@ class SweepEvaluator:
         forcing = TeacherForcing(model)
         n_rows = model.batch_size
         self._harmful, self._canaries = tuple(harmful), tuple(canaries)
+        self._reference_prompts = tuple(references)
         # Both are answered in the same passes.
         answered = (*harmful, *canaries)
         # The unmodified model answers everything in one go, since a step takes hardly longer for more rows.
         generated = generate_tokens(
             forcing.head,
-            prompt_tokens(model, (*answered, *references)),
+            model.token_ids((*answered, *references)),
             [options.max_new_tokens] * len(answered) + [options.kl_tokens] * len(references),
             n_rows=n_rows,
         )
@@ -421,23 +427,25 @@ class SweepEvaluator:
             kl_standard_error=kl[1],
         )
 
-    def fingerprint(self) -> str:
-        """Returns a digest of everything that decides the cells: processes that share a storage must agree on it."""
+    def identity(self) -> Identity:
+        """Returns everything that decides the cells: processes that share a storage must agree on it."""
 
-        content = {
-            "model": self.model.fingerprint(),
-            "chat": [self.model.system_prompt, self.model.response_prefix],
-            "options": self.options.to_dict(),
-            "directions": {
+        pools = {
+            "harmful": self._harmful,
+            "canaries": self._canaries,
+            "references": self._reference_prompts,
+        }
+        return identify(
+            self.model,
+            pools,
+            # The texts are judged, and shown with their categories.
+            texts={name: prompts_digest(pool) for name, pool in pools.items()},
+            options=self.options.to_dict(),
+            directions={
                 name: directions.digest() for name, directions in self.configurations.items()
             },
-            "prompts": [
-                prompts_digest(self._harmful),
-                prompts_digest(self._canaries),
-                self._references.counts,
-            ],
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+            rules=program_digest(RULES, self._classify),
+        )
 
     def result(self, cells: Sequence[Cell], pools: Mapping[str, Any]) -> SweepResult:
         """Returns the finished sweep, its cells in the order of their keys."""
@@ -563,7 +571,7 @@ def run_cells(
 
     from .sweep_state import SweepState
 
-    state = SweepState(storage, evaluator.fingerprint())
+    state = SweepState(storage, evaluator.identity())
     single = state.run(evaluator.grid(), evaluator.evaluate, progress)
     sets = state.run(evaluator.synergy_grid(single), evaluator.evaluate, progress)
     return list({cell.key(): cell for cell in [*single, *sets]}.values())

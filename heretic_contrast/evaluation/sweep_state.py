@@ -9,6 +9,7 @@ process that died are taken over when its lease ends. Groups do not depend on th
 so that computing one twice gives the same numbers to the last bit.
 """
 
+import json
 import re
 import threading
 import time
@@ -31,6 +32,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import ContrastError
+from ..identity import Identity, differences
 from ..journal import CheckedJournal, JournalLock
 from ..language_model import Progress
 from ..processes import is_dead, this_process
@@ -102,9 +104,9 @@ def open_storage(storage: str | None) -> BaseStorage:
 
 
 class SweepState:
-    """A sweep's cells in a storage. `fingerprint` says which sweep: processes must agree on it."""
+    """A sweep's cells in a storage. `identity` says which sweep: processes must agree on it."""
 
-    def __init__(self, storage: str | None, fingerprint: str) -> None:
+    def __init__(self, storage: str | None, identity: Identity) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._name = storage
         self._choices: dict[str, list[str]] = {}
@@ -122,9 +124,11 @@ class SweepState:
                 # Optuna calls the names of metrics experimental; the dashboard shows them.
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 self._study.set_metric_names(["refusals", "KL divergence"])
-            stored = self._study.user_attrs.get("fingerprint")
-            if stored is None:
-                self._study.set_user_attr("fingerprint", fingerprint)
+            if "identity" not in self._study.user_attrs and not self._study.get_trials(
+                deepcopy=False
+            ):
+                self._study.set_user_attr("identity", identity)
+            stored = self._study.user_attrs.get("identity")
         except ContrastError:
             raise
         except Exception as error:
@@ -133,11 +137,16 @@ class SweepState:
                 f"The storage {without_password(storage)} cannot be read ({' '.join(str(error).split())[:200]}): "
                 "move a damaged file away to start anew."
             ) from error
-        if stored not in (None, fingerprint):
+        where = f"The storage {without_password(storage)}"
+        remedy = "give another output or storage, or remove that one."
+        if stored is None:
             raise ContrastError(
-                f"The storage {without_password(storage)} holds another sweep (other model, prompts, directions or options): "
-                "give another output or storage, or remove that one."
+                f"{where} holds a sweep that does not say what decided its cells, as earlier versions did not: {remedy}"
             )
+        # As the storage gives it back.
+        different = differences(stored, json.loads(json.dumps(identity)))
+        if different:
+            raise ContrastError(f"{where} holds another sweep (other {different}): {remedy}")
 
     def run(
         self, keys: Sequence[CellKey], evaluate: Evaluate, progress: Progress | None = None

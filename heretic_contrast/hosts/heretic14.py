@@ -7,13 +7,15 @@ Heretic 1.4 has no plugins, but its `run()` reads the classes and functions that
 globals. The host substitutes a few of them for one run, and restores them.
 """
 
+import json
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,25 +25,32 @@ import heretic.main
 import heretic.utils
 import rich.traceback
 import torch
+from heretic.config import ExportStrategy
 from heretic.config import RowNormalization as HereticRowNormalization
 from optuna import Trial
+from optuna.trial import FrozenTrial, TrialState
 from questionary import Choice
 from torch import Tensor
 
 from .. import __version__
 from ..directions import Directions
 from ..errors import ContrastError, find_cause
+from ..evaluation import response_rules, response_text, responses
+from ..evaluation.responses import classify_response
 from ..extraction import load_pools
 from ..files import require_writable_directory, require_writable_file
+from ..identity import Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
+from ..lora import require_mergeable
 from ..modifier import ContrastAbliteration
 from ..prompts import Prompt, load_pool
-from ..search import Parameters
+from ..search import Parameters, configuration_digest
 from .checkpoint import repair_checkpoints
+from .loading import ChatModel
 from .lora_targets import adapters_on_named_modules
 from .sampler import make_sampler
 from .settings import HostSettings, prompt_sources
-from .surface import heretic_prompts, log
+from .surface import heretic_prompts, language_model, log
 
 SEAMS = (
     "Settings",
@@ -78,6 +87,9 @@ POOLS = {
 TRIAL_KEY = "contrast"
 """The trial's user attribute that holds the plugin's parameters."""
 
+IDENTITY_KEY = "identity"
+"""The trial's user attribute that says what decided its numbers."""
+
 UNFINISHED = ".unfinished"
 """The folder inside the one that a model is saved to where it lies until it is whole."""
 
@@ -91,7 +103,7 @@ ACTIONS = {
 }
 
 
-class HostModel(heretic.main.Model):
+class HostModel(ChatModel):
     """Heretic 1.4's model, with LoRA adapters on request, as in Heretic 2.0."""
 
     lora_rank: int | None = None
@@ -101,6 +113,9 @@ class HostModel(heretic.main.Model):
 
         self.lora_rank = rank
         self._apply_lora()
+        if self.settings.export_strategy == ExportStrategy.MERGE:
+            # Hours before the merge.
+            require_mergeable(self.model)
 
     def _apply_lora(self) -> None:
         # Heretic's constructor calls this before the directions are known.
@@ -119,6 +134,16 @@ class HostModel(heretic.main.Model):
                 super()._apply_lora()
         finally:
             self.settings = settings
+
+    def get_merged_model(self) -> Any:
+        """
+        Merges the adapters; those of a model that Heretic has quantized are applied anew to one in full precision.
+
+        Raises `ContrastError` when the weights are kept as codes to which nothing can be added.
+        """
+
+        require_mergeable(self.model)
+        return super().get_merged_model()
 
     def reset_model(self) -> bool:
         """Resets the model; the adapters are in place afterwards, which Heretic 2.0 reports as True."""
@@ -152,6 +177,8 @@ class Host:
         self.settings = settings
         self.modifier: ContrastAbliteration | None = None
         self.context: HostContext | None = None
+        self.evaluator: heretic.main.Evaluator | None = None
+        self.identity: Identity = {}
         self.parameters: Parameters | None = None
         self.trial_was_chosen = False
         self.action_was_taken = False
@@ -184,6 +211,41 @@ class Host:
                 heretic_settings=settings, settings=settings.contrast
             )
             self.modifier.init(self.context)
+            self.identity = self._identify(settings)
+
+    def _identify(self, settings: HostSettings) -> Identity:
+        """Returns what decides the trials of a study, after everything has been loaded."""
+
+        assert self.modifier is not None and self.context is not None and self.evaluator is not None
+        model = replace(
+            language_model(self.context, settings), known_identity=self.modifier.identity
+        )
+        pools = {
+            "harmful evaluation prompts": self.evaluator.bad_prompts,
+            "harmless evaluation prompts": self.evaluator.good_prompts,
+        }
+        found = identify(
+            model,
+            {
+                name: [Prompt(text=prompt.user, system=prompt.system) for prompt in prompts]
+                for name, prompts in pools.items()
+            },
+            directions=configuration_digest(self.modifier.directions),
+            rules=program_digest((responses, response_rules, response_text), classify_response),
+        )
+        # As a checkpoint gives it back.
+        return dict(json.loads(json.dumps(found)))
+
+    def _require_own(self, trials: Iterable[FrozenTrial]) -> None:
+        """Raises `ContrastError` when trials were measured on something else than what has been loaded."""
+
+        for trial in trials:
+            different = differences(trial.user_attrs.get(IDENTITY_KEY, {}), self.identity)
+            if different:
+                raise ContrastError(
+                    f"The checkpoint in {self.settings.study_checkpoint_dir} holds trials that were measured with other "
+                    f"{different}: give --checkpoint-action restart to start from scratch, or another --study-checkpoint-dir."
+                )
 
     def model_class(host) -> type[HostModel]:
         """Returns the class that stands in for Heretic's model."""
@@ -220,6 +282,8 @@ class Host:
 
         assert self.modifier is not None and self.context is not None
         if isinstance(trial, Trial):
+            self._require_own(trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+            trial.set_user_attr(IDENTITY_KEY, self.identity)
             self.parameters = self.modifier.suggest_parameters(self.context, trial)
             trial.set_user_attr(TRIAL_KEY, self.parameters.to_dict())
         else:
@@ -228,6 +292,7 @@ class Host:
                 raise ContrastError(
                     f"Trial {trial.number + 1} of the checkpoint was not made by heretic-contrast: start from scratch."
                 )
+            self._require_own([trial])
             self.parameters = Parameters.from_dict(stored)
         return self.parameters.to_presentation_dict()
 
@@ -248,12 +313,14 @@ class Host:
         """Returns Heretic's evaluator, which may judge refusals by tiers."""
 
         class Evaluator(heretic.main.Evaluator):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                host.evaluator = self
+
             def is_refusal(self, response: str) -> bool:
                 contrast = self.settings.contrast
                 if contrast.refusal_classifier == "markers":
                     return super().is_refusal(response)
-                from ..evaluation.responses import classify_response
-
                 # Heretic judges the responses in the order of its prompts, and hands over the response alone.
                 prompt = self.bad_prompts[self.n_judged % len(self.bad_prompts)]
                 self.n_judged += 1

@@ -1,28 +1,167 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Loading a model through Heretic outside of a run: for extraction and sweeps."""
+"""Loading a model through Heretic, and letting Heretic put prompts to it as `chat` does."""
 
 import logging
 import os
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import heretic.model
 import heretic.utils
 import torch
 import transformers
 from heretic.model import Model
 from rich.markup import escape
 
-from ..errors import ContrastError
+from ..builtin import model_name
+from ..chat import (
+    NO_SYSTEM_ROLE,
+    has_system_role,
+    pad_left,
+    require_chat,
+    token_ids,
+    without_system_role,
+)
+from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel
 from ..prompts import Prompt
 from .surface import from_heretic, log
 
 
-class PlainModel(Model):
+class Inputs(dict[str, torch.Tensor]):
+    """What a tokenizer returns. Heretic sends it to the device of the first weight, which may be offloaded."""
+
+    def to(self, device: Any) -> "Inputs":
+        """Returns the inputs on a device; accelerate moves what enters an offloaded model by itself."""
+
+        if torch.device(device).type == "meta":
+            return self
+        return Inputs({name: tensor.to(device) for name, tensor in self.items()})
+
+
+class ChatTokenizer:
+    """A tokenizer as Heretic calls it for chats, which writes and reads them as `chat` does."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
+        """Returns one chat or several in the model's format; without system messages where it has no role for them."""
+
+        if not has_system_role(self._tokenizer):
+            one = isinstance(conversation[0], dict)
+            chats = [
+                without_system_role(chat) for chat in ([conversation] if one else conversation)
+            ]
+            conversation = chats[0] if one else chats
+        return self._tokenizer.apply_chat_template(conversation, **options)
+
+    def __call__(self, text: str | list[str], **options: Any) -> Inputs:
+        """Returns the tokens of one text or several, padded on the left."""
+
+        texts = [text] if isinstance(text, str) else text
+        tokens, mask = pad_left(token_ids(self._tokenizer, texts), self._tokenizer.pad_token_id)
+        return Inputs(input_ids=tokens, attention_mask=mask)
+
+
+class ChatModel(Model):
+    """
+    Heretic's model, which asks as `chat` does, and says in one sentence why it cannot be loaded.
+
+    Raises `ContrastError` when it cannot, before its weights are loaded where the tokenizer tells.
+    """
+
+    def __init__(self, settings: Any) -> None:
+        self._asks = False
+        failures: list[Exception] = []
+        try:
+            with remembered(failures):
+                super().__init__(settings)
+        except ContrastError:
+            raise
+        except Exception as error:
+            # Whatever transformers raises, the user needs to know that it was the model.
+            cause = failures[-1] if failures else error
+            raise loading_error(model_name(settings.model), cause) from error
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; while Heretic puts chats to the model, one that knows how."""
+
+        return ChatTokenizer(self._tokenizer) if self._asks else self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        require_chat(tokenizer, model_name(self.settings.model))
+        if not has_system_role(tokenizer):
+            log(NO_SYSTEM_ROLE)
+        self._tokenizer = tokenizer
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Heretic's."""
+
+        with self._asking():
+            return super().generate(*args, **kwargs)
+
+    def stream_chat_response(self, *args: Any, **kwargs: Any) -> Any:
+        """As Heretic's."""
+
+        with self._asking():
+            return super().stream_chat_response(*args, **kwargs)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        self._asks = True
+        try:
+            yield
+        finally:
+            self._asks = False
+
+
+@contextmanager
+def remembered(failures: list[Exception]) -> Iterator[None]:
+    """Adds what goes wrong while Heretic tries one data type after the other, and only prints, to a list."""
+
+    # Some states of Heretic print errors in another way.
+    original = getattr(heretic.model, "format_exception", None)
+    if original is None:
+        yield
+        return
+
+    def remember(error: Exception) -> str:
+        failures.append(error)
+        return str(original(error))
+
+    heretic.model.format_exception = remember
+    try:
+        yield
+    finally:
+        heretic.model.format_exception = original
+
+
+def loading_error(name: str, cause: Exception) -> ContrastError:
+    """Returns what the user is told where a model cannot be loaded, or cannot answer a first prompt."""
+
+    if isinstance(cause, torch.OutOfMemoryError):
+        remedy = "use a smaller model, --quantization bnb_4bit, or a device with more memory"
+    elif isinstance(cause, OSError):
+        # transformers says so of files and of repositories that are not there.
+        remedy = "check its name or path"
+    else:
+        remedy = "look whether the installed versions of transformers and its libraries support it"
+    reason = one_line(str(cause)) or type(cause).__name__
+    return ContrastError(f"The model {name} could not be loaded ({reason[:300]}): {remedy}.")
+
+
+class PlainModel(ChatModel):
     """Heretic's model without LoRA adapters, which hooks do not need."""
 
     def _apply_lora(self) -> None:
@@ -61,14 +200,7 @@ def open_model(settings: Any) -> LoadedContext:
     if settings.seed is None:
         settings.seed = random.randint(0, 2**32 - 1)
     transformers.set_seed(settings.seed)
-    try:
-        return LoadedContext(PlainModel(settings), settings)
-    except Exception as error:
-        # Whatever transformers raises, the user needs to know that it was the model.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ContrastError(
-            f"The model {settings.model} could not be loaded ({reason[:300]}): check its name or path."
-        ) from error
+    return LoadedContext(PlainModel(settings), settings)
 
 
 def with_response_prefix(
@@ -153,7 +285,7 @@ def _common_prefix(model: LanguageModel, prompts: Sequence[Prompt], max_new_toke
 def load_language_model(
     settings: Any, batch_size: int | None = None
 ) -> tuple[LanguageModel, LoadedContext]:
-    """Loads a model; returns the wrapper around it, and the context that loads prompts."""
+    """Loads a model; returns the wrapper around it with its identity, and the context that loads prompts."""
 
     context = open_model(settings)
-    return from_heretic(context.get_model(), settings, batch_size), context
+    return from_heretic(context.get_model(), settings, batch_size).identified(), context

@@ -8,8 +8,8 @@ Imports Heretic's configuration alone, which is light, so that `--help` is as fa
 
 import hashlib
 import json
-import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -32,6 +32,7 @@ from ..builtin import (
     with_refuser_pools,
 )
 from ..errors import ContrastError
+from ..files import file_digest, path_digest
 from ..settings import (
     ContrastSettings,
     PromptSource,
@@ -264,7 +265,12 @@ class HostSettings(Settings):
         )
 
     def configuration_digest(self) -> str:
-        """Returns a digest of everything that decides the trials of a study."""
+        """
+        Returns a digest of everything that decides the trials of a study, as far as it is known before anything is loaded.
+
+        What files and folders hold belongs to it. The weights of the model, and prompts from elsewhere, are compared when they
+        have been loaded.
+        """
 
         content = self.model_dump(
             mode="json",
@@ -281,12 +287,24 @@ class HostSettings(Settings):
         )
         for name in ("save_directions", "residual_cache"):
             content["contrast"].pop(name)
+        paths = sorted({self.model, *_datasets(content)})
+        content["files"] = [path_digest(Path(path)) for path in paths]
         directions = self.contrast.directions
-        if directions is not None and os.path.isfile(directions):
-            content["contrast"]["directions"] = hashlib.sha256(
-                Path(directions).read_bytes()
-            ).hexdigest()
+        if directions is not None and Path(directions).is_file():
+            content["contrast"]["directions"] = file_digest(Path(directions))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _datasets(content: Any) -> Iterator[str]:
+    """Yields the name or path of every dataset among settings."""
+
+    if isinstance(content, dict):
+        if isinstance(content.get("dataset"), str):
+            yield content["dataset"]
+        content = list(content.values())
+    if isinstance(content, list):
+        for value in content:
+            yield from _datasets(value)
 
 
 def normalize_arguments(arguments: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn import Module
 
 from ..builtin import model_name
+from ..chat import require_chat
 from ..errors import ContrastError
 from ..language_model import LanguageModel
 from ..language_model import Progress as ProgressCallback
@@ -109,6 +110,8 @@ def from_heretic(
         layers=layers,
         components=components,
         name=name,
+        # Heretic never loads a model with adapters around it, so that these are its own.
+        own_adapter="default" if isinstance(heretic_model.model, PeftModel) else None,
         revision=heretic_settings.model_commit,
         system_prompt=heretic_settings.system_prompt,
         response_prefix=heretic_settings.response_prefix or "",
@@ -161,10 +164,13 @@ def wrap(
     """
     Returns the wrapper around a plain transformers model, with the components that Heretic finds in it.
 
-    `name` is recorded in results. The tokenizer needs a chat template. Raises `ContrastError` as `find_components`.
+    `name` is recorded in results. Raises `ContrastError` as `find_components`, and where the tokenizer has no chat template, or
+    neither a padding nor an end-of-sequence token.
     """
 
     from heretic.model import Model
+
+    require_chat(tokenizer, name)
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

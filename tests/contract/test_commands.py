@@ -196,7 +196,7 @@ def test_thinking_tag_is_found_in_the_chat_template(
     assert texts[0].endswith("<think>\n<think></think>")
     responses = []
     for text in texts:
-        inputs = refuser.tokenize_texts([text])
+        inputs = refuser.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
         output = refuser.model.generate(**inputs, max_new_tokens=4, do_sample=False)
         responses.append(refuser.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
     common = commonprefix(responses).rstrip(" ")  # noqa: RUF071

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Prompts as a model reads them: the chat template, and the tokens of what it gives.
+
+Templates and tokenizers overlap. Many templates write the token that begins a text, which the tokenizer adds again; the
+model was trained on one. Some tokenizers end every text with a token, after which no response begins. And some templates
+refuse a system message.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from .errors import ContrastError, one_line
+
+Chat: TypeAlias = list[dict[str, str]]
+"""Messages with a role and a content each."""
+
+NO_SYSTEM_ROLE = (
+    "* The chat template refuses a system message: the system prompt is put in front of the user's"
+)
+"""What is logged where `has_system_role` is not true."""
+
+
+def require_chat(tokenizer: Any, name: str) -> None:
+    """
+    Raises `ContrastError` when a tokenizer cannot write a prompt as chat, or cannot fill shorter prompts of a batch.
+
+    `name` is that of the model.
+    """
+
+    if tokenizer.chat_template is None:
+        raise ContrastError(
+            f"The tokenizer of {name} has no chat template, so there is no way to put a prompt to the model: use the "
+            "instruction-tuned model, or add a chat_template.jinja to its folder."
+        )
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ContrastError(
+            f"The tokenizer of {name} has neither a padding token nor an end-of-sequence token, so prompts of different "
+            "lengths cannot share a batch: name one as pad_token or eos_token in its tokenizer_config.json."
+        )
+    try:
+        chat_texts(tokenizer, [[{"role": "user", "content": "Hello"}]])
+    except TemplateError as error:
+        raise ContrastError(
+            f"The chat template of {name} cannot write a single user message ({one_line(str(error))}): correct it."
+        ) from error
+
+
+def has_system_role(tokenizer: Any) -> bool:
+    """Returns whether the chat template takes a system message, which for example that of Gemma 2 refuses."""
+
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    try:
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    except TemplateError:
+        return False
+    return True
+
+
+def without_system_role(chat: Chat) -> Chat:
+    """Returns a chat whose system message is put in front of what the user says, as Gemma 3's template does it."""
+
+    system = [message["content"] for message in chat if message["role"] == "system"]
+    others = [dict(message) for message in chat if message["role"] != "system"]
+    for message in others:
+        if message["role"] == "user":
+            message["content"] = "\n\n".join(filter(None, [*system, message["content"]]))
+            break
+    return others
+
+
+def chat_texts(tokenizer: Any, chats: Sequence[Chat], **options: Any) -> list[str]:
+    """
+    Returns chats in the model's format, up to where its response begins.
+
+    `options` are those of transformers. Raises jinja2's `TemplateError` where the template refuses a chat.
+    """
+
+    if not chats:
+        return []
+    if not has_system_role(tokenizer):
+        chats = [without_system_role(chat) for chat in chats]
+    texts: list[str] = tokenizer.apply_chat_template(
+        list(chats), add_generation_prompt=True, tokenize=False, **options
+    )
+    return texts
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """
+    Returns the tokens of texts in the model's format.
+
+    What the tokenizer puts in front of a text stands there once, also where the text begins with it. Nothing is put
+    behind it, where the response is to follow.
+    """
+
+    if not texts:
+        return []
+    plain = tokenizer([*texts, "a"], add_special_tokens=False)["input_ids"]
+    *plain, probe = (tuple(ids) for ids in plain)
+    whole = tuple(tokenizer("a")["input_ids"])
+    n_before = next(
+        (place for place in range(len(whole)) if whole[place : place + len(probe)] == probe), 0
+    )
+    before = whole[:n_before]
+    return [ids if ids[:1] == before[:1] else before + ids for ids in plain]
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Returns tokens and mask, integer tensors of shape (n, length), padded on the left."""
+
+    length = max(map(len, sequences))
+    tokens = torch.full((len(sequences), length), pad)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        tokens[row, length - len(sequence) :] = torch.tensor(sequence)
+        mask[row, length - len(sequence) :] = 1
+    return tokens, mask

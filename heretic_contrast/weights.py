@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The weights of output projections as numbers, whatever they are kept as.
+
+What a quantized module holds are codes, whose scales stand beside them. Taken for weights, they are wrong by that scale. So
+what is known is listed here, and everything else is refused.
+"""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, Module, Parameter
+from transformers.pytorch_utils import Conv1D
+
+from .errors import ContrastError
+from .offloading import is_hooked, loaded
+
+FULL_PRECISION = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Data types whose values are weights."""
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Data types whose values are weights once they have been scaled."""
+
+
+def base_weight(module: Module) -> Tensor:
+    """
+    Returns the unmodified weight of an output projection.
+
+    Tensor of shape (hidden_size, in_features), float32, on the device that the module computes on. LoRA is looked through,
+    offloaded weights are loaded, and quantized ones are dequantized.
+
+    Raises `ContrastError` when it is not known how the weight is kept.
+    """
+
+    layer = cast(Module, getattr(module, "base_layer", module))
+    with loaded(layer, None):
+        return _full_precision(layer).detach().to(torch.float32)
+
+
+def _full_precision(layer: Any) -> Tensor:
+    """Returns the weight of a module in whatever data type it is dequantized to."""
+
+    weight: Any = getattr(layer, "weight", None)
+    kind = type(weight).__name__
+    if kind == "Params4bit" and weight.quant_state is not None:
+        return dequantized(weight, weight.quant_state)
+    if kind == "Int8Params" and not layer.state.has_fp16_weights:
+        return cast(Tensor, weight.data.float() * (int8_scales(layer) / 127)[:, None])
+    if type(layer).__name__ == "FP8Linear" and type(weight) is Parameter and weight.dtype in FP8:
+        return scaled_blocks(weight, layer.weight_scale_inv, layer.block_size)
+    if is_plain(layer):
+        return cast(Tensor, weight.T if isinstance(layer, Conv1D) else weight)
+    dtype = getattr(weight, "dtype", None)
+    raise ContrastError(
+        f"It is not known how {type(layer).__module__.partition('.')[0]}'s {type(layer).__name__} keeps its weights "
+        f"({'no weight' if dtype is None else str(dtype).removeprefix('torch.')}), so they cannot be modified: use the model "
+        "in full precision, or quantized by bitsandbytes."
+    )
+
+
+def is_plain(layer: Module) -> bool:
+    """Returns whether a module multiplies by its weight as it is, and does nothing else but add a bias."""
+
+    names = {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())}
+    weight: Any = getattr(layer, "weight", None)
+    return (
+        type(layer).forward in (Linear.forward, Conv1D.forward)
+        and ("forward" not in vars(layer) or is_hooked(layer))
+        and type(weight) in (Parameter, Tensor)
+        and weight.dtype in FULL_PRECISION
+        and names <= {"weight", "bias"}
+    )
+
+
+def is_bitsandbytes(layer: Module) -> bool:
+    """Returns whether bitsandbytes keeps a module's weight in 4 or 8 bits."""
+
+    return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def int8_scales(layer: Any) -> Tensor:
+    """Returns what bitsandbytes has scaled the rows of a weight of 8 bits by, before its first pass or after."""
+
+    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    return cast(Tensor, scales).to(layer.weight.device)
+
+
+def scaled_blocks(codes: Tensor, scales: Tensor, block_size: tuple[int, int] | None) -> Tensor:
+    """
+    Returns codes times the scale of their block.
+
+    `codes`: Tensor of shape (rows, columns). `scales`: Tensor with one element per block, the last blocks of which may be cut
+    off, or a single one without a block size. Tensor of shape (rows, columns), float32.
+    """
+
+    scales = scales.float()
+    if block_size is not None:
+        for dimension, size in enumerate(block_size):
+            scales = scales.repeat_interleave(size, dimension).narrow(
+                dimension, 0, codes.shape[dimension]
+            )
+    return codes.float() * scales
+
+
+def dequantized(weight: Tensor, quant_state: Any) -> Tensor:
+    """
+    Returns a weight that bitsandbytes keeps in 4 bits.
+
+    On processors with 16-bit instructions, bitsandbytes reorders the bits of a weight in its first forward pass, and
+    its own `dequantize_4bit`, as Heretic calls it, then returns nonsense. The order is restored first, in a copy.
+    """
+
+    from bitsandbytes import functional
+
+    return cast(Tensor, functional.dequantize_4bit(*in_order(weight, quant_state)))
+
+
+def in_order(weight: Tensor, quant_state: Any) -> tuple[Tensor, Any]:
+    """Returns the codes of a weight of 4 bits, and its scales, in the order that they were made in."""
+
+    if not getattr(quant_state, "packing_format_for_cpu", False):
+        return weight.data, quant_state
+    from bitsandbytes import functional
+
+    restored = copy.copy(quant_state)
+    # The scales are restored here, since bitsandbytes would quantize them anew, or leave them transposed.
+    restored.original_nested = False
+    data, restored = functional._convert_weight_packed_for_cpu_inverse(weight.data, restored)
+    restored.absmax = quant_state.absmax.T.reshape(-1).float()
+    return data, restored
+
+
+def codes(weight: Any) -> list[Tensor]:
+    """
+    Returns all that decides a weight of 4 bits, the same before and after its first pass.
+
+    The codes, their scales and the table of values. bitsandbytes rounds the scales to 16 bits on processors.
+    """
+
+    from bitsandbytes import functional
+
+    data, state = in_order(weight, weight.quant_state)
+    scales = state.absmax
+    if state.nested:
+        scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+    return [data, scales.to(torch.bfloat16) if scales.device.type == "cpu" else scales, state.code]
