@@ -223,8 +223,8 @@ def test_models_that_cannot_be_asked_are_named(
     for kind, verb in (("bad", "Break"), ("good", "Bake")):
         pool = folder.parent / f"{kind}.txt"
         pool.write_text("".join(f"{verb} {thing}.\n" for thing in ("a door", "it")))
-        for name in (f"{kind}-prompts", f"{kind}-evaluation-prompts"):
-            arguments += [f"--{name}.dataset={pool}", f"--{name}.split="]
+        for option in (f"{kind}-prompts", f"{kind}-evaluation-prompts"):
+            arguments += [f"--{option}.dataset={pool}", f"--{option}.split="]
     if command == "extract":
         arguments.append("--output=directions.safetensors")
     error = sentence(arguments, monkeypatch, capsys)

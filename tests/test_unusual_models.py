@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Whole commands on models that are offloaded, quantized, or refuse a system message."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from tests.command_server import Server
+from tests.conftest import DATA
+from tests.small_runs import make_cases, study
+
+pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+
+pytestmark = pytest.mark.slow
+
+
+def arguments(directory: Path, name: str, model: Path) -> list[str]:
+    """The smallest run of a kind, with another model."""
+
+    pools = [
+        f"--{kind}-prompts.dataset={directory / f'{pool}-train.jsonl'}"
+        for kind, pool in (("good", "harmless"), ("bad", "harmful"))
+    ]
+    given = make_cases(directory)[name].arguments
+    return [
+        *(item for item in given if item != "--model=builtin:refuser"),
+        *pools,
+        f"--model={model}",
+    ]
+
+
+def run(server: Server, directory: Path, name: str, model: Path, *options: str) -> tuple[Path, str]:
+    """Runs a command to its end, and returns where, and what it said."""
+
+    folder = directory / f"{name}-{len(list(directory.iterdir()))}"
+    command = server.run([*arguments(directory, name, model), *options], folder)
+    assert command.code == 0, command.output()[-3000:]
+    return folder, command.output()
+
+
+@pytest.fixture
+def refusing(tmp_path: Path) -> Path:
+    """The built-in refuser in a folder."""
+
+    return Path(shutil.copytree(DATA / "refuser", tmp_path / "model"))
+
+
+@pytest.mark.parametrize("memory", ["3MB", "1KB"])
+def test_offloaded_models_give_the_same(
+    memory: str, refusing: Path, tmp_path: Path, command_server: Server
+) -> None:
+    option = f'--max-memory={{"cpu": "{memory}"}}'
+    folders = [
+        [run(command_server, tmp_path, name, refusing, *options)[0] for options in ((), (option,))]
+        for name in ("extract", "sweep", "search")
+    ]
+    extracted, swept, searched = folders
+    for path in (extracted[0] / "output").glob("*.safetensors"):
+        expected, found = load_file(path), load_file(extracted[1] / "output" / path.name)
+        for name, tensor in expected.items():
+            assert torch.allclose(tensor.double(), found[name].double(), rtol=1e-4, atol=1e-5)
+    cells = [
+        json.loads((folder / "output" / "sweep.json").read_text())["cells"] for folder in swept
+    ]
+    for cell, other in zip(*cells, strict=True):
+        assert cell["responses"] == other["responses"]
+    trials = [study(folder / "checkpoints") for folder in searched]
+    for trial, other in zip(*trials, strict=True):
+        assert trial["params"] == other["params"]
+        assert trial["values"] == pytest.approx(other["values"], rel=1e-2, abs=1e-3)
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder / "output" / "model") for folder in searched
+    ]
+    ids = torch.arange(20, 40)[None]
+    logits = [model(input_ids=ids).logits for model in models]
+    assert torch.allclose(*logits, atol=1e-3)
+
+
+def test_checkpoints_of_8_bits_are_modified_as_in_full_precision(
+    refusing: Path, tmp_path: Path, command_server: Server
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantized = Path(shutil.copytree(refusing, tmp_path / "quantized"))
+    AutoModelForCausalLM.from_pretrained(
+        refusing, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
+    ).save_pretrained(quantized)
+    divergences = []
+    for model in (refusing, quantized):
+        folder, _ = run(
+            command_server, tmp_path, "search", model, "--export-strategy=adapter", "--n-trials=2"
+        )
+        divergences.append(
+            [trial["attributes"]["kl_divergence"] for trial in study(folder / "checkpoints")]
+        )
+    # The first trial has the same parameters; codes taken for weights gave a hundred times as much.
+    assert divergences[1][0] == pytest.approx(divergences[0][0], rel=0.5, abs=0.02)
+
+
+def test_templates_that_refuse_a_system_message(
+    refusing: Path, tmp_path: Path, command_server: Server
+) -> None:
+    path = refusing / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No') }}{% endif %}"
+    path.write_text("{{ bos_token }}" + refusal + path.read_text())
+    for name in ("extract", "search"):
+        folder, output = run(command_server, tmp_path, name, refusing)
+        assert output.count("refuses a system message") == 1
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "output" / "model")
+    assert tokenizer.chat_template == path.read_text().rstrip("\n")
