@@ -125,8 +125,12 @@ It then reads whatever the current directory holds in that format. "pandas" unpi
 
 
 def check_dataset_name(name: str) -> None:
-    """Raises `ContrastError` when the name of a dataset is that of a file format."""
+    """Raises `ContrastError` when the name of a dataset is empty, or that of a file format."""
 
+    if not name.strip():
+        raise ContrastError(
+            "The name of a dataset is empty: give the ID of a dataset or the path of a file or folder."
+        )
     if name in DATASET_FORMATS:
         raise ContrastError(
             f'"{name}" is the name of a file format and not of a dataset: give the ID of a dataset or the path of a file, or '

@@ -591,12 +591,12 @@ def run(settings: HostSettings) -> None:
         require_writable_directory(Path(settings.save_directory))
     if settings.contrast.save_directions is not None:
         require_writable_file(Path(settings.contrast.save_directions))
-    if settings.evaluate_model is None:
-        check_directions_source(settings)
     host = Host(settings)
     for name in POOLS:
         # Heretic loads its model first, and then finds out that a pool cannot be read.
         host.load_prompts(settings, getattr(settings, name))
+    if settings.evaluate_model is None:
+        check_directions_source(settings)
     if settings.checkpoint_action != "restart":
         repair_checkpoints(Path(settings.study_checkpoint_dir))
     else:

@@ -84,12 +84,19 @@ def _prompts(rows: Rows, source: PromptSource, setting: Setting) -> list[Prompt]
             raise ContrastError(f'{row.place} has no "{column}": write one, or remove the row.')
         if isinstance(text, list):
             text, system = _turns(text)
+        if not (is_text(text) and is_text(system or "")):
+            raise ContrastError(
+                f'{row.place} has a "{column}" that is not text (or holds half a character), and no conversation with a text '
+                "of the user: correct it."
+            )
         category = _category(row.cells.get(category_column), labels)
-        for name, value in ((column, text), ("system", system or ""), (category_column, category)):
-            if not is_text(value):
+        if not is_text(category):
+            if source.category_column is not None:
                 raise ContrastError(
-                    f'{row.place} has a "{name}" that is not text, or holds half a character: correct it.'
+                    f'{row.place} has a "{category_column}" that is neither text nor a whole number: correct it.'
                 )
+            # Nobody has asked for what stands in a column that is called like one of categories.
+            category = None
         prompts.append(
             Prompt(
                 text=" ".join(part for part in (source.prefix, text, source.suffix) if part),

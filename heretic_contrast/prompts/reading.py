@@ -45,7 +45,7 @@ FILE_SUFFIXES = {
 
 COMPRESSIONS: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
     ".gz": (b"\x1f\x8b", gzip.decompress),
-    ".bz2": (b"BZh", bz2.decompress),
+    ".bz2": (b"BZh91AY&SY", bz2.decompress),
     ".xz": (b"\xfd7zXZ\x00", lzma.decompress),
 }
 """Endings of compressed files: what the files start with, and what decompresses them."""
@@ -59,8 +59,13 @@ BYTE_ORDER_MARKS = {
 }
 
 JSON_START = re.compile(r'\s*(\[\s*["{\]]|\{\s*["}])')
-HTML_START = re.compile(r"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
-LFS_START = "version https://git-lfs"
+NO_PROMPTS = {
+    "a web page": re.compile(r"\s*<(!doctype|html|\?xml)", re.IGNORECASE),
+    "a pointer of Git LFS": re.compile(r"version https://git-lfs"),
+    "a pickle": re.compile(r"\([a-z]p\d+\r?\n"),
+}
+"""What text may be that is no prompts, by how it starts."""
+
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 LINE_END = re.compile(r"\r\n|\r|\n")
 
@@ -223,7 +228,8 @@ def _read_hub(source: PromptSource, columns: Collection[str], setting: Setting) 
     for name, example in (("split", "train[:400]"), ("column", "text")):
         if getattr(source, name) is None:
             raise ContrastError(
-                f'The dataset {source.dataset} is used without a {name}: give {setting(name)}, such as "{example}".'
+                f"There is no file or folder {source.dataset}, and a dataset on the Hugging Face Hub is not used without a "
+                f'{name}: give {setting(name)}, such as "{example}", or correct the path.'
             )
     from datasets import load_dataset
 
@@ -313,9 +319,9 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
     if content.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
         return _read_arrow(content, path, columns)
     text = _decoded(content, path)
-    if HTML_START.match(text) or text.startswith(LFS_START):
-        what = "a Git LFS pointer" if text.startswith(LFS_START) else "a web page"
-        raise ContrastError(f"{path} holds {what} instead of prompts: download the file itself.")
+    for what, start in NO_PROMPTS.items():
+        if start.match(text):
+            raise ContrastError(f"{path} holds {what} instead of prompts: give the file itself.")
     if suffix in JSON_SUFFIXES:
         return _read_json(text, path)
     if suffix in CSV_DELIMITERS:
@@ -361,7 +367,7 @@ def _decoded(content: bytes, path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ContrastError(
-            f"Line {line} of {path} is not {encoding[:6].upper()}: save the file with the encoding UTF-8."
+            f"Line {line} of {path} is not {encoding.removesuffix('-sig').upper()}: save the file with the encoding UTF-8."
         ) from error
     if is_binary or "\0" in text:
         raise ContrastError(
