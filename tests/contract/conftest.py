@@ -40,6 +40,7 @@ def modifier_table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "residual_cache": str(directory / "residuals"),
         "bad_prompts": {"dataset": small_pool(directory, "harmful", "train", 6)},
         "good_prompts": {"dataset": small_pool(directory, "harmless", "train", 40)},
+        "matched_prompts": {"dataset": small_pool(directory, "matched", "train", 1)},
     }
 
 

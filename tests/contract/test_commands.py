@@ -34,7 +34,12 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def pools(modifier_table: dict[str, Any]) -> dict[str, str]:
-    return {name: modifier_table[name]["dataset"] for name in ("bad_prompts", "good_prompts")}
+    """Files of small pools by the names of their settings."""
+
+    return {
+        name: modifier_table[name]["dataset"]
+        for name in ("bad_prompts", "good_prompts", "matched_prompts")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +48,7 @@ def contrast(pools: dict[str, str]) -> list[str]:
 
     return [
         "--contrast.preset=arditi",
-        f"--contrast.bad-prompts.dataset={pools['bad_prompts']}",
-        f"--contrast.good-prompts.dataset={pools['good_prompts']}",
+        *(f"--contrast.{name.replace('_', '-')}.dataset={path}" for name, path in pools.items()),
     ]
 
 
@@ -62,7 +66,7 @@ def test_extract(
     assert command.code == 0, command.output()
     harmful, harmless = (
         refuser.residuals(load_pool(PromptSource(dataset=path), "harmful")).mean(dim=0)
-        for path in pools.values()
+        for path in (pools["bad_prompts"], pools["good_prompts"])
     )
     expected = torch.nn.functional.normalize(harmful - harmless, dim=-1)
     found = Directions.load(tmp_path / "found.safetensors").tensor[:, 0]

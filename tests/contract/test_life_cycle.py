@@ -207,8 +207,10 @@ def test_both_hosts_make_the_same_directions_and_factors(
             f"--good-evaluation-prompts.dataset={tmp_path / 'good.txt'}",
             "--contrast.method=mean",
             "--contrast.baseline=unmatched",
-            f"--contrast.bad-prompts.dataset={modifier_table['bad_prompts']['dataset']}",
-            f"--contrast.good-prompts.dataset={modifier_table['good_prompts']['dataset']}",
+            *(
+                f"--contrast.{name.replace('_', '-')}.dataset={modifier_table[name]['dataset']}"
+                for name in ("bad_prompts", "good_prompts", "matched_prompts")
+            ),
             f"--contrast.save-directions={tmp_path / 'hosted.safetensors'}",
             f"--study-checkpoint-dir={tmp_path / 'checkpoints'}",
             "--trial-index=0",
