@@ -3,7 +3,7 @@
 """
 Tiers and coherence against human annotations.
 
-Reads every `xstest_v2_completions_*.csv` of a folder (XSTest v2, Röttger et al., NAACL 2024; columns `prompt`,
+Reads every `xstest_v2_completions_*.csv` of a folder (XSTest v2, Röttger et al., NAACL 2024; columns `id`, `prompt`,
 `completion`, `final_label`) and prints, per model and for all: the confusion matrix, three-way agreement, refused or
 not beside Heretic's own markers, false refusals of full answers; then the entropies behind the coherence threshold.
 

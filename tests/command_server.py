@@ -11,11 +11,14 @@ import gc
 import json
 import os
 import resource
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +44,21 @@ MODULES = (
 """What commands import late, because it is slow."""
 
 
+def environment(*packages: Path) -> dict[str, str]:
+    """Returns the environment of a server, for which folders of packages come before what is installed."""
+
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(
+            [*map(str, packages), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        ),
+    }
+
+
 class Server:
     """Starts commands one after the other."""
 
@@ -50,16 +68,7 @@ class Server:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.command_server"],
             cwd=ROOT,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "COLUMNS": "200",
-                "HF_HUB_OFFLINE": "1",
-                "TOKENIZERS_PARALLELISM": "false",
-                "PYTHONPATH": os.pathsep.join(
-                    [*map(str, heretic), str(ROOT), os.environ.get("PYTHONPATH", "")]
-                ),
-            },
+            env=environment(*heretic),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -193,6 +202,77 @@ class Counter:
         self._sync(descriptor)
 
 
+CLIENT = """\
+#!{python} -ES
+import json, os, socket, sys
+
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({address!r})
+    request = [os.path.basename(sys.argv[0]), sys.argv[1:], os.getcwd(), dict(os.environ)]
+    socket.send_fds(connection, [json.dumps(request).encode() + b"\\n"], [0, 1, 2])
+    sys.exit(int(connection.recv(4) or 70))
+"""
+
+
+class Programs:
+    """
+    `heretic-contrast`, and `python` with a script, for shells that look for programs in a folder.
+
+    They hand their arguments, environment, working directory and terminal over to a server, which forks for them, so that
+    not everything is imported each time.
+    """
+
+    def __init__(self, folder: Path, variables: Mapping[str, str]) -> None:
+        """Writes the programs to a new folder, and starts their server with some variables of the environment."""
+
+        folder.mkdir()
+        address = folder / "socket"
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(str(address))
+        self._socket.listen()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.command_server", str(self._socket.fileno())],
+            cwd=ROOT,
+            env={**environment(), **variables},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[self._socket.fileno()],
+        )
+        for name in ("heretic-contrast", "python"):
+            path = folder / name
+            path.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+            path.chmod(0o755)
+
+    def close(self) -> None:
+        """Ends the server."""
+
+        self._process.terminate()
+        self._process.wait(timeout=60)
+        self._socket.close()
+
+
+def run_main(arguments: list[str], script: bool = False) -> int:
+    """Runs `heretic-contrast`, or a script of Python's that the arguments begin with, and returns the exit code."""
+
+    from heretic_contrast.cli import main
+
+    sys.argv = arguments if script else ["heretic-contrast", *arguments]
+    code: Any = 0
+    try:
+        if script:
+            sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
+            runpy.run_path(arguments[0], run_name="__main__")
+        else:
+            main()
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return int(code)
+
+
 def run_command(request: dict[str, Any], counts: BinaryIO) -> None:
     """Runs a command in this process, which ends."""
 
@@ -209,30 +289,14 @@ def run_command(request: dict[str, Any], counts: BinaryIO) -> None:
         limit = (request["max_file_size"], resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     counter = Counter(request)
-    sys.argv = ["heretic-contrast", *request["arguments"]]
-    from heretic_contrast.cli import main
-
-    code: Any = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    code = run_main(request["arguments"])
     counts.write(json.dumps({"changes": counter.n_changes, "writes": counter.n_writes}).encode())
     counts.flush()
     os._exit(code)
 
 
-def serve() -> None:
-    """Answers requests until standard input ends."""
-
-    # Whatever is printed while importing is no answer.
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+def import_everything() -> None:
+    """Imports what commands need, with one thread, since threads do not survive a fork."""
 
     for name in MODULES:
         import_module(name)
@@ -245,6 +309,47 @@ def serve() -> None:
     # Nothing that has been imported is garbage, and looking for it would copy its memory into every fork.
     gc.collect()
     gc.freeze()
+
+
+def serve_programs(listener: socket.socket) -> None:
+    """Forks for every caller of a program, until this process is ended."""
+
+    import_everything()
+    # Nobody waits for what is forked: its caller learns the exit code from the process itself.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listener.close()
+            message, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 3)
+            while not message.endswith(b"\n"):
+                message += connection.recv(1 << 16)
+            name, arguments, directory, variables = json.loads(message)
+            os.chdir(directory)
+            os.environ.clear()
+            os.environ.update(variables)
+            for number, descriptor in enumerate(descriptors):
+                os.dup2(descriptor, number)
+            # The streams of this process were made for other files.
+            sys.stdin, sys.stdout, sys.stderr = (
+                open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+                for number, mode in ((0, "r"), (1, "w"), (2, "w"))
+            )
+            code = run_main(arguments, script=name == "python")
+            connection.send(str(code).encode())
+            os._exit(0)
+        connection.close()
+
+
+def serve() -> None:
+    """Answers requests until standard input ends."""
+
+    # Whatever is printed while importing is no answer.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+
+    import_everything()
     running: dict[int, tuple[float, BinaryIO]] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -272,4 +377,7 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    if len(sys.argv) == 1:
+        serve()
+    else:
+        serve_programs(socket.socket(fileno=int(sys.argv[1])))

@@ -96,6 +96,15 @@ def refuser() -> Any:
 
 
 @pytest.fixture(scope="session")
+def hub_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for HF_HOME that has stand-ins for the models and datasets that the documents name."""
+
+    from tests.hub_cache import write_home
+
+    return write_home(tmp_path_factory.mktemp("huggingface"))
+
+
+@pytest.fixture(scope="session")
 def command_server() -> Iterator[Any]:
     """Runs the command line without importing everything each time."""
 

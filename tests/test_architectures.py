@@ -78,7 +78,7 @@ Families of architectures that users of Heretic 1.4 are likely to try, each as a
 weights, made from its own configuration of transformers, saved, and loaded by Heretic. This page is written by the
 tests:
 
-```
+```sh
 HERETIC_CONTRAST_WRITE_ARCHITECTURES=1 pytest tests/test_architectures.py
 ```
 
