@@ -28,8 +28,8 @@ LANGUAGES = ("sh", "python", "toml", "text")
 
 PROGRAMS = ("bash", "git", "heretic", "heretic-contrast", "pip", "pytest", "python", "python3")
 
-ALONE = ("pytest",)
-"""The programs whose name alone is a command; others are also called by their name."""
+NAMES = re.compile(r"heretic-contrast( (audit|demo|extract|run|sweep))?|(?!pytest)\S+")
+"""How programs and commands that need arguments are called in running text."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def is_command(text: str) -> bool:
     words = text.split()
     while words and re.match(r"[A-Z_]+=", words[0]):
         del words[0]
-    return bool(words) and words[0] in PROGRAMS and (len(words) > 1 or words[0] in ALONE)
+    return bool(words) and words[0] in PROGRAMS and not NAMES.fullmatch(" ".join(words))
 
 
 def snippets(document: str) -> list[Snippet]:
