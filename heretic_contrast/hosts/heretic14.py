@@ -8,7 +8,6 @@ globals. The host substitutes a few of them for one run, and restores them.
 """
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -48,6 +47,7 @@ from ..search import Parameters, configuration_digest
 from .checkpoint import repair_checkpoints
 from .loading import ChatModel
 from .lora_targets import adapters_on_named_modules
+from .model_folder import CONFIGURATIONS, UNFINISHED, publish_model, require_other_folder
 from .sampler import make_sampler
 from .settings import HostSettings, prompt_sources
 from .surface import heretic_prompts, language_model, log
@@ -89,9 +89,6 @@ TRIAL_KEY = "contrast"
 
 IDENTITY_KEY = "identity"
 """The trial's user attribute that says what decided its numbers."""
-
-UNFINISHED = ".unfinished"
-"""The folder inside the one that a model is saved to where it lies until it is whole."""
 
 CHECKPOINT_QUESTION = "How would you like to proceed?"
 TRIAL_QUESTION = "Which trial do you want to use?"
@@ -379,12 +376,23 @@ class Host:
         return trials[index]
 
     def prompt_path(self, message: str) -> str:
-        """Returns the folder to save to: the user's, or one inside that of the settings, until all is there."""
+        """
+        Returns the folder to save to: one inside that of the settings or of the user's answer, until all is there.
 
-        if self.settings.save_directory is None:
-            return heretic.utils.prompt_path(message)
+        Raises `ContrastError` when it cannot be written to, or holds the original model.
+        """
+
+        answer = self.settings.save_directory
+        if answer is None:
+            answer = heretic.utils.prompt_path(message)
+        if not answer:
+            # The user changed their mind.
+            return ""
+        directory = Path(answer)
+        require_other_folder(directory, self.settings.model)
+        require_writable_directory(directory)
         self.failure = None
-        self.unfinished = Path(self.settings.save_directory) / UNFINISHED
+        self.unfinished = directory / UNFINISHED
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return str(self.unfinished)
 
@@ -405,8 +413,7 @@ class Host:
         if self.unfinished is None:
             return
         unfinished, self.unfinished = self.unfinished, None
-        names = ("config.json", "adapter_config.json")
-        if self.failure is None and any((unfinished / name).exists() for name in names):
+        if self.failure is None and any((unfinished / name).exists() for name in CONFIGURATIONS):
             publish_model(unfinished, unfinished.parent)
             self.model_was_saved = True
             log(f"Moved to [bold]{unfinished.parent}[/].")
@@ -534,31 +541,6 @@ def noticing_interruption(host: Host) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def publish_model(source: Path, target: Path) -> None:
-    """
-    Moves the files of a model from a folder to one on the same disk, and removes what is left of older weights there.
-
-    Raises `ContrastError` when a file cannot be moved.
-    """
-
-    try:
-        for pattern in ("model*.safetensors*", "adapter_model*.safetensors*"):
-            new = {path.name for path in source.glob(pattern)}
-            for path in target.glob(pattern):
-                if new and path.name not in new:
-                    path.unlink()
-        for path in sorted(source.iterdir()):
-            if path.is_dir():
-                shutil.rmtree(target / path.name, ignore_errors=True)
-            os.replace(path, target / path.name)
-        source.rmdir()
-    except OSError as error:
-        raise ContrastError(
-            f"The model was saved to {source} but could not be moved to {target} ({error.strerror or error}): "
-            "give --checkpoint-action continue to try again."
-        ) from error
-
-
 def check_directions_source(settings: HostSettings) -> None:
     """
     Looks at the prompts, or the file, that directions will come from, before Heretic loads a model.
@@ -588,6 +570,7 @@ def run(settings: HostSettings) -> None:
         )
     require_writable_directory(Path(settings.study_checkpoint_dir))
     if settings.save_directory is not None:
+        require_other_folder(Path(settings.save_directory), settings.model)
         require_writable_directory(Path(settings.save_directory))
     if settings.contrast.save_directions is not None:
         require_writable_file(Path(settings.contrast.save_directions))

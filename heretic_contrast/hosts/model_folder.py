@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+A folder that holds one model.
+
+transformers and PEFT load whatever they know by name: weights beside an adapter, shards, a tokenizer. What an earlier
+save left would become part of the new model, so that it goes when the new one comes. All other files stay.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import ContrastError
+
+UNFINISHED = ".unfinished"
+"""The folder inside the one that a model is saved to where it lies until it is whole."""
+
+PREVIOUS = ".previous"
+"""The folder inside it where the model that was there lies while the new one takes its place."""
+
+WEIGHTS = re.compile(
+    # Shards, variants such as "fp16", and the indices of both.
+    r"(model|adapter_model|pytorch_model|tf_model|flax_model)(\.\w+)?(-\d+-of-\d+)?(\.\w+)?"
+    r"\.(safetensors|bin|h5|msgpack)(\.index(\.\w+)?\.json)?"
+    r"|consolidated(\.\d+)?\.(pth|safetensors)"
+)
+
+CONFIGURATIONS = ("config.json", "adapter_config.json")
+"""The files without which nothing is a model."""
+
+OTHERS = frozenset(
+    {
+        *CONFIGURATIONS,
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "sentencepiece.model",
+        "sentencepiece.bpe.model",
+        "spiece.model",
+        "spm.model",
+        "tekken.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "additional_chat_templates",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "audio_tokenizer_config.json",
+    }
+)
+"""What is saved and loaded beside weights."""
+
+CARD = "README.md"
+
+
+def is_of_a_model(path: Path) -> bool:
+    """Returns whether a file was saved with a model, and would be loaded with it."""
+
+    if path.name == CARD and path.is_file():
+        # PEFT writes one that calls the folder an adapter, and asks for more. What people write stays.
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return "library_name: peft" in text and "[More Information Needed]" in text
+    return path.name in OTHERS or WEIGHTS.fullmatch(path.name) is not None
+
+
+def model_files(folder: Path) -> Iterator[Path]:
+    """Yields the files of a folder that belong to a model, its configuration first."""
+
+    paths = [path for path in folder.iterdir() if is_of_a_model(path)]
+    yield from sorted(paths, key=lambda path: (path.name not in CONFIGURATIONS, path.name))
+
+
+def is_same_folder(first: Path, second: Path) -> bool:
+    """Returns whether two paths lead to one folder."""
+
+    return first.is_dir() and second.is_dir() and os.path.samefile(first, second)
+
+
+def require_other_folder(folder: Path, model: str) -> None:
+    """Raises `ContrastError` when a model is to be saved to the folder that it is made from."""
+
+    if is_same_folder(folder, Path(model)):
+        raise ContrastError(
+            f"{folder} holds the model that is abliterated, which saving there would overwrite: choose another folder."
+        )
+
+
+def publish_model(source: Path, target: Path) -> None:
+    """
+    Moves a model from a folder to one on the same disk, where it takes the place of the model that is there.
+
+    A process that is killed in between leaves a folder without a configuration, which nothing loads, and all files of
+    both models. Raises `ContrastError` when a file cannot be moved; then the earlier model is as it was.
+    """
+
+    previous = target / PREVIOUS
+    try:
+        # What a process that was killed here has moved into it is replaced anyway.
+        shutil.rmtree(previous, ignore_errors=True)
+        previous.mkdir()
+        try:
+            _move([*_departing(target), *_arriving(source, target)])
+        except BaseException:
+            previous.rmdir()
+            raise
+    except OSError as error:
+        raise ContrastError(
+            f"The model was saved to {source} but could not be moved to {target} ({error.strerror or error}): "
+            "give --checkpoint-action continue to try again."
+        ) from error
+    for folder in (previous, source):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+Move = tuple[Path, Path]
+"""A file, and where it is moved to."""
+
+
+def _departing(target: Path) -> list[Move]:
+    """Returns how the model that is in a folder makes room."""
+
+    return [(path, target / PREVIOUS / path.name) for path in model_files(target)]
+
+
+def _arriving(source: Path, target: Path) -> list[Move]:
+    """Returns how a model comes into a folder, its configuration last."""
+
+    paths = sorted(source.iterdir(), key=lambda path: (path.name in CONFIGURATIONS, path.name))
+    card = target / CARD
+    keeps_card = card.exists() and not is_of_a_model(card)
+    return [(path, target / path.name) for path in paths if not (path.name == CARD and keeps_card)]
+
+
+def _move(moves: list[Move]) -> None:
+    """Moves files one after the other, or none of them."""
+
+    done: list[Move] = []
+    try:
+        for origin, place in moves:
+            done.append((origin, place))
+            os.replace(origin, place)
+    except BaseException:
+        for origin, place in reversed(done):
+            if not os.path.lexists(origin):
+                os.replace(place, origin)
+        raise
