@@ -6,6 +6,8 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 from .errors import ContrastError, find_cause, one_line, show_warnings_as_sentences
 
@@ -111,15 +113,46 @@ def sentence_of(error: BaseException) -> str | None:
     return None
 
 
+def show_every_character() -> None:
+    """Makes output streams show a question mark for what they have no character for, instead of failing."""
+
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+def has_lost_its_reader() -> bool:
+    """Returns whether nobody reads the output any more. What cannot be written any more is let go of."""
+
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # It would be tried again at the end, and fail with a message of its own.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+    return False
+
+
+def end(code: int, message: str = "") -> NoReturn:
+    """Exits with a message, if somebody can read it."""
+
+    with suppress(OSError):
+        sys.stderr.write(message)
+        sys.stderr.flush()
+    sys.exit(code)
+
+
 def main() -> None:
     """
     Runs the command that the arguments name; without one, `run`.
 
-    Exits with code 2 and one sentence where the user's input does not work or nothing can be written, and with code 130
-    on Ctrl+C.
+    Exits with code 2 and one sentence where the user's input does not work or nothing can be written, with code 130 on
+    Ctrl+C, and with code 1 where its output is no longer read.
     """
 
     show_warnings_as_sentences()
+    show_every_character()
     arguments = sys.argv[1:]
     command: Callable[[Sequence[str]], None] = run
     try:
@@ -140,17 +173,17 @@ def main() -> None:
         command(arguments)
         # Whatever fails later is no longer answered with a sentence.
         sys.stdout.flush()
+    except SystemExit:
+        if has_lost_its_reader():
+            end(1)
+        raise
     except (Exception, KeyboardInterrupt) as error:
+        is_unread = has_lost_its_reader()
         if find_cause(error, KeyboardInterrupt) is not None:
-            sys.stderr.write(f"\nInterrupted{AFTER_INTERRUPTION.get(command, AGAIN)}\n")
-            sys.exit(130)
+            end(130, f"\nInterrupted{AFTER_INTERRUPTION.get(command, AGAIN)}\n")
+        if is_unread:
+            end(1)
         sentence = sentence_of(error)
         if sentence is None:
             raise
-        try:
-            sys.stdout.flush()
-        except OSError:
-            # What could not be written would be tried again at the end, and fail with a message of its own.
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        sys.stderr.write(f"Error: {one_line(sentence)}\n")
-        sys.exit(2)
+        end(2, f"Error: {one_line(sentence)}\n")

@@ -5,6 +5,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,43 +141,103 @@ def test_killed_run_resumes_to_the_same_study(tmp_path: Path) -> None:
     assert whole == killed
 
 
-def test_interactive_session(tmp_path: Path) -> None:
-    options = [item for item in arguments(tmp_path, 2) if "baseline" not in item]
-    child = pexpect.spawn(
+def terminal(directory: Path, *options: str) -> Any:
+    """The program behind a pseudo-terminal."""
+
+    return pexpect.spawn(
         sys.executable,
-        command(*options, "--model=builtin:refuser")[1:],
-        cwd=str(tmp_path),
+        command(*options)[1:],
+        cwd=str(directory),
         # No terminal stands behind the pseudo-terminal that could answer where its cursor is.
-        env={**environment(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1"},
+        env={**environment(directory), "PROMPT_TOOLKIT_NO_CPR": "1"},
         dimensions=(50, 200),
         timeout=300,
         encoding="utf-8",
-        logfile=(tmp_path / "session.txt").open("w"),
+        logfile=(directory / "session.txt").open("w"),
     )
 
-    def answer(question: str, keys: str) -> None:
-        child.expect(question)
-        # A menu shows its question before it reads keys.
-        time.sleep(1)
-        child.send(keys)
 
-    down, up, enter = "\x1b[B", "\x1b[A", "\r"
-    answer("Which contrast baseline", down + enter)
+def answer(child: Any, question: str, keys: str) -> None:
+    """Answers a question of a menu."""
+
+    child.expect(question)
+    # A menu shows its question before it reads keys.
+    time.sleep(1)
+    child.send(keys)
+
+
+DOWN, UP, ENTER, CONTROL_C = "\x1b[B", "\x1b[A", "\r", "\x03"
+
+
+def test_interactive_session(tmp_path: Path) -> None:
+    options = [item for item in arguments(tmp_path, 2) if "baseline" not in item]
+    child = terminal(tmp_path, *options, "--model=builtin:refuser")
+    answer(child, "Which contrast baseline", DOWN + ENTER)
     child.expect("matched prompts")
-    answer("Which trial do you want to use", enter)
-    answer("What do you want to do with the decensored model", down + down + enter)
-    answer("User:", "Check a bank statement" + enter)
+    answer(child, "Which trial do you want to use", ENTER)
+    answer(child, "What do you want to do with the decensored model", DOWN + DOWN + ENTER)
+    answer(child, "User:", "Check a bank statement" + ENTER)
     child.expect("Assistant:")
-    answer("User:", enter)
-    answer("What do you want to do with the decensored model", enter)
-    answer("Path to the folder", str(tmp_path / "saved") + enter)
-    answer("How do you want to export the model", enter)
+    answer(child, "User:", ENTER)
+    answer(child, "What do you want to do with the decensored model", ENTER)
+    answer(child, "Path to the folder", str(tmp_path / "saved") + ENTER)
+    answer(child, "How do you want to export the model", ENTER)
     child.expect("Model saved to")
-    answer("What do you want to do with the decensored model", up + enter)
-    answer("Which trial do you want to use", up + enter)
+    answer(child, "What do you want to do with the decensored model", UP + ENTER)
+    answer(child, "Which trial do you want to use", UP + ENTER)
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
     assert (tmp_path / "saved" / "model.safetensors").exists()
     (path,) = tmp_path.glob("checkpoints/contrast-*/*.jsonl")
     assert re.search(r'\\"baseline\\": ?\\"matched\\"', path.read_text())
+
+
+def test_a_study_without_a_terminal_goes_on_in_one(
+    tmp_path: Path, command_server: Any, refuser_folder: Path
+) -> None:
+    options = [
+        *arguments(tmp_path, 2),
+        f"--bad-prompts.dataset={small_pool(tmp_path, 'harmful', 'train', 3)}",
+        f"--good-prompts.dataset={small_pool(tmp_path, 'harmless', 'train', 12)}",
+        "--contrast.method=mean",
+        f"--model={refuser_folder}",
+    ]
+    ran = command_server.run([*options, "--model-action=none"], tmp_path)
+    assert ran.code == 0, ran.output()[-3000:]
+    assert "The study is kept" in ran.output()
+    # What an earlier model has left where the adapter is saved.
+    saved = tmp_path / "saved"
+    shutil.copytree(refuser_folder, saved)
+    (saved / "notes.txt").write_text("mine")
+    child = terminal(tmp_path, *options)
+    answer(child, "How would you like to proceed", ENTER)
+    answer(child, "Which trial do you want to use", ENTER)
+    for place in (refuser_folder, saved):
+        answer(child, "What do you want to do with the decensored model", ENTER)
+        answer(child, "Path to the folder", str(place) + ENTER)
+        if place == refuser_folder:
+            child.expect("choose another folder")
+    answer(child, "How do you want to export the model", DOWN + ENTER)
+    child.expect("Moved to")
+    answer(child, "What do you want to do with the decensored model", UP + ENTER)
+    answer(child, "Which trial do you want to use", CONTROL_C)
+    child.expect("Interrupted. The trials that were finished are kept")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 130
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "notes.txt",
+    ]
+
+
+@pytest.fixture
+def refuser_folder(tmp_path: Path) -> Path:
+    """The built-in refuser in a folder of its own."""
+
+    folder = tmp_path / "refuser"
+    shutil.copytree(DATA / "refuser", folder)
+    return folder

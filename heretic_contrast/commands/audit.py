@@ -16,6 +16,7 @@ from pydantic_settings import (
 
 from ..cli import PROGRAM
 from ..files import require_writable_directory, require_writable_file
+from ..hosts.arguments import normalize_arguments
 from ..hosts.settings import parse_settings
 from ..settings import PromptSource
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the settings, the pool or the output do not work.
     """
 
-    sys.argv = [f"{PROGRAM} audit", *arguments]
+    sys.argv = [f"{PROGRAM} audit", *normalize_arguments(AuditSettings, arguments)]
     settings = parse_settings(AuditSettings)
     require_writable_directory(Path(settings.output))
     if settings.cleaned is not None:

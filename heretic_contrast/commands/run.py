@@ -50,7 +50,8 @@ def main(arguments: Sequence[str]) -> None:
     settings.contrast.require_single_configuration()
     undecided = not {"baseline", "preset", "directions"} & settings.contrast.model_fields_set
     headless = settings.trial_index is not None or settings.model_action is not None
-    if undecided and not headless and sys.stdin.isatty() and settings.evaluate_model is None:
+    can_be_asked = sys.stdin is not None and sys.stdin.isatty()
+    if undecided and not headless and can_be_asked and settings.evaluate_model is None:
         arguments = ["--contrast.baseline", choose_baseline(), *arguments]
         settings = load_settings(HostSettings, PROGRAM, list(arguments))
 

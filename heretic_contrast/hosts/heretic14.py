@@ -93,8 +93,10 @@ IDENTITY_KEY = "identity"
 CHECKPOINT_QUESTION = "How would you like to proceed?"
 TRIAL_QUESTION = "Which trial do you want to use?"
 ACTION_QUESTION = "What do you want to do with the decensored model?"
+EXPORT_QUESTION = "How do you want to export the model?"
 REPRODUCIBILITY_QUESTION = "Which reproducibility information do you want to add?"
 ACTIONS = {
+    "none": "",
     "save": "Save the model to a local folder",
     "upload": "Upload the model to Hugging Face",
 }
@@ -332,18 +334,24 @@ class Host:
     def prompt_select(self, message: str, choices: list[Any]) -> Any:
         """Answers Heretic's questions from the settings of headless mode, or asks the user."""
 
-        # Whatever Heretic asks next, it has finished saving, or failed to.
-        self.finish_saving()
+        if message != EXPORT_QUESTION:
+            # Whatever else Heretic asks next, it has finished saving, or failed to.
+            self.finish_saving()
         settings = self.settings
         if message == CHECKPOINT_QUESTION and settings.checkpoint_action is not None:
             return settings.checkpoint_action
-        if message == CHECKPOINT_QUESTION and not sys.stdin.isatty():
+        if message == CHECKPOINT_QUESTION and not has_terminal():
             raise ContrastError(
                 "There is a checkpoint of this configuration and no terminal to ask in: "
                 "give --checkpoint-action continue or --checkpoint-action restart."
             )
         if message == TRIAL_QUESTION and settings.trial_index is not None:
             return self._choose_trial(choices, settings.trial_index)
+        if message == TRIAL_QUESTION and settings.model_action == "none":
+            if self.was_interrupted:
+                raise KeyboardInterrupt
+            log("The study is kept: give --checkpoint-action continue to choose a trial.")
+            return ""
         if message == ACTION_QUESTION and settings.model_action is not None:
             if self.action_was_taken:
                 return ""
@@ -352,7 +360,11 @@ class Host:
         if message == REPRODUCIBILITY_QUESTION:
             log("Reproducibility information is left out, since it could not rebuild this model.")
             return "none"
-        return heretic.utils.prompt_select(message, choices)
+        answer = heretic.utils.prompt_select(message, choices)
+        if answer is None and message in (CHECKPOINT_QUESTION, TRIAL_QUESTION):
+            # Ctrl+C, which would end the program as if all was done.
+            raise KeyboardInterrupt
+        return answer
 
     def _choose_trial(self, choices: list[Any], index: int) -> Any:
         """Returns a trial of the Pareto front once, and then the answer that ends the program."""
@@ -424,7 +436,9 @@ class Host:
         """Raises `ContrastError` when the action of headless mode failed."""
 
         action = self.settings.model_action
-        if action is None or (self.failure is None and (action != "save" or self.model_was_saved)):
+        if action in (None, "none") or (
+            self.failure is None and (action != "save" or self.model_was_saved)
+        ):
             return
         what = "uploaded" if action == "upload" else f"saved to {self.settings.save_directory}"
         reason = ""
@@ -541,6 +555,36 @@ def noticing_interruption(host: Host) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+def has_terminal() -> bool:
+    """Returns whether the user can be asked something."""
+
+    return heretic.utils.is_notebook() or (sys.stdin is not None and sys.stdin.isatty())
+
+
+def require_answers(settings: HostSettings) -> None:
+    """Raises `ContrastError` when Heretic would ask what neither the settings nor a user answer."""
+
+    if has_terminal() or settings.evaluate_model is not None or settings.model_action == "none":
+        return
+    if settings.model_action == "upload":
+        raise ContrastError(
+            "Uploading asks for the name of a repository and who may see it, and there is no terminal to ask in: "
+            "run it in a terminal, or give --model-action save."
+        )
+    answers = {
+        "--trial-index 0": settings.trial_index,
+        "--model-action save": settings.model_action,
+        "--save-directory DIR": settings.save_directory,
+        "--export-strategy merge": settings.export_strategy,
+    }
+    missing = [flag for flag, answer in answers.items() if answer is None]
+    if missing:
+        raise ContrastError(
+            f"There is no terminal to ask in what to do after the study: give {' '.join(missing)}, "
+            "or --model-action none to choose a trial later, in a terminal."
+        )
+
+
 def check_directions_source(settings: HostSettings) -> None:
     """
     Looks at the prompts, or the file, that directions will come from, before Heretic loads a model.
@@ -568,6 +612,7 @@ def run(settings: HostSettings) -> None:
         raise ContrastError(
             "Reproducing and collecting models is plain Heretic's task, which knows no plugin: run heretic instead."
         )
+    require_answers(settings)
     require_writable_directory(Path(settings.study_checkpoint_dir))
     if settings.save_directory is not None:
         require_other_folder(Path(settings.save_directory), settings.model)
@@ -592,9 +637,13 @@ def run(settings: HostSettings) -> None:
         except Exception as error:
             # Optuna and transformers raise errors of their own while they clean up.
             cause = find_cause(error, KeyboardInterrupt) or find_cause(error, ContrastError)
-            if cause is None:
-                raise
-            raise cause from error
+            if cause is not None:
+                raise cause from error
+            if find_cause(error, EOFError) is not None:
+                raise ContrastError(
+                    "The terminal was closed at a question; the study is kept: give --checkpoint-action continue to go on."
+                ) from error
+            raise
         finally:
             if host.unfinished is not None:
                 shutil.rmtree(host.unfinished, ignore_errors=True)

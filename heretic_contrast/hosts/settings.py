@@ -41,8 +41,8 @@ from ..settings import (
     check_text,
     complaint,
 )
+from .arguments import PROGRAM, normalize_arguments
 
-PROGRAM = "heretic-contrast"
 PLUGIN = "heretic_contrast.ContrastAbliteration"
 TABLE = "ContrastAbliteration"
 
@@ -151,9 +151,12 @@ class HostSettings(Settings):
         exclude=True,
     )
 
-    model_action: Literal["save", "upload"] | None = Field(
+    model_action: Literal["save", "upload", "none"] | None = Field(
         default=None,
-        description='Action to take with the decensored model: "save", "upload", or unset to prompt the user.',
+        description=(
+            'Action to take with the decensored model: "save", "upload", "none" (end after the study, to choose a trial '
+            "later), or unset to prompt the user."
+        ),
         exclude=True,
     )
 
@@ -307,22 +310,6 @@ def _datasets(content: Any) -> Iterator[str]:
             yield from _datasets(value)
 
 
-def normalize_arguments(arguments: list[str]) -> list[str]:
-    """
-    Returns the arguments with the model behind `--model`, if it stands first or last without a flag.
-
-    Last is Heretic's convention; first is what commands with more flags are written with.
-    """
-
-    if not arguments or "--model" in arguments:
-        return arguments
-    if not arguments[0].startswith("-"):
-        return ["--model", *arguments]
-    if not arguments[-1].startswith("-"):
-        return [*arguments[:-1], "--model", arguments[-1]]
-    return arguments
-
-
 def validation_sentence(error: ValidationError) -> str:
     """Returns the first complaint of a validation error as one sentence."""
 
@@ -345,12 +332,12 @@ def load_settings(
     settings_class: type[SettingsType], program: str, arguments: list[str]
 ) -> SettingsType:
     """
-    Parses command line, environment and `config.toml`.
+    Parses command line, environment and `config.toml`. Leaves the command line in `sys.argv` as Heretic parses it.
 
     Raises `ContrastError` with the first complaint.
     """
 
-    sys.argv = [program, *normalize_arguments(arguments)]
+    sys.argv = [program, *normalize_arguments(settings_class, arguments)]
     return parse_settings(settings_class)
 
 

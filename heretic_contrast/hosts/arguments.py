@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The words of a command line: which are options, which their values, and which one is the model.
+
+Heretic takes the last word for the model where it starts with no dash. Whether it does depends on the option before it,
+which the parser knows.
+"""
+
+import difflib
+import sys
+from argparse import Action
+from collections.abc import Sequence
+
+from pydantic_settings import BaseSettings, CliSettingsSource, InitSettingsSource
+
+from ..errors import ContrastError
+
+PROGRAM = "heretic-contrast"
+
+SWITCH_VALUES = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+"""What may stand behind an option that is on or off."""
+
+
+def command_line_options(settings_class: type[BaseSettings]) -> dict[str, Action]:
+    """Returns the options that the parser of a settings class knows, by each of their names."""
+
+    nothing = InitSettingsSource(settings_class, {})
+    previous = sys.argv
+    # The parser reads the command line as soon as it is made.
+    sys.argv = [PROGRAM]
+    try:
+        sources = settings_class.settings_customise_sources(
+            settings_class, nothing, nothing, nothing, nothing
+        )
+    finally:
+        sys.argv = previous
+    (source,) = (source for source in sources if isinstance(source, CliSettingsSource))
+    return {
+        name: action for action in source.root_parser._actions for name in action.option_strings
+    }
+
+
+def normalize_arguments(settings_class: type[BaseSettings], arguments: Sequence[str]) -> list[str]:
+    """
+    Returns the arguments with each value joined to its option, and the model, which needs no option, behind `--model`.
+
+    The model may be the first word, as commands with many options are written, or the last, as Heretic takes it, or
+    stand anywhere between options. What the command line names counts more than the environment and `config.toml`.
+
+    Raises `ContrastError` when an option does not exist, or a word is nothing's value.
+    """
+
+    options = command_line_options(settings_class)
+    normalized: list[str] = []
+    words: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            words += rest
+            break
+        if not is_option(argument):
+            words.append(argument)
+            continue
+        name, separator, value = argument.partition("=")
+        if name not in options:
+            raise ContrastError(unknown_option(name, options))
+        takes_value = options[name].nargs != 0
+        follows = bool(rest) and not is_option(rest[0])
+        if separator:
+            normalized.append(argument if takes_value else switch(name, value))
+        elif takes_value and follows:
+            normalized.append(f"{name}={rest.pop(0)}")
+        elif follows and "-h" not in options[name].option_strings and is_switch_value(rest[0]):
+            normalized.append(switch(name, rest.pop(0)))
+        else:
+            normalized.append(argument)
+    if not words:
+        return normalized
+    named = [argument for argument in normalized if argument.partition("=")[0] == "--model"]
+    if len(words) > 1 or named or "--model" not in options:
+        raise ContrastError(superfluous(words, bool(named), "--model" in options))
+    return [*normalized, f"--model={words[0]}"]
+
+
+def is_option(word: str) -> bool:
+    """Returns whether a word names an option. Negative numbers are values."""
+
+    return word.startswith("-") and len(word) > 1 and not is_number(word)
+
+
+def is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def is_switch_value(word: str) -> bool:
+    """Returns whether a word says that something is on or off."""
+
+    return word.lower() in SWITCH_VALUES
+
+
+def switch(name: str, value: str) -> str:
+    """
+    Returns the option that turns something on or off.
+
+    `name`: with or without "no-". Raises `ContrastError` when the value is neither on nor off.
+    """
+
+    if not is_switch_value(value):
+        raise ContrastError(
+            f'{name} is an option without a value, which "{value}" cannot be: write {name} true or {name} false.'
+        )
+    if SWITCH_VALUES[value.lower()]:
+        return name
+    bare = name.removeprefix("--")
+    return f"--{bare.removeprefix('no-')}" if bare.startswith("no-") else f"--no-{bare}"
+
+
+def unknown_option(name: str, options: dict[str, Action]) -> str:
+    """Returns the sentence about an option that does not exist."""
+
+    nearest = difflib.get_close_matches(name, options, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"see {PROGRAM} --help."
+    return f"There is no option {name}: {hint}"
+
+
+def superfluous(words: Sequence[str], model_is_named: bool, has_model: bool) -> str:
+    """Returns the sentence about words that belong to no option."""
+
+    quoted = ", ".join(f'"{word}"' for word in words)
+    verb = "belongs" if len(words) == 1 else "belong"
+    if not has_model:
+        return f"{quoted} {verb} to no option: see {PROGRAM} --help."
+    if model_is_named:
+        return f"{quoted} {verb} to no option, and --model names the model: leave out one of them."
+    return (
+        f"{quoted} {verb} to no option, and only one of them can be the model: "
+        "leave out the others, and write a command first."
+    )
