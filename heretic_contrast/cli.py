@@ -3,6 +3,7 @@
 """The command line: `heretic-contrast`."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ def show_every_character() -> None:
     """Makes output streams show a question mark for what they have no character for, instead of failing."""
 
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
 

@@ -162,7 +162,7 @@ def test_questions_that_nobody_can_answer_come_first(
             assert all(name in sentence for name in named)
     given = {argument.partition("=")[0] for argument in arguments} - {"--model-action"}
     assert not any(name in sentence for name in given)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def stream(encoding: str, errors: str = "strict") -> io.TextIOWrapper:

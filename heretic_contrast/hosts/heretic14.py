@@ -612,7 +612,6 @@ def run(settings: HostSettings) -> None:
         raise ContrastError(
             "Reproducing and collecting models is plain Heretic's task, which knows no plugin: run heretic instead."
         )
-    require_answers(settings)
     require_writable_directory(Path(settings.study_checkpoint_dir))
     if settings.save_directory is not None:
         require_other_folder(Path(settings.save_directory), settings.model)
@@ -625,6 +624,7 @@ def run(settings: HostSettings) -> None:
         host.load_prompts(settings, getattr(settings, name))
     if settings.evaluate_model is None:
         check_directions_source(settings)
+    require_answers(settings)
     if settings.checkpoint_action != "restart":
         repair_checkpoints(Path(settings.study_checkpoint_dir))
     else:
