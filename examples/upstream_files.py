@@ -6,34 +6,42 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "heretic_contrast"
 
-FILES = {
+MATHEMATICS = {
     "modifier.py": "the modifier itself",
     "settings.py": "its settings and presets",
     "search.py": "parameters of a trial, and their space",
-    "extraction.py": "from prompts to directions",
-    "prompts/__init__.py": "prompts with categories",
-    "prompts/reading.py": "reading them, from every format that they come in",
-    "categories.py": "harm categories, by a word list or by the model",
     "classes.py": "which classes get a direction of their own",
-    "builtin.py": "default pools, and those of the built-in refuser",
-    "language_model.py": "chat format, residuals, and what identifies a model",
-    "greedy.py": "greedy decoding under a model's own generation settings",
-    "residual_cache.py": "residuals on disk",
     "baselines.py": "the contrast baselines",
     "directions.py": "class directions, SVD, scale, controls",
-    "directions_file.py": "directions on disk",
     "som.py": "self-organizing maps in the span of their samples",
     "som_kernel.py": "their compiled training; imported when a map is trained, and needs Numba",
     "ablation.py": "the ablation operator and its compositions",
     "lora.py": "its exact LoRA factors",
     "vectors.py": "unit vectors",
-    "errors.py": "errors that are shown as one sentence",
-    "files.py": "writing files whole or not at all",
+}
+"""The modifier and its mathematics, in the order that they are best read in."""
+
+SUPPORT = {
     "hosts/surface.py": "all that is used of Heretic",
     "hosts/tables.py": "complaints about tables in `config.toml`",
     "hosts/lora_targets.py": "PEFT's targets in mixtures of experts",
+    "extraction.py": "from prompts to directions",
+    "prompts/__init__.py": "prompts with categories",
+    "prompts/reading.py": "reading them, from every format that they come in",
+    "categories.py": "harm categories, by a word list or by the model",
+    "builtin.py": "default pools, and those of the built-in refuser",
+    "language_model.py": "a loaded model, and its residuals",
+    "chat.py": "its chat format, as the model reads it",
+    "greedy.py": "greedy decoding under a model's own generation settings",
+    "weights.py": "weights in full precision, however they are stored",
+    "offloading.py": "weights that are on disk or another device",
+    "identity.py": "what identifies a model, so that stored numbers are not those of another",
+    "residual_cache.py": "residuals on disk",
+    "directions_file.py": "directions on disk",
+    "errors.py": "errors that are shown as one sentence",
+    "files.py": "writing files whole or not at all",
 }
-"""What a default plugin consists of, in the order that it is best read in."""
+"""What these need beside; some of it Heretic has in its own way."""
 
 OPTIONAL = {
     "hosts/base.py": "the bases of plugins, where Heretic 1.4 has none",
@@ -62,4 +70,5 @@ def rows(files: dict[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join([*rows(FILES), "", *rows(OPTIONAL)]))
+    for files in (MATHEMATICS, SUPPORT, OPTIONAL):
+        print("\n".join([*rows(files), ""]))

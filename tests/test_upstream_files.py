@@ -15,8 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "heretic_contrast"
 LIST = runpy.run_path(str(ROOT / "examples" / "upstream_files.py"))
-FILES: dict[str, str] = LIST["FILES"]
-OPTIONAL: dict[str, str] = LIST["OPTIONAL"]
+TABLES: list[dict[str, str]] = [LIST[name] for name in ("MATHEMATICS", "SUPPORT", "OPTIONAL")]
+OPTIONAL = TABLES[-1]
+FILES = {**TABLES[0], **TABLES[1]}
 
 ENGINE = {"interventions", "generation", "caches", "sweep", "cpu_layers", "known_sequences", "head"}
 HEAVY = {"numba", "matplotlib", "minisom"}
@@ -124,7 +125,7 @@ def test_lines_are_those_of_the_files() -> None:
         int(total) for total in re.findall(r"^\| together \| (\d+) \|", document, re.MULTILINE)
     ]
     shown = {name: int(lines) for name, lines, _ in listed}
-    assert totals == [sum(shown[name] for name in files) for files in (FILES, OPTIONAL)]
+    assert totals == [sum(shown[name] for name in files) for files in TABLES]
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def heretic_finding() -> Finding:
         return Finding(
             "Heretic",
             False,
-            f"{installed}, older than 1.4",
+            "older than 1.4",
             'pip install --upgrade "heretic-llm>=1.4"',
         )
     offers = {
