@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -127,25 +128,28 @@ LARGE = 2**26
 """From how many bytes on a file is identified by its size, where reading it takes too long for what it is."""
 
 
-def path_digest(path: Path) -> str | None:
+def path_digest(
+    path: Path, patterns: Sequence[str] = ("**/*",), ignored: Path | None = None
+) -> str:
     """
-    Returns a digest of a file, or of all files in a folder with their names; None where there is nothing.
+    Returns a digest of a file, or of files in a folder with their names.
 
-    Of a large file, such as the weights of a model, only the size is looked at.
+    `patterns`: which files of a folder. `ignored`: a folder whose files do not count. Of a large file, such as the weights of a
+    model, only the size is looked at; what cannot be read is named by whoever needs it.
     """
 
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [path] if path.is_file() else [file for part in patterns for file in path.glob(part)]
     found = []
     for file in files:
-        # A pipe would be waited for, and a file that cannot be read is named by whoever needs it.
         with suppress(OSError):
-            if file.is_file():
+            # A pipe would be waited for.
+            if file.is_file() and (
+                ignored is None or ignored.absolute() not in file.absolute().parents
+            ):
                 size = file.stat().st_size
                 content = file_digest(file) if size < LARGE else str(size)
                 found.append(f"{file.relative_to(path)} {content}")
-    return (
-        hashlib.sha256("\n".join(found).encode("utf-8", "replace")).hexdigest() if found else None
-    )
+    return hashlib.sha256("\n".join(sorted(found)).encode("utf-8", "replace")).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -45,7 +45,7 @@ NAMES = {
     "configuration": "configuration",
     "generation": "generation configuration",
     "tokenizer": "tokenizer or chat template",
-    "tokens": "prompts as the model reads them",
+    "tokens": "prompts as the model reads them (perhaps with the date)",
     "texts": "prompts",
     "device": "kind of device",
     "versions": "versions of the libraries",
@@ -148,7 +148,8 @@ def weights_digest(network: Module, own_adapter: str | None = None) -> str:
     Returns a digest of all bytes of all parameters and buffers, with their names, shapes and data types.
 
     `own_adapter`: name of the LoRA adapter that is an intervention and not the model. The same model gives the same digest
-    from any folder, on any device, offloaded or not, and with adapters around it. No more than a chunk per thread is copied.
+    from any folder, on any device, offloaded or not, and with adapters around it. No more than a chunk per thread is copied. A
+    processor with SHA instructions takes about 0.8 s per GB, divided by the number of its cores.
 
     Raises `ContrastError` when a weight has no data.
     """

@@ -25,7 +25,7 @@ from heretic_contrast.evaluation.responses import Tier
 from heretic_contrast.evaluation.sweep import SweepEvaluator, SweepOptions, run_cells
 from heretic_contrast.extraction import Pools, extract
 from heretic_contrast.hosts.surface import from_heretic, wrap
-from heretic_contrast.identity import differences, identify, weights_digest
+from heretic_contrast.identity import NAMES, differences, identify, weights_digest
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.residual_cache import cached_residuals
@@ -384,9 +384,7 @@ def test_tokens_are_those_that_the_model_reads(original: Path) -> None:
     model = load(original).identified()
     first = identify(model, {"harmful": [Prompt("a"), Prompt("b")]})
     for other in ([Prompt("b"), Prompt("a")], [Prompt("a"), Prompt("b", system="c")]):
-        assert differences(first, identify(model, {"harmful": other})) == (
-            "prompts as the model reads them"
-        )
+        assert differences(first, identify(model, {"harmful": other})) == NAMES["tokens"]
     # A category is no token.
     same = [Prompt("a", category="fraud"), Prompt("b")]
     assert identify(model, {"harmful": same}) == first

@@ -96,6 +96,23 @@ def test_files_changed_in_place_make_another_study(
     assert checkpoint(files, monkeypatch) != before
 
 
+def test_what_is_written_beside_a_model_is_no_part_of_it(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    before = checkpoint(files, monkeypatch)
+    for name in ("model/README.md", "model/directions.safetensors", "checkpoints/trials.jsonl"):
+        (files / name).parent.mkdir(exist_ok=True)
+        (files / name).write_text("Something new.")
+    assert checkpoint(files, monkeypatch) == before
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--bad-prompts.dataset=."])
+    before = HostSettings().study_checkpoint_dir
+    (files / "checkpoints" / "trials.jsonl").write_text("More of them.")
+    assert HostSettings().study_checkpoint_dir == before
+    (files / "prompts.txt").write_text("Another one")
+    assert HostSettings().study_checkpoint_dir != before
+
+
 def test_trials_measured_on_something_else_are_refused() -> None:
     from heretic_contrast.hosts.heretic14 import Host
 
@@ -116,7 +133,9 @@ def test_trials_measured_on_something_else_are_refused() -> None:
         ({"tokens": {"evaluation": "x"}}, "prompts as the model reads them"),
         ({"rules": "x"}, "rules for tiers"),
     ):
-        with pytest.raises(ContrastError, match=f"with other {expected}: give --checkpoint-action"):
+        with pytest.raises(
+            ContrastError, match=f"with other {expected}.*: give --checkpoint-action"
+        ):
             host._require_own([trial(**host.identity), trial(**{**host.identity, **change})])
     with pytest.raises(ContrastError):
         host._require_own([create_trial(values=[0, 0])])

@@ -46,6 +46,23 @@ from .arguments import PROGRAM, normalize_arguments
 PLUGIN = "heretic_contrast.ContrastAbliteration"
 TABLE = "ContrastAbliteration"
 
+MODEL_FILES = (
+    "*config.json",
+    "*.model",
+    "*.py",
+    "adapter_model*",
+    "added_tokens.json",
+    "additional_chat_templates/*",
+    "chat_template*",
+    "merges.txt",
+    "model*.safetensors*",
+    "pytorch_model*",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab*",
+)
+"""What transformers may read in a model's folder."""
+
 
 def prompt_sources(specification: Any) -> PromptSources:
     """Returns the source of prompts that a dataset specification of Heretic names, or several for a list."""
@@ -290,8 +307,11 @@ class HostSettings(Settings):
         )
         for name in ("save_directions", "residual_cache"):
             content["contrast"].pop(name)
-        paths = sorted({self.model, *_datasets(content)})
-        content["files"] = [path_digest(Path(path)) for path in paths]
+        # Where the trials are kept may lie within a folder of prompts.
+        own = Path(self.study_checkpoint_dir)
+        content["files"] = [path_digest(Path(self.model), MODEL_FILES)] + [
+            path_digest(Path(name), ignored=own) for name in sorted(set(_datasets(content)))
+        ]
         directions = self.contrast.directions
         if directions is not None and Path(directions).is_file():
             content["contrast"]["directions"] = file_digest(Path(directions))

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 
-from ..errors import ContrastError, one_line
+from ..errors import ContrastError, one_line, show_warnings_as_sentences
 from ..settings import complaint
 from .surface import log
 
@@ -97,6 +97,7 @@ def show_errors_as_sentences() -> None:
     previous = sys.excepthook
     if getattr(previous, "shows_contrast_errors", False):
         return
+    show_warnings_as_sentences()
 
     def show(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
