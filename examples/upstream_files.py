@@ -24,6 +24,7 @@ MATHEMATICS = {
 SUPPORT = {
     "hosts/surface.py": "all that is used of Heretic",
     "hosts/tables.py": "complaints about tables in `config.toml`",
+    "hosts/unused.py": "what there has no effect",
     "hosts/lora_targets.py": "PEFT's targets in mixtures of experts",
     "extraction.py": "from prompts to directions",
     "prompts/__init__.py": "prompts with categories",

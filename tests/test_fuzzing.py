@@ -306,14 +306,14 @@ def test_random_flags_of_the_sweep(command_line: Run, flags: dict[str, str]) -> 
 def test_random_tables_under_heretic_2(data: st.DataObject) -> None:
     """Heretic 2.0 hands over its raw tables, and a plugin's own table without a check."""
 
-    from heretic_contrast import scorers
+    from heretic_contrast import response_scorers, scorers
     from heretic_contrast.hosts.tables import check_tables, validated
 
     settings_class, namespace, plugin = data.draw(
         st.sampled_from(
             [
                 (ContrastSettings, "modifier", "ContrastAbliteration"),
-                (scorers.RefusalTiersSettings, "scorer", "RefusalTiers"),
+                (response_scorers.RefusalTiersSettings, "scorer", "RefusalTiers"),
                 (scorers.TeacherForcedDivergenceSettings, "scorer", "TeacherForcedDivergence"),
                 (scorers.FixedWeightSweepSettings, "scorer", "FixedWeightSweep"),
             ]

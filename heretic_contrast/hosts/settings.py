@@ -8,8 +8,10 @@ Imports Heretic's configuration alone, which is light, so that `--help` is as fa
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -42,6 +44,7 @@ from ..settings import (
     complaint,
 )
 from .arguments import PROGRAM, normalize_arguments
+from .unused import class_name, named_plugins, unused_tables, unused_variables
 
 PLUGIN = "heretic_contrast.ContrastAbliteration"
 TABLE = "ContrastAbliteration"
@@ -75,7 +78,7 @@ def prompt_sources(specification: Any) -> PromptSources:
 
 def contrast_table(config: dict[str, Any]) -> dict[str, Any]:
     """
-    Returns the table `[modifier.ContrastAbliteration]` of a configuration.
+    Returns the table `[modifier.ContrastAbliteration]` of a configuration, with that of the instance on top, if one is named.
 
     Raises `ContrastError` when the configuration names another modifier, or several.
     """
@@ -87,18 +90,33 @@ def contrast_table(config: dict[str, Any]) -> dict[str, Any]:
                 f'"modifiers" in config.toml must be a list of tables: write modifiers = [{{ plugin = "{PLUGIN}" }}].'
             )
         plugins = [entry.get("plugin") if isinstance(entry, dict) else entry for entry in modifiers]
-        if plugins != [PLUGIN]:
+        if [class_name(plugin) for plugin in plugins] != [TABLE]:
             raise ContrastError(
                 f"The configuration names the modifiers {plugins}, but heretic-contrast runs exactly one, {PLUGIN}: "
                 "leave the others out, or run plain heretic."
             )
     tables = config.get("modifier", {})
-    table = tables.get(TABLE, {}) if isinstance(tables, dict) else None
-    if not isinstance(table, dict):
-        raise ContrastError(
-            f"[modifier.{TABLE}] in config.toml must be a table of settings: correct it."
-        )
-    return table
+    found: dict[str, Any] = {}
+    for _, instance in [(TABLE, None), *named_plugins(modifiers)]:
+        name = f"{TABLE}_{instance}" if instance else TABLE
+        table = tables.get(name, {}) if isinstance(tables, dict) else None
+        if not isinstance(table, dict):
+            raise ContrastError(
+                f"[modifier.{name}] in config.toml must be a table of settings: correct it."
+            )
+        found = _merged(found, table)
+    return found
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Returns a table with the values of another, which go into tables inside it."""
+
+    inner = {
+        name: _merged(below[name], value)
+        for name, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(name), dict)
+    }
+    return {**below, **above, **inner}
 
 
 class ContrastTomlSource(TomlConfigSettingsSource):
@@ -121,6 +139,7 @@ class ContrastTomlSource(TomlConfigSettingsSource):
                 "--contrast.refusal-classifier for the tiers under Heretic 1.4."
             )
         table = contrast_table(config)
+        self._require_effect(config)
         config.pop("modifiers", None)
         config.pop("modifier", None)
         if table:
@@ -131,6 +150,18 @@ class ContrastTomlSource(TomlConfigSettingsSource):
                 )
             config["contrast"] = {**table, **other}
         return config
+
+    def _require_effect(self, config: dict[str, Any]) -> None:
+        """Raises `ContrastError` for what looks meant for the plugin and has no effect."""
+
+        settings, table = ContrastSettings.model_fields, f"[modifier.{TABLE}]"
+        known = {*self.settings_cls.model_fields, "modifiers"}
+        named = named_plugins(config.get("modifiers")) | named_plugins(config.get("scorers"))
+        for sentence in chain(
+            unused_variables(os.environ, settings, table, known),
+            unused_tables(config, named, settings, table, known),
+        ):
+            raise ContrastError(sentence)
 
 
 class HostSettings(Settings):

@@ -1,62 +1,75 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""
-Settings of plugins in `config.toml`, as Heretic 2.0 reads them.
+"""Settings of plugins in `config.toml`, as Heretic 2.0 reads them: validation, and complaints."""
 
-Heretic drops keys that a plugin does not know, and tables that no plugin reads, without a word. What was
-misspelled is therefore looked up in the raw tables, which Heretic keeps in its settings' `model_extra`.
-"""
-
-import difflib
+import os
 import sys
+from functools import cache
+from itertools import chain
 from types import TracebackType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, TomlConfigSettingsSource
 from rich.markup import escape
 
 from ..errors import ContrastError, one_line, show_warnings_as_sentences
 from ..settings import complaint
 from .surface import log
+from .unused import (
+    NAMESPACES,
+    PLUGINS,
+    named_plugins,
+    unused_keys,
+    unused_tables,
+    unused_variables,
+)
 
 SettingsType = TypeVar("SettingsType", bound=BaseModel)
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """Returns the known name that is most like a name."""
-
-    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
 
 
 def check_tables(
     heretic_settings: Any, namespace: str, plugin: str, settings_class: type[BaseModel]
 ) -> None:
     """
-    Checks the raw tables of a plugin: `[namespace.Plugin]`, and `[namespace.Plugin_<instance>]`.
+    Looks for what is meant for a plugin, or for another one of this package, and has no effect.
 
-    `namespace`: "modifier" or "scorer". Raises `ContrastError` when a key is unknown, or a table's name is
-    a misspelling of the plugin's.
+    `namespace`: "modifier" or "scorer". Heretic 2.0 keeps unknown tables in its settings' `model_extra`; there is none where the
+    host for Heretic 1.4 has looked at `config.toml` itself. Raises `ContrastError` with the first complaint.
     """
 
-    tables = (getattr(heretic_settings, "model_extra", None) or {}).get(namespace)
-    if not isinstance(tables, dict):
+    extra = heretic_settings.model_extra
+    if extra is None:
         return
-    for name, table in tables.items():
-        where = f"[{namespace}.{name}]"
-        if name != plugin and not name.startswith(f"{plugin}_"):
-            if difflib.SequenceMatcher(None, name.lower(), plugin.lower()).ratio() > 0.85:
-                raise ContrastError(
-                    f"config.toml has a table {where}, which no plugin reads: did you mean [{namespace}.{plugin}]?"
-                )
-            continue
-        if not isinstance(table, dict):
-            raise ContrastError(f"{where} in config.toml must be a table of settings: correct it.")
-        for key in table:
-            if key not in settings_class.model_fields:
-                close = nearest(str(key), list(settings_class.model_fields))
-                raise ContrastError(
-                    f'There is no setting "{key}" in {where}: did you mean "{close}"?'
-                )
+    table = f"[{namespace}.{plugin}]"
+    settings = settings_class.model_fields
+    known = getattr(type(heretic_settings), "model_fields", {})
+    named = {(plugin, None)}.union(
+        *(named_plugins(getattr(heretic_settings, name, None)) for name in NAMESPACES.values())
+    )
+    # What the command line overrides is no longer among Heretic's settings.
+    file = TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
+    complaints = [unused_variables(os.environ, settings, table, known)]
+    for config in (extra, file):
+        complaints.append(unused_tables(config, named, settings, table, known))
+        tables = config.get(namespace)
+        for name, values in tables.items() if isinstance(tables, dict) else []:
+            if isinstance(values, dict) and name.partition("_")[0] == plugin:
+                complaints.append(unused_keys(values, settings, f"[{namespace}.{name}]"))
+    for sentence in chain(*complaints):
+        raise ContrastError(sentence)
+    for other, where in PLUGINS.items():
+        if other not in {name for name, _ in named} and other in (extra.get(where) or {}):
+            notice(
+                f"* [{where}.{other}] in config.toml is not used: {NAMESPACES[where]} names no {other}"
+            )
+
+
+@cache
+def notice(text: str) -> None:
+    """Says something once in a process."""
+
+    log(escape(text))
 
 
 def validated(

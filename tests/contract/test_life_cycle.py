@@ -146,15 +146,6 @@ def test_parameters_of_another_configuration_are_refused(run: Any) -> None:
             'There is no setting "basline" in [modifier.ContrastAbliteration]: did you mean "baseline"?',
         ),
         (
-            {"modifier": {"ContrastAbliteration_a": {"winner": 2}}},
-            'There is no setting "winner" in [modifier.ContrastAbliteration_a]: did you mean "winners"?',
-        ),
-        (
-            {"modifier": {"ContrastAblitration": {"baseline": "matched"}}},
-            "config.toml has a table [modifier.ContrastAblitration], which no plugin reads: "
-            "did you mean [modifier.ContrastAbliteration]?",
-        ),
-        (
             {"modifier": {"ContrastAbliteration": {"baseline": "matchd"}}},
             'There is no contrast baseline "matchd"',
         ),

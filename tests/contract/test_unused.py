@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What looks meant for the package in `config.toml` or the environment, and has no effect, is said in one sentence."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heretic_contrast import ContrastAbliteration, FalseRefusals
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
+from heretic_contrast.settings import ContrastSettings
+from tests.contract.conftest import MODEL
+from tests.contract.standin import make_settings
+
+PLUGIN = "heretic_contrast.ContrastAbliteration"
+TABLE = "[modifier.ContrastAbliteration]"
+
+MEANT = [
+    ("[modifier.Contrast]", "[modifier.Contrast]", TABLE),
+    ("[modifier.contrast_ablation]", "[modifier.contrast_ablation]", TABLE),
+    ("[modifer.ContrastAbliteration]", "[modifer.ContrastAbliteration]", TABLE),
+    ("[Modifier.ContrastAbliteration]", "[Modifier.ContrastAbliteration]", TABLE),
+    ("[heretic_contrast]", "[heretic_contrast]", TABLE),
+    ("[ContrastAbliteration]", "[ContrastAbliteration]", TABLE),
+    ('["modifier.ContrastAbliteration"]', '["modifier.ContrastAbliteration"]', TABLE),
+    ('basline = "matched"', '"basline"', f"baseline in {TABLE}"),
+    ('baseline = "matched"', '"baseline"', f"baseline in {TABLE}"),
+    ('[modifier]\nbaseline = "matched"', '"baseline" in [modifier]', f"baseline in {TABLE}"),
+    ("[matched_prompts]", "[matched_prompts]", f"matched_prompts in {TABLE}"),
+    (
+        f'modifiers = [{{ plugin = "{PLUGIN}", winner = 2 }}]',
+        '"winner" in modifiers',
+        f"winners in {TABLE}",
+    ),
+    (
+        f'modifiers = [{{ plugin = "{PLUGIN}", instance = "a" }}]',
+        '"instance" in modifiers',
+        "instance_name",
+    ),
+]
+"""What a configuration holds, how it is quoted, and what is meant, under either Heretic."""
+
+MEANT_UNDER_20 = [
+    ("[contrast]", "[contrast]", TABLE),
+    ('contrast = "matched"', '"contrast"', TABLE),
+    ('row_normalization = "full"', '"row_normalization"', f"row_normalization in {TABLE}"),
+    (
+        "orthogonalize_direction = true",
+        '"orthogonalize_direction"',
+        f"orthogonalize_direction in {TABLE}",
+    ),
+    ("[good_prompts]", "[good_prompts]", f"good_prompts in {TABLE}"),
+    ("[bad_evaluation_prompts]", "[bad_evaluation_prompts]", "prompts in the table of a scorer"),
+    ("[modifiers.ContrastAbliteration]", "[modifiers.ContrastAbliteration]", TABLE),
+    ("[scorers.RefusalTiers]", "[scorers.RefusalTiers]", "[scorer.RefusalTiers]"),
+    ("[scorer.RefusalTier]", "[scorer.RefusalTier]", "[scorer.RefusalTiers]"),
+    ("[modifier.RefusalTiers]", "[modifier.RefusalTiers]", "[scorer.RefusalTiers]"),
+    ("[RefusalTiers]", "[RefusalTiers]", "[scorer.RefusalTiers]"),
+]
+
+OF_OTHERS = [
+    "n_trials = 3\nseed = 1\nbatch_size = 2",
+    "[modifier.Abliteration]\nrow_normalization = 'full'",
+    "[modifier.ARA]\nlora_rank = 3",
+    "[modifier.Contrastive]\nscale = 'raw'",
+    "[max_memory]\ncpu = '4GB'",
+]
+"""Heretic's own settings, and tables of other plugins, under either Heretic."""
+
+OF_OTHERS_UNDER_20 = [
+    "refusal_markers = ['sorry']\nkl_divergence_scale = 1.0",
+    "[scorer.KeywordRate]\nkeywords = ['sorry']",
+    "[scorer.RefusalRate]\n[scorer.FalseRefusalRate]\n[scorer.KLDivergence]",
+    "[modifier.ContrastAbliteration]\nwinners = 2",
+    "[scorer.RefusalTiers]\ncount_incoherent = true",
+    "[tool]\nscale = 'raw'",
+    "batch_sise = 3",
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that commands run in."""
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    return tmp_path
+
+
+def start_under_20(text: str, plugin: Any = ContrastAbliteration, **selected: Any) -> None:
+    """
+    Goes as far as the plugin looks at the configuration.
+
+    Heretic hands over its plugins from the command line, which hides tables of such a name in the file.
+    """
+
+    Path("config.toml").write_text(text)
+    options = {"modifiers": [{"plugin": PLUGIN}], "scorers": [], **selected}
+    heretic_settings = make_settings(MODEL, {}, **options)
+    settings = plugin.validate_settings({})
+    # Neither has a context: looking at the configuration comes first.
+    plugin(heretic_settings=heretic_settings, settings=settings).init(None)
+
+
+def refused(text: str, plugin: Any = ContrastAbliteration, **selected: Any) -> str:
+    with pytest.raises(ContrastError) as error:
+        start_under_20(text, plugin, **selected)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("text", "quoted", "meant"), MEANT + MEANT_UNDER_20)
+def test_said_under_heretic_20(text: str, quoted: str, meant: str, folder: Path) -> None:
+    expected = f"config.toml has {quoted}, which nothing reads: did you mean {meant}"
+    assert refused(text).startswith(expected)
+
+
+@pytest.mark.parametrize("text", OF_OTHERS + OF_OTHERS_UNDER_20)
+def test_nothing_is_said_of_others_under_heretic_20(text: str, folder: Path) -> None:
+    # All that is missing is the context.
+    with pytest.raises(AttributeError):
+        start_under_20(text)
+
+
+@pytest.mark.skipif(HAS_PLUGIN_SURFACE, reason="needs the host for Heretic 1.4")
+@pytest.mark.parametrize(("text", "quoted", "meant"), MEANT)
+def test_said_under_heretic_14(text: str, quoted: str, meant: str, folder: Path) -> None:
+    Path("config.toml").write_text(text)
+    with pytest.raises(ContrastError) as error:
+        load_settings(HostSettings, "heretic-contrast", ["--model", MODEL])
+    assert str(error.value) == (
+        f"config.toml has {quoted}, which nothing reads: did you mean {meant}?"
+    )
+
+
+@pytest.mark.skipif(HAS_PLUGIN_SURFACE, reason="needs the host for Heretic 1.4")
+@pytest.mark.parametrize("text", OF_OTHERS)
+def test_nothing_is_said_of_others_under_heretic_14(text: str, folder: Path) -> None:
+    Path("config.toml").write_text(text)
+    load_settings(HostSettings, "heretic-contrast", ["--model", MODEL])
+
+
+def test_a_scorer_looks_for_its_own_settings(folder: Path) -> None:
+    own = {"scorers": [{"plugin": "heretic_contrast.FalseRefusals", "optimization": "none"}]}
+    assert "did you mean prompts in [scorer.FalseRefusals]?" in refused(
+        "[prompts]", FalseRefusals, **own
+    )
+    assert "did you mean [modifier.ContrastAbliteration]?" in refused(
+        "[modifier.Contrast]", FalseRefusals, **own
+    )
+
+
+@pytest.mark.parametrize("name", ["sampler", "refusal_classifier", "counted_tiers"])
+def test_settings_of_the_host_for_heretic_14(name: str, folder: Path) -> None:
+    assert refused(f"{TABLE}\n{name} = 1").startswith(
+        f'The setting "{name}" in {TABLE} has no effect under Heretic 2.0'
+    )
+
+
+def test_instances(folder: Path) -> None:
+    """Tables of an instance are read where `instance_name` names it, and nowhere else."""
+
+    table = "[modifier.ContrastAbliteration_a]\nwinners = 2"
+    assert refused(table) == (
+        "config.toml has [modifier.ContrastAbliteration_a], but no instance_name in modifiers is a: "
+        "did you mean [modifier.ContrastAbliteration]?"
+    )
+    other = [{"plugin": "./modifier.py:ContrastAbliteration", "instance_name": "aa"}]
+    assert "did you mean [modifier.ContrastAbliteration_aa]?" in refused(table, modifiers=other)
+    same = [{"plugin": PLUGIN, "instance_name": "a"}]
+    with pytest.raises(AttributeError):
+        start_under_20(table, modifiers=same)
+    assert 'no setting "winner" in [modifier.ContrastAbliteration_a]' in refused(
+        table.replace("winners", "winner"), modifiers=same
+    )
+
+
+@pytest.mark.skipif(HAS_PLUGIN_SURFACE, reason="needs the host for Heretic 1.4")
+def test_the_table_of_an_instance_under_heretic_14(folder: Path) -> None:
+    Path("config.toml").write_text(
+        f"""
+        modifiers = [{{ plugin = "{PLUGIN}", instance_name = "a" }}]
+        [modifier.ContrastAbliteration]
+        winners = 2
+        seed = 3
+        matched_prompts.dataset = "one"
+        [modifier.ContrastAbliteration_a]
+        seed = 4
+        matched_prompts.split = "train"
+        """
+    )
+    contrast = load_settings(HostSettings, "heretic-contrast", ["--model", MODEL]).contrast
+    expected = ContrastSettings(
+        winners=2, seed=4, matched_prompts={"dataset": "one", "split": "train"}
+    )
+    assert contrast.model_dump(include=expected.model_fields_set) == expected.model_dump(
+        include=expected.model_fields_set
+    )
+
+
+def test_a_table_of_a_plugin_that_is_not_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may wait for another run, so that it is no mistake; it is mentioned once."""
+
+    for _ in range(2):
+        with pytest.raises(AttributeError):
+            start_under_20("[scorer.TeacherForcedDivergence]\nn_tokens = 3")
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("[scorer.TeacherForcedDivergence] in config.toml is not used") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["HERETIC_BASELINE", "HERETIC_CONTRAST_BASLINE", "heretic_contrast__baseline"]
+)
+def test_environment_variables(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "matched")
+    sentence = f"The environment variable {name} has no effect: did you mean baseline in {TABLE} of config.toml?"
+    assert refused("") == sentence
+    if not HAS_PLUGIN_SURFACE:
+        with pytest.raises(ContrastError) as error:
+            load_settings(HostSettings, "heretic-contrast", ["--model", MODEL])
+        assert str(error.value) == sentence
+
+
+def test_environment_variables_of_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HERETIC_SOURCE", "HERETIC_CONTRAST_REAL_MODEL", "HERETIC_CONTRAST_KILL_SEED"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("HERETIC_N_TRIALS", "3")
+    with pytest.raises(AttributeError):
+        start_under_20("")
+    if not HAS_PLUGIN_SURFACE:
+        monkeypatch.setenv("HERETIC_CONTRAST", '{"winners": 2}')
+        settings = load_settings(HostSettings, "heretic-contrast", ["--model", MODEL])
+        assert settings.contrast.winners == 2 and settings.n_trials == 3  # type: ignore[attr-defined]
+        assert "HERETIC_CONTRAST" in os.environ
