@@ -143,3 +143,30 @@ def test_interrupted_commands_say_how_to_resume(
     resumed = server.run(case.arguments, tmp_path)
     assert resumed.code == 0, resumed.output()[-3000:]
     assert case.result(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [
+        ("search", "Loading model"),
+        ("search", "Extracting directions"),
+        ("search", "Running trial 1"),
+        ("search", "Restoring model"),
+        ("search", "Saving merged model"),
+        ("sweep", "Loading model"),
+        ("sweep", "Measuring the unmodified model"),
+        ("sweep", "Measuring capture"),
+    ],
+)
+def test_interruption_in_any_phase(
+    name: str, phase: str, command_server: Server, whole_runs: WholeRuns, tmp_path: Path
+) -> None:
+    case, whole, _ = whole_runs.get(name)
+    assert phase in whole.output()
+    command = command_server.start(case.arguments, tmp_path)
+    command.wait_for(phase)
+    command.signal(signal.SIGINT)
+    assert command.wait() == 130, command.output()[-3000:]
+    output = command.output()
+    assert "Traceback" not in output and output.splitlines()[-1].startswith("Interrupted. ")
+    assert not (tmp_path / "output" / "model" / "config.json").exists()
