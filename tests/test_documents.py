@@ -15,9 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -47,6 +47,7 @@ from tests.hub_cache import (
     harmful_prompts,
     harmless_prompts,
 )
+from tests.test_host14 import DOWN, ENTER, UP, answer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -214,25 +215,18 @@ def variables(hub_home: Path) -> Iterator[dict[str, str]]:
 def use_the_menus(child: pexpect.spawn) -> None:
     """Takes the baseline `matched` and the first trial, saves it, chats with it, and leaves."""
 
-    def answer(question: str, keys: str) -> None:
-        child.expect(question)
-        # A menu shows its question before it reads keys.
-        time.sleep(1)
-        child.send(keys)
-
-    down, up, enter = "\x1b[B", "\x1b[A", "\r"
-    answer("Which contrast baseline", down + enter)
-    answer("Which trial do you want to use", enter)
-    answer("What do you want to do with the decensored model", enter)
-    answer("Path to the folder", "chosen" + enter)
-    answer("How do you want to export the model", enter)
+    answer(child, "Which contrast baseline", DOWN + ENTER)
+    answer(child, "Which trial do you want to use", ENTER)
+    answer(child, "What do you want to do with the decensored model", ENTER)
+    answer(child, "Path to the folder", "chosen" + ENTER)
+    answer(child, "How do you want to export the model", ENTER)
     child.expect("Model saved to")
-    answer("What do you want to do with the decensored model", down + down + enter)
-    answer("User:", "Hello" + enter)
+    answer(child, "What do you want to do with the decensored model", DOWN + DOWN + ENTER)
+    answer(child, "User:", "Check a bank statement" + ENTER)
     child.expect("Assistant:")
-    answer("User:", enter)
-    answer("What do you want to do with the decensored model", up + enter)
-    answer("Which trial do you want to use", up + enter)
+    answer(child, "User:", ENTER)
+    answer(child, "What do you want to do with the decensored model", UP + ENTER)
+    answer(child, "Which trial do you want to use", UP + ENTER)
 
 
 DIALOGS = {"heretic-contrast Qwen/Qwen3-4B-Instruct-2507": use_the_menus}
@@ -378,25 +372,51 @@ def runnable(document: str) -> list[Snippet]:
     return list(found.values())
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("documents", GROUPS, ids=lambda documents: documents[0])
-def test_commands_run_as_printed(
-    documents: tuple[str, ...], variables: dict[str, str], tmp_path: Path
-) -> None:
-    (tmp_path / "folder").mkdir()
-    reader = Reader(tmp_path / "folder", {**variables, "MODEL": "MODEL"})
+def read(documents: tuple[str, ...], folder: Path, variables: dict[str, str]) -> None:
+    """Types what documents tell a reader to, and checks what comes of it."""
+
+    folder.mkdir(parents=True)
+    reader = Reader(folder, {**variables, "MODEL": "MODEL"})
     for document in documents:
-        PREPARATIONS.get(document, lambda directory: None)(reader.directory)
+        PREPARATIONS.get(document, lambda directory: None)(folder)
         for number, snippet in enumerate(runnable(document)):
             if snippet.language == "python":
-                script = f"block-{number}.py"
-                (reader.directory / script).write_text(snippet.text, "utf-8")
-                reader.type(f"python {script}")
+                (folder / f"block-{number}.py").write_text(snippet.text, "utf-8")
+                reader.type(f"python block-{number}.py")
             else:
                 less = [SMALLER[start] for start in SMALLER if snippet.text.startswith(start)]
                 reader.type(" ".join([snippet.text, *less]), DIALOGS.get(snippet.text))
         CHECKS.get(document, lambda reader: None)(reader)
+
+
+@pytest.fixture(scope="module")
+def readings(
+    request: pytest.FixtureRequest,
+    variables: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[tuple[str, ...], Future[None]]]:
+    """The groups of documents whose tests were chosen, read two at a time, since each command uses one core."""
+
+    chosen = [
+        item.callspec.params["documents"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.originalname == "test_commands_run_as_printed"
+    ]
+    directory = tmp_path_factory.mktemp("readers")
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        yield {
+            documents: pool.submit(read, documents, directory / str(number) / "folder", variables)
+            for number, documents in enumerate(chosen)
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("documents", GROUPS, ids=lambda documents: documents[0])
+def test_commands_run_as_printed(
+    documents: tuple[str, ...], readings: dict[tuple[str, ...], Future[None]]
+) -> None:
+    readings[documents].result()
 
 
 def test_every_command_is_accounted_for() -> None:

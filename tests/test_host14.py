@@ -4,7 +4,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -167,30 +166,6 @@ def answer(child: Any, question: str, keys: str) -> None:
 
 
 DOWN, UP, ENTER, CONTROL_C = "\x1b[B", "\x1b[A", "\r", "\x03"
-
-
-def test_interactive_session(tmp_path: Path) -> None:
-    options = [item for item in arguments(tmp_path, 2) if "baseline" not in item]
-    child = terminal(tmp_path, *options, "--model=builtin:refuser")
-    answer(child, "Which contrast baseline", DOWN + ENTER)
-    child.expect("matched prompts")
-    answer(child, "Which trial do you want to use", ENTER)
-    answer(child, "What do you want to do with the decensored model", DOWN + DOWN + ENTER)
-    answer(child, "User:", "Check a bank statement" + ENTER)
-    child.expect("Assistant:")
-    answer(child, "User:", ENTER)
-    answer(child, "What do you want to do with the decensored model", ENTER)
-    answer(child, "Path to the folder", str(tmp_path / "saved") + ENTER)
-    answer(child, "How do you want to export the model", ENTER)
-    child.expect("Model saved to")
-    answer(child, "What do you want to do with the decensored model", UP + ENTER)
-    answer(child, "Which trial do you want to use", UP + ENTER)
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
-    assert (tmp_path / "saved" / "model.safetensors").exists()
-    (path,) = tmp_path.glob("checkpoints/contrast-*/*.jsonl")
-    assert re.search(r'\\"baseline\\": ?\\"matched\\"', path.read_text())
 
 
 def test_a_study_without_a_terminal_goes_on_in_one(
