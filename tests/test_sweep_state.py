@@ -124,7 +124,11 @@ def test_progress_goes_on_within_a_claim(tmp_path: Path) -> None:
     assert list(dict.fromkeys(shown)) == [(n_done, 9) for n_done in range(2, 10)]
 
 
-def test_half_a_line_and_a_stale_lock_are_survived(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:The value of `grace_period` might be too small")
+def test_half_a_line_and_a_stale_lock_are_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_state, "LOCK_SECONDS", 1)
     storage = tmp_path / "sweep.journal"
     with pytest.raises(KeyboardInterrupt):
         SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator(stop_after=6))

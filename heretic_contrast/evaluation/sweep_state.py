@@ -47,6 +47,9 @@ LEASE_SECONDS = 60.0
 UNLEASED_SECONDS = 5.0
 """How long a claimed cell may be without a lease, which a living process writes at once."""
 
+LOCK_SECONDS = 10
+"""After which time a lock that a killed process of another machine left behind is given up."""
+
 CELLS_PER_CLAIM = 60
 """
 How many cells a process takes at a time: enough to fill batches, few enough to lose little of when it is killed, and whole
@@ -90,8 +93,7 @@ def open_storage(storage: str | None) -> BaseStorage:
             return optuna.storages.get_storage(storage)
         path = Path(storage)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A lock that a killed process of another machine left behind is given up after its grace period.
-        lock = JournalLock(str(path), grace_period=10)
+        lock = JournalLock(str(path), grace_period=LOCK_SECONDS)
         return JournalStorage(CheckedJournal(str(path), lock_obj=lock))
     except ContrastError:
         raise
