@@ -296,6 +296,7 @@ EXTRACTION_FIELDS = (
     "svd",
     "svd_rank",
     "scale",
+    "winsorization_quantile",
     "orthogonalize_direction",
     "control",
     "drop_misbehaving",

@@ -217,7 +217,7 @@ def extract(
     refused. Raises `ContrastError` as `load_pools` and `extract_directions` do.
     """
 
-    model = model.identified()
+    model = replace(model.identified(), winsorization_quantile=settings.winsorization_quantile)
     if needs_model(settings):
         log("* Asking the model for the categories...")
         pools = with_categories(pools, settings, model)

@@ -447,6 +447,16 @@ class ContrastSettings(BaseModel):
         ),
     )
 
+    winsorization_quantile: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description=(
+            "Quantile of the absolute values of a residual's components that the components are clamped to "
+            "(1 = no winsorization), against massive activations."
+        ),
+    )
+
     orthogonalize_direction: bool = Field(
         default=False,
         description=(

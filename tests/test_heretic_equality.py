@@ -68,6 +68,34 @@ def adapter_changes(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
+GOOD = [HereticPrompt(system="Be brief.", user=f"Bake {name}.") for name in "abcdefg"]
+BAD = [HereticPrompt(system="Be brief.", user=f"Break {name}!") for name in "hijklmnop"]
+
+
+def initialized(
+    model: HostModel, settings: Settings, folder: Path, **options: Any
+) -> tuple[ContrastAbliteration, HostContext]:
+    """The modifier with the difference in means of `BAD` and `GOOD`, and what it was initialized in."""
+
+    files = {}
+    for name, prompts in (("bad_prompts", BAD), ("good_prompts", GOOD)):
+        files[name] = folder / f"{name}.txt"
+        files[name].write_text("\n".join(prompt.user for prompt in prompts))
+    modifier = ContrastAbliteration(
+        heretic_settings=settings.model_copy(update={"system_prompt": "Be brief."}),
+        settings=ContrastSettings.model_validate(
+            {
+                "preset": "arditi",
+                **{name: {"dataset": str(path)} for name, path in files.items()},
+                **options,
+            }
+        ),
+    )
+    context = HostContext(model, modifier.heretic_settings)
+    modifier.init(context)
+    return modifier, context
+
+
 @pytest.mark.parametrize("direction_index", [None, 1.4])
 @pytest.mark.parametrize("normalization", ["none", "pre", "full"])
 @torch.no_grad()
@@ -79,10 +107,8 @@ def test_weight_change_equals_heretic(
 ) -> None:
     settings = heretic_settings(folder, monkeypatch, normalization)
     theirs = heretic_main.Model(settings)
-    good = [HereticPrompt(system="Be brief.", user=f"Bake {name}.") for name in "abcdefg"]
-    bad = [HereticPrompt(system="Be brief.", user=f"Break {name}!") for name in "hijklmnop"]
     refusal_directions = F.normalize(
-        theirs.get_residuals_mean(bad) - theirs.get_residuals_mean(good), p=2, dim=1
+        theirs.get_residuals_mean(BAD) - theirs.get_residuals_mean(GOOD), p=2, dim=1
     )
     kernel = {
         "max_weight": 1.1,
@@ -99,23 +125,7 @@ def test_weight_change_equals_heretic(
     expected = adapter_changes(theirs)
 
     ours = HostModel(settings)
-    files = {}
-    for name, prompts in (("bad_prompts", bad), ("good_prompts", good)):
-        files[name] = folder / f"{name}.txt"
-        files[name].write_text("\n".join(prompt.user for prompt in prompts))
-    modifier = ContrastAbliteration(
-        heretic_settings=settings.model_copy(update={"system_prompt": "Be brief."}),
-        settings=ContrastSettings.model_validate(
-            {
-                "preset": "arditi",
-                "row_normalization": normalization,
-                "seed": 7,
-                **{name: {"dataset": str(path)} for name, path in files.items()},
-            }
-        ),
-    )
-    context = HostContext(ours, modifier.heretic_settings)
-    modifier.init(context)
+    modifier, context = initialized(ours, settings, folder, row_normalization=normalization, seed=7)
     if folder.name.startswith("llama"):
         # Random linear attention forgets the prompt, so that its directions would be rounding noise.
         assert torch.allclose(modifier.directions.tensor[:, 0], refusal_directions, atol=1e-4)
@@ -155,9 +165,25 @@ def test_residuals_equal_heretic(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     expected = theirs.get_residuals_batched(
         [HereticPrompt(system=settings.system_prompt, user=text) for text in texts]
     )
-    found = from_heretic(theirs, settings).residuals([Prompt(text) for text in texts])
+    ours = replace(from_heretic(theirs, settings), winsorization_quantile=0.9)
+    found = ours.residuals([Prompt(text) for text in texts])
     assert found.dtype == torch.float32 and found.shape == (5, 5, 32)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_winsorized_directions_equal_heretic(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not folder.name.startswith("llama"):
+        pytest.skip("Random linear attention forgets the prompt.")
+    settings = heretic_settings(folder, monkeypatch, "none")
+    modifier, _ = initialized(HostModel(settings), settings, folder, winsorization_quantile=0.6)
+    theirs = heretic_main.Model(settings)
+    found = {}
+    for quantile in (0.6, 1.0):
+        settings.winsorization_quantile = quantile
+        difference = theirs.get_residuals_mean(BAD) - theirs.get_residuals_mean(GOOD)
+        found[quantile] = F.normalize(difference, p=2, dim=1)
+    assert torch.allclose(modifier.directions.tensor[:, 0], found[0.6], atol=1e-4)
+    assert not torch.allclose(modifier.directions.tensor[:, 0], found[1.0], atol=1e-2)
 
 
 def test_directions_of_another_model_are_refused(

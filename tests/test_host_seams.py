@@ -76,10 +76,16 @@ def test_checkpoints_of_different_configurations_do_not_collide(
 
 
 def test_stored_settings_restore_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = settings(monkeypatch, "--contrast.preset=piras", "--row-normalization=pre")
+    original = settings(
+        monkeypatch,
+        "--contrast.preset=piras",
+        "--row-normalization=pre",
+        "--winsorization-quantile=0.9",
+    )
     restored = HostSettings.model_validate_json(original.model_dump_json())
     assert restored.contrast == original.contrast
     assert original.contrast.row_normalization.value == "pre"
+    assert original.contrast.winsorization_quantile == 0.9
     assert original.contrast.composition == "sequential" and original.contrast.winners == 7
 
 

@@ -30,6 +30,7 @@ from ..chat import (
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel
 from ..prompts import Prompt
+from ..settings import ContrastSettings
 from .surface import from_heretic, log
 
 
@@ -288,4 +289,6 @@ def load_language_model(
     """Loads a model; returns the wrapper around it with its identity, and the context that loads prompts."""
 
     context = open_model(settings)
-    return from_heretic(context.get_model(), settings, batch_size).identified(), context
+    model = from_heretic(context.get_model(), settings, batch_size).identified()
+    contrast = getattr(settings, "contrast", ContrastSettings())
+    return replace(model, winsorization_quantile=contrast.winsorization_quantile), context

@@ -272,6 +272,7 @@ class HostSettings(Settings):
             "row_normalization",
             "orthogonalize_direction",
             "full_normalization_lora_rank",
+            "winsorization_quantile",
         ):
             if name in given and name not in self.contrast.model_fields_set:
                 value = getattr(self, name)

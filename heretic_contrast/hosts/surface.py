@@ -116,7 +116,6 @@ def from_heretic(
         system_prompt=heretic_settings.system_prompt,
         response_prefix=heretic_settings.response_prefix or "",
         batch_size=batch_size or heretic_settings.batch_size or 32,
-        winsorization_quantile=getattr(heretic_settings, "winsorization_quantile", 1.0),
     )
 
 

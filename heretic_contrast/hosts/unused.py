@@ -157,10 +157,10 @@ def _in_namespace(
         if instance and (plugin, instance) not in named:
             others = sorted(other for known, other in named if known == plugin and other)
             close = difflib.get_close_matches(instance, others, n=1, cutoff=0)
-            meant = f"[{namespace}.{plugin}_{close[0]}]" if close else f"[{namespace}.{plugin}]"
+            nearest = f"{plugin}_{close[0]}" if close else plugin
             yield (
                 f"config.toml has {where}, but no instance_name in {NAMESPACES[namespace]} is {instance}: "
-                f"did you mean {meant}?"
+                f"did you mean [{namespace}.{nearest}]?"
             )
     elif PLUGINS.get(name) == namespace:
         yield f"{where} in config.toml must be a table of settings: correct it."
