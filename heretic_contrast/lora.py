@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -51,6 +52,20 @@ def zero_factors(layer: Any) -> None:
     factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     device = computing_device(layer, factors[0].device)
     set_factors(layer, *(torch.zeros(factor.shape, device=device) for factor in factors))
+
+
+def require_no_adapters(model: Module, name: str) -> None:
+    """
+    Checks that a model has come without adapters, which those of the modification would take the place of.
+
+    `name` is that of the model. Raises `ContrastError`.
+    """
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ContrastError(
+            f"{name} comes with an adapter of its own (adapter_config.json), whose place the modification would take: merge "
+            "it into the model, and give the merged one."
+        )
 
 
 def require_mergeable(model: Module) -> None:

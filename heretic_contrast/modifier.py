@@ -18,7 +18,7 @@ from .hosts.lora_targets import adapters_on_named_modules
 from .hosts.surface import HAS_PLUGIN_SURFACE, Context, Modifier, language_model, log, progress_bar
 from .hosts.tables import check_tables, show_errors_as_sentences, validated
 from .identity import Identity
-from .lora import lora_factors, set_factors, zero_factors
+from .lora import lora_factors, require_no_adapters, set_factors, zero_factors
 from .search import Parameters, layer_vectors, suggest_parameters
 from .settings import ContrastSettings, RowNormalization
 from .weights import base_weight
@@ -89,6 +89,7 @@ class ContrastAbliteration(Modifier[Parameters]):
         if is_builtin(self.heretic_settings.model):
             self.settings = with_refuser_pools(self.settings)
         model = language_model(ctx, self.heretic_settings, self.settings.batch_size).identified()
+        require_no_adapters(model.model, model.name)
         self.identity = model.identity()
         if self.settings.directions is not None:
             self.directions = Directions.load(self.settings.directions)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -160,11 +161,11 @@ def test_heretic_asks_in_the_same_way(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def sentence(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
     """What the command line says, and nothing else."""
 
-    monkeypatch.setattr(sys, "argv", ["heretic-contrast", *arguments])
+    monkeypatch.setattr(sys, "argv", ["heretic-contrast", *given])
     with pytest.raises(SystemExit) as end:
         cli.main()
     error = capsys.readouterr().err
@@ -207,6 +208,19 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+def arguments(command: str, folder: Path) -> list[str]:
+    """A command on a few prompts of each kind."""
+
+    found = [command, f"--model={folder}", "--contrast.preset=arditi"]
+    for kind, verb in (("bad", "Break"), ("good", "Bake")):
+        pool = folder.parent / f"{kind}.txt"
+        pool.write_text("".join(f"{verb} {thing}.\n" for thing in ("a door", "it")))
+        for option in (f"{kind}-prompts", f"{kind}-evaluation-prompts"):
+            found += [f"--{option}.dataset={pool}", f"--{option}.split="]
+    last = "--model-action=none" if command == "run" else "--output=directions.safetensors"
+    return [*found, last]
+
+
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.parametrize("command", ["extract", "run"])
 def test_models_that_cannot_be_asked_are_named(
@@ -219,16 +233,20 @@ def test_models_that_cannot_be_asked_are_named(
     edit, expected = BROKEN[name]
     edit(folder)
     monkeypatch.chdir(folder.parent)
-    arguments = [command, f"--model={folder}", "--contrast.preset=arditi"]
-    for kind, verb in (("bad", "Break"), ("good", "Bake")):
-        pool = folder.parent / f"{kind}.txt"
-        pool.write_text("".join(f"{verb} {thing}.\n" for thing in ("a door", "it")))
-        for option in (f"{kind}-prompts", f"{kind}-evaluation-prompts"):
-            arguments += [f"--{option}.dataset={pool}", f"--{option}.split="]
-    if command == "extract":
-        arguments.append("--output=directions.safetensors")
-    error = sentence(arguments, monkeypatch, capsys)
+    error = sentence(arguments(command, folder), monkeypatch, capsys)
     assert expected in error and ("check its name" in error) == (name == "missing")
+
+
+def test_adapters_of_a_model_are_not_taken_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    configuration = LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM")
+    get_peft_model(network, configuration).save_pretrained(folder)
+    monkeypatch.chdir(folder.parent)
+    options = ["--batch-size=2", "--response-prefix=", "--max-response-length=2"]
+    error = sentence([*arguments("run", folder), *options], monkeypatch, capsys)
+    assert "comes with an adapter of its own" in error
 
 
 def test_python_callers_are_told_as_well(folder: Path) -> None:

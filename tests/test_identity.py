@@ -18,6 +18,7 @@ from optuna.trial import create_trial
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from heretic_contrast import cli, identity
 from heretic_contrast.directions import Directions
 from heretic_contrast.errors import ContrastError, ContrastWarning
 from heretic_contrast.evaluation import sweep_state
@@ -260,22 +261,61 @@ def test_an_intervention_is_no_part_of_the_model_and_an_adapter_of_its_own_is(
     assert load(folder).identity()["configuration"] != with_adapter.identity()["configuration"]
 
 
+def test_tensors_in_tensors_belong_to_the_weights() -> None:
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+
+    def found(*parts: float) -> str:
+        layer = torch.nn.Linear(2, 2, bias=False)
+        tensors = [torch.full((2, 2), part) for part in parts]
+        layer.weight = torch.nn.Parameter(two_tensor.TwoTensor(*tensors), requires_grad=False)
+        return weights_digest(layer)
+
+    assert found(1, 2) == found(1, 2) and len({found(1, 2), found(1, 3), found(2, 1)}) == 3
+
+
+def test_a_command_reads_all_weights_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+
+    def counting(*arguments: Any) -> str:
+        reads.append(arguments)
+        return weights_digest(*arguments)
+
+    monkeypatch.setattr(identity, "weights_digest", counting)
+    monkeypatch.chdir(tmp_path)
+    options = []
+    for kind, verb in (("bad", "Break"), ("good", "Bake")):
+        pool = tmp_path / f"{kind}.txt"
+        pool.write_text("".join(f"{verb} {thing}.\n" for thing in "abcdefghij"))
+        options.append(f"--contrast.{kind}-prompts.dataset={pool}")
+    presets = [f"--contrast.preset={name}" for name in ("arditi", "paper-unmatched")]
+    output = ["--output=directions.safetensors", "--response-prefix="]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["heretic-contrast", "extract", f"--model={folder}", *presets, *options, *output],
+    )
+    cli.main()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2 and len(reads) == 1
+
+
 def test_directions_say_what_they_lack(original: Path) -> None:
     model = load(original).identified()
     settings = ContrastSettings(preset=["arditi"])
     directions = extract(model, POOLS, settings, lambda line: None)
     directions.require_model(model, "the file")
-    identity = directions.provenance["identity"]
+    made_for = directions.provenance["identity"]
     for provenance, expected in (
         ({}, "do not say which model"),
         ({"fingerprint": "of an earlier version"}, "do not say which model"),
-        ({"identity": {**identity, "versions": {"torch": "1.0"}}}, "versions of the libraries"),
-        ({"identity": {**identity, "device": ["cuda", "highest"]}}, "kind of device"),
+        ({"identity": {**made_for, "versions": {"torch": "1.0"}}}, "versions of the libraries"),
+        ({"identity": {**made_for, "device": ["cuda", "highest"]}}, "kind of device"),
     ):
         with pytest.warns(ContrastWarning, match=expected):
             replace(directions, provenance=provenance).require_model(model, "the file")
     with pytest.raises(ContrastError, match="other data type; extract"):
-        replace(directions, provenance={"identity": {**identity, "dtype": "x"}}).require_model(
+        replace(directions, provenance={"identity": {**made_for, "dtype": "x"}}).require_model(
             model, "the file"
         )
 
