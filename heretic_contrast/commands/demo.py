@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the output does not work, or no trial was finished.
     """
 
-    require_heretic("demo")
+    require_heretic("demo", arguments)
     started = time.perf_counter()
     # The model comes first, so that no argument is taken for it.
     settings = load_settings(DemoSettings, f"{PROGRAM} demo", ["--model", REFUSER, *arguments])

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the settings, the prompts or the output do not work.
     """
 
-    require_heretic("extract")
+    require_heretic("extract", arguments)
     settings = load_settings(ExtractSettings, f"{PROGRAM} extract", list(arguments))
     if settings.output is None and settings.report is None:
         raise ContrastError(

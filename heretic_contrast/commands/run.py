@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the settings do not work, or this Heretic needs no launcher.
     """
 
-    require_heretic("run")
+    require_heretic("run", arguments)
     settings = load_settings(HostSettings, PROGRAM, list(arguments))
     settings.contrast.require_single_configuration()
     undecided = not {"baseline", "preset", "directions"} & settings.contrast.model_fields_set

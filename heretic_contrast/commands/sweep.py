@@ -195,7 +195,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the settings, the prompts, the storage or the output do not work.
     """
 
-    require_heretic("sweep")
+    require_heretic("sweep", arguments)
     settings = load_settings(SweepSettings, f"{PROGRAM} sweep", list(arguments))
     if settings.output is None:
         raise ContrastError("The sweep needs a place for its report: give --output DIR.")

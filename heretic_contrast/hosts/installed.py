@@ -6,6 +6,7 @@ Which Heretic is installed, and what can be run with it.
 Imports Heretic's configuration alone, which is light.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal
 
@@ -53,9 +54,11 @@ def obstacle(command: str, surface: Surface) -> str | None:
     return None
 
 
-def require_heretic(command: str) -> None:
-    """Raises `ContrastError` when a command cannot be run with the installed Heretic."""
+def require_heretic(command: str, arguments: Sequence[str]) -> None:
+    """Raises `ContrastError` when a command cannot be run with the installed Heretic; its help can always be asked for."""
 
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        return
     sentence = obstacle(command, installed_surface())
     if sentence is not None:
         raise ContrastError(sentence)

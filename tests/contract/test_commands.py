@@ -159,6 +159,9 @@ def test_run_names_the_command_of_heretic_2(server: Server, tmp_path: Path) -> N
         "Error: This Heretic loads plugins itself, so it needs no launcher: run heretic "
         '--modifiers \'[{"plugin": "heretic_contrast.ContrastAbliteration"}]\' --model MODEL.\n'
     )
+    command = server.run(["--help"], tmp_path)
+    assert command.code == 0, command.output()
+    assert "--contrast.baseline" in command.output()
 
 
 @pytest.mark.slow
