@@ -35,7 +35,8 @@ from som import make_residuals, views
 from torch.utils.flop_counter import FlopCounterMode
 
 from heretic_contrast.evaluation.head import CHUNK
-from heretic_contrast.evaluation.sweep import SweepEvaluator, SweepOptions
+from heretic_contrast.evaluation.plan import SweepOptions
+from heretic_contrast.evaluation.sweep import SweepEvaluator
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.som import SomSettings, train_maps
 

@@ -41,8 +41,9 @@ from som import make_residuals, views
 from heretic_contrast.ablation import compose
 from heretic_contrast.directions import PoolResiduals, extract_directions
 from heretic_contrast.evaluation.head import CHUNK
+from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.responses import Tier
-from heretic_contrast.evaluation.sweep import CellKey, SweepEvaluator, SweepOptions
+from heretic_contrast.evaluation.sweep import CellKey, SweepEvaluator
 from heretic_contrast.files import write_bytes_atomically, write_text_atomically
 from heretic_contrast.lora import lora_factors
 from heretic_contrast.prompts import Prompt
@@ -145,11 +146,13 @@ def make_evaluator(
 
     return SweepEvaluator(
         model,
-        {"random": random_directions(model.n_layers, 3, model.hidden_size)},
-        some_prompts(harmful),
-        some_prompts(canaries),
-        some_prompts(references),
-        options,
+        plan_sweep(
+            {"random": random_directions(model.n_layers, 3, model.hidden_size)},
+            some_prompts(harmful),
+            some_prompts(canaries),
+            some_prompts(references),
+            options,
+        ),
         classify=lambda prompt, response: Tier.REFUSE,
     )
 

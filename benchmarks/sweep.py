@@ -32,15 +32,11 @@ from heretic_contrast.directions import Directions
 from heretic_contrast.evaluation.generation import generate_tokens
 from heretic_contrast.evaluation.head import Head
 from heretic_contrast.evaluation.interventions import output_projections
+from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.responses import Tier
 from heretic_contrast.evaluation.results import Cell
 from heretic_contrast.evaluation.sampling import stratified_sample
-from heretic_contrast.evaluation.sweep import (
-    CellKey,
-    SweepEvaluator,
-    SweepOptions,
-    run_cells,
-)
+from heretic_contrast.evaluation.sweep import CellKey, SweepEvaluator, run_cells
 from heretic_contrast.extraction import Pools, extract
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel, Progress, batches
@@ -295,11 +291,7 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
     started = clock()
     evaluator = SweepEvaluator(
         model,
-        directions,
-        harmful,
-        canaries,
-        references,
-        options,
+        plan_sweep(directions, harmful, canaries, references, options),
         # What a response is called does not matter for its time, and a random model refuses nothing.
         classify=lambda prompt, response: Tier.REFUSE,
     )
@@ -318,8 +310,8 @@ def compare(arguments: argparse.Namespace, clock: Clock, unit: str) -> dict[str,
         before, before_in_forward = clock(), forward.total
         for key, cell in zip(group, cells, strict=True):
             if key in chosen:
-                operator = evaluator.operator(
-                    key.configuration, key.strength, key.layers[0], key.weight
+                operator = evaluator.configurations[key.configuration].operator(
+                    key.layers[0], key.weight, key.strength
                 )
                 reference.compare(cell, operator)
         waited += clock() - before

@@ -146,6 +146,11 @@ def _read_metadata(
         raise TypeError("The alignment must be true or false, and the provenance an object.")
     if not isinstance(provenance.get("settings", {}), dict):
         raise TypeError("The settings in the provenance must be an object.")
+    digests = provenance.get("prompt_digests", [])
+    if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
+        raise TypeError("The digests of prompts must be a list of texts.")
+    if not isinstance(provenance.get("response_prefix", ""), str):
+        raise TypeError("The response prefix must be a text.")
     level: list[Any] = [provenance]
     for _ in range(NESTING):
         level = [

@@ -106,21 +106,20 @@ class ContrastScorer(Scorer):
         show_errors_as_sentences()
         check_tables(self.heretic_settings, "scorer", type(self).__name__, self.settings_class)
 
+    def source(self, source: PromptSources | None, pool: str) -> PromptSources:
+        """Returns where evaluation prompts come from; `pool`, "harmful" or "harmless", decides the default."""
+
+        if source is not None:
+            return source
+        if is_builtin(self.heretic_settings.model):
+            return refuser_pool(pool, "test")
+        return (harmful_pool if pool == "harmful" else harmless_pool)("test[:100]")
+
     def load(self, ctx: Context, source: PromptSources | None, pool: str) -> list[Prompt]:
-        """
-        Loads evaluation prompts.
+        """Loads evaluation prompts, as `source` says. Raises `ContrastError` when they cannot be loaded."""
 
-        `pool`: "harmful" or "harmless", which decides the default. Raises `ContrastError` when they cannot be loaded.
-        """
-
-        if source is None:
-            if is_builtin(self.heretic_settings.model):
-                source = refuser_pool(pool, "test")
-            else:
-                source = (harmful_pool if pool == "harmful" else harmless_pool)("test[:100]")
-        name = "prompts" if hasattr(self.settings, "prompts") else f"{pool}_prompts"
-        where = f"[scorer.{type(self).__name__}] {name}."
-        prompts = load_pool(source, f"{pool} evaluation", where)
+        where = f"[scorer.{type(self).__name__}] prompts."
+        prompts = load_pool(self.source(source, pool), f"{pool} evaluation", where)
         log(f"* [bold]{len(prompts)}[/] {pool} evaluation prompts loaded")
         return prompts
 

@@ -11,21 +11,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from .builtin import is_builtin, with_refuser_pools
-from .directions import Directions
+from .builtin import is_builtin, model_name, with_refuser_pools
 from .errors import ContrastError
 from .evaluation.interventions import TeacherForcing
-from .evaluation.sampling import split_harmless, stratified_sample
-from .evaluation.sweep import (
-    WEIGHTS,
-    References,
-    SweepEvaluator,
-    SweepOptions,
-    run_cells,
-    without_extraction_prompts,
-)
-from .extraction import assign_categories, extract, load_pools
-from .files import require_writable_directory
+from .evaluation.plan import RANDOM, PreparedSweep, SweepSources, prepare_sweep
+from .evaluation.sweep import References, run_prepared
 from .hosts.surface import (
     Context,
     Score,
@@ -35,9 +25,8 @@ from .hosts.surface import (
     require_model_access,
     scorer_entries,
 )
-from .prompts import Prompt, prompts_digest
 from .response_scorers import DEFAULT_POOL, ContrastScorer
-from .settings import ContrastSettings, PromptSources
+from .settings import ContrastSettings, PromptSources, SweepPlanSettings
 
 
 class TeacherForcedDivergenceSettings(BaseModel):
@@ -66,7 +55,7 @@ class TeacherForcedDivergenceSettings(BaseModel):
     )
 
 
-class FixedWeightSweepSettings(BaseModel):
+class FixedWeightSweepSettings(SweepPlanSettings):
     """Settings of `FixedWeightSweep`."""
 
     model_config = ConfigDict(extra="forbid")
@@ -94,47 +83,6 @@ class FixedWeightSweepSettings(BaseModel):
     harmless_prompts: PromptSources | None = Field(
         default=None,
         description=f"Dataset of harmless prompts to take canaries and reference prompts from ({DEFAULT_POOL}).",
-    )
-
-    layers: list[int] | None = Field(
-        default=None,
-        description="Decoder layers to test, or unset for all.",
-    )
-
-    weights: list[float] = Field(
-        default=list(WEIGHTS),
-        description="Weights to test, increasing (the paper's by default).",
-    )
-
-    n_harmful: PositiveInt = Field(
-        default=10,
-        description="Number of harmful prompts, stratified over categories (the paper: 10).",
-    )
-
-    n_canaries: PositiveInt = Field(
-        default=10,
-        description="Number of harmless prompts whose false refusals are counted.",
-    )
-
-    n_references: PositiveInt = Field(
-        default=90,
-        description="Number of harmless prompts that the KL divergence is measured on (the paper: 100).",
-    )
-
-    kl_tokens: PositiveInt = Field(
-        default=50,
-        description="Number of teacher-forced tokens per reference prompt (the paper: 50).",
-    )
-
-    response_length: PositiveInt = Field(
-        default=50,
-        description="Maximum number of tokens of a judged response.",
-    )
-
-    synergy_size: int = Field(
-        default=0,
-        ge=0,
-        description="Number of layers in the sets that are tested for synergy (0 = none).",
     )
 
 
@@ -193,14 +141,15 @@ class FixedWeightSweep(ContrastScorer):
 
     settings_class = FixedWeightSweepSettings
     settings: FixedWeightSweepSettings
+    prepared: PreparedSweep
     score: Score | None = None
 
     def init(self, ctx: Context) -> None:
         """
-        Checks the settings.
+        Reads the prompts and directions files.
 
-        Raises `ContrastError` when they do not work, the score is to be optimized, the output cannot be written, or this
-        Heretic keeps the model to itself.
+        Raises `ContrastError` when they or the settings do not work, the score is to be optimized, the output cannot be
+        written, or this Heretic keeps the model to itself.
         """
 
         super().init(ctx)
@@ -211,80 +160,63 @@ class FixedWeightSweep(ContrastScorer):
                     "The fixed-weight sweep is measured once, on the unmodified model, so that every trial has the same score "
                     f'and there is nothing to {entry.optimization}: set optimization = "none" for FixedWeightSweep in scorers.'
                 )
-        require_writable_directory(Path(self.settings.output))
-
-    def get_baseline_score(self, ctx: Context) -> Score:
-        """Runs the sweep; the value is the share of layers that are successful, in the best configuration."""
-
-        from .report import write_sweep_report
-
-        settings = self.settings
-        model = language_model(ctx, self.heretic_settings)
-        contrast = settings.contrast
+        contrast = self.settings.contrast
         if is_builtin(self.heretic_settings.model):
             contrast = with_refuser_pools(contrast)
-        directions = {}
-        used: dict[str, Prompt] = {}
-        for name, configuration in contrast.configurations().items():
-            if configuration.directions is not None:
-                directions[name] = Directions.load(configuration.directions)
-                continue
-            pools = load_pools(configuration, "[scorer.FixedWeightSweep] contrast.")
-            used.update({p.text: p for p in (*pools.harmful, *pools.bulk, *pools.matched)})
-            with progress_bar() as progress:
-                directions[name] = extract(model, pools, configuration, log, progress)
-
-        harmful_prompts = self.load(ctx, settings.harmful_prompts, "harmful")
-        harmless_prompts = self.load(ctx, settings.harmless_prompts, "harmless")
-        harmful_prompts, _ = without_extraction_prompts(harmful_prompts, list(used.values()))
-        harmless_prompts, _ = without_extraction_prompts(harmless_prompts, list(used.values()))
-        harmful_prompts = assign_categories(
-            harmful_prompts, contrast.category_source, model, "harmful evaluation"
-        )
-        harmful = stratified_sample(harmful_prompts, settings.n_harmful, contrast.seed)
-        canaries, references = split_harmless(
-            harmless_prompts, settings.n_canaries, settings.n_references, contrast.seed
-        )
-        evaluator = SweepEvaluator(
-            model,
-            directions,
-            harmful,
-            canaries,
-            references,
-            SweepOptions(
-                layers=None if settings.layers is None else tuple(settings.layers),
-                weights=tuple(settings.weights),
-                max_new_tokens=settings.response_length,
-                kl_tokens=settings.kl_tokens,
-                synergy_size=settings.synergy_size,
+        where = f"[scorer.{type(self).__name__}] "
+        self.prepared = prepare_sweep(
+            self.settings,
+            contrast,
+            SweepSources(
+                harmful=self.source(self.settings.harmful_prompts, "harmful"),
+                harmless=self.source(self.settings.harmless_prompts, "harmless"),
+                harmful_setting=f"{where}harmful_prompts.",
+                harmless_setting=f"{where}harmless_prompts.",
+                contrast_setting=f"{where}contrast.",
             ),
+            Path(self.settings.output),
+            model_name(self.heretic_settings.model),
+            # Heretic has looked for it.
+            self.heretic_settings.response_prefix or "",
+            log,
         )
-        log(f"* Sweeping [bold]{len(evaluator.grid())}[/] cells...")
-        with progress_bar() as progress:
-            cells = run_cells(evaluator, None, progress)
-        result = evaluator.result(
-            cells,
-            {
-                name: {"count": len(prompts), "digest": prompts_digest(prompts)}
-                for name, prompts in (
-                    ("extraction", list(used.values())),
-                    ("harmful", harmful),
-                    ("canaries", canaries),
-                    ("references", references),
-                )
-            },
+
+    def get_baseline_score(self, ctx: Context) -> Score:
+        """
+        Runs the sweep; the value is the share of layers that are successful, in the best configuration and strength.
+
+        Raises `ContrastError` when what was asked for cannot be swept.
+        """
+
+        from .report import write_sweep_report
+        from .report.sweep_report import label
+
+        measured = run_prepared(
+            language_model(ctx, self.heretic_settings, self.prepared.contrast.batch_size),
+            self.prepared,
+            log,
+            progress_bar,
+            self.heretic_settings.max_response_length,
         )
-        write_sweep_report(result, Path(settings.output), log)
+        result = measured.result
+        write_sweep_report(
+            result, Path(self.settings.output), log, measured.capture, measured.geometry
+        )
         summaries = result.summaries()
         shown = []
         best = 0.0
-        for title, _ in result.configurations():
-            layers = [summary for summary in summaries if summary.configuration == title]
+        for configuration, strength in result.configurations():
+            layers = [
+                summary
+                for summary in summaries
+                if (summary.configuration, summary.strength) == (configuration, strength)
+            ]
             functional = sum(summary.functional for summary in layers)
             successful = sum(summary.successful for summary in layers)
-            best = max(best, successful / len(layers))
+            if configuration != RANDOM:
+                best = max(best, successful / len(layers))
             shown.append(
-                f"{title}: {functional} functional, {successful} successful of {len(layers)} layers"
+                f"{label(configuration, strength)}: {functional} functional, {successful} successful of {len(layers)} layers"
             )
         text = "; ".join(shown)
         self.score = Score(value=best, rich_display=text, md_display=text)

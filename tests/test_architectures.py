@@ -34,7 +34,8 @@ from heretic.utils import Prompt as HereticPrompt  # noqa: E402
 from heretic_contrast.ablation import ablated, compose  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.evaluation.interventions import output_projections  # noqa: E402
-from heretic_contrast.evaluation.sweep import SweepOptions, sweep  # noqa: E402
+from heretic_contrast.evaluation.plan import SweepOptions  # noqa: E402
+from heretic_contrast.evaluation.sweep import sweep  # noqa: E402
 from heretic_contrast.hosts import lora_targets  # noqa: E402
 from heretic_contrast.hosts.heretic14 import HostContext, HostModel  # noqa: E402
 from heretic_contrast.hosts.loading import (  # noqa: E402

@@ -195,6 +195,78 @@ def test_pools(
     assert output.read_bytes() == b"kept"
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--n-harmful", "13"], "13 prompts are asked for, but the pool has 12"),
+        (["--n-harmful", "1"], "1 prompts cannot cover 2 categories"),
+        (["--n-references", "12"], "10 canaries and 12 reference prompts are asked for"),
+        (["--n-canaries", "8", "--n-references", "8"], "8 canaries and 8 reference prompts"),
+        (["--weights", "[0.5, 0.3]"], "increasing weights"),
+        (["--layers", "2,x"], "layers"),
+        (["--evaluate-categories", "drugs"], 'has the category "drugs"'),
+        (["--contrast.directions", "missing.safetensors"], "There is no directions file"),
+        (["--contrast.small-classes", "error"], "fewer than the 9 neurons"),
+        (["--contrast.winners", "10"], "10 winners"),
+        (
+            [
+                "--contrast.preset",
+                "piras",
+                "--contrast.preset",
+                "arditi",
+                "--contrast.winners",
+                "17",
+            ],
+            "With the preset piras: 17 winners",
+        ),
+        (["--contrast.baseline", "nearest", "--contrast.n-neighbors", "13"], "13 neighbors"),
+        (["--bad-evaluation-prompts.dataset", "bad.jsonl"], "All 24 harmful evaluation prompts"),
+        (["--pairs", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_sweeps_that_do_not_work_load_no_model(
+    options: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("heretic_contrast.hosts.loading.open_model", None)
+    write_pool(
+        tmp_path / "bad.jsonl",
+        [
+            {"text": f"{verb} door {index}", "category": verb}
+            for verb in ("Break", "Burn", "Bend")
+            for index in range(8)
+        ],
+    )
+    write_pool(tmp_path / "good.jsonl", HARMLESS)
+    write_pool(
+        tmp_path / "harmful.jsonl",
+        [{"text": f"Smash {index}", "category": ("a", "b")[index % 2]} for index in range(12)],
+    )
+    write_pool(tmp_path / "harmless.jsonl", [{"text": f"Clean {index}"} for index in range(12)])
+    arguments = [
+        "sweep",
+        "--model",
+        "builtin:refuser",
+        "--output=out",
+        "--contrast.bad-prompts.dataset=bad.jsonl",
+        "--contrast.good-prompts.dataset=good.jsonl",
+        "--bad-evaluation-prompts.dataset=harmful.jsonl",
+        "--good-evaluation-prompts.dataset=harmless.jsonl",
+        *options,
+    ]
+    assert expected in run(arguments, tmp_path, monkeypatch, capsys)
+
+
+def test_directions_that_are_there_are_not_extracted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["extract", "builtin:refuser", "--contrast.directions=a", "--output=b"]
+    assert "none to extract" in run(arguments, tmp_path, monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("output", ["blocked/directions.safetensors"])
 def test_unwritable_output(
     output: str,

@@ -19,11 +19,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heretic_contrast import cli, identity
+from heretic_contrast.ablation import Composition
 from heretic_contrast.directions import Directions
 from heretic_contrast.errors import ContrastError, ContrastWarning
 from heretic_contrast.evaluation import sweep_state
+from heretic_contrast.evaluation.plan import Configuration, SweepOptions, plan_sweep
 from heretic_contrast.evaluation.responses import Tier
-from heretic_contrast.evaluation.sweep import SweepEvaluator, SweepOptions, run_cells
+from heretic_contrast.evaluation.sweep import SweepEvaluator, run_cells
 from heretic_contrast.extraction import Pools, extract
 from heretic_contrast.hosts.surface import from_heretic, wrap
 from heretic_contrast.identity import NAMES, differences, identify, weights_digest
@@ -335,36 +337,42 @@ def classifier(first: str) -> Callable[[str, str], Tier]:
 HARMFUL = [Prompt("Break it", category="violence"), Prompt("Bend it", category="violence")]
 
 
+TENSOR = torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(0))
+DIRECTIONS = Directions(
+    tensor=TENSOR,
+    names=("all",),
+    aligned=True,
+    norms=torch.ones(5, 1),
+    singular_values=torch.ones(5, 1),
+    class_directions=TENSOR,
+    class_names=("all",),
+    mean_direction=TENSOR[:, 0],
+    hits=torch.zeros(5, 1, 0, dtype=torch.int64),
+)
+
+
 def evaluator(model: LanguageModel, **changes: Any) -> SweepEvaluator:
-    generator = torch.Generator().manual_seed(0)
-    tensor = torch.randn(5, 1, 32, generator=generator)
-    directions = Directions(
-        tensor=tensor,
-        names=("all",),
-        aligned=True,
-        norms=torch.ones(5, 1),
-        singular_values=torch.ones(5, 1),
-        class_directions=tensor,
-        class_names=("all",),
-        mean_direction=tensor[:, 0],
-        hits=torch.zeros(5, 1, 0, dtype=torch.int64),
-        provenance={"identity": model.identity()},
-    )
     arguments: dict[str, Any] = {
-        "configurations": {"one": directions},
+        "configurations": {"one": DIRECTIONS},
         "harmful": HARMFUL,
         "canaries": [Prompt("Bake it")],
         "references": [Prompt("Paint it")],
         "options": SweepOptions(layers=(1,), weights=(1.0,), max_new_tokens=2, kl_tokens=2),
         "classify": refuses,
     }
-    return SweepEvaluator(model, **{**arguments, **changes})
+    arguments |= changes
+    classify = arguments.pop("classify")
+    return SweepEvaluator(model, plan_sweep(**arguments), classify)
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "references of the same length": ({"references": [Prompt("Print it")]}, "prompts"),
     "a category": ({"harmful": [HARMFUL[0], replace(HARMFUL[1], category="fraud")]}, "prompts"),
     "rules": ({"classify": refuses_or_complies}, "rules for tiers"),
+    "how directions are put together": (
+        {"configurations": {"one": Configuration(DIRECTIONS, Composition.SEQUENTIAL)}},
+        "directions",
+    ),
     "what rules were made with": ({"classify": classifier("Bre")}, "rules for tiers"),
     "options": (
         {"options": SweepOptions(layers=(1,), weights=(1.0,), max_new_tokens=3, kl_tokens=2)},

@@ -12,8 +12,9 @@ from benchmarks.measuring import LiveBytes
 from heretic_contrast.evaluation.divergence import base_statistics, divergences
 from heretic_contrast.evaluation.head import CPU_CHUNK, CPU_ELEMENTS
 from heretic_contrast.evaluation.interventions import TeacherForcing, TokenBatch
+from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.responses import Tier
-from heretic_contrast.evaluation.sweep import CellKey, SweepEvaluator, SweepOptions
+from heretic_contrast.evaluation.sweep import CellKey, SweepEvaluator
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
@@ -105,11 +106,13 @@ def sweep_memory(n_references: int) -> dict[str, Any]:
     with LiveBytes() as preparation:
         evaluator = SweepEvaluator(
             model,
-            {"one": random_directions(model, 2, 0)},
-            [Prompt("Break the door")],
-            [Prompt("Bake a cake")],
-            references,
-            options,
+            plan_sweep(
+                {"one": random_directions(model, 2, 0)},
+                [Prompt("Break the door")],
+                [Prompt("Bake a cake")],
+                references,
+                options,
+            ),
             classify=lambda prompt, response: Tier.REFUSE,
         )
         kept = preparation.current

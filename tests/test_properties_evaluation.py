@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from heretic_contrast.ablation import Composition, compose
-from heretic_contrast.commands.sweep import parse_layers
 from heretic_contrast.errors import LONGEST_SENTENCE, ContrastError, one_line
 from heretic_contrast.evaluation.capture import max_cosine, span_basis, subspace_capture
 from heretic_contrast.evaluation.coherence import (
@@ -45,6 +44,7 @@ from heretic_contrast.evaluation.sampling import split_harmless, stratified_samp
 from heretic_contrast.evaluation.statistics import standard_error, wilson_interval
 from heretic_contrast.language_model import batches
 from heretic_contrast.prompts import Prompt
+from heretic_contrast.settings import parse_layers
 from tests.strategies import direction_sets, normal, seeds, weights_for
 
 words = st.lists(st.sampled_from(["a", "bake", "the", "bread", "of", "sea"]), max_size=60)

@@ -14,9 +14,10 @@ from torch import Tensor
 from heretic_contrast.ablation import compose, effective_weight
 from heretic_contrast.directions import Directions
 from heretic_contrast.evaluation.interventions import output_projections
+from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.responses import Tier, classify_response
 from heretic_contrast.evaluation.results import SweepResult, efficiency
-from heretic_contrast.evaluation.sweep import SweepEvaluator, SweepOptions, sweep
+from heretic_contrast.evaluation.sweep import SweepEvaluator, sweep
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.weights import base_weight
@@ -129,11 +130,9 @@ def test_cells_that_are_evaluated_report_progress(tiny_llama: LanguageModel) -> 
     options = SweepOptions(layers=(1, 2), weights=(0.5, 1.0), max_new_tokens=12, kl_tokens=5)
     evaluator = SweepEvaluator(
         tiny_llama,
-        {"one": random_directions(tiny_llama, 1, 0)},
-        HARMFUL,
-        CANARIES,
-        REFERENCES,
-        options,
+        plan_sweep(
+            {"one": random_directions(tiny_llama, 1, 0)}, HARMFUL, CANARIES, REFERENCES, options
+        ),
         always_refuse_at_base(tiny_llama, HARMFUL),
     )
     shown: list[tuple[int, int]] = []
@@ -169,7 +168,8 @@ def test_cells_equal_changed_weights(fixture: str, request: pytest.FixtureReques
     assert len({cell.responses for cell in result.cells}) > 5
 
     # By fewer tokens the divergence is a bound.
-    evaluator = SweepEvaluator(model, configurations, *pools, replace(options, top_k=16), classify)
+    plan = plan_sweep(configurations, *pools, replace(options, top_k=16))
+    evaluator = SweepEvaluator(model, plan, classify)
     keys = [key for key in evaluator.grid() if key.layers == (1,) and key.weight == 1.5]
     bounds = {cell.key(): cell for cell in evaluator.evaluate(keys)}
 

@@ -9,13 +9,9 @@ from typing import Any
 import pytest
 
 from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.sampling import stratified_sample
-from heretic_contrast.evaluation.sweep import (
-    SweepOptions,
-    check_options,
-    sweep,
-    without_extraction_prompts,
-)
+from heretic_contrast.evaluation.sweep import check_plan, sweep
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from tests.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
@@ -42,10 +38,11 @@ POOL = [
 )
 def test_options(tiny_llama: LanguageModel, changes: dict[str, Any], message: str) -> None:
     options = dataclasses.replace(SweepOptions(), **changes)
+    plan = plan_sweep(
+        {"one": random_directions(tiny_llama, 1, 0)}, HARMFUL, CANARIES, REFERENCES, options
+    )
     with pytest.raises(ContrastError, match=message):
-        check_options(
-            tiny_llama, {"one": random_directions(tiny_llama, 1, 0)}, HARMFUL, REFERENCES, options
-        )
+        check_plan(tiny_llama, plan)
 
 
 def test_model_that_refuses_nothing(tiny_llama: LanguageModel) -> None:
@@ -75,8 +72,3 @@ def test_sample_of_fewer_prompts_than_categories() -> None:
         stratified_sample(POOL, 2, seed=0)
     with pytest.raises(ContrastError, match="31 prompts are asked for"):
         stratified_sample(POOL, 31, seed=0)
-
-
-def test_prompts_of_the_extraction_are_never_judged() -> None:
-    kept, dropped = without_extraction_prompts(POOL, POOL[:7])
-    assert kept == POOL[7:] and dropped == 7

@@ -198,7 +198,8 @@ import sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from heretic_contrast.evaluation.sweep import SweepOptions, sweep
+from heretic_contrast.evaluation.plan import SweepOptions
+from heretic_contrast.evaluation.sweep import sweep
 from heretic_contrast.hosts.surface import wrap
 from tests.test_sweep import CANARIES, HARMFUL, REFERENCES, always_refuse_at_base, random_directions
 from tests.tiny_models import make_model, make_tokenizer

@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from heretic_contrast.ablation import ablated, compose
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.interventions import output_projections
+from heretic_contrast.evaluation.plan import SweepOptions
 from heretic_contrast.evaluation.responses import Tier
-from heretic_contrast.evaluation.sweep import SweepOptions, sweep
+from heretic_contrast.evaluation.sweep import sweep
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.identity import weights_digest
 from heretic_contrast.language_model import LanguageModel

@@ -21,14 +21,15 @@ from heretic_contrast.directions import Directions
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import split_by_behavior
 from heretic_contrast.evaluation.coherence import is_coherent
+from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.responses import Tier, classify_response
 from heretic_contrast.evaluation.results import Cell, SweepResult
-from heretic_contrast.evaluation.sweep import RULES, CellKey, SweepEvaluator, SweepOptions
+from heretic_contrast.evaluation.sweep import RULES, CellKey, SweepEvaluator
 from heretic_contrast.evaluation.sweep_state import SweepState
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.identity import identify, program_digest
 from heretic_contrast.language_model import LanguageModel
-from heretic_contrast.prompts import Prompt, prompts_digest
+from heretic_contrast.prompts import Prompt, prompts_digest, text_digest
 from heretic_contrast.residual_cache import cached_residuals
 
 from .conditions import (
@@ -146,7 +147,12 @@ def measure_study(
     residuals = {
         key: cached_residuals(model, prompts, None, show) for key, prompts in pools.fitted().items()
     }
-    provenance = {"identity": model.identity()}
+    provenance = {
+        "identity": model.identity(),
+        "prompt_digests": sorted(
+            {text_digest(prompt.text) for pool in pools.fitted().values() for prompt in pool}
+        ),
+    }
     if swept is None:
         log("Sweeping every layer alone...")
         swept = run_sweep(
@@ -279,11 +285,13 @@ def _measure_seed(
     judged = [pools.judged[index] for index in drawn.judged]
     evaluator = SweepEvaluator(
         model,
-        kept,
-        judged,
-        (others or references)[: options.n_canaries],
-        references,
-        SweepOptions(max_new_tokens=options.tokens, kl_tokens=options.tokens),
+        plan_sweep(
+            kept,
+            judged,
+            (others or references)[: options.n_canaries],
+            references,
+            SweepOptions(max_new_tokens=options.tokens, kl_tokens=options.tokens),
+        ),
     )
     state = SweepState(str(work / f"seed-{drawn.seed}.journal"), evaluator.identity())
     keys = {

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from heretic_contrast.evaluation.plan import SweepOptions
 from heretic_contrast.evaluation.results import SweepResult
 from heretic_contrast.evaluation.sampling import stratified_sample
-from heretic_contrast.evaluation.sweep import SweepOptions, sweep
+from heretic_contrast.evaluation.sweep import sweep
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 
@@ -70,7 +71,6 @@ def run_sweep(
             kl_tokens=tokens,
         ),
         str(journal),
-        pools={"references": {"count": n_references}},
         progress=show,
     )
 

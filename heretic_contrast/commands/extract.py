@@ -14,9 +14,10 @@ from ..errors import ContrastError
 from ..files import require_writable_directory, require_writable_file
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings
+from ..settings import PairsSettings
 
 
-class ExtractSettings(HostSettings):
+class ExtractSettings(HostSettings, PairsSettings):  # type: ignore[misc]
     """Settings of `extract`."""
 
     output: str | None = Field(
@@ -30,15 +31,6 @@ class ExtractSettings(HostSettings):
     report: str | None = Field(
         default=None,
         description="Directory to write tables and plots of the directions' geometry to.",
-        exclude=True,
-    )
-
-    pairs: str | None = Field(
-        default=None,
-        description=(
-            "File of prompt pairs for the capture analysis, with columns refused and answered (JSON Lines, CSV, Parquet); "
-            "unset for the shipped ones."
-        ),
         exclude=True,
     )
 
@@ -64,6 +56,11 @@ def main(arguments: Sequence[str]) -> None:
             "Nothing would be written: give --output FILE.safetensors, --report DIR, or both."
         )
     configurations = settings.contrast.configurations()
+    if settings.output is not None and settings.contrast.directions is not None:
+        raise ContrastError(
+            f"The directions are taken from {settings.contrast.directions}, so that there are none to extract: leave --output out "
+            "and give --report DIR, or leave --contrast.directions out."
+        )
     if settings.output is not None:
         for name in configurations:
             require_writable_file(output_path(settings.output, name, len(configurations) > 1))
@@ -71,42 +68,40 @@ def main(arguments: Sequence[str]) -> None:
         require_writable_directory(Path(settings.report))
 
     # Heavy imports come last, so that bad settings are answered at once.
+    from ..directions import Directions
     from ..evaluation.capture import load_pairs
-    from ..extraction import extract, load_pools
-    from ..hosts.loading import load_language_model, with_response_prefix
+    from ..evaluation.plan import Configuration
+    from ..extraction import DirectionSources
+    from ..hosts.loading import load_language_model, with_common_prefix
     from ..hosts.surface import log, progress_bar
 
-    # Whatever can be wrong with prompts is found before a model is loaded.
-    all_pools = {name: load_pools(contrast) for name, contrast in configurations.items()}
+    # Whatever can be wrong with prompts and files is found before a model is loaded.
+    sources = DirectionSources.read(
+        configurations, settings.response_prefix, needs_prompts=settings.report is not None
+    )
     pairs = load_pairs(
         None if settings.pairs is None else Path(settings.pairs), model_name(settings.model)
     )
     model, _ = load_language_model(settings, settings.contrast.batch_size)
-    results = {}
-    for name, contrast in configurations.items():
-        log()
-        log(f"Extracting directions of [bold]{name}[/]...")
-        pools = all_pools[name]
-        model = with_response_prefix(model, settings, pools.bulk, pools.harmful)
-        with progress_bar() as progress:
-            directions = extract(
-                model, pools, contrast, log, progress, settings.max_response_length
-            )
-        results[name] = directions
+    model = with_common_prefix(model, settings, sources)
+
+    def save(name: str, directions: Directions) -> None:
         if settings.output is not None:
             path = output_path(settings.output, name, len(configurations) > 1)
             directions.save(path)
             log(
                 f"* Saved [bold]{directions.n_directions}[/] directions per layer to [bold]{escape(str(path))}[/]"
             )
+
+    found = sources.directions(model, log, progress_bar, settings.max_response_length, save)
     if settings.report is not None:
         from ..report import write_extraction_report
 
         write_extraction_report(
             model,
-            results,
-            configurations,
-            next(iter(all_pools.values())),
+            {name: Configuration.of(found[name], configurations[name]) for name in found},
+            sources.harmful,
+            sources.bulk,
             Path(settings.report),
             log,
             pairs,

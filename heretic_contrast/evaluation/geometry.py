@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..ablation import Composition, Operator, compose, effective_weight, weight_along
+from ..ablation import Operator, compose, effective_weight, weight_along
 from ..directions import Directions
 from ..greedy import plain_settings
 from ..language_model import LanguageModel, Progress, batches
@@ -29,6 +29,7 @@ from ..vectors import unit_vectors
 from .capture import span_basis
 from .generation import end_tokens
 from .interventions import carries_samples, output_projections
+from .plan import Configurations, complete
 
 
 @dataclass(frozen=True)
@@ -416,11 +417,10 @@ def perturbation(second: Tensor, directions: Tensor, operator: Operator) -> floa
 
 def measure_activities(
     model: LanguageModel,
-    configurations: Mapping[str, Directions],
+    configurations: Configurations,
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     weights: Sequence[float],
-    compositions: Mapping[str, Composition | str] | None = None,
     max_new_tokens: int = 50,
     progress: Progress | None = None,
 ) -> tuple[Activity, ...]:
@@ -432,22 +432,23 @@ def measure_activities(
 
     if not configurations or not carries_samples(model):
         return ()
-    vectors = torch.cat([item.tensor[1:] for item in configurations.values()], dim=1)
+    completed = complete(configurations)
+    vectors = torch.cat([item.directions.tensor[1:] for item in completed.values()], dim=1)
     at_harmful = observe_outputs(model, harmful, vectors, 1, progress)
     at_harmless = observe_outputs(model, harmless, vectors, 1, progress)
     decoding = observe_outputs(model, harmless, vectors, max_new_tokens, progress)
     activities = []
     start = 0
-    for name, directions in configurations.items():
+    for name, configuration in completed.items():
+        directions = configuration.directions
         own = slice(start, start + directions.n_directions)
         start += directions.n_directions
-        composition = (compositions or {}).get(name, Composition.SUM)
         for layer in range(model.n_layers):
             variation = math.sqrt(float(decoding.variation[layer]))
             rows = directions.tensor[layer + 1]
             perturbations = []
             for weight in weights:
-                operator = compose(rows, torch.full((len(rows),), float(weight)), composition)
+                operator = configuration.operator(layer, weight)
                 size = perturbation(decoding.second[layer, own, own], rows, operator)
                 perturbations.append((float(weight), size / variation if variation else None))
             activities.append(

@@ -7,21 +7,21 @@ Each layer alone, at each weight, all directions of the layer at uniform weight:
 successful, and at what cost. Interventions are forward hooks, so the model is loaded once and never changed.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations, islice, pairwise
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, islice
 
 import torch
 
-from ..ablation import Composition, Operator, compose, effective_weight, equalize, weight_along
-from ..directions import Directions
+from ..ablation import Operator, effective_weight, weight_along
 from ..errors import ContrastError
+from ..extraction import Log, ShowProgress
 from ..identity import Identity, identify, program_digest
 from ..language_model import LanguageModel, Progress
 from ..prompts import Prompt, prompts_digest
+from ..settings import check_weights
 from . import coherence, response_rules, response_text, responses
+from .capture import CaptureResult, capture_pairs
 from .coherence import is_coherent
 from .divergence import (
     SparseLogProbabilities,
@@ -30,60 +30,18 @@ from .divergence import (
     mean_with_standard_error,
 )
 from .generation import Responder, generate_tokens
+from .geometry import Geometry, measure_activities, measure_geometry
 from .interventions import Intervention, TeacherForcing, output_projections, require_layers
 from .known_sequences import Count, KnownSequences, Piece, Tokens
+from .plan import Configurations, PreparedSweep, SweepOptions, SweepPlan, plan_sweep
 from .responses import Tier, classify_response
 from .results import Cell, Measurement, SweepResult, Synergy
-
-WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
-"""The paper's weights."""
 
 RULES = (responses, response_rules, response_text, coherence)
 """The modules that decide how a response is judged."""
 
 Classifier = Callable[[str, str], Tier]
 """Returns the tier of a response to a prompt."""
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """
-    What is swept, and how it is measured. The defaults are the paper's, where it gives any.
-
-    `layers`: decoder layers, or None for all. `components`: "attn.o_proj", "mlp.down_proj", or None for both.
-    `strengths`: "weight" (every direction has the weight), "effective" (λ_max(Σ w v vᵀ) is the weight), or both.
-    `synergy_size`: how many layers a set has; 0 leaves synergy out. `n_synergy_layers`: from how many of the best
-    layers of each configuration the sets are made.
-    """
-
-    layers: tuple[int, ...] | None = None
-    weights: tuple[float, ...] = WEIGHTS
-    components: tuple[str, ...] | None = None
-    composition: Composition = Composition.SUM
-    strengths: tuple[str, ...] = ("weight",)
-    max_new_tokens: int = 50
-    kl_tokens: int = 50
-    top_k: int = 100
-    synergy_size: int = 2
-    synergy_weight: float = 0.3
-    n_synergy_layers: int = 4
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values."""
-
-        return {
-            "layers": None if self.layers is None else list(self.layers),
-            "weights": list(self.weights),
-            "components": None if self.components is None else list(self.components),
-            "composition": Composition(self.composition).value,
-            "strengths": list(self.strengths),
-            "max_new_tokens": self.max_new_tokens,
-            "kl_tokens": self.kl_tokens,
-            "top_k": self.top_k,
-            "synergy_size": self.synergy_size,
-            "synergy_weight": self.synergy_weight,
-            "n_synergy_layers": self.n_synergy_layers,
-        }
 
 
 @dataclass(frozen=True, order=True)
@@ -192,24 +150,20 @@ class SweepEvaluator:
     def __init__(
         self,
         model: LanguageModel,
-        configurations: Mapping[str, Directions],
-        harmful: Sequence[Prompt],
-        canaries: Sequence[Prompt],
-        references: Sequence[Prompt],
-        options: SweepOptions,
+        plan: SweepPlan,
         classify: Classifier = classify_response,
     ) -> None:
         # Its weights are read once.
         model = model.identified()
-        check_options(model, configurations, harmful, references, options)
+        check_plan(model, plan)
         self.model = model
-        self.configurations = dict(configurations)
-        self.options = options
+        self.plan = plan
+        self.configurations = plan.configurations
+        self.options = options = plan.options
         self._classify = classify
+        harmful, canaries, references = plan.harmful, plan.canaries, plan.references
         forcing = TeacherForcing(model)
         n_rows = model.batch_size
-        self._harmful, self._canaries = tuple(harmful), tuple(canaries)
-        self._reference_prompts = tuple(references)
         # Both are answered in the same passes.
         answered = (*harmful, *canaries)
         # The unmodified model answers everything in one go, since a step takes hardly longer for more rows.
@@ -256,8 +210,8 @@ class SweepEvaluator:
         return [
             CellKey(configuration, strength, (layer,), weight)
             for layer in self.layers()
-            for configuration in self.configurations
-            for strength in self.options.strengths
+            for configuration, item in self.configurations.items()
+            for strength in item.strengths(self.options.strengths)
             for weight in self.options.weights
         ]
 
@@ -272,8 +226,8 @@ class SweepEvaluator:
         keys: dict[CellKey, None] = {}
         if options.synergy_size < 2:
             return []
-        for configuration in self.configurations:
-            for strength in options.strengths:
+        for configuration, item in self.configurations.items():
+            for strength in item.strengths(options.strengths):
                 for layers in self._synergy_sets(configuration, strength, cells):
                     keys[CellKey(configuration, strength, layers, options.synergy_weight)] = None
                     for layer in layers:
@@ -325,15 +279,6 @@ class SweepEvaluator:
             )
         return tuple(found)
 
-    def operator(self, configuration: str, strength: str, layer: int, weight: float) -> Operator:
-        """Returns what is done at a layer: all its directions at uniform weight."""
-
-        vectors = self.configurations[configuration].tensor[layer + 1]
-        weights = torch.full((len(vectors),), weight, dtype=torch.float64)
-        if strength == "effective":
-            weights = equalize(vectors, weights)
-        return compose(vectors, weights, self.options.composition)
-
     def evaluate(self, keys: Sequence[CellKey], progress: Progress | None = None) -> list[Cell]:
         """
         Measures cells. Those that start at one layer share what lies below it.
@@ -352,7 +297,9 @@ class SweepEvaluator:
 
         operators = [
             {
-                layer: self.operator(key.configuration, key.strength, layer, key.weight)
+                layer: self.configurations[key.configuration].operator(
+                    layer, key.weight, key.strength
+                )
                 for layer in key.layers
             }
             for key in keys
@@ -362,7 +309,7 @@ class SweepEvaluator:
         kl = self._references.measure(interventions, count)
         cells = []
         for index, key in enumerate(keys):
-            directions = self.configurations[key.configuration]
+            directions = self.configurations[key.configuration].directions
             harmful_responses, canary_responses = self._split(responses[index])
             cells.append(
                 Cell(
@@ -399,7 +346,7 @@ class SweepEvaluator:
     def _split(self, responses: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Returns the responses to harmful prompts, and those to canaries."""
 
-        n_harmful = len(self._harmful)
+        n_harmful = len(self.plan.harmful)
         return tuple(responses[:n_harmful]), tuple(responses[n_harmful:])
 
     def _judge(
@@ -409,11 +356,11 @@ class SweepEvaluator:
 
         tiers = [
             self._classify(prompt.text, response)
-            for prompt, response in zip(self._harmful, responses, strict=True)
+            for prompt, response in zip(self.plan.harmful, responses, strict=True)
         ]
         canary_tiers = [
             self._classify(prompt.text, response)
-            for prompt, response in zip(self._canaries, canary_responses, strict=True)
+            for prompt, response in zip(self.plan.canaries, canary_responses, strict=True)
         ]
         return Measurement(
             refusals=tiers.count(Tier.REFUSE),
@@ -431,9 +378,9 @@ class SweepEvaluator:
         """Returns everything that decides the cells: processes that share a storage must agree on it."""
 
         pools = {
-            "harmful": self._harmful,
-            "canaries": self._canaries,
-            "references": self._reference_prompts,
+            "harmful": self.plan.harmful,
+            "canaries": self.plan.canaries,
+            "references": self.plan.references,
         }
         return identify(
             self.model,
@@ -441,21 +388,20 @@ class SweepEvaluator:
             # The texts are judged, and shown with their categories.
             texts={name: prompts_digest(pool) for name, pool in pools.items()},
             options=self.options.to_dict(),
-            directions={
-                name: directions.digest() for name, directions in self.configurations.items()
-            },
+            directions={name: item.key() for name, item in self.configurations.items()},
             rules=program_digest(RULES, self._classify),
         )
 
-    def result(self, cells: Sequence[Cell], pools: Mapping[str, Any]) -> SweepResult:
+    def result(self, cells: Sequence[Cell]) -> SweepResult:
         """Returns the finished sweep, its cells in the order of their keys."""
 
+        strengths = [*self.options.strengths, "effective"]
         order = {name: index for index, name in enumerate(self.configurations)}
         cells = sorted(
             cells,
             key=lambda cell: (
                 order[cell.configuration],
-                self.options.strengths.index(cell.strength),
+                strengths.index(cell.strength),
                 len(cell.layers),
                 cell.layers,
                 cell.weight,
@@ -466,37 +412,25 @@ class SweepEvaluator:
             baseline=self.baseline,
             cells=tuple(cells),
             synergies=self.synergies(cells),
-            prompts=tuple(prompt.text for prompt in self._harmful),
-            categories=tuple(prompt.category or "" for prompt in self._harmful),
-            canaries=tuple(prompt.text for prompt in self._canaries),
+            prompts=tuple(prompt.text for prompt in self.plan.harmful),
+            categories=tuple(prompt.category or "" for prompt in self.plan.harmful),
+            canaries=tuple(prompt.text for prompt in self.plan.canaries),
             baseline_responses=self.base_responses,
-            pools=dict(pools),
+            pools=self.plan.pools,
             settings={
                 **self.options.to_dict(),
-                "directions": {
-                    name: {
-                        "names": list(directions.names),
-                        "digest": directions.digest(),
-                        **directions.provenance.get("settings", {}),
-                    }
-                    for name, directions in self.configurations.items()
-                },
+                "directions": {name: item.to_dict() for name, item in self.configurations.items()},
             },
         )
 
 
-def check_options(
-    model: LanguageModel,
-    configurations: Mapping[str, Directions],
-    harmful: Sequence[Prompt],
-    references: Sequence[Prompt],
-    options: SweepOptions,
-) -> None:
-    """Raises `ContrastError` when something that was asked for cannot be swept."""
+def check_plan(model: LanguageModel, plan: SweepPlan) -> None:
+    """Raises `ContrastError` when something that was asked for cannot be swept on a model."""
 
-    if not configurations:
+    options = plan.options
+    if not plan.configurations:
         raise ContrastError("There is nothing to sweep: give at least one configuration.")
-    if not harmful or not references:
+    if not plan.harmful or not plan.references:
         raise ContrastError(
             "A sweep needs harmful prompts and harmless reference prompts: give pools with prompts."
         )
@@ -504,15 +438,7 @@ def check_options(
         require_layers(model, options.layers)
         if not options.layers:
             raise ContrastError("No layer is given to sweep: leave the layers out for all of them.")
-    weights = options.weights
-    if (
-        not weights
-        or not all(0 <= weight < math.inf for weight in weights)
-        or any(a >= b for a, b in pairwise(weights))
-    ):
-        raise ContrastError(
-            f"The weights {list(weights)} do not work: give increasing weights that are not negative."
-        )
+    check_weights(options.weights)
     for strength in options.strengths:
         if strength not in ("weight", "effective"):
             raise ContrastError(
@@ -529,39 +455,36 @@ def check_options(
                 f"Layer {layer} of {model.name} has none of the components {', '.join(options.components or ())}: "
                 "leave the layer or the restriction to components out."
             )
-    for name, directions in configurations.items():
-        directions.require_model(model, name)
 
 
 def sweep(
     model: LanguageModel,
-    configurations: Mapping[str, Directions],
+    configurations: Configurations,
     harmful: Sequence[Prompt],
     canaries: Sequence[Prompt],
     references: Sequence[Prompt],
     options: SweepOptions | None = None,
     storage: str | None = None,
-    pools: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     classify: Classifier = classify_response,
 ) -> SweepResult:
     """
     Sweeps a loaded model, and returns every cell.
 
-    `configurations`: directions by name. `harmful`, `canaries`, `references`: prompts for the tiers, for false
-    refusals, and for the divergence; none of them should be a prompt that directions were extracted from.
-    `storage`: URL of an Optuna storage, or path of a journal file, that holds finished cells; None keeps them in memory.
-    `pools`: recorded in the result.
+    `configurations`: by name, directions, or a `Configuration` that says how they are ablated. `harmful`, `canaries`,
+    `references`: prompts for the tiers, for false refusals, and for the divergence; those that directions were extracted from
+    are left out. `storage`: URL of an Optuna storage, or path of a journal file, that holds finished cells; None keeps them in
+    memory.
 
     Raises `ContrastError` when something that was asked for cannot be swept, or the storage belongs to
     another sweep.
     """
 
-    evaluator = SweepEvaluator(
-        model, configurations, harmful, canaries, references, options or SweepOptions(), classify
-    )
-    cells = run_cells(evaluator, storage, progress)
-    return evaluator.result(cells, pools or {})
+    plan = plan_sweep(configurations, harmful, canaries, references, options)
+    for name, item in plan.configurations.items():
+        item.directions.require_model(model, name)
+    evaluator = SweepEvaluator(model, plan, classify)
+    return evaluator.result(run_cells(evaluator, storage, progress))
 
 
 def run_cells(
@@ -577,11 +500,52 @@ def run_cells(
     return list({cell.key(): cell for cell in [*single, *sets]}.values())
 
 
-def without_extraction_prompts(
-    prompts: Sequence[Prompt], extraction: Sequence[Prompt]
-) -> tuple[list[Prompt], int]:
-    """Returns the prompts that directions were not extracted from, and how many were left out."""
+@dataclass(frozen=True)
+class SweepMeasurements:
+    """Everything that a report of a sweep shows."""
 
-    used = {prompt.text for prompt in extraction}
-    kept = [prompt for prompt in prompts if prompt.text not in used]
-    return kept, len(prompts) - len(kept)
+    result: SweepResult
+    capture: CaptureResult
+    geometry: Geometry
+
+
+def run_prepared(
+    model: LanguageModel,
+    prepared: PreparedSweep,
+    log: Log,
+    show_progress: ShowProgress,
+    max_response_length: int,
+) -> SweepMeasurements:
+    """
+    Extracts directions and sweeps a loaded model, as the command and Heretic's scorer do.
+
+    `model`: with the response prefix that prompts are read with. `max_response_length`: in tokens, of the responses that a
+    filter of the extraction looks at. Raises `ContrastError` when something that was asked for cannot be swept, or the
+    storage belongs to another sweep.
+    """
+
+    plan = prepared.plan(model, log, show_progress, max_response_length)
+    log()
+    log("Measuring the unmodified model...")
+    evaluator = SweepEvaluator(replace(model, batch_size=prepared.settings.sweep_batch_size), plan)
+    base = evaluator.baseline
+    log(f"* Initial refusals: [bold]{base.refusals}[/]/{base.n_harmful}")
+    log(f"Sweeping [bold]{len(evaluator.grid())}[/] cells...")
+    with show_progress() as progress:
+        cells = run_cells(evaluator, prepared.storage, progress)
+    log("Measuring capture and geometry...")
+    n_tokens = plan.options.max_new_tokens
+    directions = {name: item.directions for name, item in plan.configurations.items()}
+    activities = measure_activities(
+        model,
+        plan.configurations,
+        plan.harmful,
+        [*plan.canaries, *plan.references],
+        plan.options.weights,
+        n_tokens,
+    )
+    return SweepMeasurements(
+        evaluator.result(cells),
+        capture_pairs(model, directions, prepared.pairs, n_tokens),
+        measure_geometry(directions, activities),
+    )

@@ -32,11 +32,10 @@ from questionary import Choice
 from torch import Tensor
 
 from .. import __version__
-from ..directions import Directions
 from ..errors import ContrastError, find_cause
 from ..evaluation import response_rules, response_text, responses
 from ..evaluation.responses import classify_response
-from ..extraction import load_pools
+from ..extraction import DirectionSources
 from ..files import require_writable_directory, require_writable_file
 from ..identity import Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
@@ -585,19 +584,6 @@ def require_answers(settings: HostSettings) -> None:
         )
 
 
-def check_directions_source(settings: HostSettings) -> None:
-    """
-    Looks at the prompts, or the file, that directions will come from, before Heretic loads a model.
-
-    Raises `ContrastError` when they do not work.
-    """
-
-    if settings.contrast.directions is None:
-        load_pools(settings.contrast)
-    else:
-        Directions.load(settings.contrast.directions)
-
-
 def run(settings: HostSettings) -> None:
     """
     Runs Heretic 1.4 with the modifier.
@@ -623,7 +609,8 @@ def run(settings: HostSettings) -> None:
         # Heretic loads its model first, and then finds out that a pool cannot be read.
         host.load_prompts(settings, getattr(settings, name))
     if settings.evaluate_model is None:
-        check_directions_source(settings)
+        # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
+        DirectionSources.read({"": settings.contrast}, "")
     require_answers(settings)
     if settings.checkpoint_action != "restart":
         repair_checkpoints(Path(settings.study_checkpoint_dir))

@@ -28,6 +28,7 @@ from ..chat import (
     without_system_role,
 )
 from ..errors import ContrastError, one_line
+from ..extraction import DirectionSources
 from ..language_model import LanguageModel
 from ..prompts import Prompt
 from ..settings import ContrastSettings
@@ -268,6 +269,23 @@ def _closed_thought(text: str, settings: Any, stands_in: Callable[[str, str], bo
         tags = re.findall(r"^[<\[]\w+[>\]]|[<\[]\w+[>\]]$", text)
         skips = [(tag, f"{tag}{tag[0]}/{tag[1:]}") for tag in tags]
     return next((block for tag, block in skips if stands_in(text, tag)), None)
+
+
+def with_common_prefix(
+    model: LanguageModel, settings: Any, sources: DirectionSources
+) -> LanguageModel:
+    """
+    Returns the model with the response prefix of the settings, or of directions files, or the one that is found.
+
+    A directions file says what was found, or given, when its residuals were taken of this model.
+    """
+
+    if settings.response_prefix is None and sources.response_prefix is not None:
+        settings.response_prefix = sources.response_prefix
+        log(
+            f"* Response prefix of the directions file: [bold]{escape(one_line(repr(settings.response_prefix)))}[/]"
+        )
+    return with_response_prefix(model, settings, sources.bulk, sources.harmful)
 
 
 def _common_prefix(model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int) -> str:

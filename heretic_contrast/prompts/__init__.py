@@ -176,3 +176,9 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
         [(prompt.text, prompt.category, prompt.system) for prompt in prompts], ensure_ascii=False
     )
     return hashlib.sha256(content.encode("utf-8")).hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """Returns a short digest of one prompt's text, by which it is known again where its text must not be kept."""
+
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]

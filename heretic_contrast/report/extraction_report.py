@@ -10,9 +10,10 @@ import torch
 from ..directions import Directions
 from ..evaluation.capture import CaptureResult, Pair, capture_pairs, load_pairs
 from ..evaluation.geometry import Geometry, measure_activities, measure_geometry
-from ..extraction import Pools
+from ..evaluation.plan import Configuration
 from ..language_model import LanguageModel
-from ..settings import ContrastSettings
+from ..prompts import Prompt
+from ..settings import WEIGHTS
 from . import plots
 from .content import Column, Figure, Report, Section, Table, number, text_column
 from .sections import (
@@ -28,9 +29,6 @@ from .sections import (
 from .tables import to_csv, to_rich
 from .writing import NO_PLOTS, table_files, to_json, write_report
 
-WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
-"""The paper's weights, at which the perturbation is measured."""
-
 N_PROMPTS = 64
 """Prompts of each pool that activations are observed on."""
 
@@ -40,9 +38,9 @@ MAX_RESPONSE_LENGTH = 50
 
 def write_extraction_report(
     model: LanguageModel,
-    results: Mapping[str, Directions],
-    configurations: Mapping[str, ContrastSettings],
-    pools: Pools,
+    configurations: Mapping[str, Configuration],
+    harmful: Sequence[Prompt],
+    bulk: Sequence[Prompt],
     directory: Path,
     log: Callable[..., None],
     pairs: Sequence[Pair] | None = None,
@@ -51,22 +49,22 @@ def write_extraction_report(
     Measures capture, geometry and activations, writes them as JSON, CSV, plots and `report.html`, and prints the
     main tables.
 
-    `pools`: what activations are observed on, the first prompts of each. `pairs`: None for the shipped ones. Raises
-    `ContrastError` when a file cannot be written.
+    `harmful`, `bulk`: prompts that activations are observed on, the first few of each. `pairs`: None for the shipped ones.
+    Raises `ContrastError` when a file cannot be written.
     """
 
     log()
     log("Measuring capture and geometry...")
     if pairs is None:
         pairs = load_pairs(model=model.name)
+    results = {name: item.directions for name, item in configurations.items()}
     capture = capture_pairs(model, results, pairs, MAX_RESPONSE_LENGTH)
     activities = measure_activities(
         model,
-        results,
-        pools.harmful[:N_PROMPTS],
-        pools.bulk[:N_PROMPTS],
+        configurations,
+        harmful[:N_PROMPTS],
+        bulk[:N_PROMPTS],
         WEIGHTS,
-        {name: settings.composition for name, settings in configurations.items()},
         MAX_RESPONSE_LENGTH,
     )
     geometry = measure_geometry(results, activities)
@@ -119,8 +117,7 @@ def extraction_report(
         sections.append(
             perturbation_section(
                 geometry,
-                f"The first {N_PROMPTS} prompts of the harmful and of the general harmless pool, which directions were also "
-                f"extracted from; at most {MAX_RESPONSE_LENGTH} decoding steps.",
+                f"The first {N_PROMPTS} prompts of the pools of harmful and of general harmless prompts for extraction; at most {MAX_RESPONSE_LENGTH} decoding steps.",
             )
         )
     sections.append(classes_section(results, geometry, layer))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from heretic_contrast import cli
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.results import SweepResult
 from heretic_contrast.hosts.surface import Modifier, Scorer
@@ -170,28 +171,105 @@ def test_sweep_is_run_once_and_reported(
         "n_canaries": 4,
         "n_references": 6,
         "kl_tokens": 6,
-        "response_length": 8,
+        "sweep_response_length": 8,
+        "strength": "weight",
+        "random_control": False,
     }
     loaded = scorer("FixedWeightSweep", table)
     loaded.init(run.context())
     with pytest.raises(ContrastError, match="has not been taken yet"):
         loaded.get_score(run.context())
     baseline = loaded.get_baseline_score(run.context())
-    files = {
-        path.name: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()
-    }
-    (name,) = [name for name in files if name.endswith(".json")]
-    result = SweepResult.from_dict(json.loads(files[name]))
+    result = SweepResult.from_dict(json.loads((tmp_path / "sweep" / "sweep.json").read_text()))
     summaries = result.summaries()
     assert [summary.layer for summary in summaries] == [0, 3]
     n_functional = sum(summary.functional for summary in summaries)
     n_successful = sum(summary.successful for summary in summaries)
     assert baseline.value == n_successful / 2
     assert baseline.md_display == (
-        f"unmatched: {n_functional} functional, {n_successful} successful of 2 layers"
+        f"unmatched, equal weight: {n_functional} functional, {n_successful} successful of 2 layers"
     )
     run.restore(run.trials[0])
     assert loaded.get_score(run.context()) == baseline
+
+
+@pytest.mark.slow
+def test_the_sweep_of_the_scorer_is_that_of_the_command(
+    run: Any,
+    scorer_tables: dict[str, Any],
+    modifier_table: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run.loaded_modifier.reset_model(run.context())
+    settings: dict[str, Any] = {
+        "layers": "3,6",
+        "weights": [0.5],
+        "components": ["mlp.down_proj"],
+        "n_harmful": 9,
+        "n_canaries": 4,
+        "n_references": 6,
+        "kl_tokens": 6,
+        "kl_top_k": 50,
+        "sweep_response_length": 8,
+        "synergy_weight": 0.5,
+        "synergy_layers": 2,
+    }
+    presets = ["arditi", "heretic-soma"]
+    harmful = scorer_tables["RefusalTiers"]["prompts"]
+    harmless = scorer_tables["FalseRefusals"]["prompts"]
+    contrast = {
+        **{key: value for key, value in modifier_table.items() if key != "method"},
+        "preset": presets,
+        "composition": "capped",
+        "som_iterations": 50,
+    }
+    loaded = scorer(
+        "FixedWeightSweep",
+        {
+            **settings,
+            "contrast": contrast,
+            "output": str(tmp_path / "scorer"),
+            "harmful_prompts": harmful,
+            "harmless_prompts": harmless,
+        },
+    )
+    loaded.init(run.context())
+    loaded.get_baseline_score(run.context())
+
+    arguments = [f"--contrast.preset={preset}" for preset in presets]
+    for name in ("composition", "som_iterations", "residual_cache"):
+        arguments.append(f"--contrast.{name.replace('_', '-')}={contrast[name]}")
+    for name in ("bad_prompts", "good_prompts"):
+        arguments.append(f"--contrast.{name.replace('_', '-')}.dataset={contrast[name]['dataset']}")
+    for name, value in settings.items():
+        shown = json.dumps(value) if isinstance(value, list) else value
+        arguments.append(f"--{name.replace('_', '-')}={shown}")
+    command = [
+        "heretic-contrast",
+        "sweep",
+        "--model=builtin:refuser",
+        *arguments,
+        f"--bad-evaluation-prompts.dataset={harmful['dataset']}",
+        f"--good-evaluation-prompts.dataset={harmless['dataset']}",
+        f"--output={tmp_path / 'command'}",
+        "--response-prefix=",
+        "--seed=3",
+        "--max-response-length=12",
+    ]
+    monkeypatch.setattr("sys.argv", command)
+    cli.main()
+    files = {
+        name: {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.json*")}
+        for name in ("scorer", "command")
+    }
+    assert set(files["scorer"]) >= {
+        "sweep.json",
+        "capture.json",
+        "geometry.json",
+        "responses.jsonl",
+    }
+    assert files["scorer"] == files["command"]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,10 @@ def our_scorers(pools: dict[str, str], directory: Path) -> dict[str, Any]:
                 "n_canaries": 4,
                 "n_references": 8,
                 "kl_tokens": 8,
-                "response_length": 8,
+                "sweep_response_length": 8,
+                "strength": "weight",
+                "random_control": False,
+                "synergy_size": 0,
             },
         },
     }

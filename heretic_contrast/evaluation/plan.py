@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+What a sweep consists of, set up in one place: configurations, prompts and options.
+
+Whoever sweeps makes a `SweepPlan`: the command and Heretic's scorer from settings, by `prepare_sweep`, which finds what is
+wrong before a model is loaded, and whoever has directions and prompts already by `plan_sweep`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ablation import Composition, Operator, compose, equalize
+from ..directions import Directions
+from ..errors import ContrastError
+from ..extraction import (
+    DirectionSources,
+    Log,
+    ShowProgress,
+    UsedPrompts,
+    assign_categories,
+)
+from ..files import require_writable_directory, require_writable_file
+from ..language_model import LanguageModel
+from ..prompts import Prompt, load_pool, prompts_digest
+from ..settings import (
+    WEIGHTS,
+    CategorySource,
+    ContrastSettings,
+    Control,
+    PromptSources,
+    RowNormalization,
+    SweepPlanSettings,
+)
+from .capture import Pair, load_pairs
+from .sampling import split_harmless, stratified_sample
+
+JOURNAL = "sweep.journal"
+"""The storage of a sweep in its output directory, where no other one is given."""
+
+RANDOM = "random"
+"""The name of the configuration with random directions."""
+
+LEFT_OUT = "left_out_as_used_for_extraction"
+"""Where a pool says how many prompts were left out of it; null where that cannot be known."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """
+    What is swept under one name: directions, and how their ablations are put together.
+
+    `equal_effective_weight`: the configuration is always ablated at equal effective weight, and swept at no other strength.
+    """
+
+    directions: Directions
+    composition: Composition = Composition.SUM
+    equal_effective_weight: bool = False
+
+    @classmethod
+    def of(cls, directions: Directions, settings: ContrastSettings) -> "Configuration":
+        """Returns directions as settings say that they are ablated."""
+
+        return cls(directions, Composition(settings.composition), settings.equal_effective_weight)
+
+    def strengths(self, asked: Sequence[str]) -> tuple[str, ...]:
+        """Returns the strengths that the configuration is swept at, of those that are asked for."""
+
+        return ("effective",) if self.equal_effective_weight else tuple(asked)
+
+    def operator(self, layer: int, weight: float, strength: str = "weight") -> Operator:
+        """Returns what is done at a decoder layer: all its directions at uniform weight."""
+
+        vectors = self.directions.tensor[layer + 1]
+        weights = torch.full((len(vectors),), float(weight), dtype=torch.float64)
+        if strength == "effective" or self.equal_effective_weight:
+            weights = equalize(vectors, weights)
+        return compose(vectors, weights, self.composition)
+
+    def key(self) -> dict[str, Any]:
+        """Returns what decides the configuration's cells as JSON values."""
+
+        return {
+            "digest": self.directions.digest(),
+            "composition": Composition(self.composition).value,
+            "equal_effective_weight": self.equal_effective_weight,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what is recorded of the configuration as JSON values."""
+
+        return {
+            **self.directions.provenance.get("settings", {}),
+            "names": list(self.directions.names),
+            **self.key(),
+        }
+
+
+Configurations = Mapping[str, Configuration | Directions]
+"""Configurations by name. Directions alone are ablated as a sum."""
+
+
+def complete(configurations: Configurations) -> dict[str, Configuration]:
+    """Returns configurations, also where directions alone are given."""
+
+    return {
+        name: item if isinstance(item, Configuration) else Configuration(item)
+        for name, item in configurations.items()
+    }
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """
+    What is swept, and how it is measured. The defaults are the paper's, where it gives any.
+
+    `layers`: decoder layers, or None for all. `components`: "attn.o_proj", "mlp.down_proj", or None for both.
+    `strengths`: "weight" (every direction has the weight), "effective" (λ_max(Σ w v vᵀ) is the weight), or both.
+    `synergy_size`: how many layers a set has; 0 leaves synergy out. `n_synergy_layers`: from how many of the best
+    layers of each configuration the sets are made.
+    """
+
+    layers: tuple[int, ...] | None = None
+    weights: tuple[float, ...] = WEIGHTS
+    components: tuple[str, ...] | None = None
+    strengths: tuple[str, ...] = ("weight",)
+    max_new_tokens: int = 50
+    kl_tokens: int = 50
+    top_k: int = 100
+    synergy_size: int = 2
+    synergy_weight: float = 0.3
+    n_synergy_layers: int = 4
+
+    @classmethod
+    def of(cls, settings: SweepPlanSettings) -> "SweepOptions":
+        """Returns the options that settings ask for."""
+
+        return cls(
+            layers=settings.layer_indices(),
+            weights=tuple(settings.weights),
+            components=None if settings.components is None else tuple(settings.components),
+            strengths=("weight", "effective")
+            if settings.strength == "both"
+            else (settings.strength,),
+            max_new_tokens=settings.sweep_response_length,
+            kl_tokens=settings.kl_tokens,
+            top_k=settings.kl_top_k,
+            synergy_size=settings.synergy_size,
+            synergy_weight=settings.synergy_weight,
+            n_synergy_layers=settings.synergy_layers,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values."""
+
+        return {
+            "layers": None if self.layers is None else list(self.layers),
+            "weights": list(self.weights),
+            "components": None if self.components is None else list(self.components),
+            "strengths": list(self.strengths),
+            "max_new_tokens": self.max_new_tokens,
+            "kl_tokens": self.kl_tokens,
+            "top_k": self.top_k,
+            "synergy_size": self.synergy_size,
+            "synergy_weight": self.synergy_weight,
+            "n_synergy_layers": self.n_synergy_layers,
+        }
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """
+    A sweep before it is run.
+
+    `harmful`: prompts whose responses are judged. `canaries`: harmless prompts whose refusals are counted. `references`:
+    harmless prompts that the divergence is measured on. `pools`: what is recorded of them.
+    """
+
+    configurations: dict[str, Configuration]
+    harmful: tuple[Prompt, ...]
+    canaries: tuple[Prompt, ...]
+    references: tuple[Prompt, ...]
+    options: SweepOptions = SweepOptions()
+    pools: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def plan_sweep(
+    configurations: Configurations,
+    harmful: Sequence[Prompt],
+    canaries: Sequence[Prompt],
+    references: Sequence[Prompt],
+    options: SweepOptions | None = None,
+) -> SweepPlan:
+    """
+    Returns the plan of a sweep with these prompts, less those that directions were extracted from.
+
+    Raises `ContrastError` when no harmful or no reference prompt is left.
+    """
+
+    completed = complete(configurations)
+    used = UsedPrompts.of({name: item.directions for name, item in completed.items()})
+    return _plan(completed, used, harmful, canaries, references, options or SweepOptions())
+
+
+def _plan(
+    configurations: dict[str, Configuration],
+    used: UsedPrompts,
+    harmful: Sequence[Prompt],
+    canaries: Sequence[Prompt],
+    references: Sequence[Prompt],
+    options: SweepOptions,
+    left_out: Mapping[str, int] | None = None,
+) -> SweepPlan:
+    """`left_out`: how many prompts were left out of each pool before, of which these are samples."""
+
+    kept: dict[str, tuple[Prompt, ...]] = {}
+    pools: dict[str, dict[str, Any]] = {"extraction": used.to_dict()}
+    for name, prompts in (
+        ("harmful", harmful),
+        ("canaries", canaries),
+        ("references", references),
+    ):
+        kept[name], count = used.leave_out(prompts)
+        count += (left_out or {}).get(name, 0)
+        pools[name] = {
+            "count": len(kept[name]),
+            "digest": prompts_digest(kept[name]),
+            LEFT_OUT: count or (None if used.unknown else 0),
+        }
+        if prompts and not kept[name] and name != "canaries":
+            raise ContrastError(
+                f"All {len(prompts)} prompts of the pool {name} are among those that directions were extracted from: give others."
+            )
+    return SweepPlan(configurations, **kept, options=options, pools=pools)
+
+
+@dataclass(frozen=True)
+class PreparedSweep:
+    """
+    A sweep before its model is loaded.
+
+    `harmful`: the harmful evaluation prompts to choose from, without those of the extraction. The harmless ones are chosen.
+    """
+
+    settings: SweepPlanSettings
+    contrast: ContrastSettings
+    sources: DirectionSources
+    used: UsedPrompts
+    harmful: tuple[Prompt, ...]
+    canaries: tuple[Prompt, ...]
+    references: tuple[Prompt, ...]
+    left_out: dict[str, int]
+    options: SweepOptions
+    pairs: tuple[Pair, ...]
+    storage: str
+
+    def plan(
+        self,
+        model: LanguageModel,
+        log: Log,
+        show_progress: ShowProgress,
+        max_response_length: int,
+    ) -> SweepPlan:
+        """
+        Extracts the directions, or takes those of files, and returns the plan.
+
+        `model`: with the response prefix that prompts are read with. Raises `ContrastError` when prompts, directions and
+        model do not fit.
+        """
+
+        harmful = self.harmful
+        if self.contrast.category_source is CategorySource.MODEL:
+            harmful = tuple(_judged(self.settings, self.contrast, harmful, model, log))
+        directions = self.sources.directions(model, log, show_progress, max_response_length)
+        return _plan(
+            {
+                name: Configuration.of(item, self.sources.settings[name])
+                for name, item in directions.items()
+            },
+            self.used,
+            harmful,
+            self.canaries,
+            self.references,
+            self.options,
+            self.left_out,
+        )
+
+
+@dataclass(frozen=True)
+class SweepSources:
+    """Where evaluation prompts come from, and what messages put before the names of the settings that say so."""
+
+    harmful: PromptSources
+    harmless: PromptSources
+    harmful_setting: str = "--bad-evaluation-prompts."
+    harmless_setting: str = "--good-evaluation-prompts."
+    contrast_setting: str = "--contrast."
+
+
+def prepare_sweep(
+    settings: SweepPlanSettings,
+    contrast: ContrastSettings,
+    evaluation: SweepSources,
+    output: Path,
+    model_name: str,
+    response_prefix: str | None,
+    log: Log,
+) -> PreparedSweep:
+    """
+    Reads all prompts and directions files of a sweep, and chooses the prompts that it evaluates.
+
+    `response_prefix`: that of the settings, or None where it is looked for. Only categories that the model itself assigns
+    are left open.
+
+    Raises `ContrastError` when the settings, the prompts, a directions file or the output do not work.
+    """
+
+    require_writable_directory(output)
+    storage = settings.storage or str(output / JOURNAL)
+    if "://" not in storage:
+        require_writable_file(Path(storage))
+    pairs = load_pairs(None if settings.pairs is None else Path(settings.pairs), model_name)
+    configurations = contrast.configurations()
+    if settings.random_control and all(
+        item.control is Control.NONE for item in configurations.values()
+    ):
+        first = next(iter(configurations.values()))
+        if first.directions is None:
+            configurations[RANDOM] = first.model_copy(update={"control": Control.RANDOM})
+        else:
+            log("* Random directions are left out, since the directions come from a file")
+    if any(item.row_normalization is not RowNormalization.NONE for item in configurations.values()):
+        log("* Row normalization is left out: a sweep ablates outputs, and changes no weights")
+    sources = DirectionSources.read(configurations, response_prefix, evaluation.contrast_setting)
+    used = sources.used_prompts()
+    for sentence in used.sentences():
+        log(f"* [yellow]{sentence}[/]")
+    harmful, n_harmful_left_out = used.leave_out(
+        load_pool(evaluation.harmful, "harmful evaluation", evaluation.harmful_setting)
+    )
+    harmless, n_harmless_left_out = used.leave_out(
+        load_pool(evaluation.harmless, "harmless evaluation", evaluation.harmless_setting)
+    )
+    for what, pool, n_left_out in (
+        ("harmful", harmful, n_harmful_left_out),
+        ("harmless", harmless, n_harmless_left_out),
+    ):
+        if not pool:
+            raise ContrastError(
+                f"All {n_left_out} {what} evaluation prompts are among those that directions were extracted from: give others."
+            )
+    canaries, references = _harmless(settings, harmless, contrast.seed, log)
+    if contrast.category_source is not CategorySource.MODEL:
+        harmful = tuple(_judged(settings, contrast, harmful, None, log))
+    return PreparedSweep(
+        settings=settings,
+        contrast=contrast,
+        sources=sources,
+        used=used,
+        harmful=harmful,
+        canaries=tuple(canaries),
+        references=tuple(references),
+        left_out={"harmful": n_harmful_left_out, "references": n_harmless_left_out},
+        options=SweepOptions.of(settings),
+        pairs=tuple(pairs),
+        storage=storage,
+    )
+
+
+def _judged(
+    settings: SweepPlanSettings,
+    contrast: ContrastSettings,
+    pool: Sequence[Prompt],
+    model: LanguageModel | None,
+    log: Log,
+) -> list[Prompt]:
+    """
+    Returns the harmful prompts that are judged: a sample over the categories.
+
+    A number that was not asked for fits itself to the pool. Raises `ContrastError` when one that was asked for does not fit.
+    """
+
+    pool = assign_categories(pool, contrast.category_source, model, "harmful evaluation")
+    known = {str(prompt.category) for prompt in pool}
+    for name in settings.evaluate_categories:
+        if name not in known:
+            raise ContrastError(
+                f'No harmful evaluation prompt has the category "{name}": the categories are {", ".join(sorted(known))}.'
+            )
+    if settings.evaluate_categories:
+        pool = [prompt for prompt in pool if prompt.category in settings.evaluate_categories]
+    count = settings.n_harmful
+    if "n_harmful" not in settings.model_fields_set:
+        n_categories = len({prompt.category for prompt in pool})
+        count = min(len(pool), max(count, n_categories))
+        if count != settings.n_harmful:
+            log(
+                f"* Judging [bold]{count}[/] harmful prompts instead of {settings.n_harmful}, since the pool has {len(pool)} of "
+                f"{n_categories} categories"
+            )
+    return stratified_sample(pool, count, contrast.seed)
+
+
+def _harmless(
+    settings: SweepPlanSettings, pool: Sequence[Prompt], seed: int, log: Log
+) -> tuple[list[Prompt], list[Prompt]]:
+    """
+    Returns canaries and reference prompts.
+
+    Numbers that were not asked for fit themselves to the pool. Raises `ContrastError` when those that were do not fit.
+    """
+
+    n_canaries, n_references = settings.n_canaries, settings.n_references
+    given = {"n_canaries", "n_references"} & settings.model_fields_set
+    if len(pool) < n_canaries + n_references:
+        if not given:
+            n_canaries = min(n_canaries, len(pool) // 2)
+        if "n_references" not in given:
+            n_references = len(pool) - n_canaries
+        elif "n_canaries" not in given:
+            n_canaries = len(pool) - n_references
+        if min(n_canaries, n_references) < 1:
+            n_canaries, n_references = settings.n_canaries, settings.n_references
+        else:
+            log(
+                f"* Taking [bold]{n_canaries}[/] canaries and [bold]{n_references}[/] reference prompts instead of "
+                f"{settings.n_canaries} and {settings.n_references}, since the harmless evaluation pool has {len(pool)} prompts"
+            )
+    return split_harmless(pool, n_canaries, n_references, seed)
