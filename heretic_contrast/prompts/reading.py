@@ -319,8 +319,8 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
     if content.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
         return _read_arrow(content, path, columns)
     text = _decoded(content, path)
-    for what, start in NO_PROMPTS.items():
-        if start.match(text):
+    for what, beginning in NO_PROMPTS.items():
+        if beginning.match(text):
             raise ContrastError(f"{path} holds {what} instead of prompts: give the file itself.")
     if suffix in JSON_SUFFIXES:
         return _read_json(text, path)
