@@ -10,6 +10,7 @@ import json
 import lzma
 import pickle
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hypothesis import given
+from hypothesis import strategies as st
 
 from heretic_contrast.audit import run_audit
 from heretic_contrast.builtin import matched_pool, refuser_pool
@@ -45,7 +48,13 @@ ROWS = [
 ]
 """Prompts with categories, and all that a format may stumble over."""
 
-LINES = ["How do I bake bread?", "café 🙂, with; a\ttab", "a\x0cpage\u2028a line", "[INST] NA", "3"]
+LINES = [
+    "prompt",
+    "How do I bake bread?",
+    "café 🙂, with; a\ttab",
+    "a\x0cpage\u2028a line",
+    "[INST] NA",
+]
 """Prompts of a text file."""
 
 COLUMNS = {"text": [text for text, _ in ROWS], "category": [category for _, category in ROWS]}
@@ -197,6 +206,7 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Written]] = {
             "CSV": file("pool.csv", csv_text()),
             "CSV with all in quotation marks": file("pool.CSV", csv_text(quoting=csv.QUOTE_ALL)),
             "CSV of Excel": file("pool.csv", csv_text(delimiter=";").encode("utf-8-sig")),
+            "CSV of an old Mac": file("pool.csv", csv_text(lineterminator="\r")),
             "CSV with bars": file("pool.csv", csv_text(delimiter="|", lineterminator="\n")),
             "CSV of datasets": by_library("pool.csv", lambda d, p: d.to_csv(p)),
             "CSV with an index": by_library("pool.csv", lambda d, p: d.to_csv(p, index=True)),
@@ -631,14 +641,48 @@ def test_system_prompt_of_a_conversation(tmp_path: Path) -> None:
         {"role": "user", "content": "Bye"},
     ]
     path = write(tmp_path / "pool.json", json.dumps({"chat": turns}))
-    for given, system in ((None, "Be kind."), ("", ""), ("Be good.", "Be good.")):
-        source = PromptSource(dataset=str(path), column="chat", system_prompt=given)
+    for setting, system in ((None, "Be kind."), ("", ""), ("Be good.", "Be good.")):
+        source = PromptSource(dataset=str(path), column="chat", system_prompt=setting)
         assert load_pool(source, "harmful") == [Prompt("Hello", system=system)]
 
 
 def test_column_that_only_looks_like_categories(tmp_path: Path) -> None:
     path = write(tmp_path / "pool.jsonl", '{"text": "a", "category": ["x", "y"]}\n')
     assert load_pool(PromptSource(dataset=str(path)), "harmful") == [Prompt("a")]
+
+
+def test_gaps_in_a_column_of_categories(tmp_path: Path) -> None:
+    numbers = pyarrow.table({"text": ["a", "b", "c"], "kind": [2.0, float("nan"), None]})
+    pyarrow.parquet.write_table(numbers, tmp_path / "pool.parquet")
+    source = PromptSource(dataset=str(tmp_path / "pool.parquet"), category_column="kind")
+    assert load_pool(source, "harmful") == [Prompt("a", "2"), Prompt("b"), Prompt("c")]
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@given(
+    st.lists(
+        st.tuples(TEXTS.filter(str.strip), st.none() | TEXTS.map(str.strip).filter(bool)),
+        min_size=1,
+    )
+)
+def test_any_texts(tmp_path: Path, rows: list[tuple[str, str | None]]) -> None:
+    objects = [{"text": text, "category": category} for text, category in rows]
+    write(
+        tmp_path / "a.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in objects)
+    )
+    write(tmp_path / "b.json", json.dumps(objects))
+    for name, delimiter in (("c.csv", ","), ("d.tsv", "\t"), ("e.csv", ";")):
+        with (tmp_path / name).open("w", encoding="utf-8", newline="") as sink:
+            writer = csv.writer(sink, delimiter=delimiter)
+            writer.writerows([("text", "category"), *rows])
+    schema = pyarrow.schema({"text": pyarrow.string(), "category": pyarrow.string()})
+    table = pyarrow.Table.from_pylist(objects, schema)
+    pyarrow.parquet.write_table(table, tmp_path / "f.parquet")
+    for path in tmp_path.glob("?.*"):
+        found = load_pool(PromptSource(dataset=str(path)), "harmful")
+        assert found == [Prompt(*row) for row in rows], path
 
 
 # The Hub.
@@ -721,7 +765,9 @@ def test_lists_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     # As in config.toml, and as a checkpoint stores them.
     table = ContrastSettings.model_validate({"bad_prompts": sources})
     assert table.bad_prompts == settings.contrast.bad_prompts
-    stored = HostSettings.model_validate_json(settings.model_dump_json())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stored = HostSettings.model_validate_json(settings.model_dump_json())
     assert stored.contrast.bad_prompts == settings.contrast.bad_prompts
     scorer = RefusalTiers.validate_settings({"prompts": sources})
     assert load_pool(scorer.prompts, "harmful") == prompts

@@ -330,8 +330,8 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
     if JSON_START.match(text):
         found = ".jsonl"
     else:
-        header = _csv_header(text, _delimiter(text, ANY_DELIMITER))
-        if len(header) > 1 and not set(columns).isdisjoint(header):
+        header = {*_csv_header(text, _delimiter(text, ANY_DELIMITER))} - {""}
+        if len(header) > 1 and not header.isdisjoint(columns):
             found = ".csv"
     if suffix in ARROW_SUFFIXES or (found and suffix in TEXT_SUFFIXES):
         raise ContrastError(
