@@ -119,7 +119,7 @@ def require_writable_file(path: Path) -> None:
     Raises `ContrastError` when `path` is a directory, or its directory cannot be written to.
     """
 
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ContrastError(f"{path} is a directory: give the name of a file to write.")
     require_writable_directory(path.parent)
 
@@ -138,7 +138,10 @@ def path_digest(
     model, only the size is looked at; what cannot be read is named by whoever needs it.
     """
 
-    files = [path] if path.is_file() else [file for part in patterns for file in path.glob(part)]
+    files = [path] if os.path.isfile(path) else []
+    # Asked of a name that is too long, the methods of a path raise errors.
+    if os.path.isdir(path):
+        files = [file for part in patterns for file in path.glob(part)]
     found = []
     for file in files:
         with suppress(OSError):

@@ -345,7 +345,7 @@ class HostSettings(Settings):
             path_digest(Path(name), ignored=own) for name in sorted(set(_datasets(content)))
         ]
         directions = self.contrast.directions
-        if directions is not None and Path(directions).is_file():
+        if directions is not None and os.path.isfile(directions):
             content["contrast"]["directions"] = file_digest(Path(directions))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
