@@ -21,7 +21,7 @@ from .identity import Identity
 from .lora import lora_factors, require_no_adapters, set_factors, zero_factors
 from .search import Parameters, layer_vectors, suggest_parameters
 from .settings import ContrastSettings, RowNormalization
-from .weights import base_weight
+from .weights import base_weight, require_known
 
 TABLE = "ContrastAbliteration"
 """The plugin's table in `config.toml`, below `modifier`."""
@@ -90,6 +90,11 @@ class ContrastAbliteration(Modifier[Parameters]):
             self.settings = with_refuser_pools(self.settings)
         model = language_model(ctx, self.heretic_settings, self.settings.batch_size).identified()
         require_no_adapters(model.model, model.name)
+        # Hours before they are modified.
+        for components in model.components:
+            for modules in components.values():
+                for module in modules:
+                    require_known(module)
         self.identity = model.identity()
         if self.settings.directions is not None:
             self.directions = Directions.load(self.settings.directions)

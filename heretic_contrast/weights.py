@@ -35,30 +35,32 @@ def base_weight(module: Module) -> Tensor:
     Raises `ContrastError` when it is not known how the weight is kept.
     """
 
-    layer = cast(Module, getattr(module, "base_layer", module))
+    require_known(module)
+    layer: Any = getattr(module, "base_layer", module)
     with loaded(layer, None):
-        return _full_precision(layer).detach().to(torch.float32)
+        weight = layer.weight
+        if is_plain(layer):
+            found = weight.T if isinstance(layer, Conv1D) else weight
+        elif is_fp8(layer):
+            found = scaled_blocks(weight, layer.weight_scale_inv, layer.block_size)
+        elif type(weight).__name__ == "Int8Params":
+            found = weight.data.float() * (int8_scales(layer) / 127)[:, None]
+        else:
+            found = dequantized(weight, weight.quant_state)
+        return cast(Tensor, found).detach().to(torch.float32)
 
 
-def _full_precision(layer: Any) -> Tensor:
-    """Returns the weight of a module in whatever data type it is dequantized to."""
+def require_known(module: Module) -> None:
+    """Raises `ContrastError` when it is not known how a module keeps its weight. Looks at no weight."""
 
-    weight: Any = getattr(layer, "weight", None)
-    kind = type(weight).__name__
-    if kind == "Params4bit" and weight.quant_state is not None:
-        return dequantized(weight, weight.quant_state)
-    if kind == "Int8Params" and not layer.state.has_fp16_weights:
-        return cast(Tensor, weight.data.float() * (int8_scales(layer) / 127)[:, None])
-    if type(layer).__name__ == "FP8Linear" and type(weight) is Parameter and weight.dtype in FP8:
-        return scaled_blocks(weight, layer.weight_scale_inv, layer.block_size)
-    if is_plain(layer):
-        return cast(Tensor, weight.T if isinstance(layer, Conv1D) else weight)
-    dtype = getattr(weight, "dtype", None)
-    raise ContrastError(
-        f"It is not known how {type(layer).__module__.partition('.')[0]}'s {type(layer).__name__} keeps its weights "
-        f"({'no weight' if dtype is None else str(dtype).removeprefix('torch.')}), so they cannot be modified: use the model "
-        "in full precision, or quantized by bitsandbytes."
-    )
+    layer = cast(Module, getattr(module, "base_layer", module))
+    if not (is_plain(layer) or is_fp8(layer) or is_bitsandbytes(layer)):
+        dtype = getattr(getattr(layer, "weight", None), "dtype", None)
+        kept = "no weight" if dtype is None else str(dtype).removeprefix("torch.")
+        raise ContrastError(
+            f"It is not known how {type(layer).__module__.partition('.')[0]}'s {type(layer).__name__} keeps its weights ({kept}), "
+            "so they cannot be modified: use the model in full precision, or quantized by bitsandbytes."
+        )
 
 
 def is_plain(layer: Module) -> bool:
@@ -75,10 +77,21 @@ def is_plain(layer: Module) -> bool:
     )
 
 
-def is_bitsandbytes(layer: Module) -> bool:
+def is_bitsandbytes(layer: Any) -> bool:
     """Returns whether bitsandbytes keeps a module's weight in 4 or 8 bits."""
 
-    return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+    weight: Any = getattr(layer, "weight", None)
+    kind = type(weight).__name__
+    return (kind == "Params4bit" and weight.quant_state is not None) or (
+        kind == "Int8Params" and not layer.state.has_fp16_weights
+    )
+
+
+def is_fp8(layer: Any) -> bool:
+    """Returns whether transformers keeps a module's weight in 8 bits, with a scale per block or a single one."""
+
+    weight: Any = getattr(layer, "weight", None)
+    return type(layer).__name__ == "FP8Linear" and type(weight) is Parameter and weight.dtype in FP8
 
 
 def int8_scales(layer: Any) -> Tensor:

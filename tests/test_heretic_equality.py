@@ -151,6 +151,21 @@ def test_weight_change_equals_heretic(
             assert (change.norm() > 0) == (float(found[name].norm()) > 0)
 
 
+def test_unknown_weights_are_refused_before_anything_is_computed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = heretic_settings(folder, monkeypatch, "none")
+    model = HostModel(settings)
+    model.get_layers()[2].mlp.down_proj.register_buffer("weight_scale", torch.ones(32))
+
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("The model was run.")
+
+    monkeypatch.setattr(model.model, "generate", never)
+    with pytest.raises(ContrastError, match="It is not known how torch's Linear keeps"):
+        initialized(model, settings, folder)
+
+
 def test_residuals_equal_heretic(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = heretic_settings(folder, monkeypatch, "none")
     settings.winsorization_quantile = 0.9

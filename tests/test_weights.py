@@ -27,7 +27,7 @@ from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.lora import lora_factors, require_mergeable, set_factors, zero_factors
 from heretic_contrast.offloading import is_offloaded
 from heretic_contrast.prompts import Prompt
-from heretic_contrast.weights import base_weight
+from heretic_contrast.weights import base_weight, require_known
 from tests.tiny_models import make_model, make_tokenizer
 
 PROMPTS = [Prompt("Plant a tree."), Prompt("Bake some bread, please."), Prompt("Go")]
@@ -161,8 +161,9 @@ UNKNOWN: dict[str, Callable[[], Module]] = {
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_is_not_known_is_refused(name: str) -> None:
-    with pytest.raises(ContrastError, match="It is not known how"):
-        base_weight(UNKNOWN[name]())
+    for look in (require_known, base_weight):
+        with pytest.raises(ContrastError, match="It is not known how"):
+            look(UNKNOWN[name]())
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +350,7 @@ def test_offloaded_models_are_modified_and_saved(
     assert torch.allclose(logits(saved), logits(expected), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_offloaded_models_are_swept(offloaded: Callable[[], LanguageModel], tiny: Path) -> None:
     from tests.test_sweep import random_directions
 
