@@ -114,6 +114,12 @@ def sentence_of(error: BaseException) -> str | None:
     return None
 
 
+def may_be_configured() -> bool:
+    """Returns whether a model may be named elsewhere than on the command line."""
+
+    return os.path.exists("config.toml") or "HERETIC_MODEL" in map(str.upper, os.environ)
+
+
 def show_every_character() -> None:
     """Makes output streams show a question mark for what they have no character for, instead of failing."""
 
@@ -160,7 +166,7 @@ def main() -> None:
         if arguments and arguments[0] in COMMANDS:
             command = COMMANDS[arguments[0]]
             arguments = arguments[1:]
-        elif not arguments or arguments[0] in ("-h", "--help"):
+        elif arguments[:1] in (["-h"], ["--help"]) or not (arguments or may_be_configured()):
             sys.stdout.write(OVERVIEW + "\n")
             sys.stdout.flush()
             if not arguments:

@@ -83,6 +83,25 @@ def test_the_model_stands_anywhere(arguments: list[str], named_elsewhere: None) 
     assert (found.model, found.n_trials, found.contrast.svd) == ("owner/name", 7, True)
 
 
+def test_no_words_at_all(
+    named_elsewhere: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+    # A model that does not exist is looked for last.
+    options = "[good_prompts]\ndataset = 'missing.txt'\n"
+    with (tmp_path / "config.toml").open("a") as file:
+        file.write(options)
+    assert "missing.txt" in run([], tmp_path, monkeypatch, capsys)
+    (tmp_path / "config.toml").unlink()
+    monkeypatch.delenv("HERETIC_MODEL", raising=False)
+    with pytest.raises(SystemExit):
+        main([], monkeypatch)
+    assert capsys.readouterr().out.startswith("heretic-contrast: contrast baselines")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -181,6 +181,17 @@ def test_a_study_without_a_terminal_goes_on_in_one(
     ran = command_server.run([*options, "--model-action=none"], tmp_path)
     assert ran.code == 0, ran.output()[-3000:]
     assert "The study is kept" in ran.output()
+    # A notebook has no terminal, and may answer all the same; this one does not.
+    unanswered = subprocess.run(
+        command(*options),
+        cwd=tmp_path,
+        env={**environment(tmp_path), "COLAB_GPU": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert unanswered.returncode == 2 and "Traceback" not in unanswered.stderr
+    assert "the study is kept" in unanswered.stderr.splitlines()[-1]
     # What an earlier model has left where the adapter is saved.
     saved = tmp_path / "saved"
     shutil.copytree(refuser_folder, saved)
