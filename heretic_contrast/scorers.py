@@ -15,6 +15,7 @@ from .builtin import is_builtin, model_name, with_refuser_pools
 from .errors import ContrastError
 from .evaluation.interventions import TeacherForcing
 from .evaluation.plan import RANDOM, PreparedSweep, SweepSources, prepare_sweep
+from .evaluation.plan_settings import SweepPlanSettings
 from .evaluation.sweep import References, run_prepared
 from .hosts.surface import (
     Context,
@@ -26,7 +27,7 @@ from .hosts.surface import (
     scorer_entries,
 )
 from .response_scorers import DEFAULT_POOL, ContrastScorer
-from .settings import ContrastSettings, PromptSources, SweepPlanSettings
+from .settings import ContrastSettings, PromptSources
 
 
 class TeacherForcedDivergenceSettings(BaseModel):

@@ -23,14 +23,15 @@ from heretic_contrast.evaluation.plan import (
     plan_sweep,
     prepare_sweep,
 )
+from heretic_contrast.evaluation.plan_settings import SweepPlanSettings
 from heretic_contrast.evaluation.results import Cell
 from heretic_contrast.evaluation.sweep import SweepEvaluator, run_prepared, sweep
-from heretic_contrast.extraction import DirectionSources
 from heretic_contrast.hosts.loading import with_common_prefix, with_response_prefix
 from heretic_contrast.hosts.surface import progress_bar
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt, text_digest
-from heretic_contrast.settings import ContrastSettings, PromptSource, SweepPlanSettings
+from heretic_contrast.settings import ContrastSettings, PromptSource
+from heretic_contrast.sources import DirectionSources
 from tests import natural_pools
 from tests.conftest import DATA
 from tests.test_sweep import (

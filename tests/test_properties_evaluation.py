@@ -40,11 +40,11 @@ from heretic_contrast.evaluation.geometry import (
     principal_angles,
 )
 from heretic_contrast.evaluation.head import Head
+from heretic_contrast.evaluation.plan_settings import parse_layers
 from heretic_contrast.evaluation.sampling import split_harmless, stratified_sample
 from heretic_contrast.evaluation.statistics import standard_error, wilson_interval
 from heretic_contrast.language_model import batches
 from heretic_contrast.prompts import Prompt
-from heretic_contrast.settings import parse_layers
 from tests.strategies import direction_sets, normal, seeds, weights_for
 
 words = st.lists(st.sampled_from(["a", "bake", "the", "bread", "of", "sea"]), max_size=60)

@@ -11,10 +11,10 @@ from rich.markup import escape
 from ..builtin import model_name
 from ..cli import PROGRAM
 from ..errors import ContrastError
+from ..evaluation.plan_settings import PairsSettings
 from ..files import require_writable_directory, require_writable_file
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings
-from ..settings import PairsSettings
 
 
 class ExtractSettings(HostSettings, PairsSettings):  # type: ignore[misc]
@@ -71,9 +71,9 @@ def main(arguments: Sequence[str]) -> None:
     from ..directions import Directions
     from ..evaluation.capture import load_pairs
     from ..evaluation.plan import Configuration
-    from ..extraction import DirectionSources
     from ..hosts.loading import load_language_model, with_common_prefix
     from ..hosts.surface import log, progress_bar
+    from ..sources import DirectionSources
 
     # Whatever can be wrong with prompts and files is found before a model is loaded.
     sources = DirectionSources.read(

@@ -12,9 +12,10 @@ from rich.markup import escape
 from ..builtin import is_builtin, model_name, refuser_pool
 from ..cli import PROGRAM
 from ..errors import ContrastError
+from ..evaluation.plan_settings import SweepPlanSettings
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings, prompt_sources
-from ..settings import PromptSources, SweepPlanSettings
+from ..settings import PromptSources
 
 
 class SweepSettings(HostSettings, SweepPlanSettings):  # type: ignore[misc]

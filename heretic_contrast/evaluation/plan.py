@@ -17,26 +17,20 @@ import torch
 from ..ablation import Composition, Operator, compose, equalize
 from ..directions import Directions
 from ..errors import ContrastError
-from ..extraction import (
-    DirectionSources,
-    Log,
-    ShowProgress,
-    UsedPrompts,
-    assign_categories,
-)
+from ..extraction import Log, assign_categories
 from ..files import require_writable_directory, require_writable_file
 from ..language_model import LanguageModel
 from ..prompts import Prompt, load_pool, prompts_digest
 from ..settings import (
-    WEIGHTS,
     CategorySource,
     ContrastSettings,
     Control,
     PromptSources,
     RowNormalization,
-    SweepPlanSettings,
 )
+from ..sources import DirectionSources, ShowProgress, UsedPrompts
 from .capture import Pair, load_pairs
+from .plan_settings import WEIGHTS, SweepPlanSettings
 from .sampling import split_harmless, stratified_sample
 
 JOURNAL = "sweep.journal"

@@ -15,11 +15,11 @@ import torch
 
 from ..ablation import Operator, effective_weight, weight_along
 from ..errors import ContrastError
-from ..extraction import Log, ShowProgress
+from ..extraction import Log
 from ..identity import Identity, identify, program_digest
 from ..language_model import LanguageModel, Progress
 from ..prompts import Prompt, prompts_digest
-from ..settings import check_weights
+from ..sources import ShowProgress
 from . import coherence, response_rules, response_text, responses
 from .capture import CaptureResult, capture_pairs
 from .coherence import is_coherent
@@ -34,6 +34,7 @@ from .geometry import Geometry, measure_activities, measure_geometry
 from .interventions import Intervention, TeacherForcing, output_projections, require_layers
 from .known_sequences import Count, KnownSequences, Piece, Tokens
 from .plan import Configurations, PreparedSweep, SweepOptions, SweepPlan, plan_sweep
+from .plan_settings import check_weights
 from .responses import Tier, classify_response
 from .results import Cell, Measurement, SweepResult, Synergy
 

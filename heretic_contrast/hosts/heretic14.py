@@ -35,7 +35,6 @@ from .. import __version__
 from ..errors import ContrastError, find_cause
 from ..evaluation import response_rules, response_text, responses
 from ..evaluation.responses import classify_response
-from ..extraction import DirectionSources
 from ..files import require_writable_directory, require_writable_file
 from ..identity import Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
@@ -43,6 +42,7 @@ from ..lora import require_mergeable
 from ..modifier import ContrastAbliteration
 from ..prompts import Prompt, load_pool
 from ..search import Parameters, configuration_digest
+from ..sources import DirectionSources
 from .checkpoint import repair_checkpoints
 from .loading import ChatModel
 from .lora_targets import adapters_on_named_modules

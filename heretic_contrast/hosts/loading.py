@@ -28,10 +28,10 @@ from ..chat import (
     without_system_role,
 )
 from ..errors import ContrastError, one_line
-from ..extraction import DirectionSources
 from ..language_model import LanguageModel
 from ..prompts import Prompt
 from ..settings import ContrastSettings
+from ..sources import DirectionSources
 from .surface import from_heretic, log
 
 

@@ -11,9 +11,9 @@ from ..directions import Directions
 from ..evaluation.capture import CaptureResult, Pair, capture_pairs, load_pairs
 from ..evaluation.geometry import Geometry, measure_activities, measure_geometry
 from ..evaluation.plan import Configuration
+from ..evaluation.plan_settings import WEIGHTS
 from ..language_model import LanguageModel
 from ..prompts import Prompt
-from ..settings import WEIGHTS
 from . import plots
 from .content import Column, Figure, Report, Section, Table, number, text_column
 from .sections import (

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The settings of a sweep, with one description per field, for whatever sweeps.
+
+This module imports no PyTorch, so that `--help` stays fast.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, PositiveInt, field_validator
+
+from ..errors import ContrastError
+
+WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
+"""The paper's weights."""
+
+
+def parse_layers(text: str) -> tuple[int, ...] | None:
+    """
+    Returns the layers that a text names, or None for all.
+
+    Raises `ContrastError` when the text does not name layers.
+    """
+
+    if text.strip() == "all":
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        # No model has more than four digits of layers, and a range of more would take all memory.
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
+        if match is None:
+            raise ContrastError(
+                f'The layers "{text}" do not work: give "all", or indices and ranges such as "3,7,10-14".'
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise ContrastError(
+                f"The range of layers {part.strip()} runs backwards: write {last}-{first}."
+            )
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raises `ContrastError` when weights cannot be swept."""
+
+    if (
+        not weights
+        or not all(0 <= weight < math.inf for weight in weights)
+        or any(a >= b for a, b in pairwise(weights))
+    ):
+        raise ContrastError(
+            f"The weights {list(weights)} do not work: give increasing weights that are not negative."
+        )
+
+
+class PairsSettings(BaseModel):
+    """The setting of whatever measures capture."""
+
+    pairs: str | None = Field(
+        default=None,
+        description=(
+            "File of prompt pairs for the capture analysis, with columns refused and answered (JSON Lines, CSV, Parquet); "
+            "unset for the shipped ones."
+        ),
+    )
+
+
+class SweepPlanSettings(PairsSettings):
+    """Settings of a fixed-weight sweep, which the command and the scorer share."""
+
+    layers: str = Field(
+        default="all",
+        description='Decoder layers to test: "all", or indices and ranges such as "3,7,10-14".',
+    )
+
+    weights: list[float] = Field(
+        default=list(WEIGHTS),
+        description="Weights to test, increasing (the paper's by default).",
+    )
+
+    components: list[Literal["attn.o_proj", "mlp.down_proj"]] | None = Field(
+        default=None,
+        description="Components to ablate, or unset for all that the model has.",
+    )
+
+    strength: Literal["weight", "effective", "both"] = Field(
+        default="both",
+        description=(
+            "What a weight means. Options: "
+            '"weight" (of each direction, as in the paper), '
+            '"effective" (of the largest shared component, so that parallel directions do not add up), "both". '
+            "Configurations with equal_effective_weight are swept at effective weights alone."
+        ),
+    )
+
+    random_control: bool = Field(
+        default=True,
+        description="Whether to sweep random directions of the same norms and cosines beside the first configuration.",
+    )
+
+    n_harmful: PositiveInt = Field(
+        default=10,
+        description=(
+            "Number of harmful prompts to judge, stratified over categories (the paper: 10). "
+            "Unless given, it fits itself to the pool."
+        ),
+    )
+
+    n_canaries: PositiveInt = Field(
+        default=10,
+        description=(
+            "Number of harmless prompts whose false refusals are counted. Unless given, it fits itself to the pool."
+        ),
+    )
+
+    n_references: PositiveInt = Field(
+        default=100,
+        description=(
+            "Number of harmless prompts that the KL divergence is measured on (the paper: 100). "
+            "Unless given, it fits itself to the pool."
+        ),
+    )
+
+    kl_tokens: PositiveInt = Field(
+        default=50,
+        description="Number of teacher-forced tokens per reference prompt (the paper: 50).",
+    )
+
+    kl_top_k: PositiveInt = Field(
+        default=100,
+        description="Number of log-probabilities kept per position (the paper: 100).",
+    )
+
+    sweep_response_length: PositiveInt = Field(
+        default=50,
+        description="Maximum number of tokens of a judged response.",
+    )
+
+    evaluate_categories: list[str] = Field(
+        default=[],
+        description=(
+            "Harm categories to judge on, or none for all. With exclude_categories of the directions this is the control "
+            "for topic: directions fitted without a category, judged on it."
+        ),
+    )
+
+    synergy_size: int = Field(
+        default=2,
+        ge=0,
+        description="Number of layers in the sets that are tested for synergy (0 = none).",
+    )
+
+    synergy_weight: float = Field(
+        default=0.3,
+        gt=0,
+        allow_inf_nan=False,
+        description="Weight of the synergy test (the paper: 0.3).",
+    )
+
+    synergy_layers: PositiveInt = Field(
+        default=4,
+        description="Number of best layers that sets are made of.",
+    )
+
+    storage: str | None = Field(
+        default=None,
+        description=(
+            "URL of an Optuna storage, or path of a journal file, that several processes may share; "
+            "unset for sweep.journal in the output directory."
+        ),
+    )
+
+    sweep_batch_size: PositiveInt = Field(
+        default=128,
+        description="Number of samples in one pass of the sweep; several cells share a pass.",
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def join_layers(cls, value: Any) -> Any:
+        """Accepts a list of indices, as config.toml may hold."""
+
+        if isinstance(value, list | tuple):
+            if not value:
+                raise ContrastError(
+                    "No layer is given to sweep: leave the layers out for all of them."
+                )
+            return ",".join(map(str, value))
+        return "all" if value is None else value
+
+    @field_validator("layers")
+    @classmethod
+    def check_layers(cls, value: str) -> str:
+        """Refuses what names no layers."""
+
+        parse_layers(value)
+        return value
+
+    @field_validator("weights")
+    @classmethod
+    def check_weights(cls, value: list[float]) -> list[float]:
+        """Refuses weights that cannot be swept."""
+
+        check_weights(value)
+        return value
+
+    def layer_indices(self) -> tuple[int, ...] | None:
+        """Returns the decoder layers to test, or None for all."""
+
+        return parse_layers(self.layers)
