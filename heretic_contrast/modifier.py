@@ -19,7 +19,13 @@ from .hosts.surface import HAS_PLUGIN_SURFACE, Context, Modifier, language_model
 from .hosts.tables import check_tables, show_errors_as_sentences, validated
 from .identity import Identity
 from .lora import lora_factors, require_no_adapters, set_factors, zero_factors
-from .search import Parameters, layer_vectors, suggest_parameters
+from .search import (
+    HERETIC_20_RANGES,
+    Parameters,
+    layer_vectors,
+    require_ranges,
+    suggest_parameters,
+)
 from .settings import ContrastSettings, RowNormalization
 from .weights import base_weight, require_known
 
@@ -96,6 +102,8 @@ class ContrastAbliteration(Modifier[Parameters]):
                 for module in modules:
                     require_known(module)
         self.identity = model.identity()
+        space = self.settings.search_space
+        require_ranges(space, "component", model.component_names)
         if self.settings.directions is not None:
             self.directions = Directions.load(self.settings.directions)
             self.directions.require_model(model, self.settings.directions)
@@ -114,6 +122,7 @@ class ContrastAbliteration(Modifier[Parameters]):
                 )
         if self.settings.save_directions is not None:
             self.directions.save(self.settings.save_directions)
+        require_ranges(space, "direction", self.directions.names)
         if not bool(self.directions.tensor.any()):
             raise ContrastError(
                 "All directions are zero, so there is nothing to ablate: the harmful and the harmless prompts do not differ."
@@ -128,7 +137,14 @@ class ContrastAbliteration(Modifier[Parameters]):
         """Samples the parameters of a trial: see `search.suggest_parameters`."""
 
         model = language_model(ctx, self.heretic_settings)
-        return suggest_parameters(trial, model.component_names, model.n_layers, self.directions)
+        return suggest_parameters(
+            trial,
+            model.component_names,
+            model.n_layers,
+            self.directions,
+            self.settings.search_space,
+            HERETIC_20_RANGES if HAS_PLUGIN_SURFACE else {},
+        )
 
     @torch.no_grad()
     def modify_model(self, ctx: Context, parameters: Parameters) -> None:

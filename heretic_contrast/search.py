@@ -5,7 +5,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .directions import Directions
 from .errors import ContrastError
-from .settings import Scale
+from .settings import HERETIC_RANGES, Range, Scale, general_parameter
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -146,11 +146,35 @@ def configuration_digest(directions: Directions) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+HERETIC_20_RANGES: dict[str, Range] = {"mlp.down_proj.max_weight": (-0.25, 1.5)}
+"""What Heretic 2.0 searches otherwise: a weight below 0 counts as 0, so that the MLP can be left alone."""
+
+
+def require_ranges(space: Mapping[str, Range], kind: str, known: Sequence[str]) -> None:
+    """
+    Raises `ContrastError` when a range is for a component, or a direction, that does not exist.
+
+    `kind`: "component" or "direction"; ranges of the other kind are not looked at. `known`: all of the kind.
+    """
+
+    for name in space:
+        if name.startswith("scale."):
+            owner = name.removeprefix("scale.") if kind == "direction" else ""
+        else:
+            owner = name.rpartition(".")[0] if kind == "component" else ""
+        if owner and owner not in known:
+            raise ContrastError(
+                f'search_space has a range for the {kind} "{owner}", but there are {", ".join(known)}: name one of these.'
+            )
+
+
 def suggest_parameters(
     trial: "Trial",
     components: Sequence[str],
     n_layers: int,
     directions: Directions,
+    space: Mapping[str, Range] | None = None,
+    default: Mapping[str, Range] | None = None,
 ) -> Parameters:
     """
     Samples the parameters of a trial.
@@ -158,6 +182,9 @@ def suggest_parameters(
     Names and ranges of the kernel and the direction index are Heretic's, so that one direction searches exactly
     Heretic's space. Several directions add one scale each; parallel directions add up, so the range of the
     kernel's maximum then reaches down to where their sum is as strong as Heretic's weakest single one.
+
+    `space`: ranges that the user has given, and `default`: those in which the installed Heretic differs from 1.4. In
+    both, a range of one component or direction stands before that of all.
     """
 
     last_layer_index = n_layers - 1
@@ -172,18 +199,34 @@ def suggest_parameters(
         direction_index = index if scope == "global" else None
 
     n_directions = directions.n_directions
-    # The average scale is 0.5, so n parallel directions remove n / 2 times the kernel's weight.
-    lowest = 0.8 if n_directions == 1 else min(0.8, 1.6 / n_directions)
+    lowest, highest = HERETIC_RANGES["max_weight"]
+    if n_directions > 1:
+        # The average scale is 0.5, so n parallel directions remove n / 2 times the kernel's weight.
+        lowest = min(lowest, 2 * lowest / n_directions)
+    spaces = (space or {}, default or {}, {**HERETIC_RANGES, "max_weight": (lowest, highest)})
+
+    def limits(name: str) -> Range:
+        keys = (name, general_parameter(name))
+        return next(ranges[key] for ranges in spaces for key in keys if key in ranges)
+
     kernels = {}
     for component in components:
-        max_weight = trial.suggest_float(f"{component}.max_weight", lowest, 1.5)
+        max_weight = max(
+            0.0, trial.suggest_float(f"{component}.max_weight", *limits(f"{component}.max_weight"))
+        )
+        low, high = limits(f"{component}.max_weight_position")
         position = trial.suggest_float(
-            f"{component}.max_weight_position", 0.6 * last_layer_index, 1.0 * last_layer_index
+            f"{component}.max_weight_position", low * last_layer_index, high * last_layer_index
         )
         # A fraction of max_weight, again because ranges must not vary.
-        min_weight = trial.suggest_float(f"{component}.min_weight", 0.0, 1.0)
+        min_weight = trial.suggest_float(
+            f"{component}.min_weight", *limits(f"{component}.min_weight")
+        )
+        low, high = limits(f"{component}.min_weight_distance")
         distance = trial.suggest_float(
-            f"{component}.min_weight_distance", 1.0, max(1.0, 0.6 * last_layer_index)
+            f"{component}.min_weight_distance",
+            max(1.0, low * last_layer_index),
+            max(1.0, high * last_layer_index),
         )
         kernels[component] = Kernel(
             max_weight=max_weight,
@@ -196,7 +239,10 @@ def suggest_parameters(
         # A single scale would only repeat the kernel's maximum.
         scales = {directions.names[0]: 1.0}
     else:
-        scales = {name: trial.suggest_float(f"scale.{name}", 0.0, 1.0) for name in directions.names}
+        scales = {
+            name: trial.suggest_float(f"scale.{name}", *limits(f"scale.{name}"))
+            for name in directions.names
+        }
     return Parameters(
         direction_index=direction_index,
         kernels=kernels,

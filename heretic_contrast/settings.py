@@ -284,6 +284,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings named after published configurations, with this project's choice where nothing else is known."""
 
 
+Range = tuple[float, float]
+"""The lowest and the highest value of a parameter that is searched."""
+
+HERETIC_RANGES: dict[str, Range] = {
+    "max_weight": (0.8, 1.5),
+    "max_weight_position": (0.6, 1.0),
+    "min_weight": (0.0, 1.0),
+    "min_weight_distance": (0.0, 0.6),
+    "scale": (0.0, 1.0),
+}
+"""
+What Heretic 1.4 searches for each component, and the plugin for each direction.
+
+Positions and distances are fractions of the last layer's index, a distance being at least one layer; the smallest weight is a
+fraction of the largest one.
+"""
+
+
 class ContrastSettings(BaseModel):
     """Settings of the plugin."""
 
@@ -517,6 +535,17 @@ class ContrastSettings(BaseModel):
         ),
     )
 
+    search_space: dict[str, Range] = Field(
+        default={},
+        description=(
+            "Ranges of the search that differ from Heretic's, by parameter, each as [lowest, highest]. Parameters: "
+            + ", ".join(f'"{name}"' for name in HERETIC_RANGES)
+            + '. One component or direction has a range of its own as "mlp.down_proj.max_weight" or "scale.drugs". '
+            "Positions and distances are fractions of the last layer's index, min_weight is a fraction of max_weight, "
+            "and a max_weight below 0 counts as 0."
+        ),
+    )
+
     sampler: Sampler = Field(
         default=Sampler.TPE,
         description=(
@@ -618,6 +647,45 @@ class ContrastSettings(BaseModel):
                 data = {**PRESETS[presets[0]], **data}
         return data
 
+    @field_validator("search_space", mode="before")
+    @classmethod
+    def flatten_search_space(cls, value: Any) -> Any:
+        """Takes tables inside the table, which TOML makes of names with dots that have no quotes."""
+
+        flat: dict[str, Any] = {}
+        waiting = [("", value)]
+        while waiting:
+            prefix, item = waiting.pop()
+            if not isinstance(item, dict):
+                return value
+            for name, inner in item.items():
+                if isinstance(inner, dict):
+                    waiting.append((f"{prefix}{name}.", inner))
+                else:
+                    flat[f"{prefix}{name}"] = inner
+        return flat
+
+    @field_validator("search_space")
+    @classmethod
+    def check_search_space(cls, value: dict[str, Range]) -> dict[str, Range]:
+        for name, (low, high) in value.items():
+            parameter = general_parameter(name)
+            if parameter not in HERETIC_RANGES:
+                close = difflib.get_close_matches(parameter, HERETIC_RANGES, n=1, cutoff=0)
+                raise ContrastError(
+                    f'There is no parameter "{name}" for search_space: did you mean "{close[0]}"?'
+                )
+            if low > high:
+                raise ContrastError(
+                    f'The range of "{name}" in search_space goes from {low:g} to {high:g}: give the lowest value first.'
+                )
+            if parameter.startswith(("max_weight_", "min_weight")) and (low < 0 or high > 1):
+                raise ContrastError(
+                    f'The range of "{name}" in search_space goes from {low:g} to {high:g}, but it is a fraction: '
+                    "give values between 0 and 1."
+                )
+        return value
+
     @field_validator("baseline")
     @classmethod
     def check_baseline(cls, value: str) -> str:
@@ -675,6 +743,12 @@ class ContrastSettings(BaseModel):
                 f"Several presets are given ({', '.join(self.preset)}), but a model can only be made with one: "
                 "give one, or compare them with heretic-contrast sweep."
             )
+
+
+def general_parameter(name: str) -> str:
+    """Returns the parameter of all components or directions that one of them has under this name."""
+
+    return "scale" if name.startswith("scale.") else name.rpartition(".")[2]
 
 
 BUILTIN_BASELINES = ("unmatched", "matched", "mixed", "nearest", "residualized")

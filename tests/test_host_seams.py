@@ -21,8 +21,15 @@ from heretic_contrast.hosts import heretic14  # noqa: E402
 from heretic_contrast.hosts.checkpoint import repair_checkpoint  # noqa: E402
 from heretic_contrast.hosts.sampler import make_sampler  # noqa: E402
 from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
-from heretic_contrast.search import Parameters, layer_vectors, suggest_parameters  # noqa: E402
-from heretic_contrast.settings import Sampler, Scale  # noqa: E402
+from heretic_contrast.search import (  # noqa: E402
+    HERETIC_20_RANGES,
+    Parameters,
+    layer_vectors,
+    require_ranges,
+    suggest_parameters,
+)
+from heretic_contrast.settings import ContrastSettings, Sampler, Scale  # noqa: E402
+from tests.conftest import DATA  # noqa: E402
 
 
 def settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> HostSettings:
@@ -162,23 +169,6 @@ def test_fixed_parameters_take_no_part_in_the_search() -> None:
     assert {params["direction_index"] for params, _ in trials} == {0.4 * 7}
 
 
-def test_one_direction_searches_the_space_of_heretic() -> None:
-    study = optuna.create_study()
-    trial = study.ask()
-    parameters = suggest_parameters(trial, ["attn.o_proj"], 8, make_directions(1))
-    assert set(trial.params) == {
-        "direction_scope",
-        "direction_index",
-        "attn.o_proj.max_weight",
-        "attn.o_proj.max_weight_position",
-        "attn.o_proj.min_weight",
-        "attn.o_proj.min_weight_distance",
-    }
-    low = trial.distributions["attn.o_proj.max_weight"]
-    assert (low.low, low.high) == (0.8, 1.5)  # type: ignore[attr-defined]
-    assert parameters.scales == {"class 0": 1.0}
-
-
 def test_parameters_survive_json() -> None:
     import json
 
@@ -291,3 +281,167 @@ def test_doctor_notices_a_heretic_that_has_changed(monkeypatch: pytest.MonkeyPat
     fine = {finding.subject: finding.fine for finding in findings()}
     assert not fine["Command extract"] and not fine["Command sweep"]
     assert fine["Command run"] and fine["Command demo"] and fine["Command audit"]
+
+
+class Sampled(Exception):
+    """Ends Heretic's own objective when all of its parameters are sampled."""
+
+
+def heretic_space(
+    components: list[str], n_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """The distributions that Heretic 1.4's own objective samples from, on the built-in refuser with other layers."""
+
+    found: dict[str, Any] = {}
+
+    def stop(trial: optuna.Trial) -> None:
+        found.update(trial.distributions)
+        raise Sampled
+
+    class Model(heretic_main.Model):
+        def __init__(self, settings: Any) -> None:
+            super().__init__(settings)
+            # Loading looks at the real ones.
+            self.get_layers = lambda: [None] * n_layers
+            self.get_abliterable_components = lambda: components
+
+        def get_residuals_mean(self, prompts: list[Any]) -> torch.Tensor:
+            return torch.randn(n_layers + 1, 4)
+
+    class Evaluator:
+        base_refusals = 1
+
+        def __init__(self, *arguments: Any) -> None:
+            pass
+
+    monkeypatch.setattr(heretic_main, "Model", Model)
+    monkeypatch.setattr(heretic_main, "Evaluator", Evaluator)
+    monkeypatch.setattr(heretic_main, "load_prompts", lambda *arguments: ["Hi."])
+    monkeypatch.setattr(heretic_main, "get_trial_parameters", stop)
+    arguments = [f"--model={DATA / 'refuser'}", "--batch-size=1", "--response-prefix=", "--seed=1"]
+    monkeypatch.setattr(sys, "argv", ["heretic", *arguments])
+    # Heretic turns gradients off, which come back at the end of the context.
+    with torch.no_grad(), pytest.raises(Sampled):
+        heretic_main.run()
+    return found
+
+
+@pytest.mark.parametrize("n_layers", [5, 24])
+def test_one_direction_searches_what_heretic_searches(
+    n_layers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    components = ["attn.o_proj", "mlp.down_proj"]
+    trial = optuna.create_study().ask()
+    parameters = suggest_parameters(trial, components, n_layers, make_directions(1))
+    assert trial.distributions == heretic_space(components, n_layers, monkeypatch)
+    assert len(trial.distributions) == 10
+    assert parameters.scales == {"class 0": 1.0}
+
+
+def ranges(trial: optuna.Trial) -> dict[str, tuple[float, float]]:
+    return {
+        name: (distribution.low, distribution.high)
+        for name, distribution in trial.distributions.items()
+        if isinstance(distribution, optuna.distributions.FloatDistribution)
+    }
+
+
+def test_heretic_20_can_leave_the_mlp_alone() -> None:
+    """Its space is that of 1.4 but for the largest weight of the MLP, which is sampled from -0.25 on, and clamped."""
+
+    components = ["attn.o_proj", "mlp.down_proj"]
+    trials = [optuna.create_study().ask() for _ in range(2)]
+    suggest_parameters(trials[0], components, 24, make_directions(1))
+    suggest_parameters(trials[1], components, 24, make_directions(1), {}, HERETIC_20_RANGES)
+    expected = {**ranges(trials[0]), "mlp.down_proj.max_weight": (-0.25, 1.5)}
+    assert ranges(trials[1]) == expected
+
+    fixed = {"mlp.down_proj.max_weight": -0.1, "mlp.down_proj.min_weight": 0.5}
+    study = optuna.create_study()
+    study.enqueue_trial(fixed)
+    found = suggest_parameters(
+        study.ask(), components, 24, make_directions(3), {}, HERETIC_20_RANGES
+    )
+    kernel = found.kernels["mlp.down_proj"]
+    assert [kernel.weight(index) for index in range(24)] == [0.0] * 24
+    assert found.kernels["attn.o_proj"].max_weight > 0
+
+
+def test_given_ranges_stand_before_those_of_heretic() -> None:
+    space = {
+        "max_weight": (0.1, 3.0),
+        "attn.o_proj.max_weight_position": (0.25, 0.5),
+        "min_weight_distance": (0.0, 0.01),
+        "scale": (0.5, 1.0),
+        "scale.class 1": (0.25, 0.25),
+    }
+    trial = optuna.create_study().ask()
+    parameters = suggest_parameters(
+        trial, ["attn.o_proj", "mlp.down_proj"], 25, make_directions(2), space, HERETIC_20_RANGES
+    )
+    found = ranges(trial)
+    assert found["attn.o_proj.max_weight"] == found["mlp.down_proj.max_weight"] == (0.1, 3.0)
+    assert found["attn.o_proj.max_weight_position"] == (6.0, 12.0)
+    assert found["mlp.down_proj.max_weight_position"] == (0.6 * 24, 24.0)
+    # A distance is at least one layer.
+    assert found["attn.o_proj.min_weight_distance"] == (1.0, 1.0)
+    assert found["scale.class 0"] == (0.5, 1.0) and parameters.scales["class 1"] == 0.25
+
+
+def test_several_directions_reach_down_to_the_strength_of_one() -> None:
+    trial = optuna.create_study().ask()
+    suggest_parameters(trial, ["attn.o_proj", "mlp.down_proj"], 24, make_directions(4))
+    assert ranges(trial)["mlp.down_proj.max_weight"] == (0.4, 1.5)
+    assert ranges(trial)["scale.class 3"] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            {"max_weigth": [0, 1]},
+            'There is no parameter "max_weigth" for search_space: did you mean "max_weight"?',
+        ),
+        (
+            {"max_weight": [1, 0.5]},
+            'The range of "max_weight" in search_space goes from 1 to 0.5: give the lowest value first.',
+        ),
+        (
+            {"mlp.down_proj.min_weight": [0, 2]},
+            'The range of "mlp.down_proj.min_weight" in search_space goes from 0 to 2, but',
+        ),
+        (
+            {"max_weight_position": [5, 20]},
+            'The range of "max_weight_position" in search_space goes from 5 to 20, but',
+        ),
+    ],
+)
+def test_bad_ranges_are_one_sentence(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        ContrastSettings(search_space=space)
+    assert message in str(error.value)
+
+
+def test_ranges_from_table_and_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"mlp.down_proj.max_weight": (-0.5, 1.0), "scale.drugs": (0.0, 0.5)}
+    flag = '{"mlp.down_proj.max_weight": [-0.5, 1.0], "scale.drugs": [0, 0.5]}'
+    assert (
+        settings(monkeypatch, f"--contrast.search-space={flag}").contrast.search_space == expected
+    )
+    (tmp_path / "config.toml").write_text(
+        "[modifier.ContrastAbliteration.search_space]\n"
+        "mlp.down_proj.max_weight = [-0.5, 1.0]\n'scale.drugs' = [0, 0.5]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert settings(monkeypatch).contrast.search_space == expected
+
+
+def test_ranges_of_what_does_not_exist() -> None:
+    space = {"max_weight": (0.0, 1.0), "mlp.max_weight": (0.0, 1.0), "scale.drug": (0.0, 1.0)}
+    with pytest.raises(ContrastError, match='for the component "mlp", but there are attn, other'):
+        require_ranges(space, "component", ["attn", "other"])
+    require_ranges(space, "component", ["attn", "mlp"])
+    with pytest.raises(ContrastError, match='for the direction "drug", but there are drugs'):
+        require_ranges(space, "direction", ["drugs", "fraud"])
+    require_ranges(space, "direction", ["drug"])

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The space of one direction against that of Heretic 2.0's own directional ablation, where that is installed."""
+
+from types import SimpleNamespace
+
+import optuna
+import pytest
+import torch
+
+from heretic_contrast.directions import Directions
+from heretic_contrast.search import HERETIC_20_RANGES, suggest_parameters
+
+abliteration = pytest.importorskip(
+    "heretic.modifiers.abliteration", reason="needs Heretic 2.0's own modifiers"
+)
+
+
+@pytest.mark.parametrize("n_layers", [2, 24])
+def test_one_direction_searches_what_heretic_searches(n_layers: int) -> None:
+    components = ["attn.o_proj", "mlp.down_proj"]
+    model = SimpleNamespace(
+        get_layers=lambda: [None] * n_layers, get_abliterable_components=lambda: components
+    )
+    theirs, ours = (optuna.create_study().ask() for _ in range(2))
+    abliteration.Abliteration.suggest_parameters(
+        None, SimpleNamespace(get_model=lambda: model), theirs
+    )
+    tensor = torch.ones(n_layers + 1, 1, 4)
+    directions = Directions(
+        tensor=tensor,
+        names=("all",),
+        aligned=True,
+        norms=tensor.norm(dim=-1),
+        singular_values=tensor.norm(dim=-1),
+        class_directions=tensor,
+        class_names=("all",),
+        mean_direction=tensor.mean(1),
+        hits=torch.zeros(n_layers + 1, 1, 0, dtype=torch.int64),
+    )
+    suggest_parameters(ours, components, n_layers, directions, {}, HERETIC_20_RANGES)
+    assert ours.distributions == theirs.distributions
+    assert len(ours.distributions) == 10
