@@ -37,16 +37,31 @@ LIMIT = 7
 
 PLAIN: list[dict[str, Any]] = [
     {},
-    {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05},
-    {"temperature": 0.0, "typical_p": 0.5, "epsilon_cutoff": 0.2, "eta_cutoff": 0.2},
-    {"max_length": 4, "max_new_tokens": 2},
-    {"eos_token_id": [2, 14, 265]},
+    {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "typical_p": 0.5,
+        "epsilon_cutoff": 0.2,
+        "eta_cutoff": 0.2,
+        "max_length": 4,
+        "max_new_tokens": 2,
+    },
+    {
+        "num_beams": 1,
+        "length_penalty": 2.0,
+        "early_stopping": True,
+        "temperature": 0.0,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "suppress_tokens": [],
+        "return_dict_in_generate": True,
+        "cache_implementation": "dynamic",
+    },
+    {"eos_token_id": [2, 14, 265], "cache_implementation": "hybrid"},
     {"eos_token_id": None},
-    {"num_beams": 1, "length_penalty": 2.0, "early_stopping": True},
-    {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": []},
-    {"cache_implementation": "hybrid"},
-    {"cache_implementation": "dynamic"},
-    {"return_dict_in_generate": True},
 ]
 
 PECULIAR: list[dict[str, Any]] = [
