@@ -119,19 +119,22 @@ def _columns(rows: Rows, source: PromptSource, setting: Setting) -> tuple[str, s
                 "or give a file with columns, such as JSON Lines or CSV."
             )
         return "text", CATEGORY_COLUMN
+    if not names:
+        # What is empty has no columns, which another sentence says better.
+        return source.column or "text", CATEGORY_COLUMN
     for key in ("column", "category_column"):
         name = getattr(source, key)
-        if name is not None and name not in names and rows.rows:
+        if name is not None and name not in names:
             raise ContrastError(
                 f'{rows.name} has no column "{name}" ({rows.listed_columns()}): correct {setting(key)}.'
             )
     column = source.column or next((name for name in PROMPT_COLUMNS if name in names), None)
-    if column is None and rows.rows:
+    if column is None:
         raise ContrastError(
             f"{rows.name} has none of the columns {', '.join(PROMPT_COLUMNS)} ({rows.listed_columns()}): "
             f"name the one that holds the prompts with {setting('column')}."
         )
-    return column or PROMPT_COLUMNS[0], source.category_column or CATEGORY_COLUMN
+    return column, source.category_column or CATEGORY_COLUMN
 
 
 def _turns(messages: Sequence[Any]) -> tuple[Any, Any]:
@@ -147,7 +150,7 @@ def _turns(messages: Sequence[Any]) -> tuple[Any, Any]:
 def _category(value: Any, labels: Sequence[str]) -> Any:
     """Returns a category as text: empty where there is none, and unchanged what cannot be one."""
 
-    if labels and str(value).isdigit() and int(value) < len(labels):
+    if labels and str(value).isdecimal() and int(value) < len(labels):
         return labels[int(value)]
     if value is None or value != value or (labels and value == -1):
         # Missing, also as tables write it: not a number, or no label.

@@ -85,7 +85,7 @@ class Rows:
     """
     The rows of a file, or of a split of a dataset.
 
-    `name` is what messages call it. `columns` is None where the rows are nothing but texts, which stand under "text".
+    `name` is what messages call it. `columns` is None for the lines of a text file, which stand under "text".
     `labels` has the names of the integer labels of a column, where the file knows them.
     """
 
@@ -126,7 +126,7 @@ def read_rows(source: PromptSource, columns: Collection[str], setting: Setting) 
     if path.is_file():
         rows = read_file(path, columns)
         # As in Heretic, the lines of a text file are of whatever split is asked for.
-        return _take_split({"train": lambda: rows}, source, setting, _is_text(path, rows))
+        return _take_split({"train": lambda: rows}, source, setting, rows.columns is None)
     if not saved:
         return _take_split(_folder(path, source.config, columns), source, setting)
     from datasets import DatasetDict, load_from_disk
@@ -143,10 +143,6 @@ def read_rows(source: PromptSource, columns: Collection[str], setting: Setting) 
         # As in Heretic, a dataset that does not know its split is of whatever split is asked for.
         not isinstance(dataset, DatasetDict) and dataset.split is None,
     )
-
-
-def _is_text(path: Path, rows: Rows) -> bool:
-    return rows.columns is None and _suffix(path) not in JSON_SUFFIXES
 
 
 def _take_split(
