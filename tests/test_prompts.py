@@ -26,9 +26,12 @@ from hypothesis import strategies as st
 
 from heretic_contrast.audit import run_audit
 from heretic_contrast.builtin import matched_pool, refuser_pool
+from heretic_contrast.categories import assign
 from heretic_contrast.commands import audit as audit_command
+from heretic_contrast.commands.sweep import SweepSettings, pool_source
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import Pair, load_pairs
+from heretic_contrast.evaluation.plan import SweepSources, prepare_sweep
 from heretic_contrast.extraction import load_pools
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.prompts import Prompt, load_pool, prompts_digest
@@ -298,6 +301,39 @@ def test_audit(pool: tuple[str, list[Prompt]], tmp_path: Path) -> None:
     audit_command.main(["--dataset", path, "--output", str(tmp_path / "audit")])
     audit = json.loads((tmp_path / "audit" / "audit.json").read_text(encoding="utf-8"))
     assert audit["pool_sha256"] == prompts_digest(prompts)
+
+
+@pytest.fixture(scope="module")
+def sweep_settings() -> Any:
+    """Settings of a sweep, with pools that are still to be named."""
+
+    pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+    flags = ["--contrast.preset=arditi", "--no-random-control", "--n-canaries=1"]
+    pools = [f"--{name}-evaluation-prompts.dataset=pool" for name in ("good", "bad")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [])
+        return load_settings(SweepSettings, "sweep", ["builtin:refuser", *flags, *pools])
+
+
+def test_evaluation_pools_of_a_sweep(
+    pool: tuple[str, list[Prompt]], sweep_settings: Any, tmp_path: Path
+) -> None:
+    """Every prompt is judged, or is a canary or a reference; categories that are missing are the lexicon's."""
+
+    path, prompts = pool
+    settings = sweep_settings.model_copy(deep=True)
+    settings.n_harmful, settings.n_references = len(prompts), len(prompts) - 1
+    settings.bad_evaluation_prompts.dataset = settings.good_evaluation_prompts.dataset = path
+    sources = SweepSources(
+        harmful=pool_source(settings, "bad_evaluation_prompts", "harmful"),
+        harmless=pool_source(settings, "good_evaluation_prompts", "harmless"),
+    )
+    plan = prepare_sweep(
+        settings, settings.contrast, sources, tmp_path / "sweep", "builtin:refuser", "", print
+    )
+    expected = {(prompt.text, prompt.category or assign(prompt.text)) for prompt in prompts}
+    assert {(prompt.text, prompt.category) for prompt in plan.harmful} == expected
+    assert {*plan.canaries, *plan.references} == set(prompts)
 
 
 @pytest.fixture(scope="module")
