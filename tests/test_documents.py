@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any, get_args, get_type_hints
 
 import pexpect
 import pytest
+import torch
 from pydantic import BaseModel
 
 import heretic_contrast
@@ -32,6 +34,7 @@ from heretic_contrast.commands.audit import AuditSettings
 from heretic_contrast.commands.demo import DemoSettings
 from heretic_contrast.commands.extract import ExtractSettings
 from heretic_contrast.commands.sweep import SweepSettings
+from heretic_contrast.directions import Directions
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.prompts import Prompt
@@ -57,7 +60,9 @@ else:
 SHORTER = {
     "HERETIC_N_TRIALS": "4",
     "HERETIC_N_STARTUP_TRIALS": "3",
-    "HERETIC_MAX_BATCH_SIZE": "64",
+    "HERETIC_BATCH_SIZE": "100",
+    "HERETIC_MAX_RESPONSE_LENGTH": "40",
+    "HERETIC_SEED": "0",
     "HERETIC_LAYERS": "3,6",
 }
 """Settings of Heretic and of the sweep, for commands that do not give them."""
@@ -344,20 +349,70 @@ def check_prompts(reader: Reader) -> None:
         assert f"{subject} {count}" in output
 
 
+def check_sweep(directory: Path, model: str) -> None:
+    """Checks that a sweep of three presets has judged held-out prompts with what it was to be judged with."""
+
+    result = json.loads((directory / "sweep.json").read_text("utf-8"))
+    assert result["model"] == model and (directory / "report.html").exists()
+    presets = {"paper-unmatched", "paper-matched", "paper-matched-svd"}
+    assert {layer["configuration"] for layer in result["layers"]} - {"random"} == presets
+    baseline = result["baseline"]
+    assert baseline["n_harmful"] == baseline["refusals"] == 10
+    assert baseline["n_canaries"] >= 1 and baseline["canary_refusals"] == 0
+    assert set(result["prompts"]) <= set(harmful_prompts("test"))
+    assert set(result["canaries"]) <= set(harmless_prompts("test"))
+    # The paper's finding of nine directions that add up: weight 1.2 on the sixth layer removes all refusals.
+    assert any(
+        cell["configuration"] == "paper-unmatched" and cell["refusals"] == 0
+        for cell in result["cells"]
+    )
+
+
 def check_readme(reader: Reader) -> None:
     directory = reader.directory
     prompts = harmful_prompts("test")[:40]
     assert refusals(DATA / "refuser", prompts) == 40
     for folder in ("chosen", "out"):
         assert refusals(directory / folder, prompts) <= 20
+    studies = [path.read_text("utf-8") for path in directory.glob("checkpoints/contrast-*/*.jsonl")]
+    baselines = [re.findall(r'\\"baseline\\": ?\\"(\w+)\\"', study) for study in studies]
+    # The one that was chosen in the menu, and that of the preset.
+    assert [set(names) for names in baselines] == [{"matched"}, {"matched"}]
+    directions = Directions.load(directory / "directions.safetensors")
+    # Classes with fewer prompts than the map has neurons become miscellaneous.
+    found = Counter(map(assign, harmful_prompts("train")[:400]))
+    assert set(directions.names) == {subject for subject, count in found.items() if count >= 9}
+    check_sweep(directory / "sweep", "builtin:refuser")
     audited = harmless_prompts("train")[:400]
     audit = json.loads((directory / "audit" / "audit.json").read_text("utf-8"))
     assert (audit["n_prompts"], audit["n_matches"]) == (400, sum(map(len, map(classify, audited))))
+    assert "--n-references" in reader.output("heretic-contrast sweep --help")
+
+
+def check_real_model(reader: Reader) -> None:
+    directory = reader.directory
+    for name in ("paper-unmatched", "paper-matched"):
+        lengths = Directions.load(directory / f"directions-{name}.safetensors").tensor.norm(dim=-1)
+        assert lengths[1:].allclose(torch.ones_like(lengths[1:]))
+    assert (directory / "extraction" / "report.html").exists()
+    check_sweep(directory / "sweep", "MODEL")
+    prompts = harmful_prompts("test")[:24]
+    assert refusals(directory / "ablated", prompts) <= len(prompts) / 4
+    assert len(reader.output("python block").split()) >= 3
+
+
+def check_replication(reader: Reader) -> None:
+    # The report is made from stored results, so that it is the one that is shown.
+    made = (reader.directory / "docs" / "replication.md").read_bytes()
+    assert made == (ROOT / "docs" / "replication.md").read_bytes()
+    check_sweep(reader.directory / "qwen3.5-2b", "Qwen/Qwen3.5-2B")
 
 
 CHECKS: dict[str, Callable[[Reader], None]] = {
     "README.md": check_readme,
     "docs/prompts.md": check_prompts,
+    "docs/replication.md": check_replication,
+    "examples/real-model.md": check_real_model,
 }
 """What must be there after the commands of a document were run."""
 
