@@ -64,6 +64,7 @@ SHORTER = {
     "HERETIC_MAX_RESPONSE_LENGTH": "40",
     "HERETIC_SEED": "0",
     "HERETIC_LAYERS": "3,6",
+    "HERETIC_KL_TOKENS": "16",
 }
 """Settings of Heretic and of the sweep, for commands that do not give them."""
 
@@ -361,10 +362,11 @@ def check_sweep(directory: Path, model: str) -> None:
     assert baseline["n_canaries"] >= 1 and baseline["canary_refusals"] == 0
     assert set(result["prompts"]) <= set(harmful_prompts("test"))
     assert set(result["canaries"]) <= set(harmless_prompts("test"))
-    # The paper's finding of nine directions that add up: weight 1.2 on the sixth layer removes all refusals.
+    # What the README says of this model: with the unmatched baseline a single layer is enough.
     assert any(
-        cell["configuration"] == "paper-unmatched" and cell["refusals"] == 0
-        for cell in result["cells"]
+        layer["successful"]
+        for layer in result["layers"]
+        if layer["configuration"] == "paper-unmatched"
     )
 
 
@@ -382,7 +384,7 @@ def check_readme(reader: Reader) -> None:
     # Classes with fewer prompts than the map has neurons become miscellaneous.
     found = Counter(map(assign, harmful_prompts("train")[:400]))
     assert set(directions.names) == {subject for subject, count in found.items() if count >= 9}
-    check_sweep(directory / "sweep", "builtin:refuser")
+    check_sweep(directory / "sweep", "Qwen/Qwen3-4B-Instruct-2507")
     audited = harmless_prompts("train")[:400]
     audit = json.loads((directory / "audit" / "audit.json").read_text("utf-8"))
     assert (audit["n_prompts"], audit["n_matches"]) == (400, sum(map(len, map(classify, audited))))
