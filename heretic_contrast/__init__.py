@@ -27,23 +27,24 @@ __all__ = [
     "wrap",
 ]
 
-# Names are imported on first use, since PyTorch and Heretic take seconds and --help needs neither.
+# Names are imported on first use, since PyTorch and Heretic take seconds and --help needs neither. Heretic 2.0 can load this
+# file by its path, outside of any package, so that theirs are absolute.
 _HOMES = {
-    "ContrastAbliteration": ".modifier",
-    "Directions": ".directions",
-    "FalseRefusals": ".response_scorers",
-    "FixedWeightSweep": ".scorers",
-    "RefusalTiers": ".response_scorers",
-    "TeacherForcedDivergence": ".scorers",
-    "extract_directions": ".directions",
-    "sweep": ".evaluation.sweep",
-    "wrap": ".hosts.surface",
+    "ContrastAbliteration": "heretic_contrast.modifier",
+    "Directions": "heretic_contrast.directions",
+    "FalseRefusals": "heretic_contrast.response_scorers",
+    "FixedWeightSweep": "heretic_contrast.scorers",
+    "RefusalTiers": "heretic_contrast.response_scorers",
+    "TeacherForcedDivergence": "heretic_contrast.scorers",
+    "extract_directions": "heretic_contrast.directions",
+    "sweep": "heretic_contrast.evaluation.sweep",
+    "wrap": "heretic_contrast.hosts.surface",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name], __name__), name)
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""The plugin itself: a Heretic 2.0 modifier, which the host for Heretic 1.4 runs as well."""
+"""
+The plugin itself: a Heretic 2.0 modifier, which the host for Heretic 1.4 runs as well.
+
+Imports are absolute in files of plugins, since Heretic can load one by its path, outside of any package.
+"""
 
 from typing import Any
 
@@ -9,25 +13,32 @@ from optuna import Trial
 from peft.tuners.lora.layer import LoraLayer
 from rich.markup import escape
 
-from .ablation import compose, equalize
-from .builtin import is_builtin, with_refuser_pools
-from .directions import Directions
-from .errors import ContrastError, one_line
-from .extraction import extract, load_pools
-from .hosts.lora_targets import adapters_on_named_modules
-from .hosts.surface import HAS_PLUGIN_SURFACE, Context, Modifier, language_model, log, progress_bar
-from .hosts.tables import check_tables, show_errors_as_sentences, validated
-from .identity import Identity
-from .lora import lora_factors, require_no_adapters, set_factors, zero_factors
-from .search import (
+from heretic_contrast.ablation import compose, equalize
+from heretic_contrast.builtin import is_builtin, with_refuser_pools
+from heretic_contrast.directions import Directions
+from heretic_contrast.errors import ContrastError, one_line
+from heretic_contrast.extraction import extract, load_pools
+from heretic_contrast.hosts.lora_targets import adapters_on_named_modules
+from heretic_contrast.hosts.surface import (
+    HAS_PLUGIN_SURFACE,
+    Context,
+    Modifier,
+    language_model,
+    log,
+    progress_bar,
+)
+from heretic_contrast.hosts.tables import check_tables, show_errors_as_sentences, validated
+from heretic_contrast.identity import Identity
+from heretic_contrast.lora import lora_factors, require_no_adapters, set_factors, zero_factors
+from heretic_contrast.search import (
     HERETIC_20_RANGES,
     Parameters,
     layer_vectors,
     require_ranges,
     suggest_parameters,
 )
-from .settings import ContrastSettings, RowNormalization
-from .weights import base_weight, require_known
+from heretic_contrast.settings import ContrastSettings, RowNormalization
+from heretic_contrast.weights import base_weight, require_known
 
 TABLE = "ContrastAbliteration"
 """The plugin's table in `config.toml`, below `modifier`."""

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from .builtin import is_builtin, model_name, with_refuser_pools
-from .errors import ContrastError
-from .evaluation.interventions import TeacherForcing
-from .evaluation.plan import RANDOM, PreparedSweep, SweepSources, prepare_sweep
-from .evaluation.plan_settings import SweepPlanSettings
-from .evaluation.sweep import References, run_prepared
-from .hosts.surface import (
+from heretic_contrast.builtin import is_builtin, model_name, with_refuser_pools
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.interventions import TeacherForcing
+from heretic_contrast.evaluation.plan import RANDOM, PreparedSweep, SweepSources, prepare_sweep
+from heretic_contrast.evaluation.plan_settings import SweepPlanSettings
+from heretic_contrast.evaluation.sweep import References, run_prepared
+from heretic_contrast.hosts.surface import (
     Context,
     Score,
     language_model,
@@ -26,8 +26,8 @@ from .hosts.surface import (
     require_model_access,
     scorer_entries,
 )
-from .response_scorers import DEFAULT_POOL, ContrastScorer
-from .settings import ContrastSettings, PromptSources
+from heretic_contrast.response_scorers import DEFAULT_POOL, ContrastScorer
+from heretic_contrast.settings import ContrastSettings, PromptSources
 
 
 class TeacherForcedDivergenceSettings(BaseModel):
@@ -189,8 +189,8 @@ class FixedWeightSweep(ContrastScorer):
         Raises `ContrastError` when what was asked for cannot be swept.
         """
 
-        from .report import write_sweep_report
-        from .report.sweep_report import label
+        from heretic_contrast.report import write_sweep_report
+        from heretic_contrast.report.sweep_report import label
 
         measured = run_prepared(
             language_model(ctx, self.heretic_settings, self.prepared.contrast.batch_size),
