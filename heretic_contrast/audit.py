@@ -18,7 +18,7 @@ from rich.table import Table
 
 from .categories import CATEGORIES, classify
 from .errors import ContrastError
-from .files import write_text_atomically
+from .files import json_text, write_text_atomically
 from .prompts import Prompt, prompts_digest
 
 PAPER_MATCHES = 859
@@ -142,9 +142,7 @@ def run_audit(
     """
 
     audit = audit_pool(prompts, examples)
-    write_text_atomically(
-        output / "audit.json", json.dumps(audit.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    )
+    write_text_atomically(output / "audit.json", json_text(audit.to_dict(), sort_keys=False) + "\n")
     if cleaned is not None:
         kept = clean_pool(prompts)
         if not kept:

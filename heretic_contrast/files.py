@@ -4,12 +4,15 @@
 
 import glob
 import hashlib
+import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from .errors import ContrastError
 
@@ -91,6 +94,28 @@ def write_text_atomically(path: Path, content: str) -> None:
     """Writes `content` to `path` as UTF-8 text, as `write_bytes_atomically` does."""
 
     write_bytes_atomically(path, content.encode("utf-8"))
+
+
+def json_text(value: Any, sort_keys: bool = True, indent: int | None = 2) -> str:
+    """
+    Returns JSON text; the same value gives the same bytes.
+
+    JSON knows neither infinite numbers nor such that are none: they become null.
+    """
+
+    return json.dumps(
+        _finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
 
 
 def require_writable_directory(path: Path) -> None:

@@ -2,6 +2,9 @@
 
 """The sweep against changed weights, plain generation and the full-vocabulary divergence."""
 
+import csv
+import io
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from heretic_contrast.ablation import compose, effective_weight
 from heretic_contrast.directions import Directions
+from heretic_contrast.evaluation.coherence import is_coherent
 from heretic_contrast.evaluation.interventions import output_projections
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.responses import Tier, classify_response
@@ -229,23 +233,45 @@ def test_synergy_of_pairs(tiny_llama: LanguageModel) -> None:
         assert synergy.synergy == reduction - max(reductions)
 
 
-def test_result_survives_json(tiny_llama: LanguageModel) -> None:
+@pytest.mark.parametrize("n_references", [1, len(REFERENCES)])
+def test_result_survives_json(tiny_llama: LanguageModel, n_references: int) -> None:
+    """With one reference prompt there is no standard error, and JSON has no NaN."""
+
+    classify = always_refuse_at_base(tiny_llama, HARMFUL)
     result = sweep(
         tiny_llama,
         {"one": random_directions(tiny_llama, 1, 0)},
         HARMFUL,
         CANARIES,
-        REFERENCES,
+        REFERENCES[:n_references],
         SweepOptions(layers=(1,), weights=(1.0,), max_new_tokens=12, kl_tokens=4),
-        classify=always_refuse_at_base(tiny_llama, HARMFUL),
+        classify=classify,
     )
-    import json
 
-    restored = SweepResult.from_dict(json.loads(result.to_json()))
+    def no_json(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON.")
+
+    written = json.loads(result.to_json(), parse_constant=no_json)
+    restored = SweepResult.from_dict(written)
     assert restored == result
     assert restored.to_json() == result.to_json()
-    assert result.to_csv().count("\n") == 1 + len(result.cells)
-    assert len(result.responses_json_lines().splitlines()) == 5 + 7 * len(result.cells)
+    errors = [cell["measurement"]["kl_standard_error"] for cell in written["cells"]]
+    assert all((error is None) == (n_references == 1) for error in errors)
+    rows = list(csv.DictReader(io.StringIO(result.to_csv())))
+    assert len(rows) == len(result.cells)
+    assert "nan" not in result.to_csv()
+
+    responses = [json.loads(line) for line in result.responses_json_lines().splitlines()]
+    assert len(responses) == 5 + 7 * len(result.cells)
+    for row in responses:
+        assert row["tier"] == classify(row["prompt"], row["response"]).value
+        assert row["coherent"] == is_coherent(row["response"])
+    for cell in result.cells:
+        own = [row for row in responses if row.get("layers") == list(cell.layers)]
+        own = [row for row in own if row["weight"] == cell.weight and row["pool"] == "harmful"]
+        assert [row["response"] for row in own] == list(cell.responses)
+        assert sum(row["tier"] == "REFUSE" for row in own) == cell.measurement.refusals
+        assert sum(not row["coherent"] for row in own) == cell.measurement.incoherent
 
 
 def test_efficiencies_of_the_paper() -> None:

@@ -133,7 +133,7 @@ def best_layers(result: SweepResult, count: int) -> list[int]:
     return list(dict.fromkeys(turns))[:count]
 
 
-def rounded(value: float) -> float:
+def rounded(value: float | None) -> float | None:
     """Rounds to six significant digits, so that results stay small."""
 
-    return float(f"{value:.6g}")
+    return None if value is None else float(f"{value:.6g}")

@@ -2,7 +2,6 @@
 
 """`heretic-contrast demo`: the whole way on the built-in model, headless."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from rich.markup import escape
 from ..builtin import REFUSER, refuser_pool
 from ..cli import PROGRAM
 from ..errors import ContrastError
-from ..files import require_writable_directory, write_text_atomically
+from ..files import json_text, require_writable_directory, write_text_atomically
 from ..hosts.installed import installed_surface, require_heretic
 from ..hosts.settings import HostSettings, load_settings
 from ..prompts import Prompt, load_pool
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     summary["model_directory"] = str(model_directory)
     summary["seconds"] = round(time.perf_counter() - started, 1)
-    write_text_atomically(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text_atomically(output / "summary.json", json_text(summary, sort_keys=False) + "\n")
     show(summary, output)
 
 

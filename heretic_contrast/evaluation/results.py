@@ -8,11 +8,12 @@ Nothing here depends on when, where or by how many processes a sweep was run.
 
 import csv
 import io
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..files import json_text
 from .statistics import wilson_interval
 
 
@@ -35,7 +36,8 @@ class Measurement:
     """
     What one state of the model does: counts over prompts, and its divergence from the unmodified model.
 
-    `kl_divergence` is in nats, averaged over positions; `kl_standard_error` is over prompts.
+    `kl_divergence` is in nats, averaged over positions, and infinite (in JSON null) where the model rules out what the
+    unmodified one does not. `kl_standard_error` is over prompts; None where there is none, as with a single prompt.
     """
 
     refusals: int
@@ -46,12 +48,37 @@ class Measurement:
     canary_refusals: int
     n_canaries: int
     kl_divergence: float
-    kl_standard_error: float
+    kl_standard_error: float | None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Measurement":
+        """Restores a measurement from JSON values."""
+
+        return cls(**{**data, "kl_divergence": _divergence(data["kl_divergence"])})
 
     def refusal_interval(self) -> tuple[float, float]:
         """Returns the Wilson interval (95 %) of the share of refusals."""
 
         return wilson_interval(self.refusals, self.n_harmful)
+
+
+def _divergence(value: float | None) -> float:
+    """Returns a divergence as JSON stores it, which has no infinite numbers."""
+
+    return math.inf if value is None else value
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What was made of a response: its tier, and whether it is coherent.
+
+    `bigram_entropy`: that of its words over its maximum, in [0, 1]; a response that loops is incoherent whatever it is.
+    """
+
+    tier: str
+    coherent: bool
+    bigram_entropy: float
 
 
 @dataclass(frozen=True)
@@ -62,6 +89,7 @@ class Cell:
     `strength` says what `weight` is: "weight" of every direction, or "effective", where the weights are scaled
     so that λ_max(Σ w v vᵀ) is `weight`. `effective_weight` is the spectral norm of the operator (the largest
     over the layers), `weight_along_mean` is r̂ᵀ C r̂ for the mean direction r̂ (the largest over the layers).
+    `verdicts` and `canary_verdicts` are those of the responses, in their order.
     """
 
     configuration: str
@@ -73,6 +101,8 @@ class Cell:
     measurement: Measurement
     responses: tuple[str, ...] = ()
     canary_responses: tuple[str, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    canary_verdicts: tuple[Verdict, ...] = ()
 
     def key(self) -> tuple[str, str, tuple[int, ...], float]:
         """Returns what tells the cell from others, in the order in which cells are reported."""
@@ -92,9 +122,13 @@ class Cell:
             **{
                 **data,
                 "layers": tuple(data["layers"]),
-                "measurement": Measurement(**data["measurement"]),
+                "measurement": Measurement.from_dict(data["measurement"]),
                 "responses": tuple(data["responses"]),
                 "canary_responses": tuple(data["canary_responses"]),
+                **{
+                    name: tuple(Verdict(**verdict) for verdict in data.get(name, ()))
+                    for name in ("verdicts", "canary_verdicts")
+                },
             }
         )
 
@@ -149,6 +183,7 @@ class SweepResult:
     categories: tuple[str, ...] = ()
     canaries: tuple[str, ...] = ()
     baseline_responses: tuple[str, ...] = ()
+    baseline_verdicts: tuple[Verdict, ...] = ()
     pools: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -233,6 +268,7 @@ class SweepResult:
             "categories": list(self.categories),
             "canaries": list(self.canaries),
             "baseline_responses": list(self.baseline_responses),
+            "baseline_verdicts": [asdict(verdict) for verdict in self.baseline_verdicts],
             "layers": [asdict(summary) for summary in self.summaries()],
             "synergies": [asdict(synergy) for synergy in self.synergies],
             "cells": cells,
@@ -245,19 +281,28 @@ class SweepResult:
         derived = {"refusal_interval", "efficiency"}
         return cls(
             model=data["model"],
-            baseline=Measurement(**data["baseline"]),
+            baseline=Measurement.from_dict(data["baseline"]),
             cells=tuple(
                 Cell.from_dict({name: cell[name] for name in cell if name not in derived})
                 for cell in data["cells"]
             ),
             synergies=tuple(
-                Synergy(**{**synergy, "layers": tuple(synergy["layers"])})
+                Synergy(
+                    **{
+                        **synergy,
+                        "layers": tuple(synergy["layers"]),
+                        "kl_divergence": _divergence(synergy["kl_divergence"]),
+                    }
+                )
                 for synergy in data["synergies"]
             ),
             prompts=tuple(data["prompts"]),
             categories=tuple(data["categories"]),
             canaries=tuple(data["canaries"]),
             baseline_responses=tuple(data["baseline_responses"]),
+            baseline_verdicts=tuple(
+                Verdict(**verdict) for verdict in data.get("baseline_verdicts", ())
+            ),
             pools=data["pools"],
             settings=data["settings"],
         )
@@ -265,7 +310,7 @@ class SweepResult:
     def to_json(self) -> str:
         """Returns the sweep as JSON text; the same sweep gives the same bytes."""
 
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return json_text(self.to_dict()) + "\n"
 
     def to_csv(self) -> str:
         """Returns one row per cell as CSV text."""
@@ -295,25 +340,33 @@ class SweepResult:
                     measurement.canary_refusals,
                     measurement.n_canaries,
                     f"{measurement.kl_divergence:.6g}",
-                    f"{measurement.kl_standard_error:.6g}",
+                    ""
+                    if measurement.kl_standard_error is None
+                    else f"{measurement.kl_standard_error:.6g}",
                     "" if ratio is None else f"{ratio:.6g}",
                 ]
             )
         return buffer.getvalue()
 
     def responses_json_lines(self) -> str:
-        """Returns every response as JSON Lines: where it was given, to what, and its text."""
+        """Returns every response as JSON Lines: where it was given, to what, its text, and its tier and coherence."""
 
-        lines = []
-        for pool, prompts, responses in _response_rows(self):
-            for prompt, (where, response) in zip(prompts, responses, strict=True):
-                lines.append(
-                    json.dumps(
-                        {**where, "pool": pool, "prompt": prompt, "response": response},
-                        ensure_ascii=False,
-                    )
-                )
-        return "".join(f"{line}\n" for line in lines)
+        base: dict[str, Any] = {"configuration": None}
+        rows = _response_rows(
+            base, "harmful", self.prompts, self.baseline_responses, self.baseline_verdicts
+        )
+        for cell in self.cells:
+            where = {
+                "configuration": cell.configuration,
+                "strength": cell.strength,
+                "layers": list(cell.layers),
+                "weight": cell.weight,
+            }
+            rows += _response_rows(where, "harmful", self.prompts, cell.responses, cell.verdicts)
+            rows += _response_rows(
+                where, "canary", self.canaries, cell.canary_responses, cell.canary_verdicts
+            )
+        return "".join(f"{json_text(row, sort_keys=False, indent=None)}\n" for row in rows)
 
 
 CSV_COLUMNS = (
@@ -339,27 +392,25 @@ CSV_COLUMNS = (
 
 
 def _response_rows(
-    result: SweepResult,
-) -> list[tuple[str, Sequence[str], list[tuple[dict[str, Any], str]]]]:
-    """Returns pool, prompts, and the place and text of each response, for every cell."""
+    where: dict[str, Any],
+    pool: str,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    verdicts: Sequence[Verdict],
+) -> list[dict[str, Any]]:
+    """Returns a row for each response of a cell; none where they are not known."""
 
-    rows: list[tuple[str, Sequence[str], list[tuple[dict[str, Any], str]]]] = []
-    if result.baseline_responses:
-        base: dict[str, Any] = {"configuration": None}
-        rows.append(
-            ("harmful", result.prompts, [(base, text) for text in result.baseline_responses])
-        )
-    for cell in result.cells:
-        where = {
-            "configuration": cell.configuration,
-            "strength": cell.strength,
-            "layers": list(cell.layers),
-            "weight": cell.weight,
+    if not responses:
+        return []
+    return [
+        {
+            **where,
+            "pool": pool,
+            "prompt": prompt,
+            "response": response,
+            **({} if verdict is None else asdict(verdict)),
         }
-        if cell.responses:
-            rows.append(("harmful", result.prompts, [(where, text) for text in cell.responses]))
-        if cell.canary_responses:
-            rows.append(
-                ("canary", result.canaries, [(where, text) for text in cell.canary_responses])
-            )
-    return rows
+        for prompt, response, verdict in zip(
+            prompts, responses, verdicts or [None] * len(responses), strict=True
+        )
+    ]

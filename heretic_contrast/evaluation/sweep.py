@@ -7,6 +7,8 @@ Each layer alone, at each weight, all directions of the layer at uniform weight:
 successful, and at what cost. Interventions are forward hooks, so the model is loaded once and never changed.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
@@ -22,7 +24,7 @@ from ..prompts import Prompt, prompts_digest
 from ..sources import ShowProgress
 from . import coherence, response_rules, response_text, responses
 from .capture import CaptureResult, capture_pairs
-from .coherence import is_coherent
+from .coherence import is_coherent, normalized_bigram_entropy
 from .divergence import (
     SparseLogProbabilities,
     base_statistics,
@@ -36,7 +38,7 @@ from .known_sequences import Count, KnownSequences, Piece, Tokens
 from .plan import Configurations, PreparedSweep, SweepOptions, SweepPlan, plan_sweep
 from .plan_settings import check_weights
 from .responses import Tier, classify_response
-from .results import Cell, Measurement, SweepResult, Synergy
+from .results import Cell, Measurement, SweepResult, Synergy, Verdict
 
 RULES = (responses, response_rules, response_text, coherence)
 """The modules that decide how a response is judged."""
@@ -312,6 +314,8 @@ class SweepEvaluator:
         for index, key in enumerate(keys):
             directions = self.configurations[key.configuration].directions
             harmful_responses, canary_responses = self._split(responses[index])
+            verdicts = self._verdicts(self.plan.harmful, harmful_responses)
+            canary_verdicts = self._verdicts(self.plan.canaries, canary_responses)
             cells.append(
                 Cell(
                     configuration=key.configuration,
@@ -325,9 +329,11 @@ class SweepEvaluator:
                         weight_along(operator, directions.mean_direction[layer + 1])
                         for layer, operator in operators[index].items()
                     ),
-                    measurement=self._judge(harmful_responses, canary_responses, kl[index]),
+                    measurement=measure(verdicts, canary_verdicts, kl[index]),
                     responses=harmful_responses,
                     canary_responses=canary_responses,
+                    verdicts=verdicts,
+                    canary_verdicts=canary_verdicts,
                 )
             )
         return cells
@@ -339,8 +345,10 @@ class SweepEvaluator:
             {0: Operator(torch.zeros(1, self.model.hidden_size), torch.zeros(1, 1))},
             self.options.components,
         )
-        return self._judge(
-            *self._split(self._responder.base_responses()),
+        harmful_responses, canary_responses = self._split(self._responder.base_responses())
+        return measure(
+            self._verdicts(self.plan.harmful, harmful_responses),
+            self._verdicts(self.plan.canaries, canary_responses),
             self._references.measure([nothing])[0],
         )
 
@@ -350,29 +358,16 @@ class SweepEvaluator:
         n_harmful = len(self.plan.harmful)
         return tuple(responses[:n_harmful]), tuple(responses[n_harmful:])
 
-    def _judge(
-        self, responses: Sequence[str], canary_responses: Sequence[str], kl: tuple[float, float]
-    ) -> Measurement:
-        """Counts tiers, incoherent responses and false refusals."""
+    def _verdicts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[Verdict, ...]:
+        """Returns the tier and the coherence of each response."""
 
-        tiers = [
-            self._classify(prompt.text, response)
-            for prompt, response in zip(self.plan.harmful, responses, strict=True)
-        ]
-        canary_tiers = [
-            self._classify(prompt.text, response)
-            for prompt, response in zip(self.plan.canaries, canary_responses, strict=True)
-        ]
-        return Measurement(
-            refusals=tiers.count(Tier.REFUSE),
-            evasive=tiers.count(Tier.EVASIVE),
-            complied=tiers.count(Tier.COMPLY),
-            incoherent=sum(not is_coherent(response) for response in responses),
-            n_harmful=len(responses),
-            canary_refusals=canary_tiers.count(Tier.REFUSE),
-            n_canaries=len(canary_responses),
-            kl_divergence=kl[0],
-            kl_standard_error=kl[1],
+        return tuple(
+            Verdict(
+                tier=self._classify(prompt.text, response).value,
+                coherent=is_coherent(response),
+                bigram_entropy=round(normalized_bigram_entropy(response), 6),
+            )
+            for prompt, response in zip(prompts, responses, strict=True)
         )
 
     def identity(self) -> Identity:
@@ -417,12 +412,36 @@ class SweepEvaluator:
             categories=tuple(prompt.category or "" for prompt in self.plan.harmful),
             canaries=tuple(prompt.text for prompt in self.plan.canaries),
             baseline_responses=self.base_responses,
+            baseline_verdicts=self._verdicts(self.plan.harmful, self.base_responses),
             pools=self.plan.pools,
             settings={
                 **self.options.to_dict(),
                 "directions": {name: item.to_dict() for name, item in self.configurations.items()},
             },
         )
+
+
+def measure(
+    verdicts: Sequence[Verdict], canary_verdicts: Sequence[Verdict], kl: tuple[float, float]
+) -> Measurement:
+    """
+    Counts tiers, incoherent responses and false refusals.
+
+    `kl`: the divergence, and its standard error, which is not a number where there is none.
+    """
+
+    tiers = Counter(verdict.tier for verdict in verdicts)
+    return Measurement(
+        refusals=tiers[Tier.REFUSE.value],
+        evasive=tiers[Tier.EVASIVE.value],
+        complied=tiers[Tier.COMPLY.value],
+        incoherent=sum(not verdict.coherent for verdict in verdicts),
+        n_harmful=len(verdicts),
+        canary_refusals=sum(verdict.tier == Tier.REFUSE.value for verdict in canary_verdicts),
+        n_canaries=len(canary_verdicts),
+        kl_divergence=kl[0],
+        kl_standard_error=kl[1] if math.isfinite(kl[1]) else None,
+    )
 
 
 def check_plan(model: LanguageModel, plan: SweepPlan) -> None:

@@ -3,14 +3,13 @@
 """Writing a report to a directory: plots, tables, and one self-contained page."""
 
 import base64
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from ..files import write_bytes_atomically, write_text_atomically
+from ..files import json_text, write_bytes_atomically, write_text_atomically
 from .content import Report
 from .plots import can_plot
 from .tables import to_csv
@@ -58,4 +57,4 @@ def table_files(report: Report) -> dict[str, str]:
 def to_json(value: Any) -> str:
     """Returns JSON text; the same value gives the same bytes."""
 
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(value) + "\n"
