@@ -148,13 +148,10 @@ def random_directions(layers: int, directions: int, hidden_size: int) -> Any:
         torch.randn(layers + 1, directions, hidden_size, generator=generator), dim=-1
     )
     names = tuple(f"class {index}" for index in range(directions))
-    lengths = torch.ones(tensor.shape[:2])
     return Directions(
         tensor=tensor,
         names=names,
         aligned=True,
-        norms=lengths,
-        singular_values=lengths,
         class_directions=tensor,
         class_names=names,
         mean_direction=tensor.mean(dim=1),

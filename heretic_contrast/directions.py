@@ -70,9 +70,6 @@ class Directions:
     `names`: one per direction: its class (with the rank of the neuron where there are several), or "svd 1" ....
     `aligned`: whether direction k of neighboring layers belongs to the same class, so that interpolating
     between layers has a meaning.
-    `norms`: Tensor of shape (n_layers + 1, n_directions), the lengths before scaling (after SVD: singular values).
-    `singular_values`: Tensor of shape (n_layers + 1, min(n_class_directions, hidden_size)), of the class
-    directions as trained.
     `class_directions`: Tensor of shape (n_layers + 1, n_class_directions, hidden_size), as trained, before SVD and
     scale; named by `class_names`.
     `mean_direction`: Tensor of shape (n_layers + 1, hidden_size), mean harmful minus mean general harmless residual.
@@ -85,8 +82,6 @@ class Directions:
     tensor: Tensor
     names: tuple[str, ...]
     aligned: bool
-    norms: Tensor
-    singular_values: Tensor
     class_directions: Tensor
     class_names: tuple[str, ...]
     mean_direction: Tensor
@@ -226,7 +221,6 @@ def extract_directions(
     if settings.control is Control.RANDOM:
         as_trained = random_directions(as_trained, settings.seed)
 
-    singular_values = torch.linalg.svdvals(as_trained)
     if settings.svd:
         vectors, norms = orthogonalize(as_trained, mean_direction, settings.svd_rank)
         names = tuple(f"svd {index + 1}" for index in range(vectors.shape[1]))
@@ -240,8 +234,6 @@ def extract_directions(
 
     tensors = {
         "tensor": vectors.float().contiguous(),
-        "norms": norms.float(),
-        "singular_values": singular_values.float(),
         "class_directions": as_trained.float().contiguous(),
         "mean_direction": mean_direction.float(),
     }

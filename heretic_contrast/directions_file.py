@@ -25,13 +25,14 @@ FORMAT = "heretic-contrast directions 1"
 
 TENSORS = (
     "tensor",
-    "norms",
-    "singular_values",
     "class_directions",
     "mean_direction",
     "hits",
 )
 """The fields of `Directions` that are tensors."""
+
+FORMER_TENSORS = ("norms", "singular_values")
+"""What files of earlier versions hold as well: what follows from the class directions."""
 
 NESTING = 32
 """How deep the provenance may be nested: what is nested deeper cannot be written to JSON again everywhere."""
@@ -74,7 +75,8 @@ def read_directions(path: Path | str) -> dict[str, Any]:
                     f"{path} is not a directions file of this version of heretic-contrast: "
                     "make one with heretic-contrast extract."
                 )
-            tensors = {name: file.get_tensor(name) for name in TENSORS}
+            former = set(FORMER_TENSORS) & set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in (*TENSORS, *former)}
         names, class_names, aligned, provenance = _read_metadata(metadata)
     except ContrastError:
         raise
@@ -111,7 +113,7 @@ def read_directions(path: Path | str) -> dict[str, Any]:
             f"{path} holds numbers that are not finite, so it cannot be used: extract it again."
         )
     return {
-        **tensors,
+        **{name: tensors[name] for name in TENSORS},
         "names": names,
         "class_names": class_names,
         "aligned": aligned,
@@ -169,7 +171,7 @@ def _read_metadata(
 def _shapes_agree(tensors: Mapping[str, Tensor], n_directions: int, n_classes: int) -> bool:
     """Returns whether the tensors of a file have the shapes that `Directions` describes."""
 
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensors[name].shape) for name in TENSORS}
     if not all(len(shapes[name]) == 3 for name in ("tensor", "class_directions", "hits")):
         return False
     n_indices, _, hidden_size = shapes["tensor"]
@@ -182,8 +184,6 @@ def _shapes_agree(tensors: Mapping[str, Tensor], n_directions: int, n_classes: i
         and shapes
         == {
             "tensor": (n_indices, n_directions, hidden_size),
-            "norms": (n_indices, n_directions),
-            "singular_values": (n_indices, min(n_class_directions, hidden_size)),
             "class_directions": (n_indices, n_class_directions, hidden_size),
             "mean_direction": (n_indices, hidden_size),
             "hits": (n_indices, n_classes, shapes["hits"][2]),

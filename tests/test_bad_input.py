@@ -297,8 +297,6 @@ def test_damaged_directions_file(
         tensor=tensor,
         names=("all",),
         aligned=True,
-        norms=tensor[..., 0],
-        singular_values=tensor[..., 0],
         class_directions=tensor,
         class_names=("all",),
         mean_direction=tensor[:, 0],

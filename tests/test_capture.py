@@ -37,8 +37,6 @@ def make_directions(tensor: Tensor, class_directions: Tensor | None = None) -> D
         tensor=tensor,
         names=tuple(f"direction {index}" for index in range(tensor.shape[1])),
         aligned=True,
-        norms=tensor.norm(dim=-1),
-        singular_values=torch.linalg.svdvals(trained),
         class_directions=trained,
         class_names=names,
         mean_direction=trained.mean(dim=1),

@@ -342,8 +342,6 @@ def make_directions(path: Path) -> Directions:
         tensor=tensor,
         names=("drugs", "fraud"),
         aligned=True,
-        norms=tensor.norm(dim=-1),
-        singular_values=torch.linalg.svdvals(tensor),
         class_directions=tensor * 2,
         class_names=("drugs", "fraud"),
         mean_direction=tensor.mean(1),
@@ -356,7 +354,7 @@ def make_directions(path: Path) -> Directions:
 def content_of(directions: Directions) -> tuple[Any, ...]:
     """Everything that a directions file says."""
 
-    tensors = ("tensor", "norms", "singular_values", "class_directions", "mean_direction", "hits")
+    tensors = ("tensor", "class_directions", "mean_direction", "hits")
     return (
         [getattr(directions, name).tolist() for name in tensors],
         directions.names,

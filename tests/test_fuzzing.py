@@ -340,8 +340,6 @@ def make_tensors(layers: int = 3, n: int = 2, hidden: int = 4) -> dict[str, torc
     vectors = torch.randn(layers + 1, n, hidden, generator=generator)
     return {
         "tensor": vectors,
-        "norms": vectors.norm(dim=-1),
-        "singular_values": torch.linalg.svdvals(vectors),
         "class_directions": vectors,
         "mean_direction": vectors.mean(dim=1),
         "hits": torch.ones(layers + 1, n, 3, dtype=torch.int64),

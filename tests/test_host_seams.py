@@ -119,8 +119,6 @@ def make_directions(n_directions: int, aligned: bool = True) -> Directions:
         tensor=tensor,
         names=tuple(f"class {index}" for index in range(n_directions)),
         aligned=aligned,
-        norms=tensor.norm(dim=-1),
-        singular_values=tensor.norm(dim=-1),
         class_directions=tensor,
         class_names=tuple(f"class {index}" for index in range(n_directions)),
         mean_direction=tensor.mean(1),

@@ -49,8 +49,6 @@ def random_directions(model: LanguageModel, n_directions: int, seed: int) -> Dir
         tensor=tensor,
         names=tuple(f"class {index}" for index in range(n_directions)),
         aligned=True,
-        norms=torch.ones(shape),
-        singular_values=torch.ones(shape),
         class_directions=tensor,
         class_names=tuple(f"class {index}" for index in range(n_directions)),
         mean_direction=tensor.mean(dim=1),

@@ -233,6 +233,7 @@ def forge(path: Path, provenance: dict[str, Any], names: list[str]) -> None:
     vectors = torch.ones(3, len(names), 4)
     tensors = {
         "tensor": vectors,
+        # Earlier versions wrote these two as well.
         "norms": vectors.norm(dim=-1),
         "singular_values": torch.linalg.svdvals(vectors),
         "class_directions": vectors.clone(),

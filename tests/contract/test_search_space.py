@@ -31,8 +31,6 @@ def test_one_direction_searches_what_heretic_searches(n_layers: int) -> None:
         tensor=tensor,
         names=("all",),
         aligned=True,
-        norms=tensor.norm(dim=-1),
-        singular_values=tensor.norm(dim=-1),
         class_directions=tensor,
         class_names=("all",),
         mean_direction=tensor.mean(1),
