@@ -7,6 +7,7 @@ Heretic initializes scorers and takes their baselines before a modifier applies 
 model again after an export. So nothing here keeps a model, and every score looks at the model of the moment.
 """
 
+import math
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -125,10 +126,12 @@ class TeacherForcedDivergence(ContrastScorer):
 
         forcing = TeacherForcing(language_model(ctx, self.heretic_settings))
         mean, error = self.references.measure_model(forcing)
+        # A single prompt has no standard error.
+        shown = "" if math.isnan(error) else f" ± {error:.4f}"
         return Score(
             value=mean,
-            rich_display=f"[bold]{mean:.4f}[/] ± {error:.4f}",
-            md_display=f"{mean:.4f} ± {error:.4f}",
+            rich_display=f"[bold]{mean:.4f}[/]{shown}",
+            md_display=f"{mean:.4f}{shown}",
         )
 
 

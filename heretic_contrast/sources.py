@@ -72,6 +72,7 @@ class UsedPrompts:
             "count": len(self.digests) if known else None,
             "digest": hashlib.sha256(content.encode()).hexdigest() if known else None,
             "unknown": list(self.unknown),
+            "notes": self.sentences(),
         }
 
 

@@ -93,7 +93,7 @@ NOT_RUN = {
     "HERETIC_SOURCE=/path/to/heretic pytest tests/upstream": CHECKOUT,
     """heretic --modifiers '[{"plugin": "heretic_contrast.ContrastAbliteration"}]' --model MODEL""": HERETIC_2,
     "python examples/make_refuser.py --output DIR": (
-        "trains for minutes: test_the_refuser_can_be_made trains for two steps"
+        "trains for minutes on two cores; test_refuser.py makes the pools with it"
     ),
     "python benchmarks/estimate.py --check --layers 8 --references 20": RANDOM_MODEL,
     "python benchmarks/generation.py": RANDOM_MODEL,

@@ -30,6 +30,8 @@ from heretic_contrast.hosts.loading import with_common_prefix, with_response_pre
 from heretic_contrast.hosts.surface import progress_bar
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt, text_digest
+from heretic_contrast.report.sweep_report import sweep_report
+from heretic_contrast.report.writing import to_html
 from heretic_contrast.settings import ContrastSettings, PromptSource
 from heretic_contrast.sources import DirectionSources
 from tests import natural_pools
@@ -442,7 +444,12 @@ def test_a_directions_file_is_swept_as_the_extraction_that_made_it(
     replace(made, provenance=provenance).save(tmp_path / "directions.safetensors")
     older = run_refuser(refuser, tmp_path, contrast, lines, random_control=False)
     assert len([line for line in lines if "cannot be known" in line]) == 1
-    assert older.pools["extraction"] == {"count": None, "digest": None, "unknown": ["unmatched"]}
+    extraction = dict(older.pools["extraction"])
+    (note,) = extraction.pop("notes")
+    assert "cannot be known" in note
+    assert extraction == {"count": None, "digest": None, "unknown": ["unmatched"]}
+    page = to_html(sweep_report(older))
+    assert "cannot be known" in page and "cannot be known" not in to_html(sweep_report(found))
     assert older.pools["harmful"]["left_out_as_used_for_extraction"] is None
     assert json.loads(older.to_json())["pools"] == older.pools
 

@@ -6,7 +6,6 @@ import importlib.util
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__
@@ -49,27 +48,32 @@ def heretic_finding() -> Finding:
     return Finding("Heretic", True, f"{installed}, with {offers[surface]}")
 
 
+def import_needs(command: str, surface: str) -> None:
+    """Imports what a command needs of a Heretic with that surface."""
+
+    if command == "audit":
+        from ..hosts import surface as _
+    elif command in ("extract", "sweep"):
+        from ..hosts import loading as _  # type: ignore[no-redef]
+    elif surface == "2.0":
+        from ..hosts import heretic20 as _  # type: ignore[no-redef]
+    else:
+        from ..hosts import heretic14 as _  # type: ignore[no-redef] # noqa: F401
+
+
 def command_findings() -> list[Finding]:
     """Looks at which commands work with the installed Heretic, and imports what they need of it."""
 
     from ..hosts.installed import installed_surface, obstacle
 
     surface = installed_surface()
-    host = "heretic20" if surface == "2.0" else "heretic14"
-    needed = {
-        "run": host,
-        "extract": "loading",
-        "sweep": "loading",
-        "audit": "surface",
-        "demo": host,
-    }
     found = []
-    for command, module in needed.items():
+    for command in ("run", "extract", "sweep", "audit", "demo"):
         sentence = obstacle(command, surface)
         remedy = ""
         if sentence is None:
             try:
-                import_module(f"..hosts.{module}", __package__)
+                import_needs(command, surface)
             except Exception as error:
                 # Heretic's development state may have changed whatever it likes.
                 sentence = (

@@ -2,6 +2,7 @@
 
 """What a report consists of: sections with text, tables and figures, before they take any form."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ def significant(digits: int) -> Formatter:
     """Returns a formatter to a number of significant digits."""
 
     def form(value: float) -> str:
+        if math.isinf(value):
+            return "∞"
         text = f"{value:.{digits}g}"
         return text if "e" not in text else f"{value:.{digits - 1}e}"
 

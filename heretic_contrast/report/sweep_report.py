@@ -104,11 +104,10 @@ def sweep_report(
     if geometry is not None:
         sections += [magnitude_section(geometry), compounding_section(geometry)]
         if geometry.activities:
-            sections.append(
-                perturbation_section(
-                    geometry, "Prompts of the evaluation pools, never used for extraction."
-                )
-            )
+            note = "Prompts of the evaluation pools"
+            if not result.pools.get("extraction", {}).get("notes"):
+                note += ", never used for extraction"
+            sections.append(perturbation_section(geometry, f"{note}."))
     sections += [cells_section(result), reading_section(result)]
     base = result.baseline
     return Report(
@@ -205,6 +204,7 @@ def overview_section(result: SweepResult) -> Section:
             "Each layer was ablated alone, all its directions at the same weight. "
             "R is the number of harmful prompts that are refused. Strength: with weight, every direction has the weight; with "
             "effective, all directions of a layer together remove no more than one of that weight.",
+            *result.pools.get("extraction", {}).get("notes", ()),
         ),
         tables=(
             configuration_table(result),
