@@ -402,6 +402,7 @@ def _response_rows(
 
     if not responses:
         return []
+    known: Sequence[Verdict | None] = verdicts or [None] * len(responses)
     return [
         {
             **where,
@@ -410,7 +411,5 @@ def _response_rows(
             "response": response,
             **({} if verdict is None else asdict(verdict)),
         }
-        for prompt, response, verdict in zip(
-            prompts, responses, verdicts or [None] * len(responses), strict=True
-        )
+        for prompt, response, verdict in zip(prompts, responses, known, strict=True)
     ]
