@@ -51,14 +51,15 @@ def heretic_finding() -> Finding:
 def import_needs(command: str, surface: str) -> None:
     """Imports what a command needs of a Heretic with that surface."""
 
+    # Names of their modules, since a module that has been imported is found in its package even where it is broken.
     if command == "audit":
-        from ..hosts import surface as _
+        from ..hosts.surface import log as _
     elif command in ("extract", "sweep"):
-        from ..hosts import loading as _  # type: ignore[no-redef]
+        from ..hosts.loading import load_language_model as _
     elif surface == "2.0":
-        from ..hosts import heretic20 as _  # type: ignore[no-redef]
+        from ..hosts.heretic20 import run as _
     else:
-        from ..hosts import heretic14 as _  # type: ignore[no-redef] # noqa: F401
+        from ..hosts.heretic14 import run as _  # noqa: F401
 
 
 def command_findings() -> list[Finding]:

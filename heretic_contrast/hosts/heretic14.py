@@ -8,6 +8,7 @@ globals. The host substitutes a few of them for one run, and restores them.
 """
 
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -535,6 +536,22 @@ def substituted(substitutes: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
+def failed_trials_in_one_line() -> Iterator[None]:
+    """Keeps Optuna from printing the traceback of what ended a trial, and the study with it, which is said at the end."""
+
+    def without_traceback(record: logging.LogRecord) -> bool:
+        record.exc_info = None
+        return True
+
+    logger = logging.getLogger("optuna.study._optimize")
+    logger.addFilter(without_traceback)
+    try:
+        yield
+    finally:
+        logger.removeFilter(without_traceback)
+
+
+@contextmanager
 def noticing_interruption(host: Host) -> Iterator[None]:
     """Tells the host of Ctrl+C, which Heretic handles by itself during a trial."""
 
@@ -618,7 +635,7 @@ def run(settings: HostSettings) -> None:
         shutil.rmtree(settings.study_checkpoint_dir, ignore_errors=True)
     # Heretic's main() would show an interruption as an ordinary end.
     rich.traceback.install()
-    with substituted(host.substitutes()), noticing_interruption(host):
+    with substituted(host.substitutes()), noticing_interruption(host), failed_trials_in_one_line():
         try:
             heretic.main.run()
         except Exception as error:
