@@ -23,6 +23,7 @@ import pyarrow.parquet
 from examples.make_refuser import REQUESTS
 from heretic_contrast.categories import assign
 from tests.conftest import DATA
+from tests.natural_pools import MIX
 
 MODELS = ("Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3.5-2B")
 
@@ -31,18 +32,6 @@ HARMLESS = "mlabonne/harmless_alpaca"
 
 SIZES = {HARMFUL: {"train": 416, "test": 104}, HARMLESS: {"train": 25058, "test": 6265}}
 """Prompts by dataset and split, as published."""
-
-MIX = {
-    "fraud": 78,
-    "miscellaneous": 39,
-    "harassment": 37,
-    "hacking": 30,
-    "violence": 25,
-    "drugs": 14,
-    "surveillance": 4,
-    "self-harm": 2,
-}
-"""Subjects of 229 public harmful prompts by the lexicon, which finds none about sex."""
 
 CIRCUMSTANCES = (
     "at home",

@@ -13,18 +13,7 @@ from heretic_contrast.classes import select_classes
 from heretic_contrast.directions import PoolResiduals, extract_directions
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.settings import ContrastSettings
-
-NATURAL = {
-    "fraud": 78,
-    "miscellaneous": 39,
-    "harassment": 37,
-    "hacking": 30,
-    "violence": 25,
-    "drugs": 14,
-    "surveillance": 4,
-    "self-harm": 2,
-}
-"""The mix of subjects that the lexicon finds in public harmful prompts."""
+from tests.natural_pools import MIX as NATURAL
 
 
 def pool(counts: dict[str, int]) -> list[str]:
