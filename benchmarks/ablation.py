@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from measuring import best_time
 from torch import Tensor
 
-from heretic_contrast.ablation import compose
-from heretic_contrast.lora import RenormalizedChange, lora_factors
+from heretic_contrast.ablation.lora import RenormalizedChange, lora_factors
+from heretic_contrast.ablation.operator import compose
 from heretic_contrast.settings import RowNormalization
 
 

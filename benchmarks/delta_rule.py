@@ -18,7 +18,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     torch_recurrent_gated_delta_rule,
 )
 
-from heretic_contrast.evaluation.gated_delta_rule import gated_delta_rule
+from heretic_contrast.engine.cpu.gated_delta_rule import gated_delta_rule
 
 SHAPES = (
     ("a pass of the built-in refuser", 32, 43, 4, 32),

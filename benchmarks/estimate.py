@@ -34,11 +34,11 @@ from scaling import make_evaluator
 from som import make_residuals, views
 from torch.utils.flop_counter import FlopCounterMode
 
-from heretic_contrast.evaluation.head import CHUNK
+from heretic_contrast.directions.som import SomSettings, train_maps
+from heretic_contrast.engine.fast.head import CHUNK
 from heretic_contrast.evaluation.plan import SweepOptions
 from heretic_contrast.evaluation.sweep import SweepEvaluator
 from heretic_contrast.files import write_text_atomically
-from heretic_contrast.som import SomSettings, train_maps
 
 LOGIT_PASSES = 6
 """How often a chunk's logits are read or written for a divergence: made, copied, gathered from, scattered to, summed twice."""

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers.cache_utils import Cache
 
-from heretic_contrast.evaluation import few_rows, generation
-from heretic_contrast.evaluation.caches import select_rows, with_room
-from heretic_contrast.evaluation.generation import Running
-from heretic_contrast.evaluation.head import Head
+from heretic_contrast.engine.cpu import few_rows
+from heretic_contrast.engine.fast import generation
+from heretic_contrast.engine.fast.caches import select_rows, with_room
+from heretic_contrast.engine.fast.generation import Running
+from heretic_contrast.engine.fast.head import Head
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (6144, 2048), (2048, 6144))
 """Outputs and inputs of a matrix."""

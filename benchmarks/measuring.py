@@ -141,7 +141,7 @@ def random_language_model(
 def random_directions(layers: int, directions: int, hidden_size: int) -> Any:
     """Returns directions without meaning, one unit vector per layer and direction."""
 
-    from heretic_contrast.directions import Directions
+    from heretic_contrast.directions.directions import Directions
 
     generator = torch.Generator().manual_seed(0)
     tensor = torch.nn.functional.normalize(

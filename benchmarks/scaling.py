@@ -38,18 +38,19 @@ from rich.console import Console
 from rich.table import Table
 from som import make_residuals, views
 
-from heretic_contrast.ablation import compose
-from heretic_contrast.directions import PoolResiduals, extract_directions
-from heretic_contrast.evaluation.head import CHUNK
+from heretic_contrast.ablation.lora import lora_factors
+from heretic_contrast.ablation.operator import compose
+from heretic_contrast.directions.directions import PoolResiduals, extract_directions
+from heretic_contrast.directions.som import SomSettings, train_maps
+from heretic_contrast.engine.fast.head import CHUNK
+from heretic_contrast.evaluation.cells import CellKey
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
-from heretic_contrast.evaluation.responses import Tier
-from heretic_contrast.evaluation.sweep import CellKey, SweepEvaluator
+from heretic_contrast.evaluation.sweep import SweepEvaluator
 from heretic_contrast.files import write_bytes_atomically, write_text_atomically
-from heretic_contrast.lora import lora_factors
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.report.plots import COLORS, MARKERS
 from heretic_contrast.settings import ContrastSettings, RowNormalization
-from heretic_contrast.som import SomSettings, train_maps
+from heretic_contrast.tiers.responses import Tier
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 VOCABULARY = 248_320

@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from heretic_contrast.directions.som import Neighborhood, SomSettings, Topology, train_maps
 from heretic_contrast.files import write_text_atomically
-from heretic_contrast.som import Neighborhood, SomSettings, Topology, train_maps
 
 console = Console()
 
@@ -99,7 +99,7 @@ def measure_start() -> dict[str, float]:
     program = (
         "import time\n"
         "import numpy as np\n"
-        "from heretic_contrast.som import SomSettings, train_maps\n"
+        "from heretic_contrast.directions.som import SomSettings, train_maps\n"
         "start = time.perf_counter()\n"
         "train_maps([np.ones((4, 16), dtype=np.float32)], SomSettings(iterations=10))\n"
         "print(time.perf_counter() - start)\n"

@@ -26,22 +26,22 @@ import torch
 from torch.nn import Module
 from torch.utils.flop_counter import FlopCounterMode
 
-from heretic_contrast.ablation import Operator
+from heretic_contrast.ablation.operator import Operator
 from heretic_contrast.builtin import DATA, refuser_pool
-from heretic_contrast.directions import Directions
-from heretic_contrast.evaluation.generation import generate_tokens
-from heretic_contrast.evaluation.head import Head
-from heretic_contrast.evaluation.interventions import output_projections
+from heretic_contrast.directions.directions import Directions
+from heretic_contrast.directions.extraction import Pools, extract
+from heretic_contrast.engine.fast.generation import generate_tokens
+from heretic_contrast.engine.fast.head import Head
+from heretic_contrast.engine.fast.interventions import output_projections
+from heretic_contrast.evaluation.cells import Cell, CellKey
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
-from heretic_contrast.evaluation.responses import Tier
-from heretic_contrast.evaluation.results import Cell
-from heretic_contrast.evaluation.sampling import stratified_sample
-from heretic_contrast.evaluation.sweep import CellKey, SweepEvaluator, run_cells
-from heretic_contrast.extraction import Pools, extract
+from heretic_contrast.evaluation.sweep import SweepEvaluator, run_cells
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel, Progress, batches
 from heretic_contrast.prompts import Prompt, load_pool
+from heretic_contrast.prompts.sampling import stratified_sample
 from heretic_contrast.settings import ContrastSettings
+from heretic_contrast.tiers.responses import Tier
 
 Clock = Callable[[], float]
 """Returns what has passed so far: seconds, or operations."""

@@ -29,16 +29,16 @@ from heretic.config import Settings
 from rich.console import Console
 from rich.table import Table
 
-from heretic_contrast.evaluation.coherence import (
+from heretic_contrast.evaluation.statistics import wilson_interval
+from heretic_contrast.files import write_text_atomically
+from heretic_contrast.tiers.coherence import (
     ENTROPY_THRESHOLD,
     has_loop,
     is_coherent,
     normalized_bigram_entropy,
     split_words,
 )
-from heretic_contrast.evaluation.responses import Limits, Tier, explain_response
-from heretic_contrast.evaluation.statistics import wilson_interval
-from heretic_contrast.files import write_text_atomically
+from heretic_contrast.tiers.responses import Limits, Tier, explain_response
 
 LABELS = {
     "1_full_compliance": Tier.COMPLY,

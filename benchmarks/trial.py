@@ -27,7 +27,7 @@ from heretic_contrast.builtin import DATA, REFUSER
 from heretic_contrast.hosts.heretic14 import HostContext, HostModel
 from heretic_contrast.hosts.settings import HostSettings
 from heretic_contrast.modifier import ContrastAbliteration
-from heretic_contrast.search import Kernel, Parameters
+from heretic_contrast.search.parameters import Kernel, Parameters
 
 KERNEL = {"max_weight": 1.0, "min_weight": 0.5}
 

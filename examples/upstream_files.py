@@ -9,14 +9,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "heretic_contrast"
 MATHEMATICS = {
     "modifier.py": "the modifier itself",
     "settings.py": "its settings and presets",
-    "search.py": "parameters of a trial, and their space",
-    "classes.py": "which classes get a direction of their own",
-    "baselines.py": "the contrast baselines",
-    "directions.py": "class directions, SVD, scale, controls",
-    "som.py": "self-organizing maps in the span of their samples",
-    "som_kernel.py": "their compiled training; imported when a map is trained, and needs Numba",
-    "ablation.py": "the ablation operator and its compositions",
-    "lora.py": "its exact LoRA factors",
+    "search/parameters.py": "parameters of a trial, and their space",
+    "directions/classes.py": "which classes get a direction of their own",
+    "directions/baselines.py": "the contrast baselines",
+    "directions/directions.py": "class directions, SVD, scale, controls",
+    "directions/som.py": "self-organizing maps in the span of their samples",
+    "directions/som_kernel.py": "their compiled training; imported when a map is trained, and needs Numba",
+    "ablation/operator.py": "the ablation operator and its compositions",
+    "ablation/lora.py": "its exact LoRA factors",
     "vectors.py": "unit vectors",
 }
 """The modifier and its mathematics, in the order that they are best read in."""
@@ -26,10 +26,10 @@ SUPPORT = {
     "hosts/tables.py": "complaints about tables in `config.toml`",
     "hosts/unused.py": "what there has no effect",
     "hosts/lora_targets.py": "PEFT's targets in mixtures of experts",
-    "extraction.py": "from prompts to directions",
+    "directions/extraction.py": "from prompts to directions",
     "prompts/__init__.py": "prompts with categories",
     "prompts/reading.py": "reading them, from every format that they come in",
-    "categories.py": "harm categories, by a word list or by the model",
+    "prompts/categories.py": "harm categories, by a word list or by the model",
     "builtin.py": "default pools, and those of the built-in refuser",
     "language_model.py": "a loaded model, and its residuals",
     "chat.py": "its chat format, as the model reads it",
@@ -37,8 +37,8 @@ SUPPORT = {
     "weights.py": "weights in full precision, however they are stored",
     "offloading.py": "weights that are on disk or another device",
     "identity.py": "what identifies a model, so that stored numbers are not those of another",
-    "residual_cache.py": "residuals on disk",
-    "directions_file.py": "directions on disk",
+    "directions/residuals.py": "residuals on disk",
+    "directions/file.py": "directions on disk",
     "errors.py": "errors that are shown as one sentence",
     "files.py": "writing files whole or not at all",
 }
@@ -46,9 +46,9 @@ SUPPORT = {
 
 OPTIONAL = {
     "hosts/base.py": "the bases of plugins, where Heretic 1.4 has none",
-    "evaluation/responses.py": "the tiers of a response, for `drop_misbehaving`",
-    "evaluation/response_rules.py": "their rules",
-    "evaluation/response_text.py": "the text that they look at",
+    "tiers/responses.py": "the tiers of a response, for `drop_misbehaving`",
+    "tiers/rules.py": "their rules",
+    "tiers/text.py": "the text that they look at",
 }
 """What one of those files imports only where it is asked for, and a default plugin can do without."""
 

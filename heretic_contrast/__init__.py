@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .directions import Directions, extract_directions
+    from .directions.directions import Directions, extract_directions
     from .evaluation.sweep import sweep
     from .hosts.surface import wrap
     from .modifier import ContrastAbliteration
@@ -31,12 +31,12 @@ __all__ = [
 # file by its path, outside of any package, so that theirs are absolute.
 _HOMES = {
     "ContrastAbliteration": "heretic_contrast.modifier",
-    "Directions": "heretic_contrast.directions",
+    "Directions": "heretic_contrast.directions.directions",
     "FalseRefusals": "heretic_contrast.response_scorers",
     "FixedWeightSweep": "heretic_contrast.scorers",
     "RefusalTiers": "heretic_contrast.response_scorers",
     "TeacherForcedDivergence": "heretic_contrast.scorers",
-    "extract_directions": "heretic_contrast.directions",
+    "extract_directions": "heretic_contrast.directions.directions",
     "sweep": "heretic_contrast.evaluation.sweep",
     "wrap": "heretic_contrast.hosts.surface",
 }

@@ -6,13 +6,12 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import NoReturn
 
 from .errors import ContrastError, find_cause, one_line, show_warnings_as_sentences
-
-PROGRAM = "heretic-contrast"
+from .hosts.arguments import PROGRAM
 
 OVERVIEW = """\
 heretic-contrast: contrast baselines and multi-directional refusal ablation for Heretic (arXiv:2603.22061)
@@ -31,72 +30,17 @@ MODEL is a Hugging Face model ID, a path, or builtin:refuser. The options of run
 """
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Abliterates a model through Heretic 1.4."""
-
-    from .commands.run import main
-
-    main(arguments)
-
-
-def extract(arguments: Sequence[str]) -> None:
-    """Extracts directions."""
-
-    from .commands.extract import main
-
-    main(arguments)
-
-
-def sweep(arguments: Sequence[str]) -> None:
-    """Tests each layer alone at fixed weights."""
-
-    from .commands.sweep import main
-
-    main(arguments)
-
-
-def audit(arguments: Sequence[str]) -> None:
-    """Counts harm categories in a harmless pool."""
-
-    from .commands.audit import main
-
-    main(arguments)
-
-
-def demo(arguments: Sequence[str]) -> None:
-    """Runs everything on the built-in model."""
-
-    from .commands.demo import main
-
-    main(arguments)
-
-
-def doctor(arguments: Sequence[str]) -> None:
-    """Says what this installation can do."""
-
-    from .commands.doctor import main
-
-    main(arguments)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "run": run,
-    "extract": extract,
-    "sweep": sweep,
-    "audit": audit,
-    "demo": demo,
-    "doctor": doctor,
-}
-
-
 AGAIN = ". Run the same command to start again."
 RESUME = ". What was finished is kept; run the same command to resume."
-AFTER_INTERRUPTION: dict[Callable[[Sequence[str]], None], str] = {
-    extract: RESUME,
-    sweep: RESUME,
-    run: ". The trials that were finished are kept; run the same command with --checkpoint-action continue to resume.",
+COMMANDS: dict[str, str] = {
+    "run": ". The trials that were finished are kept; run the same command with --checkpoint-action continue to resume.",
+    "extract": RESUME,
+    "sweep": RESUME,
+    "audit": AGAIN,
+    "demo": AGAIN,
+    "doctor": AGAIN,
 }
-"""What follows on Ctrl+C."""
+"""What follows on Ctrl+C in each of the modules of `commands`."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What the operating system says where nothing more can be written."""
@@ -161,11 +105,10 @@ def main() -> None:
     show_warnings_as_sentences()
     show_every_character()
     arguments = sys.argv[1:]
-    command: Callable[[Sequence[str]], None] = run
+    command = "run"
     try:
         if arguments and arguments[0] in COMMANDS:
-            command = COMMANDS[arguments[0]]
-            arguments = arguments[1:]
+            command, *arguments = arguments
         elif arguments[:1] in (["-h"], ["--help"]) or not (arguments or may_be_configured()):
             sys.stdout.write(OVERVIEW + "\n")
             sys.stdout.flush()
@@ -177,7 +120,7 @@ def main() -> None:
             sys.stdout.write(f"{PROGRAM} {__version__}\n")
             sys.stdout.flush()
             return
-        command(arguments)
+        import_module(f"heretic_contrast.commands.{command}").main(arguments)
         # Whatever fails later is no longer answered with a sentence.
         sys.stdout.flush()
     except SystemExit:
@@ -187,7 +130,7 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         is_unread = has_lost_its_reader()
         if find_cause(error, KeyboardInterrupt) is not None:
-            end(130, f"\nInterrupted{AFTER_INTERRUPTION.get(command, AGAIN)}\n")
+            end(130, f"\nInterrupted{COMMANDS[command]}\n")
         if is_unread:
             end(1)
         sentence = sentence_of(error)

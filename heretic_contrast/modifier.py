@@ -13,11 +13,17 @@ from optuna import Trial
 from peft.tuners.lora.layer import LoraLayer
 from rich.markup import escape
 
-from heretic_contrast.ablation import compose, equalize
+from heretic_contrast.ablation.lora import (
+    lora_factors,
+    require_no_adapters,
+    set_factors,
+    zero_factors,
+)
+from heretic_contrast.ablation.operator import compose, equalize
 from heretic_contrast.builtin import is_builtin, with_refuser_pools
-from heretic_contrast.directions import Directions
+from heretic_contrast.directions.directions import Directions
+from heretic_contrast.directions.extraction import extract, load_pools
 from heretic_contrast.errors import ContrastError, one_line
-from heretic_contrast.extraction import extract, load_pools
 from heretic_contrast.hosts.lora_targets import adapters_on_named_modules
 from heretic_contrast.hosts.surface import (
     HAS_PLUGIN_SURFACE,
@@ -29,8 +35,7 @@ from heretic_contrast.hosts.surface import (
 )
 from heretic_contrast.hosts.tables import check_tables, show_errors_as_sentences, validated
 from heretic_contrast.identity import Identity
-from heretic_contrast.lora import lora_factors, require_no_adapters, set_factors, zero_factors
-from heretic_contrast.search import (
+from heretic_contrast.search.parameters import (
     HERETIC_20_RANGES,
     Parameters,
     layer_vectors,

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from heretic_contrast.builtin import harmful_pool, harmless_pool, is_builtin, refuser_pool
-from heretic_contrast.evaluation.coherence import is_coherent
-from heretic_contrast.evaluation.responses import Tier, classify_response
 from heretic_contrast.hosts.surface import Context, Score, Scorer, heretic_prompts, log
 from heretic_contrast.hosts.tables import check_tables, show_errors_as_sentences, validated
 from heretic_contrast.prompts import Prompt, load_pool
 from heretic_contrast.settings import PromptSources
+from heretic_contrast.tiers.coherence import is_coherent
+from heretic_contrast.tiers.responses import Tier, classify_response
 
 DEFAULT_POOL = "unset for Heretic's default, or for the built-in refuser its own"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from heretic_contrast.builtin import is_builtin, model_name, with_refuser_pools
+from heretic_contrast.engine.fast.interventions import TeacherForcing
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.evaluation.interventions import TeacherForcing
 from heretic_contrast.evaluation.plan import RANDOM, PreparedSweep, SweepSources, prepare_sweep
 from heretic_contrast.evaluation.plan_settings import SweepPlanSettings
 from heretic_contrast.evaluation.sweep import References, run_prepared

@@ -10,6 +10,7 @@ This module imports neither PyTorch nor Heretic, so that `--help` stays fast.
 import difflib
 from collections.abc import Callable, Mapping
 from enum import Enum
+from importlib.metadata import EntryPoints, entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -300,6 +301,22 @@ What Heretic 1.4 searches for each component, and the plugin for each direction.
 Positions and distances are fractions of the last layer's index, a distance being at least one layer; the smallest weight is a
 fraction of the largest one.
 """
+
+
+BASELINES = ("unmatched", "matched", "mixed", "nearest", "residualized")
+"""The built-in baselines."""
+
+
+def other_baselines() -> EntryPoints:
+    """Returns the baselines of other packages."""
+
+    return entry_points(group="heretic_contrast.baselines")
+
+
+def baseline_names() -> list[str]:
+    """Returns the names of all baselines: the built-in ones, then those of other packages."""
+
+    return [*BASELINES, *sorted({entry.name for entry in other_baselines()} - set(BASELINES))]
 
 
 class ContrastSettings(BaseModel):
@@ -689,11 +706,6 @@ class ContrastSettings(BaseModel):
     @field_validator("baseline")
     @classmethod
     def check_baseline(cls, value: str) -> str:
-        if value in BUILTIN_BASELINES:
-            return value
-        # Other packages' baselines are asked for only when they are named, since that imports PyTorch.
-        from .baselines import baseline_names
-
         if value not in baseline_names():
             raise ContrastError(
                 f'There is no contrast baseline "{value}": choose one of {", ".join(baseline_names())}.'
@@ -749,6 +761,3 @@ def general_parameter(name: str) -> str:
     """Returns the parameter of all components or directions that one of them has under this name."""
 
     return "scale" if name.startswith("scale.") else name.rpartition(".")[2]
-
-
-BUILTIN_BASELINES = ("unmatched", "matched", "mixed", "nearest", "residualized")

@@ -36,10 +36,10 @@ MODULES = (
     "heretic_contrast.commands.extract",
     "heretic_contrast.commands.run",
     "heretic_contrast.commands.sweep",
-    "heretic_contrast.evaluation.sweep_state",
+    "heretic_contrast.evaluation.storage",
     "heretic_contrast.hosts.surface",
     "heretic_contrast.report",
-    "heretic_contrast.som_kernel",
+    "heretic_contrast.directions.som_kernel",
 )
 """What commands import late, because it is slow."""
 

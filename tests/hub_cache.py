@@ -21,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 
 from examples.make_refuser import REQUESTS
-from heretic_contrast.categories import assign
+from heretic_contrast.prompts.categories import assign
 from tests.conftest import DATA
 from tests.natural_pools import MIX
 

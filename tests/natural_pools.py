@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from examples.make_refuser import REQUESTS
-from heretic_contrast.categories import assign
+from heretic_contrast.prompts.categories import assign
 from tests.conftest import DATA
 
 MIX = {

@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heretic_contrast.baselines import LayerResiduals
-from heretic_contrast.directions import PoolResiduals
+from heretic_contrast.directions.baselines import LayerResiduals
+from heretic_contrast.directions.directions import PoolResiduals
 
 CLASSES = ("drugs", "fraud", "hacking", "weapons")
 

@@ -19,20 +19,20 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heretic_contrast import cli, identity
-from heretic_contrast.ablation import Composition
-from heretic_contrast.directions import Directions
+from heretic_contrast.ablation.operator import Composition
+from heretic_contrast.directions.directions import Directions
+from heretic_contrast.directions.extraction import Pools, extract
+from heretic_contrast.directions.residuals import cached_residuals
 from heretic_contrast.errors import ContrastError, ContrastWarning
-from heretic_contrast.evaluation import sweep_state
+from heretic_contrast.evaluation import storage as storage_module
 from heretic_contrast.evaluation.plan import Configuration, SweepOptions, plan_sweep
-from heretic_contrast.evaluation.responses import Tier
 from heretic_contrast.evaluation.sweep import SweepEvaluator, run_cells
-from heretic_contrast.extraction import Pools, extract
 from heretic_contrast.hosts.surface import from_heretic, wrap
 from heretic_contrast.identity import NAMES, differences, identify, weights_digest
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
-from heretic_contrast.residual_cache import cached_residuals
 from heretic_contrast.settings import ContrastSettings
+from heretic_contrast.tiers.responses import Tier
 from tests.tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -414,15 +414,15 @@ def test_storages_of_earlier_versions_are_named(tmp_path: Path) -> None:
 
     storage = str(tmp_path / "sweep.journal")
     study = optuna.create_study(
-        study_name=sweep_state.STUDY_NAME,
-        storage=sweep_state.open_storage(storage),
+        study_name=storage_module.STUDY_NAME,
+        storage=storage_module.open_storage(storage),
         directions=["minimize", "minimize"],
     )
     study.set_user_attr("fingerprint", "of an earlier version")
     study.add_trial(create_trial(values=[0, 0]))
     content = Path(storage).read_bytes()
     with pytest.raises(ContrastError, match="does not say what decided its cells"):
-        sweep_state.SweepState(storage, {"options": "f"})
+        storage_module.SweepState(storage, {"options": "f"})
     assert Path(storage).read_bytes().startswith(content)
 
 

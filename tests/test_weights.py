@@ -15,18 +15,23 @@ from torch.nn import Linear, Module, Parameter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from heretic_contrast.ablation import ablated, compose
+from heretic_contrast.ablation.lora import (
+    lora_factors,
+    require_mergeable,
+    set_factors,
+    zero_factors,
+)
+from heretic_contrast.ablation.operator import ablated, compose
+from heretic_contrast.engine.fast.interventions import output_projections
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.evaluation.interventions import output_projections
 from heretic_contrast.evaluation.plan import SweepOptions
-from heretic_contrast.evaluation.responses import Tier
 from heretic_contrast.evaluation.sweep import sweep
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.identity import weights_digest
 from heretic_contrast.language_model import LanguageModel
-from heretic_contrast.lora import lora_factors, require_mergeable, set_factors, zero_factors
 from heretic_contrast.offloading import is_offloaded
 from heretic_contrast.prompts import Prompt
+from heretic_contrast.tiers.responses import Tier
 from heretic_contrast.weights import base_weight, require_known
 from tests.tiny_models import make_model, make_tokenizer
 
@@ -352,7 +357,7 @@ def test_offloaded_models_are_modified_and_saved(
 
 @pytest.mark.slow
 def test_offloaded_models_are_swept(offloaded: Callable[[], LanguageModel], tiny: Path) -> None:
-    from tests.test_sweep import random_directions
+    from tests.evaluation.test_sweep import random_directions
 
     plain, model = loaded(tiny), offloaded()
     directions = {"one": random_directions(plain, 2, 0)}

@@ -71,7 +71,7 @@ def run_measure(chosen: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from heretic_contrast.builtin import REFUSER, resolve_model
-    from heretic_contrast.evaluation.results import SweepResult
+    from heretic_contrast.evaluation.cells import SweepResult
     from heretic_contrast.hosts.surface import log, progress_bar, wrap
 
     from .pools import builtin_pools, file_pools

@@ -17,20 +17,20 @@ from typing import Any
 
 from torch import Tensor
 
-from heretic_contrast.directions import Directions
+from heretic_contrast.directions.directions import Directions
+from heretic_contrast.directions.residuals import cached_residuals
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import split_by_behavior
-from heretic_contrast.evaluation.coherence import is_coherent
+from heretic_contrast.evaluation.cells import Cell, CellKey, SweepResult
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
-from heretic_contrast.evaluation.responses import Tier, classify_response
-from heretic_contrast.evaluation.results import Cell, SweepResult
-from heretic_contrast.evaluation.sweep import RULES, CellKey, SweepEvaluator
-from heretic_contrast.evaluation.sweep_state import SweepState
+from heretic_contrast.evaluation.storage import SweepState
+from heretic_contrast.evaluation.sweep import RULES, SweepEvaluator
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.identity import identify, program_digest
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt, prompts_digest, text_digest
-from heretic_contrast.residual_cache import cached_residuals
+from heretic_contrast.tiers.coherence import is_coherent
+from heretic_contrast.tiers.responses import Tier, classify_response
 
 from .conditions import (
     PAPER_WEIGHTS,

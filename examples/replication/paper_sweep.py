@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from heretic_contrast.evaluation.cells import SweepResult
 from heretic_contrast.evaluation.plan import SweepOptions
-from heretic_contrast.evaluation.results import SweepResult
-from heretic_contrast.evaluation.sampling import stratified_sample
 from heretic_contrast.evaluation.sweep import sweep
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
+from heretic_contrast.prompts.sampling import stratified_sample
 
 from .conditions import PAPER_WEIGHTS, DirectionsMaker
 from .pools import Draw, StudyPools

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from heretic_contrast.directions import Directions
+from heretic_contrast.directions.directions import Directions
 from heretic_contrast.evaluation.capture import max_cosine, subspace_capture
 from heretic_contrast.evaluation.geometry import compare, measure_activities, measure_layer
 from heretic_contrast.language_model import LanguageModel

@@ -14,9 +14,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from ..cli import PROGRAM
 from ..files import require_writable_directory, require_writable_file
-from ..hosts.arguments import normalize_arguments
+from ..hosts.arguments import PROGRAM, normalize_arguments
 from ..hosts.settings import parse_settings
 from ..settings import PromptSource
 
@@ -62,9 +61,9 @@ def main(arguments: Sequence[str]) -> None:
     if settings.cleaned is not None:
         require_writable_file(Path(settings.cleaned))
 
-    from ..audit import render, run_audit
     from ..hosts.surface import log
     from ..prompts import load_pool
+    from ..prompts.audit import render, run_audit
 
     prompts = load_pool(settings, "audited", "--")
     cleaned = None if settings.cleaned is None else Path(settings.cleaned)

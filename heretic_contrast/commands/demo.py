@@ -12,9 +12,9 @@ from pydantic import Field
 from rich.markup import escape
 
 from ..builtin import REFUSER, refuser_pool
-from ..cli import PROGRAM
 from ..errors import ContrastError
 from ..files import json_text, require_writable_directory, write_text_atomically
+from ..hosts.arguments import PROGRAM
 from ..hosts.installed import installed_surface, require_heretic
 from ..hosts.settings import HostSettings, load_settings
 from ..prompts import Prompt, load_pool
@@ -64,17 +64,20 @@ def main(arguments: Sequence[str]) -> None:
         "--model",
         settings.model,
     ]
-    if installed_surface() == "2.0":
-        from ..hosts import heretic20 as host
-    else:
-        from ..hosts import heretic14 as host  # type: ignore[no-redef]
-
     settings = load_settings(HostSettings, PROGRAM, sys.argv[1:])
-    host.run(settings)
+    if installed_surface() == "2.0":
+        from ..hosts import heretic20
 
-    summary = judge(
-        settings, model_directory, output / "directions.safetensors", host.count_refusals
-    )
+        count_refusals = heretic20.count_refusals
+        heretic20.run(settings)
+    else:
+        from ..hosts import heretic14
+        from ..modifier import ContrastAbliteration
+
+        count_refusals = heretic14.count_refusals
+        heretic14.run(settings, ContrastAbliteration)
+
+    summary = judge(settings, model_directory, output / "directions.safetensors", count_refusals)
     summary["model_directory"] = str(model_directory)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     write_text_atomically(output / "summary.json", json_text(summary, sort_keys=False) + "\n")
@@ -133,7 +136,7 @@ def judge(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..directions import Directions
+    from ..directions.directions import Directions
     from ..hosts.surface import wrap
 
     pools = {

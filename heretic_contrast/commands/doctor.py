@@ -113,7 +113,7 @@ def module_finding(module: str, purpose: str, remedy: str, required: bool = True
 def cache_finding() -> Finding:
     """Looks at the folder where residuals are cached."""
 
-    from ..residual_cache import default_directory
+    from ..directions.residuals import default_directory
 
     directory = default_directory()
     try:

@@ -9,10 +9,10 @@ from pydantic import Field
 from rich.markup import escape
 
 from ..builtin import model_name
-from ..cli import PROGRAM
 from ..errors import ContrastError
 from ..evaluation.plan_settings import PairsSettings
 from ..files import require_writable_directory, require_writable_file
+from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings
 
@@ -68,12 +68,12 @@ def main(arguments: Sequence[str]) -> None:
         require_writable_directory(Path(settings.report))
 
     # Heavy imports come last, so that bad settings are answered at once.
-    from ..directions import Directions
+    from ..directions.directions import Directions
+    from ..directions.sources import DirectionSources
     from ..evaluation.capture import load_pairs
     from ..evaluation.plan import Configuration
     from ..hosts.loading import load_language_model, with_common_prefix
     from ..hosts.surface import log, progress_bar
-    from ..sources import DirectionSources
 
     # Whatever can be wrong with prompts and files is found before a model is loaded.
     sources = DirectionSources.read(

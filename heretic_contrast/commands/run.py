@@ -5,7 +5,7 @@
 import sys
 from collections.abc import Sequence
 
-from ..cli import PROGRAM
+from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings
 
@@ -57,5 +57,6 @@ def main(arguments: Sequence[str]) -> None:
 
     # Heavy imports come last, so that bad settings are answered at once.
     from ..hosts import heretic14
+    from ..modifier import ContrastAbliteration
 
-    heretic14.run(settings)
+    heretic14.run(settings, ContrastAbliteration)

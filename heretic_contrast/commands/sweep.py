@@ -10,9 +10,9 @@ from pydantic import Field
 from rich.markup import escape
 
 from ..builtin import is_builtin, model_name, refuser_pool
-from ..cli import PROGRAM
 from ..errors import ContrastError
 from ..evaluation.plan_settings import SweepPlanSettings
+from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings, prompt_sources
 from ..settings import PromptSources

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..builtin import DATA, REFUSER, refuser_pool
-from ..directions import Directions
+from ..directions.directions import Directions
 from ..errors import ContrastError
 from ..language_model import LanguageModel
 from ..prompts import Prompt, is_text, load_pool
 from ..prompts.reading import read_file
+from ..tiers.responses import Tier, classify_response
 from ..vectors import unit_vectors
-from .responses import Tier, classify_response
 
 N_PAIRS_PER_CATEGORY = 2
 """With nine categories, 18 pairs: as many as in the paper."""

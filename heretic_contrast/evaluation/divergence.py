@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..engine.fast.head import Head
 from ..errors import ContrastError
-from .head import Head
 
 
 @dataclass(frozen=True)

@@ -14,24 +14,18 @@ from typing import Any
 
 import torch
 
-from ..ablation import Composition, Operator, compose, equalize
-from ..directions import Directions
+from ..ablation.operator import Composition, Operator, compose, equalize
+from ..directions.directions import Directions
+from ..directions.extraction import Log, assign_categories
+from ..directions.sources import DirectionSources, ShowProgress, UsedPrompts
 from ..errors import ContrastError
-from ..extraction import Log, assign_categories
 from ..files import require_writable_directory, require_writable_file
 from ..language_model import LanguageModel
 from ..prompts import Prompt, load_pool, prompts_digest
-from ..settings import (
-    CategorySource,
-    ContrastSettings,
-    Control,
-    PromptSources,
-    RowNormalization,
-)
-from ..sources import DirectionSources, ShowProgress, UsedPrompts
+from ..prompts.sampling import split_harmless, stratified_sample
+from ..settings import CategorySource, ContrastSettings, Control, PromptSources, RowNormalization
 from .capture import Pair, load_pairs
 from .plan_settings import WEIGHTS, SweepPlanSettings
-from .sampling import split_harmless, stratified_sample
 
 JOURNAL = "sweep.journal"
 """The storage of a sweep in its output directory, where no other one is given."""

@@ -15,46 +15,41 @@ from itertools import combinations, islice
 
 import torch
 
-from ..ablation import Operator, effective_weight, weight_along
+from ..ablation.operator import Operator, effective_weight, weight_along
+from ..directions.extraction import Log
+from ..directions.sources import ShowProgress
+from ..engine.fast.generation import Responder, generate_tokens
+from ..engine.fast.interventions import (
+    Intervention,
+    TeacherForcing,
+    output_projections,
+    require_layers,
+)
+from ..engine.fast.known_sequences import Count, KnownSequences, Piece, Tokens
 from ..errors import ContrastError
-from ..extraction import Log
 from ..identity import Identity, identify, program_digest
 from ..language_model import LanguageModel, Progress
 from ..prompts import Prompt, prompts_digest
-from ..sources import ShowProgress
-from . import coherence, response_rules, response_text, responses
+from ..tiers import coherence, responses, rules, text
+from ..tiers.coherence import is_coherent, normalized_bigram_entropy
+from ..tiers.responses import Tier, classify_response
 from .capture import CaptureResult, capture_pairs
-from .coherence import is_coherent, normalized_bigram_entropy
+from .cells import Cell, CellKey, Measurement, SweepResult, Synergy, Verdict
 from .divergence import (
     SparseLogProbabilities,
     base_statistics,
     divergences,
     mean_with_standard_error,
 )
-from .generation import Responder, generate_tokens
 from .geometry import Geometry, measure_activities, measure_geometry
-from .interventions import Intervention, TeacherForcing, output_projections, require_layers
-from .known_sequences import Count, KnownSequences, Piece, Tokens
 from .plan import Configurations, PreparedSweep, SweepOptions, SweepPlan, plan_sweep
 from .plan_settings import check_weights
-from .responses import Tier, classify_response
-from .results import Cell, Measurement, SweepResult, Synergy, Verdict
 
-RULES = (responses, response_rules, response_text, coherence)
+RULES = (responses, rules, text, coherence)
 """The modules that decide how a response is judged."""
 
 Classifier = Callable[[str, str], Tier]
 """Returns the tier of a response to a prompt."""
-
-
-@dataclass(frozen=True, order=True)
-class CellKey:
-    """Which cell: configuration, strength, layers and weight."""
-
-    configuration: str
-    strength: str
-    layers: tuple[int, ...]
-    weight: float
 
 
 class References:
@@ -512,7 +507,7 @@ def run_cells(
 ) -> list[Cell]:
     """Measures all cells that the storage does not hold yet, single layers first."""
 
-    from .sweep_state import SweepState
+    from .storage import SweepState
 
     state = SweepState(storage, evaluator.identity())
     single = state.run(evaluator.grid(), evaluator.evaluate, progress)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import heretic.evaluator
 import heretic.main
@@ -33,24 +33,26 @@ from questionary import Choice
 from torch import Tensor
 
 from .. import __version__
+from ..ablation.lora import require_mergeable
+from ..directions.sources import DirectionSources
 from ..errors import ContrastError, find_cause
-from ..evaluation import response_rules, response_text, responses
-from ..evaluation.responses import classify_response
 from ..files import require_writable_directory, require_writable_file
 from ..identity import Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
-from ..lora import require_mergeable
-from ..modifier import ContrastAbliteration
 from ..prompts import Prompt, load_pool
-from ..search import Parameters, configuration_digest
-from ..sources import DirectionSources
+from ..search.parameters import Parameters, configuration_digest
+from ..search.samplers import make_sampler
+from ..tiers import responses, rules, text
+from ..tiers.responses import classify_response
 from .checkpoint import repair_checkpoints
 from .loading import ChatModel
 from .lora_targets import adapters_on_named_modules
 from .model_folder import CONFIGURATIONS, UNFINISHED, publish_model, require_other_folder
-from .sampler import make_sampler
 from .settings import HostSettings, prompt_sources
 from .surface import heretic_prompts, language_model, log
+
+if TYPE_CHECKING:
+    from ..modifier import ContrastAbliteration
 
 SEAMS = (
     "Settings",
@@ -172,8 +174,11 @@ class HostContext:
 class Host:
     """One run of the modifier inside Heretic 1.4."""
 
-    def __init__(self, settings: HostSettings) -> None:
+    def __init__(
+        self, settings: HostSettings, modifier_class: type["ContrastAbliteration"]
+    ) -> None:
         self.settings = settings
+        self.modifier_class = modifier_class
         self.modifier: ContrastAbliteration | None = None
         self.context: HostContext | None = None
         self.evaluator: heretic.main.Evaluator | None = None
@@ -206,7 +211,7 @@ class Host:
         if self.modifier is None:
             settings = model.settings
             self.context = HostContext(model, settings)
-            self.modifier = ContrastAbliteration(
+            self.modifier = self.modifier_class(
                 heretic_settings=settings, settings=settings.contrast
             )
             self.modifier.init(self.context)
@@ -230,7 +235,7 @@ class Host:
                 for name, prompts in pools.items()
             },
             directions=configuration_digest(self.modifier.directions),
-            rules=program_digest((responses, response_rules, response_text), classify_response),
+            rules=program_digest((responses, rules, text), classify_response),
         )
         # As a checkpoint gives it back.
         return dict(json.loads(json.dumps(found)))
@@ -601,7 +606,7 @@ def require_answers(settings: HostSettings) -> None:
         )
 
 
-def run(settings: HostSettings) -> None:
+def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) -> None:
     """
     Runs Heretic 1.4 with the modifier.
 
@@ -621,7 +626,7 @@ def run(settings: HostSettings) -> None:
         require_writable_directory(Path(settings.save_directory))
     if settings.contrast.save_directions is not None:
         require_writable_file(Path(settings.contrast.save_directions))
-    host = Host(settings)
+    host = Host(settings, modifier_class)
     for name in POOLS:
         # Heretic loads its model first, and then finds out that a pool cannot be read.
         host.load_prompts(settings, getattr(settings, name))

@@ -27,11 +27,11 @@ from ..chat import (
     token_ids,
     without_system_role,
 )
+from ..directions.sources import DirectionSources
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel
 from ..prompts import Prompt
 from ..settings import ContrastSettings
-from ..sources import DirectionSources
 from .surface import from_heretic, log
 
 

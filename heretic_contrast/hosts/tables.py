@@ -16,14 +16,7 @@ from rich.markup import escape
 from ..errors import ContrastError, one_line, show_warnings_as_sentences
 from ..settings import complaint
 from .surface import log
-from .unused import (
-    NAMESPACES,
-    PLUGINS,
-    named_plugins,
-    unused_keys,
-    unused_tables,
-    unused_variables,
-)
+from .unused import NAMESPACES, PLUGINS, named_plugins, unused_keys, unused_tables, unused_variables
 
 SettingsType = TypeVar("SettingsType", bound=BaseModel)
 

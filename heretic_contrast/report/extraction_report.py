@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..directions import Directions
+from ..directions.directions import Directions
 from ..evaluation.capture import CaptureResult, Pair, capture_pairs, load_pairs
 from ..evaluation.geometry import Geometry, measure_activities, measure_geometry
 from ..evaluation.plan import Configuration

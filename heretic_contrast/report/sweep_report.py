@@ -11,8 +11,8 @@ import numpy as np
 from rich.markup import escape
 
 from ..evaluation.capture import CaptureResult
+from ..evaluation.cells import Cell, Measurement, SweepResult
 from ..evaluation.geometry import Geometry
-from ..evaluation.results import Cell, Measurement, SweepResult
 from ..evaluation.statistics import wilson_interval
 from . import plots
 from .content import (

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from heretic_contrast.directions import Directions
+from heretic_contrast.directions.directions import Directions
 from heretic_contrast.hosts.loading import with_response_prefix
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
 from heretic_contrast.language_model import LanguageModel

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from heretic_contrast import ContrastAbliteration
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
-from heretic_contrast.search import Parameters
+from heretic_contrast.search.parameters import Parameters
 from heretic_contrast.settings import ContrastSettings
 from tests.contract.conftest import MODEL
 from tests.contract.standin import StandIn, load_plugin, make_settings

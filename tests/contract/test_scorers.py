@@ -11,7 +11,7 @@ import pytest
 
 from heretic_contrast import cli
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.evaluation.results import SweepResult
+from heretic_contrast.evaluation.cells import SweepResult
 from heretic_contrast.hosts.surface import Modifier, Scorer
 from heretic_contrast.prompts import load_pool
 from tests.contract.conftest import MODEL

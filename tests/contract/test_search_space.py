@@ -8,8 +8,8 @@ import optuna
 import pytest
 import torch
 
-from heretic_contrast.directions import Directions
-from heretic_contrast.search import HERETIC_20_RANGES, suggest_parameters
+from heretic_contrast.directions.directions import Directions
+from heretic_contrast.search.parameters import HERETIC_20_RANGES, suggest_parameters
 
 abliteration = pytest.importorskip(
     "heretic.modifiers.abliteration", reason="needs Heretic 2.0's own modifiers"

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from heretic_contrast.directions import Directions
-from heretic_contrast.search import Parameters
+from heretic_contrast.directions.directions import Directions
+from heretic_contrast.search.parameters import Parameters
 from tests.upstream.checkout import HERETIC, LAUNCHER, MODEL, REPOSITORY, Checkout, stored_trials
 
 ABLITERATION = "heretic.modifiers.abliteration.Abliteration"
@@ -386,9 +386,9 @@ def test_one_direction_equals_abliteration(
             "-q",
             "-p",
             "no:cacheprovider",
-            "tests/test_heretic_equality.py",
+            "tests/hosts/test_heretic_equality.py",
         )
-        record_property("tests/test_heretic_equality.py", output.strip().splitlines()[-1])
+        record_property("tests/hosts/test_heretic_equality.py", output.strip().splitlines()[-1])
     else:
         pytest.skip(ONLY_SCORERS)
 

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The operator that ablates several directions at once, as LoRA factors and as forward hooks.
+
+Every composition has the form C = V K Vᵀ with the directions, or a basis of their span, as columns of V (hidden_size ×
+n_directions) and a small matrix K (n_directions × n_directions). An output projection W (hidden_size × in_features) becomes
+W − C W. The change has rank n_directions at most and is exactly a LoRA pair; the dense C is never formed.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..errors import ContrastError
+from ..offloading import loaded
+from ..vectors import unit_vectors
+
+LONGEST = 1e15
+"""The longest direction that is ablated. Directions as trained, which are as long as residuals, are far shorter."""
+
+STRONGEST = 1e33
+"""The largest element of K, times the square of the longest direction: below it nothing in C y overflows float32."""
+
+
+CPU_PARTS = 8
+"""How many parts a weight is read in on a CPU; not the number of cores, on which no result may depend."""
+
+
+class Composition(str, Enum):
+    """How the ablations of several directions are put together."""
+
+    SUM = "sum"
+    """Σ_k w_k v_k v_kᵀ: the paper, and Heretic's pull request 196. Parallel directions add up."""
+
+    SEQUENTIAL = "sequential"
+    """I − Π_k (I − w_k v_k v_kᵀ): one direction after the other (Piras et al., 2026)."""
+
+    CAPPED = "capped"
+    """The sum, its eigenvalues capped at max_k w_k, so that parallel directions do not add up."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """
+    C = V K Vᵀ.
+
+    `vectors`: Tensor of shape (n_directions, hidden_size), float32, the columns of V as rows: the directions, or under
+    `capped` an orthonormal basis of their span.
+    `kernel`: Tensor of shape (n_directions, n_directions), float32, the matrix K.
+    """
+
+    vectors: Tensor
+    kernel: Tensor
+
+    @cached_property
+    def mixed_vectors(self) -> Tensor:
+        """The columns of V K as rows, computed once. Tensor of shape (n_directions, hidden_size)."""
+
+        return self.kernel.T @ self.vectors
+
+    def apply(self, output: Tensor) -> Tensor:
+        """
+        Returns C y for outputs y on the operator's device.
+
+        Tensor of shape (..., hidden_size) to one of the same shape and dtype.
+        """
+
+        coefficients = output.float() @ self.vectors.T
+        return (coefficients @ self.mixed_vectors).to(output.dtype)
+
+    def lora_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Returns the LoRA pair (A, B) with B A = −C W, exactly.
+
+        `weight`: Tensor of shape (hidden_size, in_features), float32.
+        A: Tensor of shape (n_directions, in_features). B: Tensor of shape (hidden_size, n_directions).
+        """
+
+        vectors = self.vectors.to(weight.device)
+        return rows_times(vectors, weight), -(vectors.T @ self.kernel.to(weight.device))
+
+    def to(self, device: torch.device) -> "Operator":
+        """Returns the operator on a device: itself where it is there already."""
+
+        if self.vectors.device == device:
+            return self
+        return Operator(self.vectors.to(device), self.kernel.to(device))
+
+
+def rows_times(vectors: Tensor, weight: Tensor) -> Tensor:
+    """
+    Returns the product of a few rows and a weight.
+
+    `vectors`: Tensor of shape (n_directions, hidden_size). `weight`: Tensor of shape (hidden_size, in_features).
+    Tensor of shape (n_directions, in_features).
+    """
+
+    hidden_size, in_features = weight.shape
+    if weight.device.type != "cpu" or hidden_size % CPU_PARTS != 0:
+        return vectors @ weight
+    # Libraries give a product with so few rows to one core, and a sum over parts of the weight to all of them.
+    parts = vectors.reshape(len(vectors), CPU_PARTS, -1).transpose(0, 1)
+    return torch.bmm(parts, weight.reshape(CPU_PARTS, -1, in_features)).sum(dim=0)
+
+
+def compose(
+    vectors: Tensor, weights: Tensor, composition: Composition | str = Composition.SUM
+) -> Operator:
+    """
+    Returns the operator that ablates `vectors` with `weights` (design, section 5).
+
+    `vectors`: Tensor of shape (n_directions, hidden_size). `weights`: Tensor of shape (n_directions,).
+    V and the small matrix K are computed in float64.
+
+    Raises `ContrastError` when a direction or a weight is not finite, when they are so large that C y would not
+    fit into float32, and when a weight is negative under `capped`, which has no meaning there.
+    """
+
+    composition = Composition(composition)
+    exact_weights = weights.to(torch.float64).cpu()
+    exact_vectors = vectors.to(torch.float64).cpu()
+    for what, tensor in (("direction", exact_vectors), ("weight", exact_weights)):
+        if not bool(tensor.isfinite().all()):
+            raise ContrastError(
+                f"A {what} to ablate is infinite or not a number: look for a broken model or a broken file of directions."
+            )
+    if composition is Composition.SUM:
+        kernel = torch.diag(exact_weights)
+    elif composition is Composition.SEQUENTIAL:
+        kernel = _sequential_kernel(exact_vectors, exact_weights)
+    else:
+        vectors, kernel = _capped(exact_vectors, exact_weights)
+        exact_vectors = vectors
+    longest = max((float(norm) for norm in exact_vectors.norm(dim=1)), default=0.0)
+    largest = float(kernel.abs().max()) if len(kernel) else 0.0
+    # Written so that what is not a number is refused, too.
+    if not (longest <= LONGEST and largest * max(longest, 1.0) ** 2 <= STRONGEST):
+        raise ContrastError(
+            f"Directions of lengths up to {longest:.3g} with weights up to {float(exact_weights.abs().max()):.3g} cannot be "
+            f'composed by "{composition.value}" within the range of float32: use scale "unit" or smaller weights.'
+        )
+    return Operator(vectors.to(torch.float32), kernel.to(torch.float32))
+
+
+def _sequential_kernel(vectors: Tensor, weights: Tensor) -> Tensor:
+    """
+    Returns K of I − Π_k (I − w_k v_k v_kᵀ).
+
+    From (I − C)(I − w v vᵀ) = I − (C + w v vᵀ − w C v vᵀ) follows one new column of K per direction.
+    """
+
+    n_directions = len(weights)
+    gram = vectors @ vectors.T
+    kernel = torch.zeros(n_directions, n_directions, dtype=torch.float64)
+    for k in range(n_directions):
+        kernel[:k, k] = -weights[k] * (kernel[:k, :k] @ gram[:k, k])
+        kernel[k, k] = weights[k]
+    return kernel
+
+
+def _capped(vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Returns V (as rows) and K of the sum Σ_k w_k v_k v_kᵀ with its eigenvalues capped at max_k w_k.
+
+    With rows √w_k v_k = P S Q, the sum is Qᵀ S² Q, so that Q and the capped S² are V and K. With the directions themselves as
+    V, K would have large elements that cancel, and its rounding would remain where directions are long and parallel.
+    """
+
+    if bool((weights < 0).any()):
+        raise ContrastError(
+            'A negative weight has no meaning under the composition "capped": use "sum" or "sequential".'
+        )
+    n_directions, hidden_size = vectors.shape
+    if not n_directions:
+        return vectors, weights.new_zeros(0, 0)
+    _, singular_values, basis = torch.linalg.svd(
+        weights.sqrt()[:, None] * vectors, full_matrices=False
+    )
+    # Singular values at the level of rounding belong to no direction, but may exceed the cap where directions are long.
+    epsilon = torch.finfo(torch.float64).eps
+    real = singular_values > singular_values[0] * max(n_directions, hidden_size) * epsilon
+    eigenvalues = torch.where(real, singular_values.square().clamp_max(weights.max()), 0.0)
+    missing = n_directions - len(basis)
+    return (
+        torch.nn.functional.pad(basis, (0, 0, 0, missing)),
+        torch.diag(torch.nn.functional.pad(eigenvalues, (0, missing))),
+    )
+
+
+def effective_weight(operator: Operator) -> float:
+    """
+    Returns the largest amount of any unit direction that the operator removes: the spectral norm of C.
+
+    For the composition `sum` with weights that are not negative this is λ_max(Σ_k w_k v_k v_kᵀ).
+    """
+
+    vectors = operator.vectors.to(torch.float64).cpu()
+    kernel = operator.kernel.to(torch.float64).cpu()
+    # With the Gram matrix G = L Lᵀ of the directions, C has the singular values of Lᵀ K L.
+    eigenvalues, eigenvectors = torch.linalg.eigh(vectors @ vectors.T)
+    factor = eigenvectors * eigenvalues.clamp_min(0).sqrt()
+    return (
+        float(torch.linalg.matrix_norm(factor.T @ kernel @ factor, ord=2)) if len(kernel) else 0.0
+    )
+
+
+def weight_along(operator: Operator, direction: Tensor) -> float:
+    """
+    Returns r̂ᵀ C r̂, the share of the direction r that the operator removes.
+
+    `direction`: Tensor of shape (hidden_size,), of any length; a zero direction gives 0.
+    """
+
+    unit, _ = unit_vectors(direction.cpu())
+    projections = operator.vectors.to(torch.float64).cpu() @ unit
+    return float(projections @ operator.kernel.to(torch.float64).cpu() @ projections)
+
+
+def equalize(vectors: Tensor, weights: Tensor) -> Tensor:
+    """
+    Rescales weights so that λ_max(Σ_k w_k v_k v_kᵀ) is the largest of them.
+
+    The control for compounding: parallel directions then remove no more than a single one would.
+    `vectors`: Tensor of shape (n_directions, hidden_size). `weights`: Tensor of shape (n_directions,).
+    """
+
+    largest = effective_weight(compose(vectors, weights, Composition.SUM))
+    return weights if largest == 0 else weights * (float(weights.max()) / largest)
+
+
+@contextmanager
+def ablated(modules: Iterable[Module], operator: "Operator | BatchOperator") -> Iterator[None]:
+    """
+    Ablates the outputs of output projections with forward hooks for as long as the context lasts.
+
+    Does what changing their weights to W − C W does: a bias is not ablated. The operator is moved to the modules' devices
+    here, once, so that no call copies between devices or waits for one. Only where a module computes elsewhere than its
+    parameters are kept, as with offloading, its first call does.
+    """
+
+    handles: list[Any] = []
+    moved: dict[torch.device, Operator | BatchOperator] = {}
+
+    def on(device: torch.device) -> "Operator | BatchOperator":
+        if device not in moved:
+            moved[device] = operator.to(device)
+        return moved[device]
+
+    def hook(module: Module, args: Any, output: Tensor) -> Tensor:
+        bias = biases.get(module)
+        return output - on(output.device).apply(output if bias is None else output - bias)
+
+    biases: dict[Module, Tensor] = {}
+    try:
+        for module in modules:
+            on(next(module.parameters()).device)
+            if getattr(module, "bias", None) is not None:
+                # An offloaded bias is gone again when the hook runs.
+                with loaded(module, None):
+                    biases[module] = cast(Tensor, module.bias)
+            handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class BatchOperator:
+    """
+    One operator per sample of a batch.
+
+    `vectors`: Tensor of shape (batch, n_directions, hidden_size), the columns of each V as rows. `mixed_vectors`:
+    Tensor of the same shape, the columns of each V K as rows. A sample that is not ablated has zeros.
+    """
+
+    vectors: Tensor
+    mixed_vectors: Tensor
+
+    @classmethod
+    def stack(cls, operators: Sequence[Operator | None], hidden_size: int) -> "BatchOperator":
+        """Stacks operators, some of which may be missing or have fewer directions than others."""
+
+        n_directions = max(len(operator.kernel) for operator in operators if operator is not None)
+        vectors = torch.zeros(len(operators), n_directions, hidden_size)
+        mixed_vectors = torch.zeros(len(operators), n_directions, hidden_size)
+        for index, operator in enumerate(operators):
+            if operator is not None:
+                n = len(operator.kernel)
+                vectors[index, :n] = operator.vectors
+                mixed_vectors[index, :n] = operator.mixed_vectors
+        return cls(vectors, mixed_vectors)
+
+    def select(self, indices: Tensor) -> "BatchOperator":
+        """Returns the operators of some samples, in a new order."""
+
+        return BatchOperator(self.vectors[indices], self.mixed_vectors[indices])
+
+    def to(self, device: torch.device) -> "BatchOperator":
+        """Returns the operators on a device: themselves where they are there already."""
+
+        if self.vectors.device == device:
+            return self
+        return BatchOperator(self.vectors.to(device), self.mixed_vectors.to(device))
+
+    def apply(self, output: Tensor) -> Tensor:
+        """
+        Returns C y for outputs y of every sample.
+
+        Tensor of shape (batch, length, hidden_size) to one of the same shape and dtype.
+        """
+
+        coefficients = torch.bmm(output.float(), self.vectors.transpose(1, 2))
+        return torch.bmm(coefficients, self.mixed_vectors).to(output.dtype)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Which classes of harmful prompts get a direction of their own, and what becomes of those that are too small for a map.
+
+Decided by the prompts' classes alone, so that it can be said before a model is loaded.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import ContrastError
+from ..settings import Classes, ContrastSettings, Method, SmallClasses
+
+FALLBACK_CLASS = "miscellaneous"
+"""The class that small classes are merged into."""
+
+NO_CLASS = ""
+"""The class of matched prompts that belong to none that gets a direction."""
+
+
+@dataclass(frozen=True)
+class ClassSelection:
+    """
+    The classes that get directions.
+
+    `kept`: indices of the harmful prompts that directions are fitted to, in order. `harmful_classes`: the class of each of
+    them. `matched_classes`: the class of each matched prompt. `note`: what became of small classes, or "".
+    """
+
+    kept: tuple[int, ...]
+    harmful_classes: tuple[str, ...]
+    matched_classes: tuple[str, ...]
+    note: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The sorted names of the classes."""
+
+        return sorted(set(self.harmful_classes))
+
+
+def smallest_class(settings: ContrastSettings) -> int:
+    """Returns how many prompts a class needs: a map cannot tell more of them apart than it has neurons to win them."""
+
+    return settings.som_rows * settings.som_columns if settings.method is Method.SOM else 1
+
+
+def select_classes(
+    harmful_classes: Sequence[str], matched_classes: Sequence[str], settings: ContrastSettings
+) -> ClassSelection:
+    """
+    Returns the classes that get directions: applies `classes`, `exclude_categories` and `small_classes`.
+
+    Where even all small classes together are too small, they are left out, unless nothing else remains.
+
+    Raises `ContrastError` when an excluded category does not exist, a class is too small, or none is left.
+    """
+
+    excluded = set(settings.exclude_categories)
+    unknown = excluded - set(harmful_classes)
+    if unknown:
+        raise ContrastError(
+            f"The category {sorted(unknown)[0]!r} cannot be excluded, since no harmful prompt has it: "
+            f"the categories are {', '.join(sorted(set(harmful_classes)))}."
+        )
+    kept = [index for index, name in enumerate(harmful_classes) if name not in excluded]
+    if not kept:
+        raise ContrastError(
+            "No class of harmful prompts is left to extract a direction from: exclude fewer, or give more prompts."
+        )
+    if settings.classes is Classes.SINGLE:
+        # With one class for everything, the matched pool of that class is all matched prompts.
+        return _selection(kept, ["all"] * len(harmful_classes), ["all"] * len(matched_classes))
+    needed = smallest_class(settings)
+    counts = Counter(harmful_classes[index] for index in kept)
+    small = {name: count for name, count in sorted(counts.items()) if count < needed}
+    if not small:
+        return _selection(kept, harmful_classes, matched_classes)
+    if settings.small_classes is SmallClasses.ERROR:
+        name, count = next(iter(small.items()))
+        raise ContrastError(
+            f'The class "{name}" has {count} prompts, fewer than the {needed} neurons of its map: give it more prompts, '
+            'use a smaller map, or set small_classes to "drop" or "merge".'
+        )
+    which = f"classes with fewer than {needed} prompts"
+    if settings.small_classes is SmallClasses.MERGE:
+        merged = sum(({FALLBACK_CLASS: counts[FALLBACK_CLASS]} | small).values())
+        if merged >= needed:
+            rest = {name: count for name, count in small.items() if name != FALLBACK_CLASS}
+            return _selection(
+                kept,
+                [FALLBACK_CLASS if name in small else name for name in harmful_classes],
+                [
+                    # The matched prompts of an excluded category are none of the merged class, even where they have its name.
+                    NO_CLASS if name in excluded else FALLBACK_CLASS if name in small else name
+                    for name in matched_classes
+                ],
+                f"Merged {which} into {FALLBACK_CLASS} ({merged} prompts): {_listed(rest)}",
+            )
+        if len(small) == len(counts):
+            raise ContrastError(
+                f'Even merged, the class "{FALLBACK_CLASS}" has {merged} prompts, fewer than the {needed} neurons of its map: '
+                "give more prompts, or use a smaller map."
+            )
+        which += f", which have {merged} even together"
+    kept = [index for index in kept if harmful_classes[index] not in small]
+    if not kept:
+        raise ContrastError(
+            f"All classes have fewer prompts than the {needed} neurons of a map ({_listed(small)}), so that none is left: give "
+            "more prompts, or use a smaller map."
+        )
+    return _selection(kept, harmful_classes, matched_classes, f"Left out {which}: {_listed(small)}")
+
+
+def _selection(
+    kept: Sequence[int],
+    harmful_classes: Sequence[str],
+    matched_classes: Sequence[str],
+    note: str = "",
+) -> ClassSelection:
+    return ClassSelection(
+        tuple(kept),
+        tuple(harmful_classes[index] for index in kept),
+        tuple(matched_classes),
+        note,
+    )
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

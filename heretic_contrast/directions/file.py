@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The file that directions are kept in: safetensors, with everything that is no tensor as JSON in the metadata.
+
+The same directions give the same bytes. A file may come from a stranger: it is read as numbers and texts, and every
+number, shape and digest is checked before anything is made of it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..errors import ContrastError
+
+FORMAT = "heretic-contrast directions 1"
+
+TENSORS = (
+    "tensor",
+    "class_directions",
+    "mean_direction",
+    "hits",
+)
+"""The fields of `Directions` that are tensors."""
+
+FORMER_TENSORS = ("norms", "singular_values")
+"""What files of earlier versions hold as well: what follows from the class directions."""
+
+NESTING = 32
+"""How deep the provenance may be nested: what is nested deeper cannot be written to JSON again everywhere."""
+
+
+def directions_file(tensors: dict[str, Tensor], content: Mapping[str, Any]) -> bytes:
+    """
+    Returns the bytes of a file.
+
+    `tensors`: those of `TENSORS`. `content`: the other fields of `Directions`, as JSON values.
+    """
+
+    metadata = {
+        "format": FORMAT,
+        **{name: json.dumps(value, sort_keys=True) for name, value in content.items()},
+        "digest": content_digest(tensors),
+    }
+    metadata["metadata_digest"] = _metadata_digest(metadata)
+    return _canonical_safetensors(tensors, metadata)
+
+
+def read_directions(path: Path | str) -> dict[str, Any]:
+    """
+    Returns the fields of `Directions` from a file.
+
+    Raises `ContrastError` when the file is missing, is not a whole directions file, holds damaged or non-finite
+    numbers, or contradicts itself.
+    """
+
+    # A pipe would be waited for, and a device read without an end.
+    if not os.path.isfile(path):
+        raise ContrastError(
+            f"There is no directions file {path}: make one with heretic-contrast extract."
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.get("format") != FORMAT:
+                raise ContrastError(
+                    f"{path} is not a directions file of this version of heretic-contrast: "
+                    "make one with heretic-contrast extract."
+                )
+            former = set(FORMER_TENSORS) & set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in (*TENSORS, *former)}
+        names, class_names, aligned, provenance = _read_metadata(metadata)
+    except ContrastError:
+        raise
+    except (
+        OSError,
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+        RuntimeError,
+    ) as error:
+        raise ContrastError(
+            f"{path} cannot be read as a directions file, it may be cut off or damaged: extract it again."
+        ) from error
+    if any(tensor.dtype != _dtype(name) for name, tensor in tensors.items()):
+        raise ContrastError(
+            f"The tensors in {path} have other data types than this version writes, so it cannot be used: extract it again."
+        )
+    # Files of earlier versions have no digest of the metadata.
+    if metadata.get("digest") != content_digest(tensors) or metadata.get("metadata_digest") not in (
+        None,
+        _metadata_digest(metadata),
+    ):
+        raise ContrastError(
+            f"The content of {path} does not match its digest, so the file is damaged: extract it again."
+        )
+    if not _shapes_agree(tensors, len(names), len(class_names)):
+        raise ContrastError(
+            f"The shapes in {path} contradict each other, so the file is damaged: extract it again."
+        )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise ContrastError(
+            f"{path} holds numbers that are not finite, so it cannot be used: extract it again."
+        )
+    return {
+        **{name: tensors[name] for name in TENSORS},
+        "names": names,
+        "class_names": class_names,
+        "aligned": aligned,
+        "provenance": provenance,
+    }
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Returns the data type of a tensor of the file."""
+
+    return torch.int64 if name == "hits" else torch.float32
+
+
+def _read_metadata(
+    metadata: Mapping[str, str],
+) -> tuple[tuple[str, ...], tuple[str, ...], bool, dict[str, Any]]:
+    """
+    Returns the names of the directions and of the classes, whether directions are aligned, and the provenance.
+
+    Raises one of the errors that `load` reports when one of them is missing or is not what it should be.
+    """
+
+    names, class_names, aligned, provenance = (
+        json.loads(metadata[name]) for name in ("names", "class_names", "aligned", "provenance")
+    )
+    for found in (names, class_names):
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise TypeError("Names must be a list of texts.")
+        if not found or len(set(found)) != len(found):
+            raise ValueError("Names must be different, and at least one.")
+    if not isinstance(aligned, bool) or not isinstance(provenance, dict):
+        raise TypeError("The alignment must be true or false, and the provenance an object.")
+    if not isinstance(provenance.get("settings", {}), dict):
+        raise TypeError("The settings in the provenance must be an object.")
+    digests = provenance.get("prompt_digests", [])
+    if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
+        raise TypeError("The digests of prompts must be a list of texts.")
+    if not isinstance(provenance.get("response_prefix", ""), str):
+        raise TypeError("The response prefix must be a text.")
+    level: list[Any] = [provenance]
+    for _ in range(NESTING):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    if level:
+        raise ValueError("The provenance is nested too deeply.")
+    # Reports hold all of it, and can store neither infinite numbers nor halves of characters.
+    json.dumps([names, class_names, provenance], ensure_ascii=False, allow_nan=False).encode()
+    return tuple(names), tuple(class_names), aligned, provenance
+
+
+def _shapes_agree(tensors: Mapping[str, Tensor], n_directions: int, n_classes: int) -> bool:
+    """Returns whether the tensors of a file have the shapes that `Directions` describes."""
+
+    shapes = {name: tuple(tensors[name].shape) for name in TENSORS}
+    if not all(len(shapes[name]) == 3 for name in ("tensor", "class_directions", "hits")):
+        return False
+    n_indices, _, hidden_size = shapes["tensor"]
+    n_class_directions = shapes["class_directions"][1]
+    return (
+        n_indices > 1
+        and hidden_size > 0
+        and n_class_directions > 0
+        and n_class_directions % n_classes == 0
+        and shapes
+        == {
+            "tensor": (n_indices, n_directions, hidden_size),
+            "class_directions": (n_indices, n_class_directions, hidden_size),
+            "mean_direction": (n_indices, hidden_size),
+            "hits": (n_indices, n_classes, shapes["hits"][2]),
+        }
+    )
+
+
+def content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Returns a digest of the numbers of all tensors."""
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _metadata_digest(metadata: Mapping[str, str]) -> str:
+    """Returns a digest of everything but itself."""
+
+    content = {name: text for name, text in metadata.items() if name != "metadata_digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _canonical_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """
+    Returns a safetensors file whose bytes depend on its content alone.
+
+    The library writes its metadata in the order of a hash map with a random seed, so the header is written anew
+    with sorted keys. Its length stays the same.
+    """
+
+    content = save(tensors, metadata)
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    canonical = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    padding = -len(canonical) % 8
+    canonical += b" " * padding
+    return len(canonical).to_bytes(8, "little") + canonical + content[8 + length :]

@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Self-organizing maps of many small sets of long vectors: one map per layer and harm class (paper, section 3).
+
+The maps are MiniSom's. Its generator first draws rows × columns × hidden_size numbers for weights that are thrown away,
+then the samples at which the weights start, then the order in which samples are visited. The backend "numba" draws
+the same and trains all maps in one compiled parallel loop, in the span of each map's samples (`som_kernel`); its
+weights agree with those of the backend "minisom" to about 1e-12 of the samples' scale.
+
+Ties. Where several neurons are equally near to a sample, MiniSom takes the first, and so do both backends. Where two neurons
+are so nearly equally near that rounding decides (they started at the same sample, samples lie symmetrically, or in clusters
+narrower than 1e-11 of the whole), "numba" repeats MiniSom's rounding. Many such doubts make it as slow as training in full
+dimension, which is some 20 times as long at 53 samples of 2048 dimensions, and still far from MiniSom.
+"""
+
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ContrastError
+
+Neighborhood = Literal["gaussian", "mexican_hat", "bubble", "triangle"]
+Topology = Literal["rectangular", "hexagonal"]
+Decay = Literal["asymptotic_decay", "inverse_decay_to_zero", "linear_decay_to_zero"]
+SigmaDecay = Literal["asymptotic_decay", "inverse_decay_to_one", "linear_decay_to_one"]
+Backend = Literal["numba", "minisom"]
+
+Progress = Callable[[int, int], None]
+"""Called with the number of maps done and the number of all."""
+
+# Maps are handed to the compiled loop in portions, so that no more than a portion is ever held twice.
+PORTION_BYTES = 16 * 2**20
+PORTION_SHARE = 8
+
+# The learning rates of all iterations are tabulated: 8 bytes for each iteration and difference of positions on the grid.
+LARGEST_TABLE = 200_000_000
+
+# The simplest of Numba's threading layers ends the process where two threads enter a parallel loop at once.
+_PARALLEL_LOOP = threading.Lock()
+
+
+@dataclass(frozen=True)
+class SomSettings:
+    """
+    Settings of a self-organizing map.
+
+    From the paper (section 3): the 3 × 3 grid and 10,000 iterations. The paper gives nothing else; the other defaults are
+    MiniSom's, except the seed, which MiniSom leaves open.
+
+    - `rows`, `columns`: shape of the grid. Neuron r · columns + c stands in row r and column c.
+    - `iterations`: visits of one sample each, in an order drawn at random.
+    - `sigma`: initial width of the neighborhood in grid steps, at most the diagonal √(rows² + columns²).
+    - `learning_rate`: initial share of its way to the sample that the winner moves.
+    - `neighborhood`: how the movement falls with the distance from the winner. "mexican_hat" pushes neurons away from samples, and
+      "triangle" moves them beyond samples where sigma² · learning_rate exceeds 1: with many iterations they may diverge.
+    - `decay`: how the learning rate falls over the iterations. `sigma_decay`: the same for `sigma`.
+    - `topology`: arrangement of the neurons.
+    - `seed`: of the generator, for every map alike.
+
+    Raises `ContrastError` where a value is not usable.
+    """
+
+    rows: int = 3
+    columns: int = 3
+    iterations: int = 10_000
+    sigma: float = 1.0
+    learning_rate: float = 0.5
+    neighborhood: Neighborhood = "gaussian"
+    decay: Decay = "asymptotic_decay"
+    sigma_decay: SigmaDecay = "asymptotic_decay"
+    topology: Topology = "rectangular"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns", "iterations"):
+            if getattr(self, name) < 1:
+                raise ContrastError(
+                    f"The self-organizing map has {name} = {getattr(self, name)}, but it needs at least 1."
+                )
+        for name in ("sigma", "learning_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ContrastError(
+                    f"The self-organizing map has {name} = {value}, but it must be a positive number."
+                )
+        if self.sigma > math.hypot(self.rows, self.columns):
+            raise ContrastError(
+                f"The self-organizing map has sigma = {self.sigma}, which is more than the diagonal of its {self.rows} × "
+                f"{self.columns} grid: use at most {math.hypot(self.rows, self.columns):.3g}."
+            )
+        if self.iterations * self.n_neurons > LARGEST_TABLE:
+            raise ContrastError(
+                f"The self-organizing map has {self.iterations} iterations of {self.n_neurons} neurons, whose table of learning "
+                f"rates would take gigabytes: use at most {LARGEST_TABLE // self.n_neurons} iterations, or a smaller map."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ContrastError(
+                f"The self-organizing map has seed = {self.seed}, but it must lie between 0 and {2**32 - 1}."
+            )
+        for name, choices in (
+            ("neighborhood", Neighborhood),
+            ("decay", Decay),
+            ("sigma_decay", SigmaDecay),
+            ("topology", Topology),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ContrastError(
+                    f"The self-organizing map has {name} = {getattr(self, name)!r}, but only {', '.join(get_args(choices))} "
+                    "are known."
+                )
+
+    @property
+    def n_neurons(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedMap:
+    """
+    A trained self-organizing map.
+
+    - `index`: position of the map among those trained with it.
+    - `hits`: array of shape (n_neurons,), int64; number of samples that each neuron wins.
+    - `quantization_errors`: array of shape (n_neurons,), float64; mean euclidean distance of a neuron from the samples that it
+      wins, infinite where it wins none.
+    - `mixture`: array of shape (n_neurons, n_points), float64, and `points`: array of shape (n_points, hidden_size). The
+      neurons' weight vectors are `mixture @ points`. `points` is the array that the map was trained on, not a copy: it
+      must not be changed while vectors are still to be computed.
+    """
+
+    index: int
+    hits: NDArray[np.int64]
+    quantization_errors: NDArray[np.float64]
+    mixture: NDArray[np.float64]
+    points: NDArray[Any]
+
+    def densest(self, count: int) -> list[int]:
+        """
+        Returns the neurons that win most samples, densest first. Ties: lower quantization error, then lower index.
+
+        Raises `ContrastError` where fewer than `count` neurons win any sample.
+        """
+
+        n_winners = int(np.count_nonzero(self.hits))
+        if not 1 <= count <= n_winners:
+            raise ContrastError(
+                f"{count} winning neurons are asked of map {self.index}, in which {n_winners} of {len(self.hits)} neurons win "
+                "samples: ask for fewer winners, or use a larger map or more prompts."
+            )
+        return np.lexsort((self.quantization_errors, -self.hits))[:count].tolist()
+
+    def vectors(self, indices: Sequence[int]) -> NDArray[np.float64]:
+        """
+        Returns weight vectors of neurons.
+
+        Array of shape (len(indices), hidden_size), float64, computed on each call for these neurons only.
+        """
+
+        return self.mixture[list(indices)] @ self.points.astype(np.float64, copy=False)
+
+
+def train_maps(
+    samples: Iterable[NDArray[Any]],
+    settings: SomSettings,
+    backend: Backend = "numba",
+    progress: Progress | None = None,
+) -> list[TrainedMap]:
+    """
+    Trains one map per set of samples.
+
+    `samples`: arrays of shape (n_samples, hidden_size), float32 or float64, each finite and with at least one row; sizes may
+    differ. Views, for instance into a residual tensor, are welcome: nothing is copied for good. An iterable is read at once.
+
+    Each map is seeded by `settings.seed` alone, and so depends neither on the others nor on their order. Memory beside the samples:
+    an eighth of them (or 16 MiB where that is more), and per thread twice one map's samples.
+
+    Where Numba cannot be imported, "numba" falls back to "minisom" with a warning.
+
+    Raises `ContrastError` where a set is empty, not a matrix or not finite, and where a map diverges (which a neighborhood of
+    "mexican_hat" or "triangle" can bring about).
+    """
+
+    points = [_checked(index, array) for index, array in enumerate(samples)]
+    rates, rate_columns = _rates(settings)
+    if backend == "minisom":
+        return _train_by_minisom(points, settings, progress)
+    if backend != "numba":
+        raise ContrastError(
+            f"The backend {backend!r} of the self-organizing map is unknown: use numba or minisom."
+        )
+    try:
+        from . import som_kernel
+    except (ImportError, OSError) as error:
+        warnings.warn(
+            f"Numba cannot be imported ({error}): self-organizing maps are trained by MiniSom, which takes hundreds of times "
+            "longer.",
+            stacklevel=2,
+        )
+        return _train_by_minisom(points, settings, progress)
+
+    limit = max(sum(array.nbytes for array in points) // PORTION_SHARE, PORTION_BYTES)
+    maps: list[TrainedMap] = []
+    while len(maps) < len(points):
+        end = len(maps)
+        portion_bytes = 0
+        while end < len(points):
+            portion_bytes += points[end].size * np.dtype(np.float64).itemsize
+            if end > len(maps) and portion_bytes > limit:
+                break
+            end += 1
+        maps += _train_portion(
+            som_kernel, points[len(maps) : end], len(maps), settings, rates, rate_columns
+        )
+        if progress is not None:
+            progress(len(maps), len(points))
+    return maps
+
+
+def _checked(index: int, array: NDArray[Any]) -> NDArray[Any]:
+    points = np.asarray(array)
+    if points.dtype not in (np.float32, np.float64):
+        points = points.astype(np.float64)
+    if points.ndim != 2 or 0 in points.shape:
+        raise ContrastError(
+            f"The samples of map {index} have the shape {points.shape}, but a map needs at least one prompt's vector: give "
+            "an array of shape (n_samples, hidden_size)."
+        )
+    if not np.isfinite(points).all():
+        raise ContrastError(
+            f"The samples of map {index} contain infinite or undefined numbers: look for a broken model, or for one that "
+            "overflows in its data type."
+        )
+    return points
+
+
+def _diverged(index: int, settings: SomSettings) -> ContrastError:
+    return ContrastError(
+        f"Map {index} diverged: with the {settings.neighborhood} neighborhood use fewer iterations than {settings.iterations}, or "
+        f"a lower learning rate or sigma than {settings.learning_rate} and {settings.sigma}."
+    )
+
+
+def _train_portion(
+    som_kernel: ModuleType,
+    points: list[NDArray[Any]],
+    first_index: int,
+    settings: SomSettings,
+    rates: NDArray[np.float64],
+    rate_columns: NDArray[np.int64],
+) -> list[TrainedMap]:
+    """Trains some maps in the compiled loop."""
+
+    shapes = np.array([array.shape for array in points], dtype=np.int64)
+    sizes = shapes.prod(axis=1)
+    starts = np.cumsum(sizes) - sizes
+    flat_samples = np.empty(sizes.sum())
+    for start, size, array in zip(starts, sizes, points, strict=True):
+        flat_samples[start : start + size].reshape(array.shape)[...] = array
+
+    distinct, draws = np.unique(shapes, axis=0, return_inverse=True)
+    drawn = [
+        _draw(settings, int(n_samples), int(hidden_size)) for n_samples, hidden_size in distinct
+    ]
+    mixture_sizes = shapes[:, 0] * settings.n_neurons
+    mixture_starts = np.cumsum(mixture_sizes) - mixture_sizes
+    flat_mixtures = np.empty(mixture_sizes.sum())
+    hits = np.empty((len(points), settings.n_neurons), dtype=np.int64)
+    errors = np.empty((len(points), settings.n_neurons))
+    outcomes = np.empty(len(points), dtype=np.int64)
+    orders = np.stack([order for _, order in drawn])
+    initials = np.stack([initial for initial, _ in drawn])
+    with _PARALLEL_LOOP:
+        som_kernel.train_all(
+            flat_samples,
+            starts,
+            shapes,
+            draws.reshape(-1),
+            orders,
+            initials,
+            rates,
+            rate_columns,
+            flat_mixtures,
+            mixture_starts,
+            hits,
+            errors,
+            outcomes,
+        )
+
+    maps = []
+    for i, array in enumerate(points):
+        if outcomes[i] != som_kernel.TRAINED:
+            raise _diverged(first_index + i, settings)
+        mixture = flat_mixtures[mixture_starts[i] : mixture_starts[i] + mixture_sizes[i]]
+        maps.append(
+            TrainedMap(
+                index=first_index + i,
+                hits=hits[i],
+                quantization_errors=errors[i],
+                mixture=mixture.reshape(settings.n_neurons, len(array)),
+                points=array,
+            )
+        )
+    return maps
+
+
+@lru_cache(maxsize=32)
+def _draw(
+    settings: SomSettings, n_samples: int, hidden_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """
+    Returns what MiniSom's generator draws for such a map.
+
+    The samples at which the neurons start, array of shape (n_neurons,), and the sample that each iteration visits, array of shape
+    (iterations,).
+    """
+
+    generator = np.random.RandomState(settings.seed)
+    generator.rand(settings.rows, settings.columns, hidden_size)
+    initial = np.array([generator.randint(n_samples) for _ in range(settings.n_neurons)])
+    order = np.arange(settings.iterations) % n_samples
+    generator.shuffle(order)
+    return initial, order.astype(np.int32)
+
+
+def _rates(settings: SomSettings) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """
+    Tabulates how far each neuron moves towards the sample, by MiniSom's formulas in MiniSom's order of operations.
+
+    When neuron c wins in iteration t, neuron j moves by rates[t, rate_columns[c, j]] of its way. The movement depends on where
+    j stands as seen from c, so there are as many columns as there are different such positions.
+    """
+
+    iteration = np.arange(settings.iterations, dtype=np.float64)
+    learning_rate = _decayed(settings.learning_rate, settings.decay, iteration, settings.iterations)
+    sigma = _decayed(settings.sigma, settings.sigma_decay, iteration, settings.iterations)
+
+    row, column = (
+        axis.reshape(-1).astype(np.float64)
+        for axis in np.meshgrid(
+            np.arange(settings.rows), np.arange(settings.columns), indexing="ij"
+        )
+    )
+    if settings.topology == "hexagonal" and settings.neighborhood in ("gaussian", "mexican_hat"):
+        from minisom import MiniSom
+
+        # Every second column is shifted, counted from the last.
+        row = np.where((settings.columns - 1 - column) % 2 == 0, row - 0.5, row)
+        column = column * MiniSom.Y_HEX_CONV_FACTOR
+    offsets = np.stack(
+        [np.abs(row - row[:, None]), np.abs(column - column[:, None])], axis=-1
+    ).reshape(-1, 2)
+    distinct, rate_columns = np.unique(offsets, axis=0, return_inverse=True)
+    x, y = distinct.T
+
+    width = sigma[:, None]
+    with np.errstate(all="ignore"):
+        if settings.neighborhood == "gaussian":
+            spread = 2 * width * width
+            values = np.exp(-np.power(x, 2) / spread) * np.exp(-np.power(y, 2) / spread)
+        elif settings.neighborhood == "mexican_hat":
+            spread = 2 * width * width
+            squared = np.power(x, 2) + np.power(y, 2)
+            values = np.exp(-squared / spread) * (1 - 2 / spread * squared)
+        elif settings.neighborhood == "bubble":
+            values = ((x < width) & (y < width)).astype(np.float64)
+        else:
+            values = np.maximum(width - x, 0.0) * np.maximum(width - y, 0.0)
+        rates = values * learning_rate[:, None]
+    if not np.isfinite(rates).all():
+        raise ContrastError(
+            f"The self-organizing map has sigma = {settings.sigma} and learning_rate = {settings.learning_rate}, which makes "
+            "its neighborhood overflow: use values nearer to 1."
+        )
+    return rates, rate_columns.reshape(settings.n_neurons, settings.n_neurons)
+
+
+def _decayed(
+    value: float, decay: str, iteration: NDArray[np.float64], n_iterations: int
+) -> NDArray[np.float64]:
+    """Returns a parameter's value in each iteration, by MiniSom's formulas in MiniSom's order of operations."""
+
+    if decay == "asymptotic_decay":
+        return value / (1 + iteration / (n_iterations / 2))
+    if decay == "inverse_decay_to_zero":
+        pace = n_iterations / 100.0
+        return value * pace / (pace + iteration)
+    if decay == "linear_decay_to_zero":
+        return value * (1 - iteration / n_iterations)
+    if decay == "inverse_decay_to_one":
+        return value / (1 + (iteration * ((value - 1) / n_iterations)))
+    return value + (iteration * (1 - value) / n_iterations)
+
+
+def _train_by_minisom(
+    points: list[NDArray[Any]], settings: SomSettings, progress: Progress | None
+) -> list[TrainedMap]:
+    """Trains the maps one after the other with MiniSom itself."""
+
+    from minisom import MiniSom
+
+    maps = []
+    for index, array in enumerate(points):
+        with warnings.catch_warnings():
+            # MiniSom warns of widths and topologies that it handles all the same, and of overflow, which is reported below.
+            warnings.simplefilter("ignore")
+            som = MiniSom(
+                settings.rows,
+                settings.columns,
+                array.shape[1],
+                sigma=settings.sigma,
+                learning_rate=settings.learning_rate,
+                decay_function=settings.decay,
+                sigma_decay_function=settings.sigma_decay,
+                neighborhood_function=settings.neighborhood,
+                topology=settings.topology,
+                random_seed=settings.seed,
+            )
+            som.random_weights_init(array)
+            som.train(array, settings.iterations, random_order=True)
+        if not np.isfinite(som.get_weights()).all():
+            raise _diverged(index, settings)
+
+        winners = np.array(
+            [
+                np.ravel_multi_index(som.winner(sample), (settings.rows, settings.columns))
+                for sample in array
+            ]
+        )
+        weights = som.get_weights().reshape(settings.n_neurons, -1)
+        hits = np.bincount(winners, minlength=settings.n_neurons)
+        distances = np.linalg.norm(array - weights[winners], axis=1)
+        errors = np.full(settings.n_neurons, np.inf)
+        won = hits > 0
+        sums = np.bincount(winners, weights=distances, minlength=settings.n_neurons)
+        errors[won] = sums[won] / hits[won]
+        maps.append(
+            TrainedMap(
+                index=index,
+                hits=hits,
+                quantization_errors=errors,
+                mixture=np.eye(settings.n_neurons),
+                points=weights,
+            )
+        )
+        if progress is not None:
+            progress(index + 1, len(points))
+    return maps

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Where directions come from, looked at before a model is loaded, and which prompts nothing may be judged on after that.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.markup import escape
+
+from ..errors import one_line
+from ..language_model import LanguageModel, Progress
+from ..prompts import Prompt, text_digest
+from ..settings import ContrastSettings
+from .directions import Directions
+from .extraction import Log, Pools, extract, load_plain_pools, load_pools
+
+ShowProgress = Callable[[], AbstractContextManager[Progress]]
+"""Shows a progress bar for as long as the context lasts."""
+
+
+@dataclass(frozen=True)
+class UsedPrompts:
+    """
+    The prompts that directions came from, on which nothing is judged.
+
+    `digests`: of their texts. `unknown`: the names of configurations whose directions do not say what they came from.
+    """
+
+    digests: frozenset[str]
+    unknown: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, configurations: Mapping[str, Directions]) -> "UsedPrompts":
+        """Returns what directions say about their prompts."""
+
+        known = {
+            name: directions.provenance["prompt_digests"]
+            for name, directions in configurations.items()
+            if "prompt_digests" in directions.provenance
+        }
+        return cls(
+            frozenset(digest for digests in known.values() for digest in digests),
+            tuple(name for name in configurations if name not in known),
+        )
+
+    def leave_out(self, prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], int]:
+        """Returns the other prompts, and how many were left out."""
+
+        kept = tuple(prompt for prompt in prompts if text_digest(prompt.text) not in self.digests)
+        return kept, len(prompts) - len(kept)
+
+    def sentences(self) -> list[str]:
+        """Returns what cannot be known."""
+
+        return [
+            f"It cannot be known which prompts the directions of {name} were extracted from, since they do not say so: those among "
+            "the evaluation prompts are not left out. Directions that are extracted again do."
+            for name in self.unknown
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values: the number of the prompts and their digest, null where neither is known."""
+
+        known = bool(self.digests) or not self.unknown
+        content = "\n".join(sorted(self.digests))
+        return {
+            "count": len(self.digests) if known else None,
+            "digest": hashlib.sha256(content.encode()).hexdigest() if known else None,
+            "unknown": list(self.unknown),
+            "notes": self.sentences(),
+        }
+
+
+@dataclass(frozen=True)
+class DirectionSources:
+    """
+    Where the directions of some configurations come from, by name: everything that is known before a model is loaded.
+
+    `pools`: of configurations whose directions are extracted. `loaded`: the directions of the others. `harmful`, `bulk`:
+    the prompts that a response prefix is looked for with, and activations are observed on; empty where neither is needed.
+    """
+
+    settings: dict[str, ContrastSettings]
+    pools: dict[str, Pools]
+    loaded: dict[str, Directions]
+    harmful: tuple[Prompt, ...] = ()
+    bulk: tuple[Prompt, ...] = ()
+
+    @classmethod
+    def read(
+        cls,
+        settings: Mapping[str, ContrastSettings],
+        response_prefix: str | None,
+        where: str = "--contrast.",
+        needs_prompts: bool = False,
+    ) -> "DirectionSources":
+        """
+        Reads the pools and files that the settings name.
+
+        `response_prefix`: None where it is looked for. `where`: as in `load_pools`. Raises `ContrastError` as `load_pools` and `Directions.load` do.
+        """
+
+        pools: dict[str, Pools] = {}
+        loaded: dict[str, Directions] = {}
+        for name, item in settings.items():
+            if item.directions is None:
+                pools[name] = load_pools(item, where)
+            else:
+                loaded[name] = Directions.load(item.directions)
+        found = cls(dict(settings), pools, loaded)
+        if pools:
+            first = next(iter(pools.values()))
+            return replace(found, harmful=first.harmful, bulk=first.bulk)
+        if needs_prompts or (response_prefix is None and found.response_prefix is None):
+            harmful, bulk = load_plain_pools(next(iter(settings.values())), where)
+            return replace(found, harmful=tuple(harmful), bulk=tuple(bulk))
+        return found
+
+    @property
+    def response_prefix(self) -> str | None:
+        """The response prefix that loaded directions were extracted with, or None where no file says it."""
+
+        for directions in self.loaded.values():
+            if "response_prefix" in directions.provenance:
+                return str(directions.provenance["response_prefix"])
+        return None
+
+    def used_prompts(self) -> UsedPrompts:
+        """Returns the prompts that the directions come from, before they are extracted."""
+
+        used = UsedPrompts.of(self.loaded)
+        fitted = {
+            text_digest(prompt.text)
+            for pools in self.pools.values()
+            for pool in pools.all()
+            for prompt in pool
+        }
+        return replace(used, digests=used.digests | fitted)
+
+    def directions(
+        self,
+        model: LanguageModel,
+        log: Log,
+        show_progress: ShowProgress,
+        max_response_length: int,
+        done: Callable[[str, Directions], None] = lambda name, directions: None,
+    ) -> dict[str, Directions]:
+        """
+        Returns the directions of every configuration for a loaded model.
+
+        `done`: told of each as soon as it is there. Raises `ContrastError` as `extract` does, or when loaded directions
+        belong to another model.
+        """
+
+        for name, directions in self.loaded.items():
+            directions.require_model(model, str(self.settings[name].directions))
+        found = {}
+        for name, settings in self.settings.items():
+            log()
+            if name in self.loaded:
+                log(
+                    f"Taking directions of [bold]{escape(name)}[/] from {escape(str(settings.directions))}..."
+                )
+                found[name] = self.loaded[name]
+                prefix = found[name].provenance.get("response_prefix", model.response_prefix)
+                if prefix != model.response_prefix:
+                    log(
+                        f"* [yellow]They were extracted with the response prefix {escape(one_line(repr(prefix)))}, and are "
+                        f"evaluated with {escape(one_line(repr(model.response_prefix)))}.[/]"
+                    )
+            else:
+                log(f"Extracting directions of [bold]{escape(name)}[/]...")
+                with show_progress() as progress:
+                    found[name] = extract(
+                        model, self.pools[name], settings, log, progress, max_response_length
+                    )
+            done(name, found[name])
+        return found

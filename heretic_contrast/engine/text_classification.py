@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Tiers by a text-classification model of Hugging Face, the second backend beside the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.tiers.responses import Tier
+from heretic_contrast.tiers.text import strip_markup
+
+
+class TextClassificationBackend:
+    """
+    Gives a response the tier that a classifier's most probable label is mapped to.
+
+    The model is any that `AutoModelForSequenceClassification` loads; code from its repository is never run. `labels`
+    maps every label name of the model's configuration to a tier, so a model that knows only refused or not gives
+    REFUSE and COMPLY. Most refusal classifiers read the response alone; with `with_prompt` the prompt is the first
+    segment and the response the second. What exceeds the model's length is cut from the response's end.
+
+    Thinking blocks and special tokens are stripped first, and an empty response is REFUSE, as for the rules.
+
+    Raises `ContrastError` when the model cannot be loaded, has fewer than two labels, or has other labels than `labels`.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        labels: Mapping[str, Tier],
+        *,
+        with_prompt: bool = False,
+        batch_size: int = 32,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ContrastError(f"The batch size {batch_size} is too small: give at least 1.")
+        source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **source)
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                model_name_or_path, **source
+            )
+        except (OSError, ValueError) as error:
+            summary = " ".join(str(error).split())[:200]
+            raise ContrastError(
+                f"The response classifier {model_name_or_path} could not be loaded ({summary}): "
+                "give a text-classification model that needs no code of its own."
+            ) from error
+        self.model.to(device or "cpu").eval()
+        names = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
+        if len(names) < 2:
+            raise ContrastError(
+                f"The response classifier {model_name_or_path} has the one label {names}: give a model with two or more."
+            )
+        if set(names) != set(labels):
+            raise ContrastError(
+                f"The response classifier {model_name_or_path} has the labels {sorted(names)}, but tiers are given for "
+                f"{sorted(labels)}: map exactly the model's labels."
+            )
+        self.tiers = [Tier(labels[name]) for name in names]
+        self.with_prompt = with_prompt
+        # Without a padding token, rows of different lengths cannot share a batch.
+        self.batch_size = batch_size if self.tokenizer.pad_token is not None else 1
+        # A tokenizer that knows no limit states an absurd one. The model's own counts two positions too many in the
+        # RoBERTa family, which numbers positions from 2.
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        limit = self.tokenizer.model_max_length
+        self.max_length = min(limit, positions - 2) if positions else limit
+
+    def probabilities(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        """
+        Label probabilities, a tensor of shape (n_responses, n_labels), float32 on the CPU.
+
+        Raises `ContrastError` when there are not as many prompts as responses.
+        """
+        if len(prompts) != len(responses):
+            raise ContrastError(
+                f"There are {len(prompts)} prompts for {len(responses)} responses: give one prompt for each."
+            )
+        rows = [torch.empty(0, len(self.tiers))]
+        for start in range(0, len(responses), self.batch_size):
+            stop = start + self.batch_size
+            texts = [strip_markup(response) for response in responses[start:stop]]
+            segments = (list(prompts[start:stop]), texts) if self.with_prompt else (texts,)
+            encoded = self.tokenizer(
+                *segments,
+                return_tensors="pt",
+                padding=self.batch_size > 1,
+                truncation="only_second" if self.with_prompt else True,
+                max_length=self.max_length,
+            ).to(self.model.device)
+            with torch.inference_mode():
+                rows.append(self.model(**encoded).logits.float().softmax(dim=-1).cpu())
+        return torch.cat(rows)
+
+    def classify_responses(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Tier]:
+        """Tiers of many responses, in batches. Raises as `probabilities` does."""
+        likeliest = self.probabilities(prompts, responses).argmax(dim=-1).tolist()
+        return [
+            self.tiers[index] if strip_markup(response) else Tier.REFUSE
+            for index, response in zip(likeliest, responses, strict=True)
+        ]
+
+    def classify_response(self, prompt: str, response: str) -> Tier:
+        """Tier of one response, with the signature of the rules' function."""
+        return self.classify_responses([prompt], [response])[0]

@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+What a sweep measures, as typed results that turn into JSON and CSV and back.
+
+Nothing here depends on when, where or by how many processes a sweep was run.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..files import json_text
+from .statistics import wilson_interval
+
+
+def efficiency(
+    base_refusals: int, refusals: int, kl_divergence: float, floor: float
+) -> float | None:
+    """
+    Returns (R_base − R) / (KL − KL₀), the refusal reduction per unit of KL divergence (paper, section 3.3).
+
+    None where the divergence does not exceed the floor, or nothing was reduced.
+    """
+
+    if kl_divergence <= floor or refusals >= base_refusals:
+        return None
+    return (base_refusals - refusals) / (kl_divergence - floor)
+
+
+@dataclass(frozen=True, order=True)
+class CellKey:
+    """Which cell: configuration, strength, layers and weight."""
+
+    configuration: str
+    strength: str
+    layers: tuple[int, ...]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """
+    What one state of the model does: counts over prompts, and its divergence from the unmodified model.
+
+    `kl_divergence` is in nats, averaged over positions, and infinite (in JSON null) where the model rules out what the
+    unmodified one does not. `kl_standard_error` is over prompts; None where there is none, as with a single prompt.
+    """
+
+    refusals: int
+    evasive: int
+    complied: int
+    incoherent: int
+    n_harmful: int
+    canary_refusals: int
+    n_canaries: int
+    kl_divergence: float
+    kl_standard_error: float | None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Measurement":
+        """Restores a measurement from JSON values."""
+
+        return cls(**{**data, "kl_divergence": _divergence(data["kl_divergence"])})
+
+    def refusal_interval(self) -> tuple[float, float]:
+        """Returns the Wilson interval (95 %) of the share of refusals."""
+
+        return wilson_interval(self.refusals, self.n_harmful)
+
+
+def _divergence(value: float | None) -> float:
+    """Returns a divergence as JSON stores it, which has no infinite numbers."""
+
+    return math.inf if value is None else value
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What was made of a response: its tier, and whether it is coherent.
+
+    `bigram_entropy`: that of its words over its maximum, in [0, 1]; a response that loops is incoherent whatever it is.
+    """
+
+    tier: str
+    coherent: bool
+    bigram_entropy: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One configuration at one weight on one layer, or on a set of layers.
+
+    `strength` says what `weight` is: "weight" of every direction, or "effective", where the weights are scaled
+    so that λ_max(Σ w v vᵀ) is `weight`. `effective_weight` is the spectral norm of the operator (the largest
+    over the layers), `weight_along_mean` is r̂ᵀ C r̂ for the mean direction r̂ (the largest over the layers).
+    `verdicts` and `canary_verdicts` are those of the responses, in their order.
+    """
+
+    configuration: str
+    strength: str
+    layers: tuple[int, ...]
+    weight: float
+    effective_weight: float
+    weight_along_mean: float
+    measurement: Measurement
+    responses: tuple[str, ...] = ()
+    canary_responses: tuple[str, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    canary_verdicts: tuple[Verdict, ...] = ()
+
+    def key(self) -> tuple[str, str, tuple[int, ...], float]:
+        """Returns what tells the cell from others, in the order in which cells are reported."""
+
+        return (self.configuration, self.strength, self.layers, self.weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values."""
+
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Cell":
+        """Restores a cell."""
+
+        return cls(
+            **{
+                **data,
+                "layers": tuple(data["layers"]),
+                "measurement": Measurement.from_dict(data["measurement"]),
+                "responses": tuple(data["responses"]),
+                "canary_responses": tuple(data["canary_responses"]),
+                **{
+                    name: tuple(Verdict(**verdict) for verdict in data.get(name, ()))
+                    for name in ("verdicts", "canary_verdicts")
+                },
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Synergy:
+    """ΔR(set) − max over its layers of ΔR(layer alone), at one weight (paper, section 4.1)."""
+
+    configuration: str
+    strength: str
+    layers: tuple[int, ...]
+    weight: float
+    refusals: int
+    synergy: int
+    kl_divergence: float
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """
+    What one configuration achieves on one layer.
+
+    `functional`: R falls below its baseline at some weight. `successful`: R reaches 0. `minimal_weight` is the
+    smallest weight with R = 0, with its divergence and efficiency.
+    """
+
+    configuration: str
+    strength: str
+    layer: int
+    functional: bool
+    successful: bool
+    minimal_weight: float | None
+    kl_divergence: float | None
+    efficiency: float | None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """
+    A whole sweep.
+
+    `baseline`: the unmodified model; its divergence is the floor KL₀. `pools`: which prompts were used for what, by
+    name: count and digest. `settings`: what was swept. `prompts`, `canaries`: the texts, in the order of the
+    responses.
+    """
+
+    model: str
+    baseline: Measurement
+    cells: tuple[Cell, ...]
+    synergies: tuple[Synergy, ...] = ()
+    prompts: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+    canaries: tuple[str, ...] = ()
+    baseline_responses: tuple[str, ...] = ()
+    baseline_verdicts: tuple[Verdict, ...] = ()
+    pools: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def floor(self) -> float:
+        """KL₀: the divergence measured for the unmodified model."""
+
+        return self.baseline.kl_divergence
+
+    def configurations(self) -> list[tuple[str, str]]:
+        """Returns the pairs of configuration and strength, in the order of the cells."""
+
+        return list(dict.fromkeys((cell.configuration, cell.strength) for cell in self.cells))
+
+    def single_cells(self, configuration: str, strength: str) -> list[Cell]:
+        """Returns the cells of single layers of one configuration."""
+
+        return [
+            cell
+            for cell in self.cells
+            if (cell.configuration, cell.strength) == (configuration, strength)
+            and len(cell.layers) == 1
+        ]
+
+    def efficiency(self, cell: Cell) -> float | None:
+        """Returns the efficiency of a cell."""
+
+        return efficiency(
+            self.baseline.refusals,
+            cell.measurement.refusals,
+            cell.measurement.kl_divergence,
+            self.floor,
+        )
+
+    def summaries(self) -> list[LayerSummary]:
+        """Returns what each configuration achieves on each layer."""
+
+        found = []
+        for configuration, strength in self.configurations():
+            cells = self.single_cells(configuration, strength)
+            for layer in sorted({cell.layers[0] for cell in cells}):
+                column = sorted(
+                    (cell for cell in cells if cell.layers[0] == layer),
+                    key=lambda cell: cell.weight,
+                )
+                best = next((cell for cell in column if cell.measurement.refusals == 0), None)
+                found.append(
+                    LayerSummary(
+                        configuration=configuration,
+                        strength=strength,
+                        layer=layer,
+                        functional=any(
+                            cell.measurement.refusals < self.baseline.refusals for cell in column
+                        ),
+                        successful=best is not None,
+                        minimal_weight=None if best is None else best.weight,
+                        kl_divergence=None if best is None else best.measurement.kl_divergence,
+                        efficiency=None if best is None else self.efficiency(best),
+                    )
+                )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values: cells with intervals and efficiency, and what follows from them."""
+
+        cells = []
+        for cell in self.cells:
+            low, high = cell.measurement.refusal_interval()
+            cells.append(
+                {
+                    **cell.to_dict(),
+                    "refusal_interval": [low, high],
+                    "efficiency": self.efficiency(cell),
+                }
+            )
+        return {
+            "model": self.model,
+            "baseline": asdict(self.baseline),
+            "settings": self.settings,
+            "pools": self.pools,
+            "prompts": list(self.prompts),
+            "categories": list(self.categories),
+            "canaries": list(self.canaries),
+            "baseline_responses": list(self.baseline_responses),
+            "baseline_verdicts": [asdict(verdict) for verdict in self.baseline_verdicts],
+            "layers": [asdict(summary) for summary in self.summaries()],
+            "synergies": [asdict(synergy) for synergy in self.synergies],
+            "cells": cells,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "SweepResult":
+        """Restores a sweep from what `to_dict` returned."""
+
+        derived = {"refusal_interval", "efficiency"}
+        return cls(
+            model=data["model"],
+            baseline=Measurement.from_dict(data["baseline"]),
+            cells=tuple(
+                Cell.from_dict({name: cell[name] for name in cell if name not in derived})
+                for cell in data["cells"]
+            ),
+            synergies=tuple(
+                Synergy(
+                    **{
+                        **synergy,
+                        "layers": tuple(synergy["layers"]),
+                        "kl_divergence": _divergence(synergy["kl_divergence"]),
+                    }
+                )
+                for synergy in data["synergies"]
+            ),
+            prompts=tuple(data["prompts"]),
+            categories=tuple(data["categories"]),
+            canaries=tuple(data["canaries"]),
+            baseline_responses=tuple(data["baseline_responses"]),
+            baseline_verdicts=tuple(
+                Verdict(**verdict) for verdict in data.get("baseline_verdicts", ())
+            ),
+            pools=data["pools"],
+            settings=data["settings"],
+        )
+
+    def to_json(self) -> str:
+        """Returns the sweep as JSON text; the same sweep gives the same bytes."""
+
+        return json_text(self.to_dict()) + "\n"
+
+    def to_csv(self) -> str:
+        """Returns one row per cell as CSV text."""
+
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(CSV_COLUMNS)
+        for cell in self.cells:
+            measurement = cell.measurement
+            low, high = measurement.refusal_interval()
+            ratio = self.efficiency(cell)
+            writer.writerow(
+                [
+                    cell.configuration,
+                    cell.strength,
+                    " ".join(map(str, cell.layers)),
+                    cell.weight,
+                    f"{cell.effective_weight:.6g}",
+                    f"{cell.weight_along_mean:.6g}",
+                    measurement.refusals,
+                    f"{low:.4f}",
+                    f"{high:.4f}",
+                    measurement.evasive,
+                    measurement.complied,
+                    measurement.incoherent,
+                    measurement.n_harmful,
+                    measurement.canary_refusals,
+                    measurement.n_canaries,
+                    f"{measurement.kl_divergence:.6g}",
+                    ""
+                    if measurement.kl_standard_error is None
+                    else f"{measurement.kl_standard_error:.6g}",
+                    "" if ratio is None else f"{ratio:.6g}",
+                ]
+            )
+        return buffer.getvalue()
+
+    def responses_json_lines(self) -> str:
+        """Returns every response as JSON Lines: where it was given, to what, its text, and its tier and coherence."""
+
+        base: dict[str, Any] = {"configuration": None}
+        rows = _response_rows(
+            base, "harmful", self.prompts, self.baseline_responses, self.baseline_verdicts
+        )
+        for cell in self.cells:
+            where = {
+                "configuration": cell.configuration,
+                "strength": cell.strength,
+                "layers": list(cell.layers),
+                "weight": cell.weight,
+            }
+            rows += _response_rows(where, "harmful", self.prompts, cell.responses, cell.verdicts)
+            rows += _response_rows(
+                where, "canary", self.canaries, cell.canary_responses, cell.canary_verdicts
+            )
+        return "".join(f"{json_text(row, sort_keys=False, indent=None)}\n" for row in rows)
+
+
+CSV_COLUMNS = (
+    "configuration",
+    "strength",
+    "layers",
+    "weight",
+    "effective_weight",
+    "weight_along_mean",
+    "refusals",
+    "refusal_share_low",
+    "refusal_share_high",
+    "evasive",
+    "complied",
+    "incoherent",
+    "n_harmful",
+    "canary_refusals",
+    "n_canaries",
+    "kl_divergence",
+    "kl_standard_error",
+    "efficiency",
+)
+
+
+def _response_rows(
+    where: dict[str, Any],
+    pool: str,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    verdicts: Sequence[Verdict],
+) -> list[dict[str, Any]]:
+    """Returns a row for each response of a cell; none where they are not known."""
+
+    if not responses:
+        return []
+    known: Sequence[Verdict | None] = verdicts or [None] * len(responses)
+    return [
+        {
+            **where,
+            "pool": pool,
+            "prompt": prompt,
+            "response": response,
+            **({} if verdict is None else asdict(verdict)),
+        }
+        for prompt, response, verdict in zip(prompts, responses, known, strict=True)
+    ]

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The state of a sweep in an Optuna study: one trial per cell.
+
+Any number of processes, on any machines that reach the storage, work on one sweep. Each takes the waiting cells of
+one group at a time, renews a lease while it computes them, and stores the results in the trials. The cells of a
+process that died are taken over when its lease ends. Groups do not depend on the processes, and are computed whole,
+so that computing one twice gives the same numbers to the last bit.
+"""
+
+import json
+import re
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from ..errors import ContrastError
+from ..identity import Identity, differences
+from ..journal import CheckedJournal, JournalLock
+from ..language_model import Progress
+from ..processes import is_dead, this_process
+from .cells import Cell, CellKey
+
+STUDY_NAME = "heretic-contrast sweep"
+
+LEASE_SECONDS = 60.0
+"""How long the cells of a process that no longer renews its lease are left alone."""
+
+UNLEASED_SECONDS = 5.0
+"""How long a claimed cell may be without a lease, which a living process writes at once."""
+
+LOCK_SECONDS = 10
+"""After which time a lock that a killed process of another machine left behind is given up."""
+
+CELLS_PER_CLAIM = 60
+"""
+How many cells a process takes at a time: enough to fill batches, few enough to lose little of when it is killed, and whole
+layers with five weights and up to four configurations.
+"""
+
+_at_work: set[str] = set()
+"""The workers of this process that are computing at this moment."""
+
+Evaluate = Callable[[Sequence[CellKey], Progress], list[Cell]]
+"""Measures cells, and tells about how many of them are done while it does so."""
+
+
+def group_cells(keys: Sequence[CellKey]) -> list[list[CellKey]]:
+    """Returns the cells that are computed together: a limited number, from the lowest layer to the highest."""
+
+    ordered = sorted(keys, key=lambda key: key.layers[0])
+    return [
+        ordered[start : start + CELLS_PER_CLAIM]
+        for start in range(0, len(ordered), CELLS_PER_CLAIM)
+    ]
+
+
+def without_password(storage: str | None) -> str:
+    """Returns a storage's URL as it may be shown."""
+
+    return re.sub(r"://([^:/@]*):[^@]*@", r"://\1:***@", str(storage))
+
+
+def open_storage(storage: str | None) -> BaseStorage:
+    """
+    Opens a storage: a URL that Optuna knows, the path of a journal file, or memory.
+
+    Raises `ContrastError` when it cannot be opened.
+    """
+
+    if storage is None:
+        return InMemoryStorage()
+    try:
+        if "://" in storage:
+            return optuna.storages.get_storage(storage)
+        path = Path(storage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = JournalLock(str(path), grace_period=LOCK_SECONDS)
+        return JournalStorage(CheckedJournal(str(path), lock_obj=lock))
+    except ContrastError:
+        raise
+    except Exception as error:
+        # Database drivers raise errors of their own.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ContrastError(
+            f"The storage {without_password(storage)} cannot be opened ({reason[:200]}): correct its URL, or move a damaged file away."
+        ) from error
+
+
+class SweepState:
+    """A sweep's cells in a storage. `identity` says which sweep: processes must agree on it."""
+
+    def __init__(self, storage: str | None, identity: Identity) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._name = storage
+        self._choices: dict[str, list[str]] = {}
+        self._worker = f"{this_process()} {uuid.uuid4().hex[:8]}"
+        try:
+            self._study = optuna.create_study(
+                study_name=STUDY_NAME,
+                storage=open_storage(storage),
+                # Never samples: every trial is enqueued with its parameters.
+                sampler=optuna.samplers.RandomSampler(seed=0),
+                directions=["minimize", "minimize"],
+                load_if_exists=True,
+            )
+            with warnings.catch_warnings():
+                # Optuna calls the names of metrics experimental; the dashboard shows them.
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                self._study.set_metric_names(["refusals", "KL divergence"])
+            if "identity" not in self._study.user_attrs and not self._study.get_trials(
+                deepcopy=False
+            ):
+                self._study.set_user_attr("identity", identity)
+            stored = self._study.user_attrs.get("identity")
+        except ContrastError:
+            raise
+        except Exception as error:
+            # Database drivers and the journal raise errors of their own.
+            raise ContrastError(
+                f"The storage {without_password(storage)} cannot be read ({' '.join(str(error).split())[:200]}): "
+                "move a damaged file away to start anew."
+            ) from error
+        where = f"The storage {without_password(storage)}"
+        remedy = "give another output or storage, or remove that one."
+        if stored is None:
+            raise ContrastError(
+                f"{where} holds a sweep that does not say what decided its cells, as earlier versions did not: {remedy}"
+            )
+        # As the storage gives it back.
+        different = differences(stored, json.loads(json.dumps(identity)))
+        if different:
+            raise ContrastError(f"{where} holds another sweep (other {different}): {remedy}")
+
+    def run(
+        self, keys: Sequence[CellKey], evaluate: Evaluate, progress: Progress | None = None
+    ) -> list[Cell]:
+        """Returns the cells of all keys, computing those that no process has computed."""
+
+        keys = list(dict.fromkeys(keys))
+        if not keys:
+            return []
+        self._choices = {
+            "configuration": sorted({key.configuration for key in keys}),
+            "strength": sorted({key.strength for key in keys}),
+        }
+        self._enqueue(keys)
+        _at_work.add(self._worker)
+        try:
+            return self._work(keys, evaluate, progress)
+        finally:
+            _at_work.discard(self._worker)
+
+    def _work(
+        self, keys: Sequence[CellKey], evaluate: Evaluate, progress: Progress | None
+    ) -> list[Cell]:
+        """Computes cells, or waits for other processes to compute them, until all are there."""
+
+        groups = group_cells(keys)
+        while True:
+            done = self._done()
+            missing = [key for key in keys if key not in done]
+            n_done = len(keys) - len(missing)
+            if progress is not None:
+                progress(n_done, len(keys))
+            if not missing:
+                return [done[key] for key in keys]
+            group, trials = self._claim(groups, set(missing))
+            if not trials:
+                self._take_over(set(missing))
+                time.sleep(0.5)
+                continue
+            part = _part(progress, n_done, len(trials), len(keys))
+            with self._leased(trials):
+                # The whole group, so that rounding does not depend on who computed which part of it.
+                cells = dict(zip(group, evaluate(group, part), strict=True))
+            for trial in trials:
+                self._store(trial, cells[_key(trial)])
+
+    def _store(self, trial: FrozenTrial, cell: Cell) -> None:
+        """Stores a cell, unless another process took the trial over in the meantime."""
+
+        with suppress(UpdateFinishedTrialError):
+            self._study._storage.set_trial_user_attr(trial._trial_id, "cell", cell.to_dict())
+        self._study.tell(
+            trial.number,
+            [float(cell.measurement.refusals), cell.measurement.kl_divergence],
+            skip_if_finished=True,
+        )
+
+    def _set_state(self, trial: FrozenTrial, state: TrialState) -> bool:
+        """Changes a trial's state, and returns whether this process did it."""
+
+        try:
+            return self._study._storage.set_trial_state_values(trial._trial_id, state)
+        except UpdateFinishedTrialError:
+            return False
+
+    def _enqueue(self, keys: Sequence[CellKey]) -> None:
+        """Enqueues the cells that no trial stands for yet."""
+
+        present = {
+            _key(trial)
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.state is not TrialState.FAIL
+        }
+        for key in keys:
+            if key not in present:
+                self._study.enqueue_trial(
+                    {
+                        "configuration": key.configuration,
+                        "strength": key.strength,
+                        "layers": " ".join(map(str, key.layers)),
+                        "weight": key.weight,
+                    }
+                )
+
+    def _done(self) -> dict[CellKey, Cell]:
+        """Returns the finished cells."""
+
+        return {
+            _key(trial): Cell.from_dict(trial.user_attrs["cell"])
+            for trial in reversed(
+                self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            )
+            if "cell" in trial.user_attrs
+        }
+
+    def _claim(
+        self, groups: Sequence[list[CellKey]], missing: set[CellKey]
+    ) -> tuple[list[CellKey], list[FrozenTrial]]:
+        """Takes the missing cells of one group, unless another process has its first."""
+
+        waiting: dict[CellKey, FrozenTrial] = {}
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            waiting.setdefault(_key(trial), trial)
+        for group in groups:
+            wanted = [key for key in group if key in missing]
+            # Exactly one process turns a waiting trial into a running one: who has the first has the group.
+            if not wanted or wanted[0] not in waiting:
+                continue
+            if not self._set_state(waiting[wanted[0]], TrialState.RUNNING):
+                continue
+            # Leased at once, so that the cells of a process that dies from here on are known to be nobody's.
+            self._lease(waiting[wanted[0]])
+            claimed = [waiting[wanted[0]]]
+            for key in wanted[1:]:
+                if key in waiting and self._set_state(waiting[key], TrialState.RUNNING):
+                    self._lease(waiting[key])
+                    claimed.append(waiting[key])
+            for trial in claimed:
+                self._show_parameters(trial)
+            return group, claimed
+        return [], []
+
+    def _show_parameters(self, trial: FrozenTrial) -> None:
+        """Writes the cell's parameters where optuna-dashboard shows them."""
+
+        distributions: dict[str, BaseDistribution] = {
+            "configuration": CategoricalDistribution(self._choices["configuration"]),
+            "strength": CategoricalDistribution(self._choices["strength"]),
+            "first_layer": IntDistribution(0, 1_000),
+            "weight": FloatDistribution(0.0, 1_000.0),
+        }
+        key = _key(trial)
+        values: dict[str, Any] = {
+            "configuration": key.configuration,
+            "strength": key.strength,
+            "first_layer": key.layers[0],
+            "weight": key.weight,
+        }
+        for name, distribution in distributions.items():
+            self._study._storage.set_trial_param(
+                trial._trial_id, name, distribution.to_internal_repr(values[name]), distribution
+            )
+
+    def _lease(self, trial: FrozenTrial) -> None:
+        """Says until when a trial belongs to this process."""
+
+        lease = {"worker": self._worker, "until": time.time() + LEASE_SECONDS}
+        # Another process may have given up on this one, which is no harm.
+        with suppress(UpdateFinishedTrialError):
+            self._study._storage.set_trial_user_attr(trial._trial_id, "lease", lease)
+
+    @contextmanager
+    def _leased(self, trials: Sequence[FrozenTrial]) -> Iterator[None]:
+        """Renews the lease of trials in the background, for as long as the context lasts."""
+
+        stop = threading.Event()
+
+        def keep() -> None:
+            while not stop.wait(LEASE_SECONDS / 4):
+                # A storage that fails here fails again when the cells are stored, which says so.
+                with suppress(Exception):
+                    for trial in trials:
+                        self._lease(trial)
+
+        thread = threading.Thread(target=keep, daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            # Give the cells back at once, so that nobody waits for the lease to end.
+            stop.set()
+            thread.join()
+            self._give_back(trials)
+            raise
+        stop.set()
+        thread.join()
+
+    def _give_back(self, trials: Sequence[FrozenTrial]) -> None:
+        """Marks running trials as failed, and enqueues their cells again."""
+
+        for trial in trials:
+            self._set_state(trial, TrialState.FAIL)
+        self._enqueue([_key(trial) for trial in trials])
+
+    def _take_over(self, missing: set[CellKey]) -> None:
+        """Gives back the cells of processes that died, also of those that died while they gave cells back."""
+
+        abandoned = [
+            trial
+            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if _key(trial) in missing and self._is_abandoned(trial)
+        ]
+        self._give_back(abandoned)
+        self._enqueue(sorted(missing))
+
+    def _is_abandoned(self, trial: FrozenTrial) -> bool:
+        lease: dict[str, Any] | None = trial.user_attrs.get("lease")
+        if lease is None:
+            # Killed between claiming and leasing.
+            started = trial.datetime_start
+            return started is None or time.time() - started.timestamp() > UNLEASED_SECONDS
+        worker = lease["worker"]
+        process, _, _ = worker.rpartition(" ")
+        if process == this_process():
+            # An attempt that failed, for example because the disk was full, and could not give its cells back.
+            return worker not in _at_work
+        return is_dead(process) or bool(time.time() > lease["until"])
+
+
+def _part(progress: Progress | None, n_done: int, n_claimed: int, n_cells: int) -> Progress:
+    """Returns the progress of the claimed cells, which is shown as that of all cells."""
+
+    def advance(done: int, total: int) -> None:
+        if progress is not None:
+            progress(n_done + n_claimed * done // total, n_cells)
+
+    return advance
+
+
+def _key(trial: FrozenTrial) -> CellKey:
+    """Returns the cell that a trial stands for."""
+
+    parameters = trial.system_attrs["fixed_params"]
+    return CellKey(
+        configuration=parameters["configuration"],
+        strength=parameters["strength"],
+        layers=tuple(int(layer) for layer in parameters["layers"].split()),
+        weight=float(parameters["weight"]),
+    )

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The contamination audit (section 2.2 of the paper): how many prompts of a harmless pool touch a harm category.
+
+A match is one category that the lexicon finds in one prompt, so a prompt may count several times; the paper
+counts 859 matches in 400 prompts. A match says what a prompt is about, not that it is harmful.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import ContrastError
+from ..files import json_text, write_text_atomically
+from . import Prompt, prompts_digest
+from .categories import CATEGORIES, classify
+
+PAPER_MATCHES = 859
+PAPER_PROMPTS = 400
+
+
+@dataclass(frozen=True)
+class PoolAudit:
+    """
+    What the lexicon finds in a pool.
+
+    `counts` and `examples` have every category of `CATEGORIES`; the examples are the first matching prompts of
+    the pool, at most as many as were asked for. `digest` identifies the pool (see `prompts.prompts_digest`).
+    """
+
+    n_prompts: int
+    n_matching_prompts: int
+    counts: Mapping[str, int]
+    examples: Mapping[str, tuple[str, ...]]
+    digest: str
+
+    @property
+    def n_matches(self) -> int:
+        """The matches of all categories together, several per prompt counted."""
+
+        return sum(self.counts.values())
+
+    @property
+    def matches_per_paper_pool(self) -> float:
+        """The number of matches scaled to a pool of the paper's size, 400 prompts."""
+
+        return self.n_matches * PAPER_PROMPTS / self.n_prompts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the audit as plain data for JSON, with the paper's figure beside its own."""
+
+        return {
+            "n_prompts": self.n_prompts,
+            "n_matching_prompts": self.n_matching_prompts,
+            "n_matches": self.n_matches,
+            "matches_per_400_prompts": round(self.matches_per_paper_pool, 2),
+            "paper_matches_per_400_prompts": PAPER_MATCHES,
+            "pool_sha256": self.digest,
+            "categories": {
+                category: {
+                    "n_matches": self.counts[category],
+                    "examples": list(self.examples[category]),
+                }
+                for category in CATEGORIES
+            },
+        }
+
+
+def audit_pool(prompts: Sequence[Prompt], examples: int = 3) -> PoolAudit:
+    """
+    Counts the categories that the lexicon finds in the prompts, and keeps up to `examples` prompts of each.
+
+    Raises `ContrastError` when the pool is empty, or `examples` is negative.
+    """
+
+    if not prompts:
+        raise ContrastError("The pool to audit is empty: give one with prompts.")
+    if examples < 0:
+        raise ContrastError(f"The number of examples per category is {examples}: choose 0 or more.")
+    matching: dict[str, list[str]] = {category: [] for category in CATEGORIES}
+    n_matching_prompts = 0
+    for prompt in prompts:
+        categories = classify(prompt.text)
+        n_matching_prompts += bool(categories)
+        for category in categories:
+            matching[category].append(prompt.text)
+    return PoolAudit(
+        n_prompts=len(prompts),
+        n_matching_prompts=n_matching_prompts,
+        counts={category: len(texts) for category, texts in matching.items()},
+        examples={category: tuple(texts[:examples]) for category, texts in matching.items()},
+        digest=prompts_digest(prompts),
+    )
+
+
+def clean_pool(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Returns the prompts in which the lexicon finds no category, in their order."""
+
+    return [prompt for prompt in prompts if not classify(prompt.text)]
+
+
+def render(audit: PoolAudit) -> Table:
+    """Returns the audit as a table for the terminal: a row per category, and the total beside the paper's."""
+
+    table = Table(
+        title=f"{audit.n_matching_prompts} of {audit.n_prompts} prompts touch a harm category",
+        caption=(
+            f"{audit.n_matches} matches, {audit.matches_per_paper_pool:.0f} per {PAPER_PROMPTS} prompts "
+            f"(the paper: {PAPER_MATCHES})"
+        ),
+        show_footer=True,
+    )
+    table.add_column("Category", footer="all")
+    table.add_column("Matches", footer=str(audit.n_matches), justify="right")
+    table.add_column("Examples")
+    for category in CATEGORIES:
+        table.add_row(
+            category,
+            str(audit.counts[category]),
+            # Prompts are free text and may hold what looks like markup.
+            "\n".join(escape(" ".join(text.split())) for text in audit.examples[category]),
+        )
+    return table
+
+
+def run_audit(
+    prompts: Sequence[Prompt], output: Path, cleaned: Path | None = None, examples: int = 3
+) -> PoolAudit:
+    """
+    Audits the pool and writes `audit.json` into the directory `output`.
+
+    With `cleaned` it also writes the pool without its matching prompts there, as `json_lines`: read as a pool, they
+    are the same prompts.
+
+    Raises `ContrastError` when the pool is empty, cleaning leaves nothing, or a file cannot be written.
+    """
+
+    audit = audit_pool(prompts, examples)
+    write_text_atomically(output / "audit.json", json_text(audit.to_dict(), sort_keys=False) + "\n")
+    if cleaned is not None:
+        kept = clean_pool(prompts)
+        if not kept:
+            raise ContrastError(
+                f"All {len(prompts)} prompts of the pool touch a harm category, so nothing is left to write to {cleaned}: "
+                "audit a larger pool."
+            )
+        write_text_atomically(cleaned, json_lines(kept))
+    return audit
+
+
+def json_lines(prompts: Sequence[Prompt]) -> str:
+    """Returns a pool as JSON Lines: texts, or conversations where a prompt has a system prompt of its own."""
+
+    has_system = any(prompt.system is not None for prompt in prompts)
+    lines = []
+    for prompt in prompts:
+        row: dict[str, Any] = {"text": prompt.text}
+        if has_system:
+            turns = {"system": prompt.system, "user": prompt.text}
+            row = {
+                "messages": [
+                    {"role": role, "content": content}
+                    for role, content in turns.items()
+                    if content is not None
+                ]
+            }
+        if prompt.category is not None:
+            row["category"] = prompt.category
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Stratified samples of prompts."""
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+from ..errors import ContrastError
+from . import Prompt
+
+
+def stratified_sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
+    """
+    Returns `count` prompts that cover all categories as evenly as the pool allows (paper, section 3.3).
+
+    Deterministic for a seed, and independent of the order of the pool.
+
+    Raises `ContrastError` when there are fewer prompts than asked for, or fewer are asked for than there are
+    categories.
+    """
+
+    if len(prompts) < count:
+        raise ContrastError(
+            f"{count} prompts are asked for, but the pool has {len(prompts)}: ask for fewer, or give a larger pool."
+        )
+    strata: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in sorted(prompts, key=lambda prompt: (prompt.category or "", prompt.text)):
+        strata[prompt.category or ""].append(prompt)
+    if count < len(strata):
+        raise ContrastError(
+            f"{count} prompts cannot cover {len(strata)} categories: ask for at least {len(strata)}."
+        )
+    generator = random.Random(seed)
+    for name in sorted(strata):
+        generator.shuffle(strata[name])
+    # Rounds over the categories; who comes first in the last, partial round is drawn too.
+    order = sorted(strata)
+    generator.shuffle(order)
+    chosen: list[Prompt] = []
+    while len(chosen) < count:
+        for name in order:
+            if strata[name] and len(chosen) < count:
+                chosen.append(strata[name].pop())
+    return sorted(chosen, key=lambda prompt: (prompt.category or "", prompt.text))
+
+
+def split_harmless(
+    prompts: Sequence[Prompt], n_canaries: int, n_references: int, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """
+    Returns canaries, and the reference prompts of the divergence, drawn from one pool.
+
+    Raises `ContrastError` when the pool has fewer prompts than both need.
+    """
+
+    needed = n_canaries + n_references
+    if len(prompts) < needed:
+        raise ContrastError(
+            f"{n_canaries} canaries and {n_references} reference prompts are asked for, but the harmless "
+            f"evaluation pool has {len(prompts)} prompts: ask for fewer, or give a larger pool."
+        )
+    harmless = stratified_sample(prompts, needed, seed)
+    # Every n-th prompt is a canary, so that canaries and references are alike.
+    step = needed // n_canaries
+    chosen = set(range(0, step * n_canaries, step))
+    return (
+        [prompt for index, prompt in enumerate(harmless) if index in chosen],
+        [prompt for index, prompt in enumerate(harmless) if index not in chosen],
+    )

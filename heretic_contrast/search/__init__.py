@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The search of ablation weights in Heretic's Optuna study."""

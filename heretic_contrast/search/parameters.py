@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The parameters of a trial, and the space that Optuna searches them in (design, section 5)."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..directions.directions import Directions
+from ..errors import ContrastError
+from ..settings import HERETIC_RANGES, Range, Scale, general_parameter
+
+if TYPE_CHECKING:
+    from optuna import Trial
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """
+    Heretic's weight as a function of the layer, for one component.
+
+    It falls linearly from `max_weight` at layer `max_weight_position` to `min_weight` at a distance of
+    `min_weight_distance` layers, and is 0 beyond.
+    """
+
+    max_weight: float
+    max_weight_position: float
+    min_weight: float
+    min_weight_distance: float
+
+    def weight(self, layer_index: int) -> float:
+        """Returns the weight at a layer."""
+
+        distance = abs(layer_index - self.max_weight_position)
+        if distance > self.min_weight_distance:
+            return 0.0
+        if distance == 0:
+            return self.max_weight
+        return self.max_weight + (distance / self.min_weight_distance) * (
+            self.min_weight - self.max_weight
+        )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """
+    What one trial does to the model: w_k(l) = s_k · kernel(l) for direction k, layer l and each component.
+
+    `direction_index`: index of the layer whose directions are used for all layers (interpolated between
+    neighbors where it is fractional), or None for directions per layer.
+    `kernels`: by component. `scales`: s_k by name of the direction. `configuration`: digest of what the directions
+    were made from, or "" where that is not known.
+    """
+
+    direction_index: float | None
+    kernels: dict[str, Kernel]
+    scales: dict[str, float]
+    configuration: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values that `from_dict` turns into the same parameters, bit for bit."""
+
+        return asdict(self)
+
+    def to_presentation_dict(self) -> dict[str, str]:
+        """Returns what the command line and the model card show."""
+
+        shown = {
+            "direction_index": "per layer"
+            if self.direction_index is None
+            else f"{self.direction_index:.2f}"
+        }
+        for component, kernel in self.kernels.items():
+            for name, value in asdict(kernel).items():
+                shown[f"{component}.{name}"] = f"{value:.2f}"
+        for name, value in self.scales.items():
+            shown[f"scale.{name}"] = f"{value:.2f}"
+        return shown
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Parameters":
+        """
+        Restores parameters from what `to_dict` returned.
+
+        Raises `ContrastError` when something else has stored them.
+        """
+
+        try:
+            index = data["direction_index"]
+            return cls(
+                direction_index=None if index is None else _number(index),
+                kernels={
+                    str(name): Kernel(**{key: _number(value) for key, value in values.items()})
+                    for name, values in data["kernels"].items()
+                },
+                scales={str(name): _number(value) for name, value in data["scales"].items()},
+                configuration=str(data.get("configuration", "")),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise ContrastError(
+                "The checkpoint holds trials of another modifier: start from scratch (checkpoint action restart), "
+                "or give another study_checkpoint_dir."
+            ) from error
+
+    def require_fit(self, directions: Directions, components: Sequence[str]) -> None:
+        """Raises `ContrastError` when the parameters belong to other directions, or to a model with other components."""
+
+        # Directions have one index more than the model has decoder layers, for the embedding.
+        last_layer_index = len(directions.tensor) - 2
+        if (
+            set(self.scales) != set(directions.names)
+            or not 0 <= (self.direction_index or 0) <= last_layer_index
+            or set(self.kernels) != set(components)
+            or self.configuration not in ("", configuration_digest(directions))
+        ):
+            raise ContrastError(
+                "The parameters of this trial belong to another configuration of the plugin: start from scratch "
+                "(checkpoint action restart), or give another study_checkpoint_dir."
+            )
+
+
+def _number(value: Any) -> float:
+    """Returns a number that JSON has stored. Raises `TypeError` or `ValueError` when it is none, or not finite."""
+
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number.")
+    if not math.isfinite(value):
+        raise ValueError(f"{value!r} is not finite.")
+    return value
+
+
+def configuration_digest(directions: Directions) -> str:
+    """Returns a digest of what directions were made from: their names, the settings, the prompts and the model."""
+
+    content = {
+        "names": list(directions.names),
+        **{name: directions.provenance.get(name) for name in ("settings", "prompts", "identity")},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+HERETIC_20_RANGES: dict[str, Range] = {"mlp.down_proj.max_weight": (-0.25, 1.5)}
+"""What Heretic 2.0 searches otherwise: a weight below 0 counts as 0, so that the MLP can be left alone."""
+
+
+def require_ranges(space: Mapping[str, Range], kind: str, known: Sequence[str]) -> None:
+    """
+    Raises `ContrastError` when a range is for a component, or a direction, that does not exist.
+
+    `kind`: "component" or "direction"; ranges of the other kind are not looked at. `known`: all of the kind.
+    """
+
+    for name in space:
+        if name.startswith("scale."):
+            owner = name.removeprefix("scale.") if kind == "direction" else ""
+        else:
+            owner = name.rpartition(".")[0] if kind == "component" else ""
+        if owner and owner not in known:
+            raise ContrastError(
+                f'search_space has a range for the {kind} "{owner}", but there are {", ".join(known)}: name one of these.'
+            )
+
+
+def suggest_parameters(
+    trial: "Trial",
+    components: Sequence[str],
+    n_layers: int,
+    directions: Directions,
+    space: Mapping[str, Range] | None = None,
+    default: Mapping[str, Range] | None = None,
+) -> Parameters:
+    """
+    Samples the parameters of a trial.
+
+    Names and ranges of the kernel and the direction index are Heretic's, so that one direction searches exactly
+    Heretic's space. Several directions add one scale each; parallel directions add up, so the range of the
+    kernel's maximum then reaches down to where their sum is as strong as Heretic's weakest single one.
+
+    `space`: ranges that the user has given, and `default`: those in which the installed Heretic differs from 1.4. In
+    both, a range of one component or direction stands before that of all.
+    """
+
+    last_layer_index = n_layers - 1
+    direction_index = None
+    # After SVD, direction k of neighboring layers has nothing in common, and interpolating it no meaning.
+    if directions.aligned:
+        scope = trial.suggest_categorical("direction_scope", ["global", "per layer"])
+        # Always sampled, because multivariate TPE does not work with conditional parameters.
+        index = trial.suggest_float(
+            "direction_index", 0.4 * last_layer_index, 0.9 * last_layer_index
+        )
+        direction_index = index if scope == "global" else None
+
+    n_directions = directions.n_directions
+    lowest, highest = HERETIC_RANGES["max_weight"]
+    if n_directions > 1:
+        # The average scale is 0.5, so n parallel directions remove n / 2 times the kernel's weight.
+        lowest = min(lowest, 2 * lowest / n_directions)
+    spaces = (space or {}, default or {}, {**HERETIC_RANGES, "max_weight": (lowest, highest)})
+
+    def limits(name: str) -> Range:
+        keys = (name, general_parameter(name))
+        return next(ranges[key] for ranges in spaces for key in keys if key in ranges)
+
+    kernels = {}
+    for component in components:
+        max_weight = max(
+            0.0, trial.suggest_float(f"{component}.max_weight", *limits(f"{component}.max_weight"))
+        )
+        low, high = limits(f"{component}.max_weight_position")
+        position = trial.suggest_float(
+            f"{component}.max_weight_position", low * last_layer_index, high * last_layer_index
+        )
+        # A fraction of max_weight, again because ranges must not vary.
+        min_weight = trial.suggest_float(
+            f"{component}.min_weight", *limits(f"{component}.min_weight")
+        )
+        low, high = limits(f"{component}.min_weight_distance")
+        distance = trial.suggest_float(
+            f"{component}.min_weight_distance",
+            max(1.0, low * last_layer_index),
+            max(1.0, high * last_layer_index),
+        )
+        kernels[component] = Kernel(
+            max_weight=max_weight,
+            max_weight_position=position,
+            min_weight=min_weight * max_weight,
+            min_weight_distance=distance,
+        )
+
+    if n_directions == 1:
+        # A single scale would only repeat the kernel's maximum.
+        scales = {directions.names[0]: 1.0}
+    else:
+        scales = {
+            name: trial.suggest_float(f"scale.{name}", *limits(f"scale.{name}"))
+            for name in directions.names
+        }
+    return Parameters(
+        direction_index=direction_index,
+        kernels=kernels,
+        scales=scales,
+        configuration=configuration_digest(directions),
+    )
+
+
+def layer_vectors(
+    directions: Directions, direction_index: float | None, layer_index: int, scale: Scale
+) -> Tensor:
+    """
+    Returns the directions that are ablated at a decoder layer.
+
+    Tensor of shape (n_directions, hidden_size). The index is shifted by 1, because index 0 of the tensor is the
+    embedding. Directions interpolated between layers have length 1 again under `scale = "unit"`.
+    """
+
+    if direction_index is None:
+        return directions.tensor[layer_index + 1]
+    fraction, index = math.modf(direction_index + 1)
+    lower = directions.tensor[int(index)]
+    upper = directions.tensor[min(int(index) + 1, len(directions.tensor) - 1)]
+    vectors = torch.lerp(lower, upper, fraction)
+    return F.normalize(vectors, dim=1) if scale is Scale.UNIT else vectors

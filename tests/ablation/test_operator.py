@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The operator against dense algebra."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from heretic_contrast.ablation.operator import (
+    Composition,
+    Operator,
+    ablated,
+    compose,
+    effective_weight,
+    equalize,
+    rows_times,
+    weight_along,
+)
+from heretic_contrast.errors import ContrastError
+
+N, HIDDEN, INPUTS = 5, 16, 24
+
+
+def random_unit(n: int = N, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # Nearly parallel, as class directions are.
+    shared = torch.randn(HIDDEN, generator=generator)
+    vectors = shared + 0.4 * torch.randn(n, HIDDEN, generator=generator)
+    return torch.nn.functional.normalize(vectors, dim=1)
+
+
+def dense(vectors: Tensor, weights: Tensor, composition: str) -> Tensor:
+    """C as the design defines it, in float64."""
+
+    vectors, weights = vectors.double(), weights.double()
+    identity = torch.eye(HIDDEN, dtype=torch.float64)
+    total = sum(w * torch.outer(v, v) for w, v in zip(weights, vectors, strict=True))
+    assert isinstance(total, Tensor)
+    if composition == "sum":
+        return total
+    if composition == "sequential":
+        product = identity
+        for w, v in zip(weights, vectors, strict=True):
+            product = product @ (identity - w * torch.outer(v, v))
+        return identity - product
+    eigenvalues, eigenvectors = torch.linalg.eigh(total)
+    return (eigenvectors * eigenvalues.clamp_max(weights.max())) @ eigenvectors.T
+
+
+@pytest.mark.parametrize("composition", [item.value for item in Composition])
+@pytest.mark.parametrize("weights", [[0.5] * N, [0.0, 1.2, 0.3, 0.9, 0.1], [0.0] * N])
+def test_lora_factors_and_hook_equal_dense_operator(composition: str, weights: list[float]) -> None:
+    vectors, amounts = random_unit(), torch.tensor(weights)
+    operator = compose(vectors, amounts, composition)
+    expected = dense(vectors, amounts, composition)
+    weight = torch.randn(HIDDEN, INPUTS, generator=torch.Generator().manual_seed(1))
+    factor_a, factor_b = operator.lora_factors(weight)
+    assert factor_a.shape == (N, INPUTS) and factor_b.shape == (HIDDEN, N)
+    change = -(expected @ weight.double())
+    assert torch.allclose((factor_b @ factor_a).double(), change, rtol=1e-5, atol=1e-5)
+    outputs = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(
+        operator.apply(outputs).double(), outputs.double() @ expected.T, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_sum_of_orthonormal_directions_equals_capped() -> None:
+    vectors = torch.linalg.qr(torch.randn(HIDDEN, N)).Q.T.contiguous()
+    weights = torch.full((N,), 0.7)
+    weight = torch.randn(HIDDEN, INPUTS)
+    products = [
+        factor_b @ factor_a
+        for factor_a, factor_b in (
+            compose(vectors, weights, name).lora_factors(weight) for name in ("sum", "capped")
+        )
+    ]
+    assert torch.allclose(*products, rtol=1e-5, atol=1e-6)
+
+
+def test_effective_weight_is_the_largest_eigenvalue() -> None:
+    vectors, weights = random_unit(), torch.tensor([0.5, 0.2, 0.9, 0.4, 0.5])
+    eigenvalues = torch.linalg.eigvalsh(dense(vectors, weights, "sum"))
+    assert effective_weight(compose(vectors, weights)) == pytest.approx(
+        float(eigenvalues[-1]), rel=1e-5
+    )
+    # Nearly parallel directions add up.
+    assert float(eigenvalues[-1]) > 1.5
+    direction = 3 * vectors.mean(dim=0)
+    unit = torch.nn.functional.normalize(direction.double(), dim=0)
+    assert weight_along(compose(vectors, weights), direction) == pytest.approx(
+        float(unit @ dense(vectors, weights, "sum") @ unit), rel=1e-5
+    )
+
+
+def test_equalized_weights_have_the_largest_weight_as_effective_weight() -> None:
+    vectors, weights = random_unit(), torch.tensor([0.5, 0.2, 0.9, 0.4, 0.5])
+    equal = equalize(vectors, weights)
+    assert effective_weight(compose(vectors, equal)) == pytest.approx(0.9, rel=1e-5)
+    assert torch.allclose(equal / weights, (equal / weights)[0].expand(N))
+
+
+def test_capped_caps_at_the_largest_weight() -> None:
+    operator = compose(random_unit(), torch.full((N,), 0.8), "capped")
+    assert effective_weight(operator) == pytest.approx(0.8, rel=1e-5)
+
+
+def test_zero_and_duplicate_directions() -> None:
+    vectors = random_unit()
+    vectors[1] = 0
+    vectors[2] = vectors[3]
+    for composition in Composition:
+        operator = compose(vectors, torch.full((N,), 0.6), composition)
+        assert torch.isfinite(operator.kernel).all()
+        expected = dense(vectors, torch.full((N,), 0.6), composition.value)
+        probe = torch.randn(4, HIDDEN)
+        assert torch.allclose(
+            operator.apply(probe).double(), probe.double() @ expected.T, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_capped_refuses_negative_weights() -> None:
+    with pytest.raises(ContrastError, match="negative weight"):
+        compose(random_unit(), torch.tensor([-1.0, 0, 0, 0, 0]), "capped")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_hook_does_what_a_changed_weight_does(bias: bool) -> None:
+    module = torch.nn.Linear(INPUTS, HIDDEN, bias=bias)
+    operator = compose(random_unit(), torch.full((N,), 0.6))
+    changed = torch.nn.Linear(INPUTS, HIDDEN, bias=bias)
+    changed.load_state_dict(module.state_dict())
+    factor_a, factor_b = operator.lora_factors(module.weight.detach())
+    changed.weight.data += factor_b @ factor_a
+    inputs = torch.randn(2, 7, INPUTS)
+    before = module(inputs)
+    with ablated([module], operator):
+        assert torch.allclose(module(inputs), changed(inputs), atol=1e-5)
+        assert not torch.allclose(before, changed(inputs), atol=1e-3)
+    assert torch.equal(module(inputs), before)
+
+
+def test_operator_keeps_the_dtype_of_outputs() -> None:
+    operator = Operator(random_unit(), torch.eye(N))
+    assert operator.apply(torch.randn(2, HIDDEN, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("hidden_size", [8, 40, 41])
+@pytest.mark.parametrize("n_directions", [1, 3])
+def test_few_rows_times_a_weight(hidden_size: int, n_directions: int) -> None:
+    generator = torch.Generator().manual_seed(hidden_size)
+    vectors = torch.randn(n_directions, hidden_size, generator=generator)
+    weight = torch.randn(hidden_size, 6, generator=generator)
+    expected = (vectors.double() @ weight.double()).float()
+    torch.testing.assert_close(rows_times(vectors, weight), expected, rtol=1e-5, atol=1e-5)
+    # Strides make no difference.
+    strided = weight.T.contiguous().T
+    torch.testing.assert_close(rows_times(vectors, strided), expected, rtol=1e-5, atol=1e-5)

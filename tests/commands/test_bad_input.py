@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Bad input: one sentence that names what is wrong, exit code 2, nothing overwritten."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from heretic_contrast import cli
+
+
+def run(
+    arguments: list[str],
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """Runs the command line, and returns its one sentence."""
+
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(sys, "argv", ["heretic-contrast", *arguments])
+    with pytest.raises(SystemExit) as exit_information:
+        cli.main()
+    assert exit_information.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    sentences = [line for line in error.splitlines() if line.startswith("Error: ")]
+    assert len(sentences) == 1
+    return sentences[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--contrast.baseline", "unmached", "builtin:refuser"], "no contrast baseline"),
+        (["--contrast.preset", "paper", "builtin:refuser"], "no preset"),
+        (["--contrast.mixing", "1.5", "builtin:refuser"], "contrast.mixing"),
+        (["--contrast.som-topology", "round", "builtin:refuser"], "som-topology"),
+        (["--no-such-flag", "--model", "builtin:refuser"], "no-such-flag"),
+        (["--model", "builtin:other"], "no built-in model"),
+        (["--n-trials", "many", "--model", "builtin:refuser"], "n-trials"),
+        (
+            [
+                "--contrast.preset",
+                "arditi",
+                "--contrast.preset",
+                "piras",
+                "--model",
+                "builtin:refuser",
+            ],
+            "Several presets",
+        ),
+        (["extract", "builtin:refuser"], "--output"),
+        (["sweep", "builtin:refuser"], "--output"),
+        (["sweep", "builtin:refuser", "--output", "out", "--layers", "a-b"], "layers"),
+        (["sweep", "builtin:refuser", "--output", "out", "--layers", "5-2"], "backwards"),
+        (["demo"], "--output"),
+        (["doctor", "please"], "no arguments"),
+        (["audit", "--dataset", "missing.txt"], "output"),
+    ],
+)
+def test_settings(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert expected in run(arguments, tmp_path, monkeypatch, capsys)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_unknown_key_in_the_table_names_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.toml").write_text('[modifier.ContrastAbliteration]\nbaselin = "matched"\n')
+    error = run(["--model", "builtin:refuser"], tmp_path, monkeypatch, capsys)
+    assert '"baselin"' in error and '"baseline"' in error
+
+
+def test_two_modifiers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.toml").write_text(
+        "modifiers = [{ plugin = 'heretic_contrast.ContrastAbliteration' }, { plugin = 'heretic.modifiers.ara.ARA' }]\n"
+    )
+    error = run(["--model", "builtin:refuser"], tmp_path, monkeypatch, capsys)
+    assert "exactly one" in error
+
+
+def test_broken_configuration_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.toml").write_text("baseline = [unclosed\n")
+    error = run(["--model", "builtin:refuser"], tmp_path, monkeypatch, capsys)
+    assert "config.toml" in error
+
+
+def write_pool(path: Path, rows: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+HARMFUL = [{"text": f"Break the {index}th door", "category": "violence"} for index in range(12)]
+HARMLESS = [{"text": f"Paint the {index}th door", "category": "violence"} for index in range(12)]
+NO_MAP = ["--contrast.method", "mean"]
+
+
+@pytest.mark.parametrize(
+    ("harmful", "harmless", "matched", "options", "expected"),
+    [
+        (HARMFUL[:5], HARMLESS, [], [], "Even merged"),
+        (
+            HARMFUL[:5],
+            HARMLESS,
+            [],
+            ["--contrast.small-classes", "error"],
+            "5 prompts, fewer than the 9 neurons",
+        ),
+        (
+            [{"text": row["text"]} for row in HARMFUL],
+            HARMLESS,
+            [],
+            ["--contrast.category-source", "column"],
+            "have no category",
+        ),
+        (
+            HARMFUL,
+            HARMLESS,
+            [{"text": "Brew some tea", "category": "drugs"}],
+            ["--contrast.baseline", "matched", *NO_MAP],
+            '"violence" has no matched',
+        ),
+        (HARMFUL, HARMFUL[:3] + HARMLESS, [], NO_MAP, "stands both"),
+        (HARMFUL, [], [], NO_MAP, "is empty"),
+        (
+            HARMFUL,
+            HARMLESS,
+            [],
+            ["--contrast.baseline", "nearest", "--contrast.n-neighbors", "13", *NO_MAP],
+            "13 neighbors",
+        ),
+        (
+            HARMFUL,
+            HARMLESS,
+            [],
+            ["--contrast.exclude-categories", "drugs", *NO_MAP],
+            "'drugs' cannot be excluded",
+        ),
+        (
+            HARMFUL,
+            HARMLESS,
+            [],
+            ["--contrast.exclude-categories", "violence", *NO_MAP],
+            "No class of harmful prompts is left",
+        ),
+        (HARMFUL, HARMLESS, [], ["--contrast.winners", "10"], "10 winners"),
+    ],
+)
+def test_pools(
+    harmful: list[dict[str, str]],
+    harmless: list[dict[str, str]],
+    matched: list[dict[str, str]],
+    options: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # What is wrong with prompts is said before a model is loaded: there is none.
+    monkeypatch.setattr("heretic_contrast.hosts.loading.open_model", None)
+    output = tmp_path / "directions.safetensors"
+    output.write_bytes(b"kept")
+    arguments = [
+        "extract",
+        "builtin:refuser",
+        f"--output={output}",
+        f"--contrast.bad-prompts.dataset={write_pool(tmp_path / 'bad.jsonl', harmful)}",
+        f"--contrast.good-prompts.dataset={write_pool(tmp_path / 'good.jsonl', harmless)}",
+        f"--contrast.matched-prompts.dataset={write_pool(tmp_path / 'matched.jsonl', matched or HARMLESS)}",
+        "--response-prefix=",
+        *options,
+    ]
+    assert expected in run(arguments, tmp_path, monkeypatch, capsys)
+    assert output.read_bytes() == b"kept"
+    arguments = [
+        f"--contrast.save-directions={output}" if argument.startswith("--output") else argument
+        for argument in arguments
+        if argument != "extract"
+    ]
+    monkeypatch.setattr("heretic.main.run", None)
+    assert expected in run([*arguments[1:], arguments[0]], tmp_path, monkeypatch, capsys)
+    assert output.read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--n-harmful", "13"], "13 prompts are asked for, but the pool has 12"),
+        (["--n-harmful", "1"], "1 prompts cannot cover 2 categories"),
+        (["--n-references", "12"], "10 canaries and 12 reference prompts are asked for"),
+        (["--n-canaries", "8", "--n-references", "8"], "8 canaries and 8 reference prompts"),
+        (["--weights", "[0.5, 0.3]"], "increasing weights"),
+        (["--layers", "2,x"], "layers"),
+        (["--evaluate-categories", "drugs"], 'has the category "drugs"'),
+        (["--contrast.directions", "missing.safetensors"], "There is no directions file"),
+        (["--contrast.small-classes", "error"], "fewer than the 9 neurons"),
+        (["--contrast.winners", "10"], "10 winners"),
+        (
+            [
+                "--contrast.preset",
+                "piras",
+                "--contrast.preset",
+                "arditi",
+                "--contrast.winners",
+                "17",
+            ],
+            "With the preset piras: 17 winners",
+        ),
+        (["--contrast.baseline", "nearest", "--contrast.n-neighbors", "13"], "13 neighbors"),
+        (["--bad-evaluation-prompts.dataset", "bad.jsonl"], "All 24 harmful evaluation prompts"),
+        (["--pairs", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_sweeps_that_do_not_work_load_no_model(
+    options: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("heretic_contrast.hosts.loading.open_model", None)
+    write_pool(
+        tmp_path / "bad.jsonl",
+        [
+            {"text": f"{verb} door {index}", "category": verb}
+            for verb in ("Break", "Burn", "Bend")
+            for index in range(8)
+        ],
+    )
+    write_pool(tmp_path / "good.jsonl", HARMLESS)
+    write_pool(
+        tmp_path / "harmful.jsonl",
+        [{"text": f"Smash {index}", "category": ("a", "b")[index % 2]} for index in range(12)],
+    )
+    write_pool(tmp_path / "harmless.jsonl", [{"text": f"Clean {index}"} for index in range(12)])
+    arguments = [
+        "sweep",
+        "--model",
+        "builtin:refuser",
+        "--output=out",
+        "--contrast.bad-prompts.dataset=bad.jsonl",
+        "--contrast.good-prompts.dataset=good.jsonl",
+        "--bad-evaluation-prompts.dataset=harmful.jsonl",
+        "--good-evaluation-prompts.dataset=harmless.jsonl",
+        *options,
+    ]
+    assert expected in run(arguments, tmp_path, monkeypatch, capsys)
+
+
+def test_directions_that_are_there_are_not_extracted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["extract", "builtin:refuser", "--contrast.directions=a", "--output=b"]
+    assert "none to extract" in run(arguments, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("output", ["blocked/directions.safetensors"])
+def test_unwritable_output(
+    output: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # A file where a folder should be blocks even a superuser.
+    (tmp_path / "blocked").write_text("")
+    error = run(["extract", "builtin:refuser", f"--output={output}"], tmp_path, monkeypatch, capsys)
+    assert "cannot be written" in error
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "missing"])
+def test_damaged_directions_file(
+    damage: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    from heretic_contrast.directions.directions import Directions
+
+    path = tmp_path / "directions.safetensors"
+    tensor = torch.ones(9, 1, 128)
+    Directions(
+        tensor=tensor,
+        names=("all",),
+        aligned=True,
+        class_directions=tensor,
+        class_names=("all",),
+        mean_direction=tensor[:, 0],
+        hits=torch.zeros(9, 1, 0, dtype=torch.int64),
+    ).save(path)
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-100])
+    elif damage == "flipped":
+        path.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
+    elif damage == "text":
+        path.write_text("not a tensor")
+    else:
+        path.unlink()
+    error = run(
+        [
+            f"--contrast.directions={path}",
+            "--response-prefix=",
+            "--batch-size=16",
+            "--model",
+            "builtin:refuser",
+        ],
+        tmp_path,
+        monkeypatch,
+        capsys,
+    )
+    assert str(path) in error
+
+
+def test_only_what_was_given_counts_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The menu asks for a baseline only where neither a baseline nor a preset was given.
+    from heretic_contrast.hosts.settings import HostSettings, load_settings
+
+    monkeypatch.setattr(sys, "argv", [])
+    plain = load_settings(HostSettings, "heretic-contrast", ["builtin:refuser"])
+    assert not {"baseline", "preset", "directions"} & plain.contrast.model_fields_set
+    preset = load_settings(
+        HostSettings, "heretic-contrast", ["--contrast.preset=arditi", "--model=builtin:refuser"]
+    )
+    assert "preset" in preset.contrast.model_fields_set

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Every baseline against its formula, written out a second time, one prompt after the other."""
+
+import numpy as np
+import pytest
+import torch
+
+from heretic_contrast.directions.baselines import (
+    BASELINES,
+    BaselineOptions,
+    LayerResiduals,
+    get_baseline,
+)
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.settings import BASELINES as NAMES
+
+HIDDEN = 24
+CLASSES = ("drugs", "fraud", "hacking")
+
+
+def make_layer(seed: int = 0, topics: bool = True) -> LayerResiduals:
+    """Residuals of three classes, a bulk pool, and a matched pool whose subjects differ from the bulk's."""
+
+    generator = torch.Generator().manual_seed(seed)
+    classes = tuple(CLASSES[index % 3] for index in range(17))
+    matched_classes = tuple(CLASSES[index % 3] for index in range(14))
+    bulk = torch.randn(21, HIDDEN, generator=generator) + 2
+    means = {name: 3 * torch.randn(HIDDEN, generator=generator) for name in CLASSES}
+    matched = torch.randn(14, HIDDEN, generator=generator) + 2
+    for index, name in enumerate(matched_classes):
+        matched[index] += means[name] * topics
+    if not topics:
+        # Subjects that add nothing: every class has the bulk's mean exactly.
+        for name in CLASSES:
+            chosen = [index for index, other in enumerate(matched_classes) if other == name]
+            matched[chosen] += bulk.mean(0) - matched[chosen].mean(0)
+    return LayerResiduals(
+        harmful=torch.randn(17, HIDDEN, generator=generator) + 5,
+        harmful_classes=classes,
+        bulk=bulk,
+        matched=matched,
+        matched_classes=matched_classes,
+    )
+
+
+def reference(name: str, layer: LayerResiduals, options: BaselineOptions) -> np.ndarray:
+    """The differences by the formulas of the design, in NumPy."""
+
+    harmful = layer.harmful.double().numpy()
+    bulk = layer.bulk.double().numpy()
+    matched = layer.matched.double().numpy()
+    matched_classes = np.array(layer.matched_classes)
+    center = bulk.mean(0)
+    rows = []
+    for residual, category in zip(harmful, layer.harmful_classes, strict=True):
+        topic = matched[matched_classes == category].mean(0)
+        if name == "unmatched":
+            mu = center
+        elif name == "matched":
+            mu = topic
+        elif name == "mixed":
+            mu = (1 - options.mixing) * center + options.mixing * topic
+        elif name == "nearest":
+            a, b = residual - center, bulk - center
+            cosines = b @ a / np.linalg.norm(b, axis=1) / np.linalg.norm(a)
+            mu = bulk[np.argsort(-cosines)[: options.n_neighbors]].mean(0)
+        else:
+            topics = np.stack([matched[matched_classes == c].mean(0) - center for c in CLASSES])
+            projector = topics.T @ np.linalg.pinv(topics @ topics.T) @ topics
+            difference = residual - center
+            rows.append(difference - projector @ difference)
+            continue
+        rows.append(residual - mu)
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_formula(name: str, seed: int) -> None:
+    layer, options = make_layer(seed), BaselineOptions(mixing=0.3, n_neighbors=4)
+    found = get_baseline(name)(layer, options)
+    assert found.dtype == torch.float32 and found.shape == (17, HIDDEN)
+    assert np.allclose(found.numpy(), reference(name, layer, options), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_order_of_prompts_does_not_matter(name: str) -> None:
+    layer, options = make_layer(), BaselineOptions(n_neighbors=5)
+    generator = torch.Generator().manual_seed(9)
+    a, b, c = (
+        torch.randperm(len(pool), generator=generator)
+        for pool in (layer.harmful, layer.bulk, layer.matched)
+    )
+    shuffled = LayerResiduals(
+        harmful=layer.harmful[a],
+        harmful_classes=tuple(layer.harmful_classes[index] for index in a),
+        bulk=layer.bulk[b],
+        matched=layer.matched[c],
+        matched_classes=tuple(layer.matched_classes[index] for index in c),
+    )
+    baseline = get_baseline(name)
+    assert torch.allclose(baseline(shuffled, options), baseline(layer, options)[a], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "same_as"),
+    [
+        ("mixed", BaselineOptions(mixing=0), "unmatched"),
+        ("mixed", BaselineOptions(mixing=1), "matched"),
+        ("nearest", BaselineOptions(n_neighbors=21), "unmatched"),
+    ],
+)
+def test_degenerate_cases(name: str, options: BaselineOptions, same_as: str) -> None:
+    layer = make_layer()
+    found, expected = (get_baseline(item)(layer, options) for item in (name, same_as))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_residualized_without_topics_is_unmatched() -> None:
+    layer = make_layer(topics=False)
+    found, expected = (
+        get_baseline(name)(layer, BaselineOptions()) for name in ("residualized", "unmatched")
+    )
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_residualized_has_no_part_along_topics() -> None:
+    layer = make_layer()
+    found = get_baseline("residualized")(layer, BaselineOptions()).double()
+    for name in CLASSES:
+        chosen = [index for index, other in enumerate(layer.matched_classes) if other == name]
+        topic = layer.matched[chosen].double().mean(0) - layer.bulk.double().mean(0)
+        assert float((found @ topic).abs().max()) < 1e-4 * float(topic.norm())
+
+
+def test_subjects_that_span_everything_are_refused() -> None:
+    layer = make_layer()
+    narrow = LayerResiduals(
+        harmful=layer.harmful[:, :3],
+        harmful_classes=layer.harmful_classes,
+        bulk=layer.bulk[:, :3],
+        matched=layer.matched[:, :3],
+        matched_classes=layer.matched_classes,
+    )
+    with pytest.raises(ContrastError, match="span all 3 dimensions"):
+        get_baseline("residualized")(narrow, BaselineOptions())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mixed", BaselineOptions(mixing=1.2), "mixing"),
+        ("nearest", BaselineOptions(n_neighbors=22), "22 neighbors"),
+        ("nearest", BaselineOptions(n_neighbors=0), "0 neighbors"),
+    ],
+)
+def test_numbers_out_of_range(name: str, options: BaselineOptions, message: str) -> None:
+    with pytest.raises(ContrastError, match=message):
+        get_baseline(name)(make_layer(), options)
+
+
+def test_names_of_built_in_baselines_stand_in_the_settings() -> None:
+    assert tuple(BASELINES) == NAMES
+
+
+def test_another_package_can_add_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    from heretic_contrast import settings
+    from heretic_contrast.directions import baselines
+    from heretic_contrast.settings import ContrastSettings
+
+    entry = EntryPoint(
+        "theirs",
+        "heretic_contrast.directions.baselines:matched",
+        "heretic_contrast.baselines",
+    )
+    monkeypatch.setattr(settings, "entry_points", lambda group: [entry])
+    assert get_baseline("theirs") is baselines.matched
+    assert ContrastSettings(baseline="theirs").baseline == "theirs"
+    with pytest.raises(ContrastError, match="theirs"):
+        get_baseline("nobody's")

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Directions: extraction against independent computations, saving and loading."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from minisom import MiniSom
+from torch import Tensor
+
+from heretic_contrast.directions.directions import (
+    Directions,
+    PoolResiduals,
+    extract_directions,
+    orthogonalize,
+    random_directions,
+)
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.settings import ContrastSettings
+
+LAYERS, HIDDEN = 4, 20
+CLASSES = ("drugs", "fraud", "hacking")
+
+
+def make_residuals(seed: int = 0) -> PoolResiduals:
+    generator = torch.Generator().manual_seed(seed)
+    refusal = torch.randn(LAYERS, HIDDEN, generator=generator) * 2
+    topics = torch.randn(3, LAYERS, HIDDEN, generator=generator)
+    harmful_classes = tuple(CLASSES[index % 3] for index in range(42))
+    matched_classes = tuple(CLASSES[index % 3] for index in range(30))
+    noise = 0.5 * torch.randn(42 + 30 + 25, LAYERS, HIDDEN, generator=generator)
+    harmful = noise[:42] + refusal + topics[[index % 3 for index in range(42)]]
+    matched = noise[42:72] + topics[[index % 3 for index in range(30)]]
+    bulk = noise[72:]
+    # The embedding of a common last token is the same for all prompts.
+    for pool in (harmful, matched, bulk):
+        pool[:, 0] = 1.0
+    return PoolResiduals(harmful, harmful_classes, bulk, matched, matched_classes)
+
+
+def settings(**values: Any) -> ContrastSettings:
+    return ContrastSettings.model_validate({"som_iterations": 300, **values})
+
+
+def by_class(residuals: PoolResiduals, name: str, layer: int) -> Tensor:
+    chosen = [index for index, other in enumerate(residuals.harmful_classes) if other == name]
+    return residuals.harmful[chosen, layer].double()
+
+
+def test_mean_directions_are_differences_in_means() -> None:
+    residuals = make_residuals()
+    directions = extract_directions(residuals, settings(method="mean", scale="raw"))
+    assert directions.tensor.shape == (LAYERS, 3, HIDDEN) and directions.names == CLASSES
+    for layer in range(LAYERS):
+        for index, name in enumerate(CLASSES):
+            expected = by_class(residuals, name, layer).mean(0) - residuals.bulk[
+                :, layer
+            ].double().mean(0)
+            assert torch.allclose(directions.tensor[layer, index].double(), expected, atol=1e-5)
+
+
+def test_som_directions_are_the_densest_neurons_of_minisom() -> None:
+    residuals = make_residuals()
+    directions = extract_directions(residuals, settings(baseline="matched", scale="raw", seed=5))
+    for layer in range(1, LAYERS):
+        for index, name in enumerate(CLASSES):
+            chosen = [i for i, other in enumerate(residuals.matched_classes) if other == name]
+            reference = residuals.matched[chosen, layer].double().mean(0)
+            samples = (by_class(residuals, name, layer) - reference).float().double().numpy()
+            som = MiniSom(3, 3, HIDDEN, sigma=1.0, learning_rate=0.5, random_seed=5)
+            som.random_weights_init(samples)
+            som.train(samples, 300, random_order=True)
+            weights = som.get_weights().reshape(9, HIDDEN)
+            distances = np.linalg.norm(samples[:, None] - weights[None], axis=2)
+            winners = distances.argmin(1)
+            hits = np.bincount(winners, minlength=9)
+            best = min(
+                range(9),
+                key=lambda n: (
+                    -hits[n],
+                    distances[winners == n, n].mean() if hits[n] else np.inf,
+                    n,
+                ),
+            )
+            assert np.allclose(directions.tensor[layer, index].numpy(), weights[best], atol=1e-5)
+            assert directions.hits[layer, index].tolist() == hits.tolist()
+
+
+def test_unit_scale_keeps_zero_directions_zero() -> None:
+    directions = extract_directions(make_residuals(), settings())
+    norms = directions.tensor.norm(dim=-1)
+    assert torch.equal(norms[0], torch.zeros(3))
+    assert torch.allclose(norms[1:], torch.ones(LAYERS - 1, 3))
+    assert (directions.class_directions[1:].norm(dim=-1) > 0.5).all()
+
+
+def test_unmatched_scale_has_the_norms_of_the_unmatched_baseline() -> None:
+    residuals = make_residuals()
+    matched = extract_directions(residuals, settings(baseline="matched", scale="unmatched"))
+    unmatched = extract_directions(residuals, settings(baseline="unmatched", scale="raw"))
+    unit = extract_directions(residuals, settings(baseline="matched"))
+    assert torch.allclose(matched.tensor.norm(dim=-1), unmatched.tensor.norm(dim=-1), atol=1e-5)
+    assert torch.allclose(
+        torch.nn.functional.normalize(matched.tensor, dim=-1), unit.tensor, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_svd_rows_are_right_singular_vectors(rank: int | None) -> None:
+    residuals = make_residuals()
+    plain = extract_directions(residuals, settings(scale="raw"))
+    directions = extract_directions(residuals, settings(svd=True, svd_rank=rank))
+    raw = extract_directions(residuals, settings(svd=True, svd_rank=rank, scale="raw"))
+    assert directions.n_directions == (rank or 3) and not directions.aligned
+    for layer in range(1, LAYERS):
+        matrix = plain.tensor[layer].double().numpy()
+        _, values, rows = np.linalg.svd(matrix, full_matrices=False)
+        lengths = raw.tensor[layer].norm(dim=-1).numpy()
+        assert np.allclose(lengths, values[: rank or 3], rtol=1e-4)
+        found = directions.tensor[layer].double().numpy()
+        assert np.allclose(np.abs((found * rows[: rank or 3]).sum(1)), 1, atol=1e-4)
+        assert (found @ directions.mean_direction[layer].double().numpy() >= -1e-6).all()
+
+
+def test_svd_of_dependent_directions_has_zero_rows() -> None:
+    vectors = torch.randn(1, 1, HIDDEN, dtype=torch.float64).repeat(1, 3, 1)
+    rows, values = orthogonalize(vectors, vectors[:, 0])
+    assert torch.allclose(rows.norm(dim=-1), torch.tensor([[1.0, 0, 0]], dtype=torch.float64))
+    assert (values[0, 1:] == 0).all()
+
+
+def test_raw_svd_preserves_the_operator_of_the_sum() -> None:
+    residuals = make_residuals()
+    plain = extract_directions(residuals, settings(scale="raw")).tensor.double()
+    rotated = extract_directions(residuals, settings(scale="raw", svd=True)).tensor.double()
+    assert torch.allclose(
+        plain.transpose(1, 2) @ plain, rotated.transpose(1, 2) @ rotated, atol=1e-3
+    )
+
+
+def test_orthogonalized_directions_have_no_part_along_the_harmless_mean() -> None:
+    residuals = make_residuals()
+    residuals.bulk[:, 1:] += 3
+    directions = extract_directions(residuals, settings(orthogonalize_direction=True))
+    harmless = residuals.bulk.mean(0)
+    products = (directions.tensor * harmless[:, None]).sum(-1)
+    assert products.abs().max() < 1e-4
+
+
+def test_random_directions_have_the_gram_matrix_of_the_real_ones() -> None:
+    vectors = torch.randn(LAYERS, 3, HIDDEN, dtype=torch.float64)
+    found = random_directions(vectors, 1)
+    assert torch.allclose(found @ found.transpose(1, 2), vectors @ vectors.transpose(1, 2))
+    assert torch.equal(found, random_directions(vectors, 1))
+    assert not torch.allclose(found, random_directions(vectors, 2))
+    cosines = torch.nn.functional.cosine_similarity(found, vectors, dim=-1)
+    assert cosines.abs().max() < 0.9
+
+
+def test_leaving_a_category_out_changes_no_other_class() -> None:
+    residuals = make_residuals()
+    everything = extract_directions(residuals, settings())
+    without = extract_directions(residuals, settings(exclude_categories=["fraud"]))
+    assert without.names == ("drugs", "hacking")
+    assert torch.equal(without.tensor, everything.tensor[:, [0, 2]])
+
+
+def test_single_class_and_winners() -> None:
+    directions = extract_directions(make_residuals(), settings(classes="single", winners=3))
+    assert directions.names == ("all 1", "all 2", "all 3")
+    hits = directions.hits[1, 0]
+    assert hits.sum() == 42
+
+
+@pytest.mark.parametrize("pool", ["harmful", "bulk", "matched"])
+def test_non_finite_residuals_are_refused(pool: str) -> None:
+    residuals = make_residuals()
+    getattr(residuals, pool)[2, 1, 3] = float("nan")
+    with pytest.raises(ContrastError, match="not all finite"):
+        extract_directions(residuals, settings())
+
+
+def test_saving_is_deterministic_and_lossless(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        extract_directions(make_residuals(), settings(), {"model": "m", "fingerprint": None}).save(
+            tmp_path / name
+        )
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    original = extract_directions(make_residuals(), settings(), {"model": "m", "fingerprint": None})
+    loaded = Directions.load(tmp_path / "a")
+    assert loaded.names == original.names and loaded.provenance == original.provenance
+    for name in (
+        "tensor",
+        "class_directions",
+        "mean_direction",
+        "hits",
+    ):
+        assert torch.equal(getattr(loaded, name), getattr(original, name))
+    assert loaded.provenance["settings"]["baseline"] == "unmatched"
+
+
+def test_model_of_another_shape_is_refused(tmp_path: Path, tiny_llama: Any) -> None:
+    directions = extract_directions(make_residuals(), settings())
+    with pytest.raises(ContrastError, match="3 layers of 20 dimensions"):
+        directions.require_model(tiny_llama, "file")

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Self-organizing maps, against MiniSom itself."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+import warnings
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minisom import MiniSom
+from numpy.typing import NDArray
+
+import heretic_contrast
+from heretic_contrast.directions import som
+from heretic_contrast.directions.som import (
+    Decay,
+    Neighborhood,
+    SigmaDecay,
+    SomSettings,
+    Topology,
+    TrainedMap,
+    train_maps,
+)
+from heretic_contrast.errors import ContrastError
+
+QUICK = SomSettings(iterations=300)
+
+
+def train_minisom(samples: NDArray[Any], options: SomSettings) -> MiniSom:
+    """Trains MiniSom as its documentation says."""
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference = MiniSom(
+            options.rows,
+            options.columns,
+            samples.shape[1],
+            sigma=options.sigma,
+            learning_rate=options.learning_rate,
+            decay_function=options.decay,
+            sigma_decay_function=options.sigma_decay,
+            neighborhood_function=options.neighborhood,
+            topology=options.topology,
+            random_seed=options.seed,
+        )
+        reference.random_weights_init(samples)
+        reference.train_random(samples, options.iterations)
+    return reference
+
+
+def assert_same_map(trained: TrainedMap, samples: NDArray[Any], options: SomSettings) -> None:
+    """Compares weights, hits and quantization errors with MiniSom's."""
+
+    reference = train_minisom(samples, options)
+    weights = reference.get_weights().reshape(options.n_neurons, -1)
+    scale = float(np.abs(samples).max())
+    vectors = trained.vectors(range(options.n_neurons))
+    assert vectors.dtype == np.float64
+    for vector, weight in zip(vectors, weights, strict=True):
+        # Some neighborhoods drive neurons far away from the samples.
+        np.testing.assert_allclose(
+            vector, weight, rtol=0, atol=1e-9 * max(scale, np.abs(weight).max())
+        )
+
+    won = reference.win_map(samples)
+    for index, position in enumerate(np.ndindex(options.rows, options.columns)):
+        mine = won.get(position, [])
+        assert trained.hits[index] == len(mine)
+        if mine:
+            distances = [np.linalg.norm(sample - weights[index]) for sample in mine]
+            error = trained.quantization_errors[index]
+            assert error == pytest.approx(np.mean(distances), rel=1e-9, abs=1e-9 * scale)
+        else:
+            assert trained.quantization_errors[index] == np.inf
+
+
+def noise(n_samples: int, hidden_size: int, seed: int = 0) -> NDArray[np.float32]:
+    """Samples around a common mean that is longer than they are, as residuals have it."""
+
+    generator = np.random.default_rng(seed)
+    center = generator.normal(size=hidden_size) * 3
+    return (center + generator.normal(size=(n_samples, hidden_size))).astype(np.float32)
+
+
+@pytest.mark.parametrize("backend", ["numba", "minisom"])
+def test_paper_settings(backend: Any) -> None:
+    samples = noise(53, 512)
+    (trained,) = train_maps([samples], SomSettings(), backend=backend)
+    assert_same_map(trained, samples, SomSettings())
+
+
+@pytest.mark.parametrize(
+    ("topology", "neighborhood"), list(product(get_args(Topology), get_args(Neighborhood)))
+)
+def test_every_decay_and_neighborhood(topology: Topology, neighborhood: Neighborhood) -> None:
+    samples = [noise(31, 130), noise(7, 130, seed=1)]
+    for decay, sigma_decay in product(get_args(Decay), get_args(SigmaDecay)):
+        options = SomSettings(
+            columns=4,
+            iterations=200,
+            sigma=2.0,
+            neighborhood=neighborhood,
+            decay=decay,
+            sigma_decay=sigma_decay,
+            topology=topology,
+            seed=5,
+        )
+        for trained, array in zip(train_maps(samples, options), samples, strict=True):
+            assert_same_map(trained, array, options)
+
+
+@pytest.mark.parametrize("topology", get_args(Topology))
+def test_seeds(topology: Topology) -> None:
+    # On the hexagonal grid, some seeds start two neurons at one sample and then move them alike except for the last bit.
+    samples = noise(53, 70)
+    vectors = []
+    for seed in range(60):
+        options = SomSettings(iterations=60, topology=topology, seed=seed)
+        (trained,) = train_maps([samples], options)
+        assert_same_map(trained, samples, options)
+        vectors.append(trained.vectors([0])[0])
+    assert len({vector.tobytes() for vector in vectors}) == 60
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.integers(1, 24),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from(get_args(Topology)),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_shape_with_ties(
+    n_samples: int, hidden_size: int, rows: int, columns: int, topology: Topology, seed: int
+) -> None:
+    # Small integers bring equal samples, symmetries, and neurons between which only rounding decides.
+    samples = np.random.default_rng(seed).integers(-1, 2, size=(n_samples, hidden_size))
+    options = SomSettings(rows=rows, columns=columns, iterations=100, topology=topology, seed=seed)
+    (trained,) = train_maps([samples.astype(np.float32)], options)
+    assert_same_map(trained, samples.astype(np.float32), options)
+
+
+def tight_cluster() -> NDArray[np.float64]:
+    samples = noise(40, 200).astype(np.float64)
+    samples[10:30] = samples[10] * (1 + 1e-13 * np.arange(20)[:, None])
+    return samples
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        pytest.param(noise(1, 40), id="one sample"),
+        pytest.param(noise(2, 40), id="two samples"),
+        pytest.param(np.repeat(noise(1, 40), 12, axis=0), id="equal samples"),
+        pytest.param(np.zeros((12, 40), dtype=np.float32), id="zeros"),
+        pytest.param(np.repeat(noise(3, 40), 6, axis=0), id="repeated samples"),
+        pytest.param(np.tile(noise(3, 40), (6, 1)), id="repeated samples in turn"),
+        pytest.param(noise(20, 3), id="more samples than dimensions"),
+        pytest.param(noise(20, 1), id="one dimension"),
+        pytest.param(noise(100, 2, seed=1)[:, [0, 1, 0, 1, 0]], id="low rank"),
+        pytest.param(noise(20, 40) * np.float32(1e-20), id="tiny numbers"),
+        pytest.param(noise(20, 40) * np.float32(1e20), id="huge numbers"),
+        pytest.param(tight_cluster(), id="cluster at the limit of precision"),
+        pytest.param(noise(30, 60).astype(np.float64), id="float64"),
+    ],
+)
+def test_degenerate_samples(samples: NDArray[Any]) -> None:
+    for options in (QUICK, SomSettings(rows=1, columns=1, iterations=100)):
+        (trained,) = train_maps([samples], options)
+        assert_same_map(trained, samples, options)
+
+
+@pytest.mark.parametrize("neighborhood", ["mexican_hat", "triangle"])
+@pytest.mark.parametrize(
+    "samples",
+    [
+        pytest.param(noise(1, 40), id="one sample"),
+        pytest.param(np.repeat(noise(1, 40), 12, axis=0), id="equal samples"),
+        pytest.param(np.repeat(noise(1, 3), 12, axis=0), id="more equal samples than dimensions"),
+    ],
+)
+def test_neurons_that_never_move(neighborhood: Neighborhood, samples: NDArray[Any]) -> None:
+    # Rates below 0 or above 2 magnify every difference from the sample, but there is none. Embeddings of a last token are such samples.
+    options = SomSettings(neighborhood=neighborhood, sigma=3.0, iterations=3000)
+    (trained,) = train_maps([samples], options)
+    assert_same_map(trained, samples, options)
+    np.testing.assert_array_equal(trained.vectors([8])[0], samples[0])
+
+
+def test_neurons_that_stay_at_one_of_two_samples() -> None:
+    # The rate of a neuron next to the winner is exactly 0 here, and that of the neuron across is negative.
+    for seed in range(40):
+        options = SomSettings(
+            rows=2,
+            columns=2,
+            iterations=1000,
+            neighborhood="mexican_hat",
+            sigma_decay="inverse_decay_to_one",
+            topology="rectangular",
+            seed=seed,
+        )
+        samples = noise(2, 8, seed=seed)
+        (trained,) = train_maps([samples], options)
+        assert_same_map(trained, samples, options)
+
+
+def test_maps_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [noise(5 + 3 * i, 64 if i % 2 else 20, seed=i) for i in range(8)]
+    together = train_maps(samples, QUICK)
+    reverse = train_maps(samples[::-1], QUICK)[::-1]
+    # Portions of one map each.
+    monkeypatch.setattr(som, "PORTION_BYTES", 1)
+    monkeypatch.setattr(som, "PORTION_SHARE", 10**6)
+    calls: list[tuple[int, int]] = []
+    alone = train_maps(samples, QUICK, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 8) for done in range(1, 9)]
+    for other in (reverse, alone):
+        for trained, again in zip(together, other, strict=True):
+            np.testing.assert_array_equal(trained.mixture, again.mixture)
+            np.testing.assert_array_equal(trained.hits, again.hits)
+            np.testing.assert_array_equal(trained.quantization_errors, again.quantization_errors)
+
+
+def test_views_and_iterables() -> None:
+    residuals = noise(30, 6 * 40).reshape(30, 6, 40)
+    views = [residuals[:15, layer] for layer in range(6)]
+    for view, from_view, from_copy in zip(
+        views,
+        train_maps(iter(views), QUICK),
+        train_maps([view.copy() for view in views], QUICK),
+        strict=True,
+    ):
+        assert from_view.points is view
+        np.testing.assert_array_equal(from_view.vectors([0, 8]), from_copy.vectors([0, 8]))
+
+
+def test_no_maps() -> None:
+    assert train_maps([], QUICK) == []
+
+
+def test_memory() -> None:
+    residuals = noise(20, 60 * 5000).reshape(20, 60, 5000)
+    views = [residuals[:, layer] for layer in range(60)]
+    train_maps(views[:1], QUICK)
+    tracemalloc.start()
+    maps = train_maps(views, QUICK)
+    held, peak = tracemalloc.get_traced_memory()
+    assert peak < max(residuals.nbytes / som.PORTION_SHARE, som.PORTION_BYTES) + 2**21
+    assert held < residuals.nbytes / 20
+    for trained in maps:
+        assert trained.vectors(trained.densest(1)).shape == (1, 5000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < residuals.nbytes
+
+
+def test_backends_agree() -> None:
+    samples = [noise(20, 300), noise(33, 300, seed=1)]
+    for fast, reference in zip(
+        train_maps(samples, QUICK), train_maps(samples, QUICK, backend="minisom"), strict=True
+    ):
+        assert fast.index == reference.index
+        assert fast.densest(2) == reference.densest(2)
+        np.testing.assert_array_equal(fast.hits, reference.hits)
+        np.testing.assert_allclose(fast.quantization_errors, reference.quantization_errors)
+        np.testing.assert_allclose(fast.vectors([8, 0]), reference.vectors([8, 0]), atol=1e-9)
+
+
+def test_progress_of_minisom() -> None:
+    calls: list[tuple[int, int]] = []
+    train_maps(
+        [noise(3, 4)] * 3,
+        SomSettings(iterations=3),
+        backend="minisom",
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "heretic_contrast.directions.som_kernel", raising=False)
+    monkeypatch.delattr(heretic_contrast, "som_kernel", raising=False)
+    samples = noise(10, 20)
+    with pytest.warns(UserWarning, match="trained by MiniSom"):
+        (trained,) = train_maps([samples], QUICK)
+    assert_same_map(trained, samples, QUICK)
+
+
+def test_without_writable_cache(tmp_path: Path) -> None:
+    # Permissions would not stop an administrator: a file stands where each cache directory would have to be.
+    source = Path(som.__file__).with_name("som_kernel.py")
+    shutil.copy(source, tmp_path / "directions/som_kernel.py")
+    (tmp_path / "__pycache__").write_text("")
+    program = (
+        "import numpy as np, som_kernel\n"
+        "assert type(som_kernel.dot_product._cache).__name__ == 'NullCache'\n"
+        "print(som_kernel.dot_product(np.full(3, 2.0), np.full(3, 5.0)))"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")
+    }
+    environment |= {"HOME": os.devnull, "XDG_CACHE_HOME": os.devnull, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "30.0\n"
+
+
+def make_map(hits: list[int], errors: list[float]) -> TrainedMap:
+    return TrainedMap(
+        index=7,
+        hits=np.array(hits),
+        quantization_errors=np.array(errors),
+        mixture=np.eye(len(hits)),
+        points=np.eye(len(hits), dtype=np.float32),
+    )
+
+
+def test_densest() -> None:
+    trained = make_map([2, 5, 0, 5, 5, 2], [0.5, 3.0, np.inf, 1.0, 1.0, 0.5])
+    assert trained.densest(1) == [3]
+    assert trained.densest(5) == [3, 4, 1, 0, 5]
+    for count in (0, 6):
+        with pytest.raises(ContrastError, match="map 7, in which 5 of 6 neurons"):
+            trained.densest(count)
+
+
+def test_vectors_follow_the_indices() -> None:
+    trained = make_map([1, 1, 1], [0.0, 0.0, 0.0])
+    assert trained.vectors([2, 0]).tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert trained.vectors([]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("backend", ["numba", "minisom"])
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (np.zeros((0, 4), dtype=np.float32), r"map 1 have the shape \(0, 4\)"),
+        (np.zeros((4, 0), dtype=np.float32), r"map 1 have the shape \(4, 0\)"),
+        (np.zeros(4, dtype=np.float32), r"map 1 have the shape \(4,\)"),
+        (np.full((2, 4), np.nan, dtype=np.float32), "map 1 contain infinite or undefined"),
+        (np.full((2, 4), np.inf, dtype=np.float32), "map 1 contain infinite or undefined"),
+    ],
+)
+def test_bad_samples(backend: Any, samples: NDArray[Any], message: str) -> None:
+    with pytest.raises(ContrastError, match=message):
+        train_maps([noise(3, 4), samples], QUICK, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["numba", "minisom"])
+def test_divergence(backend: Any) -> None:
+    options = SomSettings(neighborhood="triangle", sigma=4.0, learning_rate=2.0, iterations=2000)
+    with pytest.raises(ContrastError, match="Map 0 diverged"):
+        train_maps([noise(10, 20)], options, backend=backend)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ContrastError, match="backend 'fortran'"):
+        train_maps([noise(3, 4)], QUICK, backend="fortran")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rows": 0}, "rows = 0"),
+        ({"columns": -1}, "columns = -1"),
+        ({"iterations": 0}, "iterations = 0"),
+        ({"sigma": 0.0}, "sigma = 0.0"),
+        ({"sigma": float("nan")}, "sigma = nan"),
+        ({"sigma": 4.3}, "diagonal of its 3 × 3 grid: use at most 4.24"),
+        ({"learning_rate": 0.0}, "learning_rate = 0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate = inf"),
+        ({"neighborhood": "cone"}, "neighborhood = 'cone'"),
+        ({"decay": "inverse_decay_to_one"}, "decay = 'inverse_decay_to_one'"),
+        ({"sigma_decay": "linear_decay_to_zero"}, "sigma_decay = 'linear_decay_to_zero'"),
+        ({"topology": "toroidal"}, "topology = 'toroidal'"),
+        ({"seed": -1}, "seed = -1"),
+        ({"seed": 2**32}, "seed = 4294967296"),
+    ],
+)
+def test_bad_settings(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ContrastError, match=message):
+        SomSettings(**values)
+
+
+def test_neighborhood_overflow() -> None:
+    with pytest.raises(ContrastError, match="overflow"):
+        train_maps([noise(3, 4)], SomSettings(sigma=1e-200))
+
+
+def test_widest_sigma() -> None:
+    samples = noise(9, 20)
+    options = SomSettings(rows=3, columns=4, sigma=5.0, iterations=100)
+    (trained,) = train_maps([samples], options)
+    assert_same_map(trained, samples, options)

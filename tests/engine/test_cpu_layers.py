@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The faster ways through layers on a CPU, against transformers' own."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+from heretic_contrast.engine.cpu.causal_convolution import (
+    causal_convolution,
+    next_causal_convolution,
+)
+from heretic_contrast.engine.cpu.gated_delta_rule import gated_delta_rule
+from heretic_contrast.engine.cpu.layers import FUNCTIONS, fast_linear_attention, grouped_attention
+from heretic_contrast.engine.fast.generation import generate_tokens
+from heretic_contrast.engine.fast.head import Head
+from heretic_contrast.engine.fast.interventions import TeacherForcing, TokenBatch
+from heretic_contrast.language_model import LanguageModel
+from tests.tiny_models import make_model
+
+ORIGINALS = {name: getattr(modeling_qwen3_5, name) for name in FUNCTIONS}
+CHUNKS = ORIGINALS["torch_chunk_gated_delta_rule"]
+TOKENS = ORIGINALS["torch_recurrent_gated_delta_rule"]
+
+
+def some_inputs(length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "query": normal(3, length, 2, 5).to(dtype),
+        "key": normal(3, length, 2, 5).to(dtype),
+        "value": normal(3, length, 2, 7).to(dtype),
+        "g": -normal(3, length, 2).abs(),
+        "beta": torch.sigmoid(normal(3, length, 2)).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("reference", [CHUNKS, TOKENS])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("length", [1, 6, 70])
+def test_delta_rule_equals_that_of_transformers(
+    reference: Any, normalize: bool, length: int
+) -> None:
+    inputs = some_inputs(length)
+    if not normalize:
+        # Without normalization, keys that are not short let the state explode.
+        inputs["key"] = 0.3 * inputs["key"]
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": normalize}
+    states = [None, torch.randn(3, 2, 5, 7, generator=torch.Generator().manual_seed(1))]
+    for initial_state in states:
+        before = None if initial_state is None else initial_state.clone()
+        expected = reference(**inputs, initial_state=initial_state, **options)
+        found = gated_delta_rule(**inputs, initial_state=initial_state, **options)
+        for a, b in zip(found, expected, strict=True):
+            assert a is not None and a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert initial_state is None or torch.equal(initial_state, before)
+    assert gated_delta_rule(**inputs)[1] is None
+
+
+def test_delta_rule_by_its_formula() -> None:
+    inputs = {name: tensor.double() for name, tensor in some_inputs(4).items()}
+    state = torch.zeros(3, 2, 5, 7, dtype=torch.float64)
+    outputs = []
+    for query, key, value, g, beta in zip(
+        *(inputs[name].unbind(1) for name in ("query", "key", "value", "g", "beta")), strict=True
+    ):
+        state = state * g.exp()[..., None, None]
+        error = value - (state.transpose(-1, -2) @ key[..., None])[..., 0]
+        state = state + beta[..., None, None] * key[..., None] * error[..., None, :]
+        outputs.append((state.transpose(-1, -2) @ query[..., None])[..., 0] / 5**0.5)
+    found, final_state = gated_delta_rule(**some_inputs(4), output_final_state=True)
+    assert final_state is not None
+    torch.testing.assert_close(found.double(), torch.stack(outputs, 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(final_state.double(), state, rtol=1e-5, atol=1e-5)
+
+
+def test_delta_rule_of_heads_that_share_keys() -> None:
+    inputs = some_inputs(6)
+    for name in ("value", "g", "beta"):
+        inputs[name] = torch.cat([inputs[name], 0.5 * inputs[name], -inputs[name].abs()], dim=2)
+    repeated = dict(inputs)
+    for name in ("query", "key"):
+        repeated[name] = inputs[name][:, :, [0, 0, 0, 1, 1, 1]]
+    options = {"initial_state": None, "output_final_state": False, "use_qk_l2norm_in_kernel": True}
+    expected = TOKENS(**repeated, **options)[0]
+    found = gated_delta_rule(**inputs, **options)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_delta_rule_of_half_precision_and_of_nothing() -> None:
+    inputs = some_inputs(9, torch.bfloat16)
+    found, state = gated_delta_rule(**inputs, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    # Some versions of transformers round in between, and this one does not.
+    expected, expected_state = CHUNKS(
+        **{name: tensor.float() for name, tensor in inputs.items()},
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+    assert found.dtype == torch.bfloat16 and state is not None and state.dtype == torch.float32
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-4)
+    empty = {name: tensor[:0] for name, tensor in some_inputs(3).items()}
+    assert gated_delta_rule(**empty)[0].shape == (0, 3, 2, 7)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 30])
+def test_convolution_equals_that_of_transformers(
+    length: int, activation: str | None, with_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(length)
+    hidden_states, state, weight, bias = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((3, 6, length), (3, 6, 4), (6, 4), (6,))
+    )
+    options = {"bias": bias if with_bias else None, "activation": activation}
+    before = hidden_states.clone()
+    found = causal_convolution(hidden_states, weight, **options)
+    expected = ORIGINALS["causal_conv1d_fn"](hidden_states, weight, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(hidden_states, before)
+    # And after other tokens, which are remembered.
+    states = [state.clone(), state.clone()]
+    found = next_causal_convolution(hidden_states, states[0], weight, **options)
+    expected = ORIGINALS["causal_conv1d_update"](hidden_states, states[1], weight, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(states[0], states[1])
+
+
+def test_convolution_by_its_formula() -> None:
+    hidden_states = torch.tensor([[[1.0, 10.0, 100.0]]])
+    weight = torch.tensor([[2.0, 3.0]])
+    expected = torch.tensor([[[3.0, 2.0 + 30.0, 20.0 + 300.0]]])
+    assert torch.equal(causal_convolution(hidden_states, weight), expected)
+    halves = causal_convolution(hidden_states.bfloat16(), weight.bfloat16())
+    assert halves.dtype == torch.bfloat16
+    torch.testing.assert_close(halves.float(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule", "causal_conv1d_fn"])
+def test_functions_are_replaced_in_passes_only(
+    tiny_hybrid: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    network = tiny_hybrid.model
+    ids = torch.arange(3, 33).view(2, 15)
+    calls = []
+
+    def counting(*args: Any, **arguments: Any) -> Any:
+        calls.append(1)
+        return ORIGINALS[name](*args, **arguments)
+
+    monkeypatch.setattr(modeling_qwen3_5, name, counting)
+    with torch.no_grad():
+        expected = network(input_ids=ids).logits
+        n_layers = len(calls)
+        assert n_layers > 0
+        with fast_linear_attention(tiny_hybrid):
+            found = network(input_ids=ids).logits
+        assert len(calls) == n_layers
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="stop"), fast_linear_attention(tiny_hybrid):
+        # The compiled recurrence has no gradient, and Heretic switches gradients off for good.
+        with torch.enable_grad():
+            network(input_ids=ids)
+        assert len(calls) == 2 * n_layers
+        raise RuntimeError("stop")
+    assert getattr(modeling_qwen3_5, name) is counting
+    others = [other for other in FUNCTIONS if other != name]
+    assert all(getattr(modeling_qwen3_5, other) is ORIGINALS[other] for other in others)
+
+
+def test_functions_with_other_arguments_are_left_alone(
+    tiny_hybrid: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_a_library(x: Tensor, weight: Tensor) -> Tensor:
+        return x + weight
+
+    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", of_a_library)
+    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_update", None)
+    with torch.no_grad(), fast_linear_attention(tiny_hybrid):
+        called = modeling_qwen3_5.causal_conv1d_fn(x=torch.ones(1), weight=torch.ones(1))
+        assert called == torch.full((1,), 2.0)
+        assert modeling_qwen3_5.causal_conv1d_update is None
+        assert modeling_qwen3_5.torch_chunk_gated_delta_rule is not CHUNKS
+
+
+def test_passes_and_generation_use_the_fast_functions(
+    tiny_hybrid: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted(*args: Any, **arguments: Any) -> Any:
+        raise AssertionError("A function of transformers was called.")
+
+    for name in FUNCTIONS:
+        monkeypatch.setattr(modeling_qwen3_5, name, unwanted)
+    ids = torch.arange(3, 33).view(2, 15)
+    hidden_states = TeacherForcing(tiny_hybrid).unmodified(TokenBatch(ids, torch.ones_like(ids)))
+    assert hidden_states.isfinite().all()
+    assert len(generate_tokens(Head(tiny_hybrid), [(3, 4, 5)], [2])[0]) > 0
+
+
+def test_grouped_attention_is_the_same_to_the_last_bit() -> None:
+    network = make_model("llama", num_attention_heads=4, num_key_value_heads=2)
+    ids = torch.arange(3, 21).view(3, 6)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    calls = []
+
+    def counting(*args: Any, **arguments: Any) -> Any:
+        calls.append(1)
+        return original(*args, **arguments)
+
+    with torch.no_grad():
+        expected = network(input_ids=ids, attention_mask=mask).logits
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = counting
+        try:
+            with grouped_attention():
+                found = network(input_ids=ids, attention_mask=mask).logits
+            assert calls == []
+            with pytest.raises(RuntimeError, match="stop"), grouped_attention():
+                raise RuntimeError("stop")
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is counting
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+    assert torch.equal(found, expected)

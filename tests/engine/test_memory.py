@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The memory of a pass is that of one chunk or one batch, however much is measured."""
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.measuring import LiveBytes
+from heretic_contrast.engine.fast.head import CPU_CHUNK, CPU_ELEMENTS
+from heretic_contrast.engine.fast.interventions import TeacherForcing, TokenBatch
+from heretic_contrast.evaluation.cells import CellKey
+from heretic_contrast.evaluation.divergence import base_statistics, divergences
+from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
+from heretic_contrast.evaluation.sweep import SweepEvaluator
+from heretic_contrast.hosts.surface import wrap
+from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.prompts import Prompt
+from heretic_contrast.tiers.responses import Tier
+from tests.evaluation.test_sweep import random_directions
+from tests.tiny_models import make_model, make_tokenizer
+
+VOCABULARY = 248_320
+"""That of Qwen 3.5, the paper's model."""
+
+FLOAT = 4
+KL_TOKENS = 32
+
+
+@lru_cache
+def large_vocabulary() -> LanguageModel:
+    """A model whose logits dwarf everything else."""
+
+    return wrap(
+        make_model("llama", num_hidden_layers=2, vocab_size=VOCABULARY),
+        make_tokenizer(),
+        name="large-vocabulary",
+        batch_size=128,
+    )
+
+
+def long_prompts(count: int, n_words: int) -> list[Prompt]:
+    return [Prompt("bread " * n_words) for _ in range(count)]
+
+
+def residual_peak(n_layers: int, n_prompts: int, n_words: int) -> tuple[int, int]:
+    """The most bytes alive beside the result while residuals are collected, and those of a batch's hidden states."""
+
+    model = wrap(
+        make_model("llama", num_hidden_layers=n_layers), make_tokenizer(), "tiny", batch_size=4
+    )
+    prompts = long_prompts(n_prompts, n_words)
+    with LiveBytes() as memory:
+        residuals = model.residuals(prompts)
+    assert residuals.shape == (n_prompts, n_layers + 1, model.hidden_size)
+    assert memory.current == residuals.nbytes
+    batch = model.tokenize(prompts[: model.batch_size])["input_ids"]
+    return memory.peak - residuals.nbytes, batch.numel() * model.hidden_size * FLOAT
+
+
+def test_counter_counts_what_is_alive() -> None:
+    kept = torch.ones(5)
+    with LiveBytes() as memory:
+        first = torch.ones(100)
+        second = first.reshape(10, 10)[2:]
+        kept += 1
+        assert memory.current == 100 * FLOAT
+        del first
+        assert memory.current == 100 * FLOAT
+        del second
+        assert memory.current == 0
+        (torch.ones(50) + 1).sum().item()
+    assert memory.peak == 100 * FLOAT
+
+
+def test_residuals_hold_no_hidden_states_of_layers_that_have_run() -> None:
+    few, hidden_states = residual_peak(n_layers=4, n_prompts=4, n_words=200)
+    many, _ = residual_peak(n_layers=24, n_prompts=4, n_words=200)
+    # Last positions of twenty more layers, and nothing of the positions before.
+    last_positions = 20 * 4 * 32 * FLOAT
+    assert many - few <= 2 * last_positions < hidden_states / 2
+
+
+def test_residuals_hold_one_batch() -> None:
+    one_batch, hidden_states = residual_peak(n_layers=4, n_prompts=4, n_words=200)
+    four_batches, _ = residual_peak(n_layers=4, n_prompts=16, n_words=200)
+    assert four_batches - one_batch < hidden_states / 20
+
+
+def test_stored_statistics_of_a_position() -> None:
+    forcing = TeacherForcing(large_vocabulary())
+    tokens = torch.tensor([[5, 6, 7]])
+    hidden_states = forcing.unmodified(TokenBatch(tokens, torch.ones_like(tokens)))[0]
+    stored = base_statistics(forcing.head, hidden_states, top_k=100).n_bytes() / len(hidden_states)
+    assert stored == 804
+    assert stored <= VOCABULARY * FLOAT / 200
+
+
+def sweep_memory(n_references: int) -> dict[str, Any]:
+    """Bytes alive while the unmodified model and a cell are measured, and those that the evaluator keeps."""
+
+    model = large_vocabulary()
+    references = [Prompt(f"Bread {index:03}") for index in range(n_references)]
+    options = SweepOptions(weights=(1.0,), max_new_tokens=4, kl_tokens=KL_TOKENS)
+    with LiveBytes() as preparation:
+        evaluator = SweepEvaluator(
+            model,
+            plan_sweep(
+                {"one": random_directions(model, 2, 0)},
+                [Prompt("Break the door")],
+                [Prompt("Bake a cake")],
+                references,
+                options,
+            ),
+            classify=lambda prompt, response: Tier.REFUSE,
+        )
+        kept = preparation.current
+    with LiveBytes() as cell:
+        (measured,) = evaluator.evaluate([CellKey("one", "weight", (1,), 1.0)])
+    assert measured.measurement.kl_divergence > 0
+    return {"preparation": preparation.peak, "cell": cell.peak, "kept": kept}
+
+
+@pytest.mark.slow
+def test_sweep_holds_the_logits_of_one_part_of_the_vocabulary() -> None:
+    few = sweep_memory(16)
+    many = sweep_memory(64)
+    assert 16 * KL_TOKENS >= CPU_CHUNK and 64 * KL_TOKENS >= 2 * CPU_CHUNK
+    position = VOCABULARY * FLOAT
+    # Where all logits of 256 positions would be held: beside those of a part, what is kept of each position.
+    assert many["cell"] <= 0.06 * 256 * position
+    assert many["cell"] - few["cell"] <= 0.05 * 256 * position
+    # While all continuations are generated in one batch, there is a row of logits for each.
+    assert few["preparation"] <= (16 + 2) * position + 0.06 * 256 * position
+    assert many["preparation"] <= (64 + 2) * position + 0.06 * 256 * position
+    per_position = (many["kept"] - few["kept"]) / (48 * KL_TOKENS)
+    assert per_position <= VOCABULARY * FLOAT / 200
+
+
+def test_generation_and_divergence_hold_a_part_of_the_vocabulary() -> None:
+    head = TeacherForcing(large_vocabulary()).head
+    states = torch.randn(600, 32, generator=torch.Generator().manual_seed(0))
+    base = base_statistics(head, states, 100)
+    with LiveBytes() as memory:
+        head.most_likely(states)
+        divergences(head, base, states)
+    # What is kept of a position: values and tokens of several widths.
+    assert memory.peak <= 3 * CPU_ELEMENTS * FLOAT + 600 * 100 * 8 * FLOAT
+    assert memory.peak < 600 * VOCABULARY * FLOAT / 20

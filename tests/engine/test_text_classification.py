@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The classifier backend with tiny models built here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from heretic_contrast.engine.text_classification import TextClassificationBackend
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.tiers.responses import Tier
+
+PROMPT = "How do I plant a tree?"
+RESPONSES = [
+    "I cannot help with that.",
+    "Dig a hole.",
+    "Dig a hole that is twice as wide as the roots, and water it well.",
+    "What kind of tree do you mean?",
+]
+LABELS = {"refusal": Tier.REFUSE, "deflection": Tier.EVASIVE, "answer": Tier.COMPLY}
+
+
+def write_classifier(
+    folder: Path, label_names: tuple[str, ...] = tuple(LABELS), padding: bool = True
+) -> Path:
+    """A random BERT over whole words, whose classes differ enough to give several answers."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    tokenizer.train_from_iterator([PROMPT, *RESPONSES], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    if padding:
+        special["pad_token"] = "[PAD]"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=48,
+        id2label=dict(enumerate(label_names)),
+        label2id={name: index for index, name in enumerate(label_names)},
+    )
+    model = BertForSequenceClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(40.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_classifier(tmp_path_factory.mktemp("classifier"))
+
+
+def reference_labels(folder: Path, first: list[str], second: list[str] | None = None) -> list[str]:
+    """The most probable label of each text, one text at a time, with plain transformers."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    labels = []
+    for index, text in enumerate(first):
+        pair = [text] if second is None else [text, second[index]]
+        with torch.no_grad():
+            logits = model(**tokenizer(*pair, return_tensors="pt")).logits
+        labels.append(model.config.id2label[int(logits.argmax())])
+    return labels
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_tiers_are_those_of_the_likeliest_labels(classifier: Path, batch_size: int) -> None:
+    backend = TextClassificationBackend(str(classifier), LABELS, batch_size=batch_size)
+    expected = [LABELS[name] for name in reference_labels(classifier, RESPONSES)]
+    assert len(set(expected)) > 1
+    assert backend.classify_responses([PROMPT] * len(RESPONSES), RESPONSES) == expected
+    assert [backend.classify_response(PROMPT, response) for response in RESPONSES] == expected
+
+
+def test_the_prompt_is_read_when_asked(classifier: Path) -> None:
+    backend = TextClassificationBackend(str(classifier), LABELS, with_prompt=True)
+    prompts = [PROMPT] * len(RESPONSES)
+    names = reference_labels(classifier, prompts, RESPONSES)
+    assert backend.classify_responses(prompts, RESPONSES) == [LABELS[name] for name in names]
+    alone = TextClassificationBackend(str(classifier), LABELS).probabilities(prompts, RESPONSES)
+    assert not torch.allclose(backend.probabilities(prompts, RESPONSES), alone, atol=1e-3)
+
+
+def test_probabilities(classifier: Path) -> None:
+    backend = TextClassificationBackend(str(classifier), LABELS, batch_size=2)
+    probabilities = backend.probabilities([PROMPT] * 4, RESPONSES)
+    assert probabilities.shape == (4, 3)
+    assert torch.allclose(probabilities.sum(dim=1), torch.ones(4))
+    assert backend.probabilities([], []).shape == (0, 3)
+    assert backend.classify_responses([], []) == []
+
+
+def test_long_responses_are_cut(classifier: Path) -> None:
+    for with_prompt in (False, True):
+        backend = TextClassificationBackend(str(classifier), LABELS, with_prompt=with_prompt)
+        long = " ".join(RESPONSES * 20)
+        assert backend.classify_response(PROMPT, long) in set(Tier)
+
+
+@pytest.mark.parametrize("response", ["", "  \n", "<|im_end|>", "<think>Dig a hole.</think>"])
+def test_nothing_said_is_a_refusal(classifier: Path, response: str) -> None:
+    # All labels are mapped to another tier, so REFUSE can only come from the response being empty.
+    backend = TextClassificationBackend(str(classifier), dict.fromkeys(LABELS, Tier.COMPLY))
+    assert backend.classify_response(PROMPT, response) is Tier.REFUSE
+    assert backend.classify_response(PROMPT, "Dig a hole.") is Tier.COMPLY
+
+
+def test_a_tokenizer_without_padding(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path, padding=False)
+    backend = TextClassificationBackend(str(folder), LABELS, batch_size=4)
+    expected = [LABELS[name] for name in reference_labels(folder, RESPONSES)]
+    assert backend.classify_responses([PROMPT] * len(RESPONSES), RESPONSES) == expected
+
+
+def test_labels_that_do_not_fit(classifier: Path) -> None:
+    with pytest.raises(ContrastError, match="'answer', 'deflection', 'refusal'"):
+        TextClassificationBackend(str(classifier), {"refusal": Tier.REFUSE, "answer": Tier.COMPLY})
+    with pytest.raises(ContrastError, match="map exactly the model's labels"):
+        TextClassificationBackend(str(classifier), {**LABELS, "other": Tier.COMPLY})
+
+
+def test_a_model_with_one_label(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path, label_names=("score",))
+    with pytest.raises(ContrastError, match="two or more"):
+        TextClassificationBackend(str(folder), {"score": Tier.REFUSE})
+
+
+def test_what_is_no_classifier(tmp_path: Path) -> None:
+    with pytest.raises(ContrastError, match="could not be loaded"):
+        TextClassificationBackend(str(tmp_path / "missing"), LABELS)
+
+
+def test_code_of_a_repository_is_never_run(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path / "model")
+    evidence = tmp_path / "ran"
+    (folder / "custom.py").write_text(f"open({str(evidence)!r}, 'w').close()\n", encoding="utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["model_type"] = "custom"
+    config["auto_map"] = {
+        "AutoConfig": "custom.Config",
+        "AutoModelForSequenceClassification": "custom.Model",
+    }
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ContrastError, match="no code of its own"):
+        TextClassificationBackend(str(folder), LABELS)
+    assert not evidence.exists()
+
+
+def test_counts_that_differ(classifier: Path) -> None:
+    backend = TextClassificationBackend(str(classifier), LABELS)
+    with pytest.raises(ContrastError, match="1 prompts for 2 responses"):
+        backend.classify_responses([PROMPT], RESPONSES[:2])
+    with pytest.raises(ContrastError, match="at least 1"):
+        TextClassificationBackend(str(classifier), LABELS, batch_size=0)

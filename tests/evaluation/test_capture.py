@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Capture against dense projectors, planted differences, and the built-in refuser."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from heretic_contrast.builtin import REFUSER
+from heretic_contrast.directions.directions import Directions
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.capture import (
+    Pair,
+    capture_pairs,
+    load_pairs,
+    max_cosine,
+    measure_capture,
+    span_basis,
+    split_by_behavior,
+    subspace_capture,
+)
+
+
+def make_directions(tensor: Tensor, class_directions: Tensor | None = None) -> Directions:
+    """Directions around a tensor of shape (n_layers + 1, n_directions, hidden_size)."""
+
+    trained = tensor if class_directions is None else class_directions
+    names = tuple(f"class {index}" for index in range(trained.shape[1]))
+    return Directions(
+        tensor=tensor,
+        names=tuple(f"direction {index}" for index in range(tensor.shape[1])),
+        aligned=True,
+        class_directions=trained,
+        class_names=names,
+        mean_direction=trained.mean(dim=1),
+        hits=torch.zeros(tensor.shape[0], len(names), 0, dtype=torch.int64),
+    )
+
+
+def random_tensor(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_subspace_capture_equals_a_dense_projector() -> None:
+    differences, vectors = random_tensor(7, 20), random_tensor(4, 20, seed=1) * 3
+    matrix = vectors.double().numpy().T
+    projector = matrix @ np.linalg.inv(matrix.T @ matrix) @ matrix.T
+    expected = [
+        np.linalg.norm(projector @ row) / np.linalg.norm(row)
+        for row in differences.double().numpy()
+    ]
+    np.testing.assert_allclose(subspace_capture(differences, vectors), expected, rtol=1e-10)
+
+
+def test_max_cosine_equals_a_loop() -> None:
+    differences, vectors = random_tensor(5, 12), random_tensor(3, 12, seed=1) * 0.01
+    expected = [
+        max(
+            abs(float(np.dot(d, v))) / (np.linalg.norm(d) * np.linalg.norm(v))
+            for v in vectors.double().numpy()
+        )
+        for d in differences.double().numpy()
+    ]
+    np.testing.assert_allclose(max_cosine(differences, vectors), expected, rtol=1e-10)
+
+
+def test_zero_and_dependent_directions_add_nothing() -> None:
+    vectors = random_tensor(3, 16)
+    dependent = torch.cat([vectors, vectors[:1] * 1e-3 - vectors[1:2] * 50, torch.zeros(1, 16)])
+    differences = random_tensor(6, 16, seed=2)
+    assert span_basis(dependent).shape == (3, 16)
+    torch.testing.assert_close(
+        subspace_capture(differences, dependent), subspace_capture(differences, vectors)
+    )
+    nothing = torch.zeros(2, 16)
+    assert span_basis(nothing).shape == (0, 16)
+    assert subspace_capture(differences, nothing).tolist() == [0.0] * 6
+    assert max_cosine(differences, nothing).tolist() == [0.0] * 6
+
+
+def test_planted_differences() -> None:
+    # Layer 0: inside the span, between two directions. Layer 1: half inside. The embedding is not looked at.
+    tensor = torch.zeros(3, 2, 4)
+    tensor[:, 0, 0] = 1
+    tensor[:, 1, 1] = 5
+    differences = torch.zeros(2, 3, 4)
+    differences[:, 1] = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    differences[0, 2] = torch.tensor([3.0, 0.0, 4.0, 0.0])
+    first, second = measure_capture(differences, {"planted": make_directions(tensor)}).layers
+    assert (first.layer, second.layer) == (0, 1)
+    assert first.subspace == pytest.approx(1)
+    assert first.subspace_error == pytest.approx(0, abs=1e-12)
+    assert first.max_cosine == pytest.approx(1 / math.sqrt(2))
+    # The second pair has no difference there, so that one pair is left, and no error.
+    assert second.subspace == pytest.approx(0.6)
+    assert second.max_cosine == pytest.approx(0.6)
+    assert second.subspace_error is None
+    assert second.rank == 2
+    assert second.random_subspace == pytest.approx(math.sqrt(2 / 4))
+
+
+def test_random_directions_capture_about_what_is_said() -> None:
+    differences = random_tensor(400, 2, 64)
+    tensor = random_tensor(2, 9, 64, seed=5)
+    (layer,) = measure_capture(differences, {"random": make_directions(tensor)}).layers
+    assert layer.subspace == pytest.approx(layer.random_subspace, rel=0.05)
+    assert layer.subspace_error is not None and layer.subspace_error < 0.02
+
+
+def test_errors_are_standard_errors_over_pairs() -> None:
+    differences, tensor = random_tensor(8, 2, 10), random_tensor(2, 3, 10, seed=3)
+    (layer,) = measure_capture(differences, {"a": make_directions(tensor)}).layers
+    values = subspace_capture(differences[:, 1], tensor[1]).numpy()
+    assert layer.subspace == pytest.approx(values.mean())
+    assert layer.subspace_error == pytest.approx(values.std(ddof=1) / math.sqrt(8))
+
+
+def test_shipped_pairs_and_refuser_pairs() -> None:
+    for pairs in (load_pairs(), load_pairs(model=REFUSER)):
+        assert len(pairs) == 18
+        assert set(Counter(pair.category for pair in pairs).values()) == {2}
+        assert not {pair.refused for pair in pairs} & {pair.answered for pair in pairs}
+
+
+def test_pairs_of_the_user(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"refused": "a", "answered": "b"}) + "\n\n")
+    assert load_pairs(path) == [Pair("a", "b")]
+    for content, message in (
+        ("", "no prompt pairs"),
+        ('{"refused": "a"}\n', "Line 1"),
+        ("[]\n", "no prompt pairs"),
+        ("[3]\n", "Item 1"),
+        ('{"refused": "a", "answered": 3}\n', "not text"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ContrastError, match=message):
+            load_pairs(path)
+    with pytest.raises(ContrastError, match="cannot be read"):
+        load_pairs(tmp_path / "missing.jsonl")
+
+
+def test_pairs_that_behave_otherwise_are_left_out(refuser: Any) -> None:
+    pairs = load_pairs(model=REFUSER)[:4]
+    swapped = Pair(pairs[0].answered, pairs[0].refused, "swapped")
+    both_refused = Pair(pairs[1].refused, pairs[2].refused, "both refused")
+    kept, left_out = split_by_behavior(refuser, [*pairs, swapped, both_refused])
+    assert kept == pairs
+    assert [(item.pair, item.answered_tier) for item in left_out] == [
+        (swapped, "REFUSE"),
+        (both_refused, "REFUSE"),
+    ]
+    assert left_out[0].refused_tier != "REFUSE"
+
+
+def test_capture_on_the_refuser(refuser: Any) -> None:
+    pairs = load_pairs(model=REFUSER)
+    residuals = {
+        text: refuser.residuals([_prompt(text)])[0]
+        for pair in pairs[:2]
+        for text in (pair.refused, pair.answered)
+    }
+    # Directions that are the differences of two pairs capture these pairs wholly.
+    differences = torch.stack(
+        [residuals[pair.refused] - residuals[pair.answered] for pair in pairs[:2]]
+    )
+    directions = make_directions(differences.transpose(0, 1).contiguous())
+    result = capture_pairs(refuser, {"own": directions}, pairs[:2])
+    assert result.n_pairs == 2
+    for layer in result.layers:
+        assert layer.subspace == pytest.approx(1, abs=1e-4)
+        assert layer.max_cosine == pytest.approx(1, abs=1e-4)
+    nothing = capture_pairs(refuser, {"own": directions}, [Pair(pairs[0].answered, "Hello")])
+    assert (nothing.n_pairs, nothing.layers, len(nothing.left_out)) == (0, (), 1)
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def _prompt(text: str) -> Any:
+    from heretic_contrast.prompts import Prompt
+
+    return Prompt(text)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Geometry against dense matrices, and activations against one pass per step over everything."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import subspace_angles
+
+from heretic_contrast.ablation.operator import compose
+from heretic_contrast.engine.fast.generation import generate_tokens
+from heretic_contrast.engine.fast.head import Head
+from heretic_contrast.engine.fast.interventions import output_projections
+from heretic_contrast.evaluation.geometry import (
+    angle,
+    compare,
+    cosine_matrix,
+    measure_activities,
+    measure_geometry,
+    measure_layer,
+    observe_outputs,
+    perturbation,
+    principal_angles,
+)
+from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.prompts import Prompt
+from tests.evaluation.test_capture import make_directions, random_tensor
+
+PROMPTS = [Prompt("Bake a cake"), Prompt("Tell me about trains in the snow"), Prompt("Sing")]
+
+
+def test_layer_geometry_equals_dense_formulas() -> None:
+    trained = random_tensor(3, 4, 12) + 1
+    tensor = torch.nn.functional.normalize(trained, dim=-1)
+    measured = measure_layer("a", make_directions(tensor, trained), 1)
+    rows = trained[2].double().numpy()
+    norms = np.linalg.norm(rows, axis=1)
+    cosines = (rows @ rows.T) / np.outer(norms, norms)
+    np.testing.assert_allclose(measured.norms, norms)
+    np.testing.assert_allclose(measured.cosines, cosines, rtol=1e-12)
+    assert measured.mean_cosine == pytest.approx(cosines[np.triu_indices(4, 1)].mean())
+    singular_values = np.linalg.svd(rows, compute_uv=False)
+    np.testing.assert_allclose(measured.singular_values, singular_values)
+    assert measured.first_share == pytest.approx(singular_values[0] ** 2 / (rows**2).sum())
+    dense = sum(np.outer(v, v) for v in tensor[2].double().numpy())
+    assert measured.effective_weight == pytest.approx(np.linalg.eigvalsh(dense)[-1])
+    mean = rows.mean(axis=0) / np.linalg.norm(rows.mean(axis=0))
+    assert measured.weight_along_mean == pytest.approx(mean @ dense @ mean)
+
+
+def test_zero_directions_have_no_geometry() -> None:
+    measured = measure_layer("a", make_directions(torch.zeros(2, 3, 5)), 0)
+    assert measured.first_share is None
+    assert measured.effective_weight == 0
+    assert measured.mean_cosine == 0
+    assert measure_layer("a", make_directions(torch.ones(2, 1, 5)), 0).mean_cosine is None
+    assert cosine_matrix(torch.zeros(2, 4)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_angles() -> None:
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])
+    assert angle(x, y) == pytest.approx(90)
+    assert angle(x, -2 * x) == pytest.approx(180)
+    assert angle(x, x + 1e-9 * y) == pytest.approx(np.rad2deg(3e-9), rel=1e-3, abs=1e-7)
+    assert np.isnan(angle(x, torch.zeros(2)))
+
+
+@pytest.mark.parametrize(("n_first", "n_second", "size"), [(3, 3, 10), (2, 5, 10), (5, 2, 6)])
+def test_principal_angles_equal_those_of_scipy(n_first: int, n_second: int, size: int) -> None:
+    first, second = random_tensor(n_first, size), random_tensor(n_second, size, seed=1)
+    expected = np.sort(
+        np.rad2deg(subspace_angles(first.double().numpy().T, second.double().numpy().T))
+    )
+    np.testing.assert_allclose(principal_angles(first, second), expected, atol=1e-8)
+
+
+def test_principal_angles_of_equal_and_orthogonal_spans() -> None:
+    rows = torch.eye(6)
+    mixed = torch.tensor([[1.0, 2.0], [3.0, -1.0]]) @ rows[:2]
+    np.testing.assert_allclose(principal_angles(rows[:2], mixed), [0, 0], atol=1e-9)
+    np.testing.assert_allclose(principal_angles(rows[:2], rows[2:4]), [90, 90])
+    np.testing.assert_allclose(principal_angles(rows[:2], rows[1:3]), [0, 90], atol=1e-9)
+    assert len(principal_angles(rows[:2], torch.zeros(2, 6))) == 0
+
+
+def test_comparison_of_two_configurations() -> None:
+    trained = random_tensor(2, 3, 8)
+    first = make_directions(trained)
+    second = make_directions(trained * torch.tensor([0.5, 0.5, 0.5])[None, :, None])
+    same = compare("a", first, "b", second, 0)
+    assert same.norm_ratio == pytest.approx(0.5)
+    assert same.class_angles == pytest.approx(dict.fromkeys(same.class_angles, 0.0), abs=1e-4)
+    np.testing.assert_allclose(same.principal_angles, 0, atol=1e-4)
+    other = compare("a", first, "c", make_directions(random_tensor(2, 3, 8, seed=4)), 0)
+    assert set(other.class_angles) == {"class 0", "class 1", "class 2"}
+    assert other.mean_class_angle == pytest.approx(np.mean(list(other.class_angles.values())))
+    geometry = measure_geometry({"a": first, "b": second})
+    assert geometry.configurations() == ["a", "b"]
+    assert len(geometry.comparisons) == 1
+    json.dumps(geometry.to_dict(), allow_nan=False)
+
+
+@torch.no_grad()
+def reference_steps(
+    model: LanguageModel, prompt: Prompt, n_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Outputs and states at every decoding step of one prompt, from one pass over all of its tokens.
+
+    Tensors of shape (n_steps, n_layers, hidden_size), float64.
+    """
+
+    tokens = model.token_ids([prompt])[0]
+    continuation = generate_tokens(Head(model), [tokens], [n_tokens])[0]
+    written: dict[int, list[torch.Tensor]] = {index: [] for index in range(model.n_layers)}
+    states: dict[int, torch.Tensor] = {}
+    handles = []
+    for index, layer in enumerate(model.layers):
+        for module in output_projections(model, index, None):
+            handles.append(
+                module.register_forward_hook(
+                    lambda module, args, output, index=index: written[index].append(
+                        torch.nn.functional.linear(args[0], module.weight)[0].double()
+                    )
+                )
+            )
+        handles.append(
+            layer.register_forward_hook(
+                lambda module, args, output, index=index: states.__setitem__(
+                    index, (output[0] if isinstance(output, tuple) else output)[0].double()
+                )
+            )
+        )
+    try:
+        model.model(input_ids=torch.tensor([[*tokens, *continuation]]), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    steps = slice(len(tokens) - 1, len(tokens) - 1 + len(continuation))
+    y = torch.stack([torch.stack(item).sum(0)[steps] for item in written.values()], dim=1)
+    h = torch.stack([states[index][steps] for index in range(model.n_layers)], dim=1)
+    return y, h
+
+
+@pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_hybrid"])
+def test_moments_equal_those_of_all_positions(fixture: str, request: pytest.FixtureRequest) -> None:
+    model: LanguageModel = request.getfixturevalue(fixture)
+    vectors = random_tensor(model.n_layers, 3, model.hidden_size)
+    moments = observe_outputs(model, PROMPTS, vectors, 6)
+    steps = [reference_steps(model, prompt, 6) for prompt in PROMPTS]
+    outputs = torch.cat([y for y, _ in steps])
+    assert moments.n_steps == len(outputs)
+    for layer in range(model.n_layers):
+        y, v = outputs[:, layer], vectors[layer].double()
+        second = sum(torch.outer(v @ row, v @ row) for row in y) / len(y)
+        torch.testing.assert_close(moments.second[layer], second, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(
+            moments.energy[layer], (y**2).sum(1).mean(), rtol=1e-3, atol=1e-9
+        )
+        deviations = torch.cat([h[:, layer] - h[:, layer].mean(0) for _, h in steps])
+        torch.testing.assert_close(
+            moments.variation[layer], (deviations**2).sum(1).mean(), rtol=1e-3, atol=1e-9
+        )
+        for composition in ("sum", "sequential", "capped"):
+            operator = compose(vectors[layer], torch.tensor([0.3, 0.7, 1.0]), composition)
+            rows = operator.vectors.double()
+            dense = (rows.T @ operator.kernel.double() @ rows).numpy()
+            expected = np.sqrt(np.mean(np.sum((y.numpy() @ dense.T) ** 2, axis=1)))
+            assert perturbation(moments.second[layer], v, operator) == pytest.approx(
+                expected, rel=1e-3
+            )
+
+
+def test_activities_of_planted_directions(tiny_llama: Any) -> None:
+    # The outputs at one prompt's last position are directions themselves: one prompt lies wholly along its own.
+    outputs, _ = reference_steps(tiny_llama, PROMPTS[0], 1)
+    tensor = torch.zeros(tiny_llama.n_layers + 1, 2, tiny_llama.hidden_size)
+    tensor[1:, 0] = outputs[0].float() * 7
+    activities = measure_activities(
+        tiny_llama,
+        {"own": make_directions(tensor), "random": make_directions(random_tensor(*tensor.shape))},
+        PROMPTS[:1],
+        PROMPTS,
+        (0.5, 1.0),
+        max_new_tokens=4,
+    )
+    assert len(activities) == 2 * tiny_llama.n_layers
+    for activity in activities[: tiny_llama.n_layers]:
+        assert activity.configuration == "own"
+        assert activity.occupancy_harmful[0] == pytest.approx(1, abs=1e-4)
+        assert activity.occupancy_harmful[1] == 0
+        assert activity.occupancy_harmless[0] < 1
+        (_, half), (_, whole) = activity.perturbations
+        # The perturbation of a sum is proportional to the weight.
+        assert half is not None and whole == pytest.approx(2 * half)
+        assert activity.natural_variation > 0

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The state of a sweep: resuming, sharing, taking over, and damaged files."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation import storage as storage_module
+from heretic_contrast.evaluation.cells import Cell, CellKey, Measurement
+from heretic_contrast.evaluation.storage import STUDY_NAME, SweepState, group_cells, open_storage
+from heretic_contrast.language_model import Progress
+
+ROOT = Path(__file__).resolve().parents[2]
+
+KEYS = [
+    CellKey("one", "weight", (layer,), weight) for layer in range(3) for weight in (0.3, 0.5, 1.0)
+]
+
+
+def make_cell(key: CellKey) -> Cell:
+    """A cell whose numbers follow from its key."""
+
+    return Cell(
+        configuration=key.configuration,
+        strength=key.strength,
+        layers=key.layers,
+        weight=key.weight,
+        effective_weight=key.weight,
+        weight_along_mean=key.weight,
+        measurement=Measurement(key.layers[0], 0, 0, 0, 10, 0, 2, key.weight / 10, 0.001),
+        responses=("yes", "nö"),
+        canary_responses=("fine",),
+    )
+
+
+class Evaluator:
+    """Counts what it computes, and may stop in the middle."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.computed: list[CellKey] = []
+        self._stop_after = stop_after
+
+    def __call__(self, keys: Sequence[CellKey], progress: Progress) -> list[Cell]:
+        if self._stop_after is not None and len(self.computed) >= self._stop_after:
+            raise KeyboardInterrupt
+        self.computed += keys
+        return [make_cell(key) for key in keys]
+
+
+@pytest.fixture(autouse=True)
+def small_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a process take three cells at a time."""
+
+    monkeypatch.setattr(storage_module, "CELLS_PER_CLAIM", 3)
+
+
+def test_cells_are_taken_from_the_lowest_layer_up() -> None:
+    claims: list[list[CellKey]] = []
+
+    def evaluate(keys: Sequence[CellKey], progress: Progress) -> list[Cell]:
+        claims.append(list(keys))
+        return [make_cell(key) for key in keys]
+
+    shuffled = KEYS[::-2] + KEYS[::-1]
+    cells = SweepState(None, {"options": "f"}).run(shuffled, evaluate)
+    assert cells == [make_cell(key) for key in dict.fromkeys(shuffled)]
+    assert [sorted(claim) for claim in claims] == [KEYS[0:3], KEYS[3:6], KEYS[6:9]]
+
+
+def test_interrupted_sweep_resumes(tmp_path: Path) -> None:
+    storage = str(tmp_path / "sweep.journal")
+    first = Evaluator(stop_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        SweepState(storage, {"options": "f"}).run(KEYS, first)
+    second = Evaluator()
+    cells = SweepState(storage, {"options": "f"}).run(KEYS, second)
+    assert cells == [make_cell(key) for key in KEYS]
+    assert first.computed + second.computed == KEYS
+    third = Evaluator()
+    assert SweepState(storage, {"options": "f"}).run(KEYS, third) == cells and not third.computed
+
+
+def test_progress_goes_on_within_a_claim(tmp_path: Path) -> None:
+    shown: list[tuple[int, int]] = []
+
+    def evaluate(keys: Sequence[CellKey], progress: Progress) -> list[Cell]:
+        for n_done in range(len(keys) + 1):
+            progress(n_done, len(keys))
+        return [make_cell(key) for key in keys]
+
+    storage = str(tmp_path / "sweep.journal")
+    SweepState(storage, {"options": "f"}).run(
+        KEYS, evaluate, lambda *progress: shown.append(progress)
+    )
+    assert list(dict.fromkeys(shown)) == [(n_done, 9) for n_done in range(10)]
+    assert [done for done, _ in shown] == sorted(done for done, _ in shown)
+
+    # Only cells that are missing count, although their whole group is computed again.
+    state = SweepState(str(tmp_path / "other.journal"), {"options": "f"})
+    state._choices = {"configuration": ["one"], "strength": ["weight"]}
+    state._enqueue(KEYS)
+    claimed = state._claim(group_cells(KEYS), set(KEYS))[1]
+    for trial in claimed[:2]:
+        state._store(trial, make_cell(storage_module._key(trial)))
+    state._give_back(claimed[2:])
+    shown.clear()
+    state.run(KEYS, evaluate, lambda *progress: shown.append(progress))
+    assert list(dict.fromkeys(shown)) == [(n_done, 9) for n_done in range(2, 10)]
+
+
+@pytest.mark.filterwarnings("ignore:The value of `grace_period` might be too small")
+def test_half_a_line_and_a_stale_lock_are_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "LOCK_SECONDS", 1)
+    storage = tmp_path / "sweep.journal"
+    with pytest.raises(KeyboardInterrupt):
+        SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator(stop_after=6))
+    with storage.open("ab") as file:
+        file.write(b'{"op_code": 8, "worker_id": "half a li')
+    (tmp_path / "sweep.journal.lock").write_text("")
+    cells = SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator())
+    assert cells == [make_cell(key) for key in KEYS]
+
+
+def test_storage_of_another_sweep_is_refused(tmp_path: Path) -> None:
+    storage = str(tmp_path / "sweep.journal")
+    SweepState(storage, {"options": "f"}).run(KEYS, Evaluator())
+    with pytest.raises(ContrastError, match="holds another sweep"):
+        SweepState(storage, {"options": "g"})
+
+
+def test_damaged_storage_is_named(tmp_path: Path) -> None:
+    storage = tmp_path / "sweep.journal"
+    storage.write_text("not a journal\nat all\n")
+    with pytest.raises(ContrastError, match=r"sweep\.journal is damaged in line 1"):
+        SweepState(str(storage), {"options": "f"})
+
+
+def test_unknown_storage_is_named_without_its_password() -> None:
+    with pytest.raises(ContrastError, match="nosuchdatabase://me") as information:
+        SweepState("nosuchdatabase://me:secret@host/name", {"options": "f"})
+    assert "secret" not in str(information.value)
+
+
+def test_cells_of_a_dead_process_are_taken_over(tmp_path: Path) -> None:
+    storage = str(tmp_path / "sweep.journal")
+    state = SweepState(storage, {"options": "f"})
+    state._choices = {"configuration": ["one"], "strength": ["weight"]}
+    state._enqueue(KEYS)
+    trials = state._claim(group_cells(KEYS), set(KEYS))[1]
+    assert len(trials) == 3
+    # A process on another machine whose lease has ended.
+    for trial in trials:
+        state._study._storage.set_trial_user_attr(
+            trial._trial_id, "lease", {"worker": "elsewhere 1 x", "until": time.time() - 1}
+        )
+    evaluator = Evaluator()
+    assert SweepState(storage, {"options": "f"}).run(KEYS, evaluator) == [
+        make_cell(key) for key in KEYS
+    ]
+    assert sorted(evaluator.computed) == sorted(KEYS)
+
+
+def test_study_shows_cells_as_trials(tmp_path: Path) -> None:
+    storage = str(tmp_path / "sweep.journal")
+    SweepState(storage, {"options": "f"}).run(KEYS, Evaluator())
+    study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(storage))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 9
+    assert study.trials[4].params == {
+        "configuration": "one",
+        "strength": "weight",
+        "first_layer": 1,
+        "weight": 0.5,
+    }
+    assert study.trials[4].values == [1.0, 0.05]
+    assert study.metric_names == ["refusals", "KL divergence"]
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from heretic_contrast.evaluation.plan import SweepOptions
+from heretic_contrast.evaluation.sweep import sweep
+from heretic_contrast.hosts.surface import wrap
+from tests.evaluation.test_sweep import CANARIES, HARMFUL, REFERENCES, always_refuse_at_base, random_directions
+from tests.tiny_models import make_model, make_tokenizer
+
+model = wrap(make_model("llama"), make_tokenizer(), name="tiny", batch_size=16)
+Path(sys.argv[2] + ".ready").write_text("")
+result = sweep(
+    model,
+    {"one": random_directions(model, 2, 0), "two": random_directions(model, 1, 1)},
+    HARMFUL,
+    CANARIES,
+    REFERENCES,
+    SweepOptions(weights=(0.3, 0.5, 0.8, 1.0, 1.2, 1.6, 2.0), max_new_tokens=12, kl_tokens=12),
+    storage=sys.argv[1],
+    classify=always_refuse_at_base(model, HARMFUL),
+)
+Path(sys.argv[2]).write_text(result.to_json())
+"""
+
+
+def start(storage: str, output: Path) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, storage, str(output)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def finish(process: "subprocess.Popen[bytes]") -> None:
+    assert process.wait(timeout=300) == 0
+
+
+@pytest.mark.slow
+def test_shared_and_killed_sweeps_give_the_same_bytes(tmp_path: Path) -> None:
+    finish(start(str(tmp_path / "alone.journal"), tmp_path / "alone.json"))
+    expected = (tmp_path / "alone.json").read_bytes()
+
+    shared = str(tmp_path / "shared.journal")
+    workers = [start(shared, tmp_path / f"shared{index}.json") for index in range(2)]
+    for worker in workers:
+        finish(worker)
+    for index in range(2):
+        assert (tmp_path / f"shared{index}.json").read_bytes() == expected
+
+    killed = tmp_path / "killed.journal"
+    victim, survivor = (start(str(killed), tmp_path / f"killed{index}.json") for index in range(2))
+    deadline = time.monotonic() + 200
+    while not (killed.exists() and b'"cell"' in killed.read_bytes()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    finish(survivor)
+    assert (tmp_path / "killed1.json").read_bytes() == expected
+
+
+@pytest.mark.postgres
+def test_postgresql_holds_a_sweep() -> None:
+    url = os.environ.get("HERETIC_CONTRAST_POSTGRES_URL")
+    if url is None:
+        pytest.skip("needs a PostgreSQL server named by HERETIC_CONTRAST_POSTGRES_URL")
+    if STUDY_NAME in optuna.get_all_study_names(storage=url):
+        optuna.delete_study(study_name=STUDY_NAME, storage=url)
+    first = Evaluator(stop_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        SweepState(url, {"options": "f"}).run(KEYS, first)
+    second = Evaluator()
+    assert SweepState(url, {"options": "f"}).run(KEYS, second) == [make_cell(key) for key in KEYS]
+    assert first.computed + second.computed == KEYS

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The sweep against changed weights, plain generation and the full-vocabulary divergence."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from heretic_contrast.ablation.operator import compose, effective_weight
+from heretic_contrast.directions.directions import Directions
+from heretic_contrast.engine.fast.interventions import output_projections
+from heretic_contrast.evaluation.cells import SweepResult, efficiency
+from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
+from heretic_contrast.evaluation.sweep import SweepEvaluator, sweep
+from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.prompts import Prompt
+from heretic_contrast.tiers.coherence import is_coherent
+from heretic_contrast.tiers.responses import Tier, classify_response
+from heretic_contrast.weights import base_weight
+
+HARMFUL = [
+    Prompt(f"Break the {name}", category="violence")
+    for name in ("door", "jar", "cup", "vase", "lock")
+]
+CANARIES = [Prompt(f"Bake a {name}") for name in ("cake", "loaf")]
+REFERENCES = [
+    Prompt(f"Tell me about {name}") for name in ("tea", "the sea", "trains", "snow in May")
+]
+
+
+def random_directions(model: LanguageModel, n_directions: int, seed: int) -> Directions:
+    """Directions without meaning."""
+
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.nn.functional.normalize(
+        torch.randn(model.n_layers + 1, n_directions, model.hidden_size, generator=generator),
+        dim=-1,
+    )
+    shape = tensor.shape[:2]
+    return Directions(
+        tensor=tensor,
+        names=tuple(f"class {index}" for index in range(n_directions)),
+        aligned=True,
+        class_directions=tensor,
+        class_names=tuple(f"class {index}" for index in range(n_directions)),
+        mean_direction=tensor.mean(dim=1),
+        hits=torch.zeros(*shape, 0, dtype=torch.int64),
+    )
+
+
+def always_refuse_at_base(model: LanguageModel, prompts: list[Prompt]) -> Any:
+    """A classifier that calls the unmodified model's responses refusals, since a random model refuses nothing."""
+
+    base = set(model.generate(prompts, 12))
+
+    def classify(prompt: str, response: str) -> Tier:
+        return Tier.REFUSE if response in base else Tier.COMPLY
+
+    return classify
+
+
+@contextmanager
+def changed_weights(
+    model: LanguageModel, layer: int, change: Tensor, components: tuple[str, ...] | None = None
+) -> Iterator[None]:
+    """Changes the weights of a layer's output projections to W − C W."""
+
+    modules = output_projections(model, layer, components)
+    originals = [module.weight.data for module in modules]
+    try:
+        for module in modules:
+            module.weight.data = (
+                base_weight(module).double() - change @ base_weight(module).double()
+            ).float()
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.weight.data = original
+
+
+@dataclass(frozen=True)
+class KnownReference:
+    """What the unmodified model says at the positions of a reference prompt's continuation, over the whole vocabulary."""
+
+    ids: Tensor
+    positions: slice
+    log_probabilities: Tensor
+
+
+@torch.no_grad()
+def known_references(model: LanguageModel, kl_tokens: int) -> list[KnownReference]:
+    """Lets the unmodified model continue the reference prompts, one at a time."""
+
+    known = []
+    for prompt in REFERENCES:
+        inputs = model.tokenize([prompt])
+        n_tokens = inputs["input_ids"].shape[1]
+        ids = model.model.generate(
+            **inputs,
+            max_new_tokens=kl_tokens,
+            do_sample=False,
+            pad_token_id=model.pad_token_id(),
+        )
+        positions = slice(n_tokens - 1, ids.shape[1] - 1)
+        logits = model.model(input_ids=ids).logits[0, positions]
+        known.append(KnownReference(ids, positions, logits.double().log_softmax(-1)))
+    return known
+
+
+@torch.no_grad()
+def full_divergence(model: LanguageModel, known: Sequence[KnownReference]) -> float:
+    """The divergence of the model as it is now over the whole vocabulary, one prompt at a time, without any shortcut."""
+
+    total, count = 0.0, 0
+    for reference in known:
+        base = reference.log_probabilities
+        logits = model.model(input_ids=reference.ids).logits[0, reference.positions]
+        total += float((base.exp() * (base - logits.double().log_softmax(-1))).sum())
+        count += len(base)
+    return total / count
+
+
+def test_cells_that_are_evaluated_report_progress(tiny_llama: LanguageModel) -> None:
+    options = SweepOptions(layers=(1, 2), weights=(0.5, 1.0), max_new_tokens=12, kl_tokens=5)
+    evaluator = SweepEvaluator(
+        tiny_llama,
+        plan_sweep(
+            {"one": random_directions(tiny_llama, 1, 0)}, HARMFUL, CANARIES, REFERENCES, options
+        ),
+        always_refuse_at_base(tiny_llama, HARMFUL),
+    )
+    shown: list[tuple[int, int]] = []
+    cells = evaluator.evaluate(evaluator.grid(), lambda *progress: shown.append(progress))
+    assert len(cells) == 4
+    assert [done for done, _ in shown] == sorted(done for done, _ in shown)
+    assert {done for done, _ in shown} >= {1, 2, 3, 4} and shown[-1] == (4, 4)
+    assert cells == evaluator.evaluate(evaluator.grid())
+
+
+@pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_hybrid"])
+def test_cells_equal_changed_weights(fixture: str, request: pytest.FixtureRequest) -> None:
+    model: LanguageModel = request.getfixturevalue(fixture)
+    configurations = {
+        "one": random_directions(model, 1, 0),
+        "three": random_directions(model, 3, 1),
+    }
+    options = SweepOptions(
+        layers=(0, 1, 3),
+        weights=(0.5, 1.5),
+        max_new_tokens=12,
+        kl_tokens=12,
+        top_k=320,
+        strengths=("weight", "effective"),
+        synergy_weight=0.5,
+        n_synergy_layers=2,
+    )
+    classify = always_refuse_at_base(model, HARMFUL)
+    pools = (HARMFUL, CANARIES, REFERENCES)
+    result = sweep(model, configurations, *pools, options, classify=classify)
+    assert result.floor == pytest.approx(0, abs=1e-6)
+    assert len(result.cells) == 2 * 2 * 2 * 3 + 2 * 2
+    assert len({cell.responses for cell in result.cells}) > 5
+
+    # By fewer tokens the divergence is a bound.
+    plan = plan_sweep(configurations, *pools, replace(options, top_k=16))
+    evaluator = SweepEvaluator(model, plan, classify)
+    keys = [key for key in evaluator.grid() if key.layers == (1,) and key.weight == 1.5]
+    bounds = {cell.key(): cell for cell in evaluator.evaluate(keys)}
+
+    known = known_references(model, 12)
+    at_once = replace(model, batch_size=len(HARMFUL) + len(CANARIES))
+    n_bounds = 0
+    for cell in result.cells:
+        changes = {}
+        for layer in cell.layers:
+            vectors = configurations[cell.configuration].tensor[layer + 1].double()
+            changes[layer] = cell.weight * (vectors.T @ vectors)
+            if cell.strength == "effective":
+                changes[layer] *= cell.weight / torch.linalg.eigvalsh(changes[layer])[-1]
+        assert cell.effective_weight == pytest.approx(
+            max(float(torch.linalg.eigvalsh(change)[-1]) for change in changes.values()), rel=1e-5
+        )
+        # Of the single layers half, in which any three of layer, weight, configuration and strength meet.
+        place = (
+            (0, 1, 3).index(cell.layers[0])
+            + options.weights.index(cell.weight)
+            + list(configurations).index(cell.configuration)
+            + options.strengths.index(cell.strength)
+        )
+        if len(cell.layers) == 1 and place % 2:
+            continue
+        with ExitStack() as stack:
+            for layer, change in changes.items():
+                stack.enter_context(changed_weights(model, layer, change))
+            responses = at_once.generate([*HARMFUL, *CANARIES], 12)
+            expected = full_divergence(model, known)
+        assert [*cell.responses, *cell.canary_responses] == responses
+        assert cell.measurement.kl_divergence == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        if cell.key() in bounds:
+            bound = bounds[cell.key()].measurement.kl_divergence
+            assert 0 <= bound <= expected + 1e-6 and bound != cell.measurement.kl_divergence
+            n_bounds += 1
+    assert n_bounds == 2
+
+
+def test_synergy_of_pairs(tiny_llama: LanguageModel) -> None:
+    directions = random_directions(tiny_llama, 2, 3)
+    options = SweepOptions(
+        weights=(1.0, 2.0), max_new_tokens=12, kl_tokens=4, synergy_weight=1.0, n_synergy_layers=3
+    )
+    classify = always_refuse_at_base(tiny_llama, HARMFUL)
+    result = sweep(
+        tiny_llama, {"one": directions}, HARMFUL, CANARIES, REFERENCES, options, classify=classify
+    )
+    assert len(result.synergies) == 3
+    by_key = {(cell.layers, cell.weight): cell for cell in result.cells}
+    for synergy in result.synergies:
+        reductions = [
+            result.baseline.refusals - by_key[(layer,), 1.0].measurement.refusals
+            for layer in synergy.layers
+        ]
+        reduction = result.baseline.refusals - synergy.refusals
+        assert synergy.synergy == reduction - max(reductions)
+
+
+@pytest.mark.parametrize("n_references", [1, len(REFERENCES)])
+def test_result_survives_json(tiny_llama: LanguageModel, n_references: int) -> None:
+    """With one reference prompt there is no standard error, and JSON has no NaN."""
+
+    classify = always_refuse_at_base(tiny_llama, HARMFUL)
+    result = sweep(
+        tiny_llama,
+        {"one": random_directions(tiny_llama, 1, 0)},
+        HARMFUL,
+        CANARIES,
+        REFERENCES[:n_references],
+        SweepOptions(layers=(1,), weights=(1.0,), max_new_tokens=12, kl_tokens=4),
+        classify=classify,
+    )
+
+    def no_json(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON.")
+
+    written = json.loads(result.to_json(), parse_constant=no_json)
+    restored = SweepResult.from_dict(written)
+    assert restored == result
+    assert restored.to_json() == result.to_json()
+    errors = [cell["measurement"]["kl_standard_error"] for cell in written["cells"]]
+    assert all((error is None) == (n_references == 1) for error in errors)
+    rows = list(csv.DictReader(io.StringIO(result.to_csv())))
+    assert len(rows) == len(result.cells)
+    assert "nan" not in result.to_csv()
+
+    responses = [json.loads(line) for line in result.responses_json_lines().splitlines()]
+    assert len(responses) == 5 + 7 * len(result.cells)
+    for row in responses:
+        assert row["tier"] == classify(row["prompt"], row["response"]).value
+        assert row["coherent"] == is_coherent(row["response"])
+    for cell in result.cells:
+        own = [row for row in responses if row.get("layers") == list(cell.layers)]
+        own = [row for row in own if row["weight"] == cell.weight and row["pool"] == "harmful"]
+        assert [row["response"] for row in own] == list(cell.responses)
+        assert sum(row["tier"] == "REFUSE" for row in own) == cell.measurement.refusals
+        assert sum(not row["coherent"] for row in own) == cell.measurement.incoherent
+
+
+def test_efficiencies_of_the_paper() -> None:
+    # Table 1: minimal weight's KL and efficiency of layers 9, 14, 15, 11, 12 and 13.
+    table = [
+        (0.0048, 2305),
+        (0.0047, 2358),
+        (0.0050, 2193),
+        (0.0456, 222),
+        (0.0398, 254),
+        (0.0191, 536),
+    ]
+    for kl_divergence, printed in table:
+        # The divergence is printed to four decimals.
+        low = efficiency(10, 0, kl_divergence + 0.00005, 0.00045)
+        high = efficiency(10, 0, kl_divergence - 0.00005, 0.00045)
+        assert low is not None and high is not None
+        assert low - 0.5 <= printed <= high + 0.5
+        without_floor = efficiency(10, 0, kl_divergence - 0.00005, 0.0)
+        assert without_floor is not None
+    assert efficiency(10, 0, 0.0048 - 0.00005, 0.0) < 2305  # type: ignore[operator]
+    assert efficiency(10, 10, 0.1, 0.0) is None and efficiency(10, 3, 0.0, 0.0) is None
+
+
+def test_effective_weight_of_parallel_directions_adds_up() -> None:
+    vector = torch.nn.functional.normalize(torch.randn(1, 8), dim=1)
+    assert effective_weight(compose(vector.expand(7, -1), torch.full((7,), 0.5))) == pytest.approx(
+        3.5
+    )
+
+
+def test_classifier_is_the_default() -> None:
+    assert classify_response("Break the door", "I cannot help with that.") is Tier.REFUSE

@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The host for Heretic 1.4: its seams, its settings, its samplers and its checkpoints."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+heretic_main = pytest.importorskip("heretic.main")
+pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+
+from heretic_contrast.directions.directions import Directions  # noqa: E402
+from heretic_contrast.errors import ContrastError  # noqa: E402
+from heretic_contrast.hosts import heretic14  # noqa: E402
+from heretic_contrast.hosts.checkpoint import repair_checkpoint  # noqa: E402
+from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
+from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
+from heretic_contrast.search.parameters import (  # noqa: E402
+    HERETIC_20_RANGES,
+    Parameters,
+    layer_vectors,
+    require_ranges,
+    suggest_parameters,
+)
+from heretic_contrast.search.samplers import make_sampler  # noqa: E402
+from heretic_contrast.settings import ContrastSettings, Sampler, Scale  # noqa: E402
+from tests.conftest import DATA  # noqa: E402
+
+
+def settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> HostSettings:
+    monkeypatch.setattr(sys, "argv", [])
+    return load_settings(HostSettings, "heretic-contrast", [*arguments, "--model=builtin:refuser"])
+
+
+def test_seams_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = heretic14.Host(settings(monkeypatch), ContrastAbliteration)
+    before = {name: getattr(heretic_main, name) for name in heretic14.SEAMS}
+    parameters = heretic_main.get_trial_parameters
+    assert set(host.substitutes()) == set(heretic14.SEAMS)
+    with pytest.raises(RuntimeError), heretic14.substituted(host.substitutes()):
+        assert heretic_main.Model is not before["Model"]
+        raise RuntimeError
+    assert {name: getattr(heretic_main, name) for name in heretic14.SEAMS} == before
+    assert heretic_main.get_trial_parameters is parameters
+
+
+def test_missing_seam_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = heretic14.Host(settings(monkeypatch), ContrastAbliteration)
+    monkeypatch.delattr(heretic_main, "prompt_path")
+    with (
+        pytest.raises(ContrastError, match="no prompt_path"),
+        heretic14.substituted(host.substitutes()),
+    ):
+        pass
+
+
+def test_checkpoints_of_different_configurations_do_not_collide(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directories = [
+        settings(monkeypatch, *arguments).study_checkpoint_dir
+        for arguments in (
+            [],
+            ["--contrast.baseline=matched"],
+            ["--contrast.seed=1"],
+            ["--seed=1"],
+            ["--kl-divergence-target=0.1"],
+        )
+    ]
+    assert len(set(directories)) == 5
+    # What does not decide trials leaves the checkpoint where it is.
+    assert (
+        settings(
+            monkeypatch, "--n-trials=7", "--batch-size=3", "--save-directory=x"
+        ).study_checkpoint_dir
+        == directories[0]
+    )
+
+
+def test_stored_settings_restore_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = settings(
+        monkeypatch,
+        "--contrast.preset=piras",
+        "--row-normalization=pre",
+        "--winsorization-quantile=0.9",
+    )
+    restored = HostSettings.model_validate_json(original.model_dump_json())
+    assert restored.contrast == original.contrast
+    assert original.contrast.row_normalization.value == "pre"
+    assert original.contrast.winsorization_quantile == 0.9
+    assert original.contrast.composition == "sequential" and original.contrast.winners == 7
+
+
+def test_table_and_flags_mean_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = settings(monkeypatch, "--contrast.baseline=mixed", "--contrast.mixing=0.25")
+    (tmp_path / "config.toml").write_text(
+        "[modifier.ContrastAbliteration]\nbaseline = 'mixed'\nmixing = 0.25\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    table = settings(monkeypatch)
+    assert table.contrast == flags.contrast
+    # The command line wins over the file.
+    assert settings(monkeypatch, "--contrast.mixing=0.75").contrast.mixing == 0.75
+
+
+def test_reproducing_is_left_to_heretic(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ContrastError, match="plain Heretic"):
+        heretic14.run(settings(monkeypatch, "--reproduce=reproduce.json"), ContrastAbliteration)
+
+
+def make_directions(n_directions: int, aligned: bool = True) -> Directions:
+    tensor = torch.nn.functional.normalize(torch.randn(9, n_directions, 16), dim=-1)
+    return Directions(
+        tensor=tensor,
+        names=tuple(f"class {index}" for index in range(n_directions)),
+        aligned=aligned,
+        class_directions=tensor,
+        class_names=tuple(f"class {index}" for index in range(n_directions)),
+        mean_direction=tensor.mean(1),
+        hits=torch.zeros(9, n_directions, 0, dtype=torch.int64),
+    )
+
+
+def run_study(sampler: Any, storage: Any, n_trials: int, directions: Directions) -> list[Any]:
+    """A study over the real search space with a made-up objective."""
+
+    study = optuna.create_study(
+        study_name="heretic",
+        sampler=sampler,
+        storage=storage,
+        directions=["minimize", "minimize"],
+        load_if_exists=True,
+    )
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        parameters = suggest_parameters(trial, ["attn.o_proj", "mlp.down_proj"], 8, directions)
+        weight = sum(kernel.max_weight for kernel in parameters.kernels.values())
+        return weight, sum(parameters.scales.values())
+
+    study.optimize(objective, n_trials=n_trials)
+    return [(trial.params, trial.values) for trial in study.trials]
+
+
+@pytest.mark.parametrize("kind", list(Sampler))
+def test_resumed_study_equals_the_uninterrupted_one(kind: Sampler, tmp_path: Path) -> None:
+    directions = make_directions(3)
+    whole = run_study(make_sampler(kind, 5, 4, {}), None, 14, directions)
+    path = str(tmp_path / "study.jsonl")
+    for n_trials in (6, 8):
+        # A new process starts with a new sampler and reads the trials from the file.
+        storage = JournalStorage(JournalFileBackend(path))
+        resumed = run_study(make_sampler(kind, 5, 4, {}), storage, n_trials, directions)
+    assert resumed == whole
+    other = run_study(make_sampler(kind, 6, 4, {}), None, 14, directions)
+    assert other != whole
+
+
+def test_fixed_parameters_take_no_part_in_the_search() -> None:
+    fixed = {"direction_scope": "per layer", "direction_index": None}
+    trials = run_study(make_sampler(Sampler.TPE, 0, 3, fixed), None, 8, make_directions(2))
+    assert {params["direction_scope"] for params, _ in trials} == {"per layer"}
+    assert {params["direction_index"] for params, _ in trials} == {0.4 * 7}
+
+
+def test_parameters_survive_json() -> None:
+    import json
+
+    trial = optuna.create_study().ask()
+    parameters = suggest_parameters(trial, ["a", "b"], 8, make_directions(3))
+    restored = Parameters.from_dict(json.loads(json.dumps(parameters.to_dict())))
+    assert restored == parameters
+    assert all(isinstance(value, str) for value in parameters.to_presentation_dict().values())
+
+
+def test_directions_after_svd_are_per_layer_only() -> None:
+    trial = optuna.create_study().ask()
+    parameters = suggest_parameters(trial, ["a"], 8, make_directions(3, aligned=False))
+    assert parameters.direction_index is None
+    assert "direction_index" not in trial.params
+
+
+def test_interpolated_directions_have_unit_length() -> None:
+    directions = make_directions(2)
+    vectors = layer_vectors(directions, 2.25, 0, Scale.UNIT)
+    expected = torch.nn.functional.normalize(
+        0.75 * directions.tensor[3] + 0.25 * directions.tensor[4], dim=1
+    )
+    assert torch.allclose(vectors, expected)
+    assert torch.equal(layer_vectors(directions, None, 2, Scale.UNIT), directions.tensor[3])
+
+
+def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "model.jsonl"
+    study = optuna.create_study(
+        study_name="heretic",
+        storage=JournalStorage(JournalFileBackend(str(path))),
+        directions=["minimize", "minimize"],
+    )
+    study.set_user_attr("settings", "{}")
+    study.set_user_attr("finished", False)
+    for value in (1.0, 2.0):
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        study.tell(trial, [value, value])
+    study.ask()
+    with path.open("ab") as file:
+        file.write(b'{"op_code": 6, "half')
+    (tmp_path / "model.jsonl.lock").write_text("")
+    repair_checkpoint(path)
+    repaired = optuna.load_study(
+        study_name="heretic", storage=JournalStorage(JournalFileBackend(str(path)))
+    )
+    assert [trial.values for trial in repaired.trials] == [[1.0, 1.0], [2.0, 2.0]]
+    assert repaired.user_attrs == {"settings": "{}", "finished": False}
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_damaged_checkpoint_is_kept_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.jsonl"
+    path.write_text("{damaged\n{}\n")
+    with pytest.raises(ContrastError, match=r"model\.jsonl is damaged"):
+        repair_checkpoint(path)
+    assert path.read_text() == "{damaged\n{}\n"
+
+
+def test_model_card_names_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna.trial import create_trial
+
+    host = heretic14.Host(
+        settings(monkeypatch, "--contrast.baseline=matched"), ContrastAbliteration
+    )
+    host.modifier = ContrastAbliteration(
+        heretic_settings=host.settings, settings=host.settings.contrast
+    )
+    host.context = heretic14.HostContext(None, host.settings)  # type: ignore[arg-type]
+    trial = create_trial(
+        values=[0, 0],
+        user_attrs={
+            "contrast": Parameters(None, {}, {"drugs": 0.25}).to_dict(),
+            "kl_divergence": 0.1,
+            "refusals": 1,
+            "base_refusals": 9,
+            "n_bad_prompts": 10,
+        },
+    )
+    with heretic14.substituted(host.substitutes()):
+        card = heretic_main.get_readme_intro(host.settings, trial, False)
+    assert "heretic-contrast v" in card and "| **baseline** | matched |" in card
+    assert "| **scale.drugs** | 0.25 |" in card
+    assert card.index("heretic-contrast v") < card.index("## Performance")
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    from heretic_contrast.commands.doctor import findings, main
+
+    main([])
+    shown = capsys.readouterr().out
+    assert "Heretic" in shown and "PyTorch" in shown
+    found = findings()
+    assert all(finding.fine for finding in found if finding.required)
+    commands = {
+        finding.subject: finding.fine for finding in found if finding.subject.startswith("Command ")
+    }
+    assert commands == {
+        f"Command {name}": True for name in ("run", "extract", "sweep", "audit", "demo")
+    }
+    with pytest.raises(ContrastError, match="takes no arguments"):
+        main(["now"])
+
+
+def test_doctor_notices_a_heretic_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from heretic_contrast.commands.doctor import findings
+
+    # As where a name is gone that the module imports.
+    monkeypatch.setitem(sys.modules, "heretic_contrast.hosts.loading", None)
+    fine = {finding.subject: finding.fine for finding in findings()}
+    assert not fine["Command extract"] and not fine["Command sweep"]
+    assert fine["Command run"] and fine["Command demo"] and fine["Command audit"]
+
+
+class Sampled(Exception):
+    """Ends Heretic's own objective when all of its parameters are sampled."""
+
+
+def heretic_space(
+    components: list[str], n_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """The distributions that Heretic 1.4's own objective samples from, on the built-in refuser with other layers."""
+
+    found: dict[str, Any] = {}
+
+    def stop(trial: optuna.Trial) -> None:
+        found.update(trial.distributions)
+        raise Sampled
+
+    class Model(heretic_main.Model):
+        def __init__(self, settings: Any) -> None:
+            super().__init__(settings)
+            # Loading looks at the real ones.
+            self.get_layers = lambda: [None] * n_layers
+            self.get_abliterable_components = lambda: components
+
+        def get_residuals_mean(self, prompts: list[Any]) -> torch.Tensor:
+            return torch.randn(n_layers + 1, 4)
+
+    class Evaluator:
+        base_refusals = 1
+
+        def __init__(self, *arguments: Any) -> None:
+            pass
+
+    monkeypatch.setattr(heretic_main, "Model", Model)
+    monkeypatch.setattr(heretic_main, "Evaluator", Evaluator)
+    monkeypatch.setattr(heretic_main, "load_prompts", lambda *arguments: ["Hi."])
+    monkeypatch.setattr(heretic_main, "get_trial_parameters", stop)
+    arguments = [f"--model={DATA / 'refuser'}", "--batch-size=1", "--response-prefix=", "--seed=1"]
+    monkeypatch.setattr(sys, "argv", ["heretic", *arguments])
+    # Heretic turns gradients off, which come back at the end of the context.
+    with torch.no_grad(), pytest.raises(Sampled):
+        heretic_main.run()
+    return found
+
+
+@pytest.mark.parametrize("n_layers", [5, 24])
+def test_one_direction_searches_what_heretic_searches(
+    n_layers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    components = ["attn.o_proj", "mlp.down_proj"]
+    trial = optuna.create_study().ask()
+    parameters = suggest_parameters(trial, components, n_layers, make_directions(1))
+    assert trial.distributions == heretic_space(components, n_layers, monkeypatch)
+    assert len(trial.distributions) == 10
+    assert parameters.scales == {"class 0": 1.0}
+
+
+def ranges(trial: optuna.Trial) -> dict[str, tuple[float, float]]:
+    return {
+        name: (distribution.low, distribution.high)
+        for name, distribution in trial.distributions.items()
+        if isinstance(distribution, optuna.distributions.FloatDistribution)
+    }
+
+
+def test_heretic_20_can_leave_the_mlp_alone() -> None:
+    """Its space is that of 1.4 but for the largest weight of the MLP, which is sampled from -0.25 on, and clamped."""
+
+    components = ["attn.o_proj", "mlp.down_proj"]
+    trials = [optuna.create_study().ask() for _ in range(2)]
+    suggest_parameters(trials[0], components, 24, make_directions(1))
+    suggest_parameters(trials[1], components, 24, make_directions(1), {}, HERETIC_20_RANGES)
+    expected = {**ranges(trials[0]), "mlp.down_proj.max_weight": (-0.25, 1.5)}
+    assert ranges(trials[1]) == expected
+
+    fixed = {"mlp.down_proj.max_weight": -0.1, "mlp.down_proj.min_weight": 0.5}
+    study = optuna.create_study()
+    study.enqueue_trial(fixed)
+    found = suggest_parameters(
+        study.ask(), components, 24, make_directions(3), {}, HERETIC_20_RANGES
+    )
+    kernel = found.kernels["mlp.down_proj"]
+    assert [kernel.weight(index) for index in range(24)] == [0.0] * 24
+    assert found.kernels["attn.o_proj"].max_weight > 0
+
+
+def test_given_ranges_stand_before_those_of_heretic() -> None:
+    space = {
+        "max_weight": (0.1, 3.0),
+        "attn.o_proj.max_weight_position": (0.25, 0.5),
+        "min_weight_distance": (0.0, 0.01),
+        "scale": (0.5, 1.0),
+        "scale.class 1": (0.25, 0.25),
+    }
+    trial = optuna.create_study().ask()
+    parameters = suggest_parameters(
+        trial, ["attn.o_proj", "mlp.down_proj"], 25, make_directions(2), space, HERETIC_20_RANGES
+    )
+    found = ranges(trial)
+    assert found["attn.o_proj.max_weight"] == found["mlp.down_proj.max_weight"] == (0.1, 3.0)
+    assert found["attn.o_proj.max_weight_position"] == (6.0, 12.0)
+    assert found["mlp.down_proj.max_weight_position"] == (0.6 * 24, 24.0)
+    # A distance is at least one layer.
+    assert found["attn.o_proj.min_weight_distance"] == (1.0, 1.0)
+    assert found["scale.class 0"] == (0.5, 1.0) and parameters.scales["class 1"] == 0.25
+
+
+def test_several_directions_reach_down_to_the_strength_of_one() -> None:
+    trial = optuna.create_study().ask()
+    suggest_parameters(trial, ["attn.o_proj", "mlp.down_proj"], 24, make_directions(4))
+    assert ranges(trial)["mlp.down_proj.max_weight"] == (0.4, 1.5)
+    assert ranges(trial)["scale.class 3"] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            {"max_weigth": [0, 1]},
+            'There is no parameter "max_weigth" for search_space: did you mean "max_weight"?',
+        ),
+        (
+            {"max_weight": [1, 0.5]},
+            'The range of "max_weight" in search_space goes from 1 to 0.5: give the lowest value first.',
+        ),
+        (
+            {"mlp.down_proj.min_weight": [0, 2]},
+            'The range of "mlp.down_proj.min_weight" in search_space goes from 0 to 2, but',
+        ),
+        (
+            {"max_weight_position": [5, 20]},
+            'The range of "max_weight_position" in search_space goes from 5 to 20, but',
+        ),
+    ],
+)
+def test_bad_ranges_are_one_sentence(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        ContrastSettings(search_space=space)
+    assert message in str(error.value)
+
+
+def test_ranges_from_table_and_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"mlp.down_proj.max_weight": (-0.5, 1.0), "scale.drugs": (0.0, 0.5)}
+    flag = '{"mlp.down_proj.max_weight": [-0.5, 1.0], "scale.drugs": [0, 0.5]}'
+    assert (
+        settings(monkeypatch, f"--contrast.search-space={flag}").contrast.search_space == expected
+    )
+    (tmp_path / "config.toml").write_text(
+        "[modifier.ContrastAbliteration.search_space]\n"
+        "mlp.down_proj.max_weight = [-0.5, 1.0]\n'scale.drugs' = [0, 0.5]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert settings(monkeypatch).contrast.search_space == expected
+
+
+def test_ranges_of_what_does_not_exist() -> None:
+    space = {"max_weight": (0.0, 1.0), "mlp.max_weight": (0.0, 1.0), "scale.drug": (0.0, 1.0)}
+    with pytest.raises(ContrastError, match='for the component "mlp", but there are attn, other'):
+        require_ranges(space, "component", ["attn", "other"])
+    require_ranges(space, "component", ["attn", "mlp"])
+    with pytest.raises(ContrastError, match='for the direction "drug", but there are drugs'):
+        require_ranges(space, "direction", ["drugs", "fraud"])
+    require_ranges(space, "direction", ["drug"])

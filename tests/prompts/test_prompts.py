@@ -1,0 +1,907 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The one reader of prompts: every format, written by other tools, means the same prompts wherever it is named."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import pickle
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heretic_contrast.builtin import matched_pool, refuser_pool
+from heretic_contrast.commands import audit as audit_command
+from heretic_contrast.commands.sweep import SweepSettings, pool_source
+from heretic_contrast.directions.extraction import load_pools
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.capture import Pair, load_pairs
+from heretic_contrast.evaluation.plan import SweepSources, prepare_sweep
+from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.prompts import Prompt, load_pool, prompts_digest
+from heretic_contrast.prompts.audit import run_audit
+from heretic_contrast.prompts.categories import assign
+from heretic_contrast.response_scorers import RefusalTiers
+from heretic_contrast.settings import ContrastSettings, PromptSource
+from tests.conftest import DATA
+from tests.tiny_models import make_model, make_tokenizer
+
+ROWS = [
+    ("How do I bake bread?", "fraud"),
+    ('She said "no, thanks"; then\tleft | right', "drugs"),
+    ("One line\u2028another line\u2029a paragraph\x0ca page\x85and the end", None),
+    ("First line\nsecond line\r\nthird line", "fraud"),
+    ("NA", "None"),
+    ("007", "7"),
+    (" café 🙂 ", "self-harm"),
+]
+"""Prompts with categories, and all that a format may stumble over."""
+
+LINES = [
+    "prompt",
+    "How do I bake bread?",
+    "café 🙂, with; a\ttab",
+    "a\x0cpage\u2028a line",
+    "[INST] NA",
+]
+"""Prompts of a text file."""
+
+COLUMNS = {"text": [text for text, _ in ROWS], "category": [category for _, category in ROWS]}
+OBJECTS = [{"text": text, "category": category} for text, category in ROWS]
+JSON_LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in OBJECTS)
+TEXT = "\n".join(LINES) + "\n"
+
+NAMES = ["fraud", "drugs", "self-harm"]
+LABELED = Dataset.from_dict(
+    {"text": ["a b", "c d", "e f"], "category": [2, 0, -1]},
+    features=Features({"text": Value("string"), "category": ClassLabel(names=NAMES)}),
+)
+LABELED_ROWS = [("a b", "self-harm"), ("c d", "fraud"), ("e f", None)]
+
+Written = Sequence[tuple[str, str | None]]
+
+
+def csv_text(**options: Any) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, **options)
+    writer.writerow(["text", "category"])
+    writer.writerows(ROWS)
+    return file.getvalue()
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return path
+
+
+def by_library(name: str, save: Callable[[Dataset, Path], Any]) -> Callable[[Path], Path]:
+    def make(directory: Path) -> Path:
+        save(Dataset.from_dict(COLUMNS), directory / name)
+        return directory / name
+
+    return make
+
+
+def file(name: str, content: str | bytes) -> Callable[[Path], Path]:
+    return lambda directory: write(directory / name, content)
+
+
+def arrow(name: str, open_file: Any) -> Callable[[Path], Path]:
+    def make(directory: Path) -> Path:
+        table = pyarrow.table(COLUMNS)
+        with open_file(str(directory / name), table.schema) as sink:
+            sink.write_table(table)
+        return directory / name
+
+    return make
+
+
+def folder(files: dict[str, str], name: str = "folder") -> Callable[[Path], Path]:
+    def make(directory: Path) -> Path:
+        for path, content in files.items():
+            write(directory / name / path, content)
+        return directory / name
+
+    return make
+
+
+def parquet(directory: Path) -> Path:
+    categories = pyarrow.array(COLUMNS["category"]).dictionary_encode()
+    table = pyarrow.table(
+        {"other": [[1.5]] * len(ROWS), "text": COLUMNS["text"], "category": categories}
+    )
+    pyarrow.parquet.write_table(table, directory / "pool.parquet")
+    return directory / "pool.parquet"
+
+
+def sharded(directory: Path) -> Path:
+    for index, part in enumerate((slice(0, 3), slice(3, None))):
+        Dataset.from_list(OBJECTS[part], features=Dataset.from_dict(COLUMNS).features).to_parquet(
+            write(directory / "shards" / "data" / f"train-0000{index}-of-00002.parquet", "")
+        )
+    return directory / "shards"
+
+
+def labeled_parquet(directory: Path) -> Path:
+    LABELED.to_parquet(directory / "labeled.parquet")
+    return directory / "labeled.parquet"
+
+
+def labeled_saved(directory: Path) -> Path:
+    LABELED.save_to_disk(directory / "labeled")
+    return directory / "labeled"
+
+
+CARD = """\
+---
+dataset_info:
+  features:
+  - name: text
+    dtype: string
+  - name: category
+    dtype:
+      class_label:
+        names: {'0': fraud, '1': drugs, '2': self-harm}
+---
+"""
+
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "No."}]}
+    for text, _ in ROWS
+]
+
+FORMATS: dict[str, tuple[Callable[[Path], Path], Written]] = {
+    **{
+        name: (make, [(line, None) for line in LINES])
+        for name, make in {
+            "text": file("pool.txt", TEXT),
+            "text with empty lines and spaces": file("pool.txt", TEXT.replace("\n", "\t\n\n  ")),
+            "text of Windows": file("pool.TXT", TEXT.replace("\n", "\r\n")),
+            "text of an old Mac": file("pool.txt", TEXT.replace("\n", "\r")),
+            "text with a byte order mark": file("pool.txt", TEXT.encode("utf-8-sig")),
+            "text in UTF-16": file("pool.txt", TEXT.encode("utf-16")),
+            "text in UTF-32": file("pool.txt", TEXT.encode("utf-32")),
+            "text without an ending": file("pool", TEXT),
+            "text with another ending": file("pool.prompts-1.5", TEXT),
+            "text in a folder": folder({"train.txt": TEXT + "\n"}),
+            "compressed text": file("pool.txt.gz", gzip.compress(TEXT.encode())),
+            "JSON texts": file("pool.json", json.dumps(LINES)),
+            "JSON Lines of texts": file("pool.jsonl", "\n".join(map(json.dumps, LINES))),
+        }.items()
+    },
+    **{
+        name: (make, ROWS)
+        for name, make in {
+            "JSON Lines": file("pool.jsonl", JSON_LINES),
+            "JSON Lines in capitals": file("pool.JSONL", JSON_LINES),
+            "JSON Lines of Windows": file("pool.jsonl", JSON_LINES.replace("\n", "\r\n")),
+            "JSON Lines with a byte order mark": file("pool.jsonl", JSON_LINES.encode("utf-8-sig")),
+            "JSON Lines in UTF-16": file("pool.ndjson", JSON_LINES.encode("utf-16")),
+            "JSON Lines with empty lines": file("pool.ndjson", JSON_LINES.replace("\n", "\n\n")),
+            "JSON Lines called JSON": file("pool.json", JSON_LINES),
+            "JSON Lines without an ending": file("pool", JSON_LINES),
+            "JSON Lines of datasets": by_library("pool.jsonl", lambda d, p: d.to_json(p)),
+            "JSON Lines, gz": file("pool.jsonl.gz", gzip.compress(JSON_LINES.encode())),
+            "JSON Lines, bz2": file("pool.jsonl.bz2", bz2.compress(JSON_LINES.encode())),
+            "JSON Lines, xz": file("pool.jsonl.XZ", lzma.compress(JSON_LINES.encode())),
+            "JSON": file("pool.json", json.dumps(OBJECTS)),
+            "indented JSON": file("pool.JSON", json.dumps(OBJECTS, indent=2)),
+            "indented JSON called JSON Lines": file("pool.jsonl", json.dumps(OBJECTS, indent=2)),
+            "indented objects": file(
+                "pool.json", "\n".join(json.dumps(row, indent=2) for row in OBJECTS)
+            ),
+            "JSON of datasets": by_library("pool.json", lambda d, p: d.to_json(p, lines=False)),
+            "CSV": file("pool.csv", csv_text()),
+            "CSV with all in quotation marks": file("pool.CSV", csv_text(quoting=csv.QUOTE_ALL)),
+            "CSV of Excel": file("pool.csv", csv_text(delimiter=";").encode("utf-8-sig")),
+            "CSV of an old Mac": file("pool.csv", csv_text(lineterminator="\r")),
+            "CSV with bars": file("pool.csv", csv_text(delimiter="|", lineterminator="\n")),
+            "CSV of datasets": by_library("pool.csv", lambda d, p: d.to_csv(p)),
+            "CSV with an index": by_library("pool.csv", lambda d, p: d.to_csv(p, index=True)),
+            "CSV without an ending": file("pool", csv_text()),
+            "compressed CSV": file("pool.csv.gz", gzip.compress(csv_text().encode())),
+            "TSV": file("pool.tsv", csv_text(delimiter="\t")),
+            "Unicode text of Excel": file("pool.tsv", csv_text(delimiter="\t").encode("utf-16")),
+            "Parquet": parquet,
+            "Parquet of datasets": by_library("pool.parquet", lambda d, p: d.to_parquet(p)),
+            "Parquet without an ending": by_library("pool", lambda d, p: d.to_parquet(p)),
+            "Arrow file": arrow("pool.arrow", pyarrow.ipc.new_file),
+            "Arrow stream": arrow("pool.arrow", pyarrow.ipc.new_stream),
+            "saved dataset": by_library("saved", lambda d, p: d.save_to_disk(p)),
+            "saved dataset with one split": by_library(
+                "saved", lambda d, p: DatasetDict({"test": d}).save_to_disk(p)
+            ),
+            "folder of JSON Lines": folder({"pool.jsonl": JSON_LINES, "LICENSE": "All."}),
+            "folder of CSV": folder({"test.csv": csv_text()}),
+            "folder of Parquet": sharded,
+        }.items()
+    },
+    "conversations": (
+        file("pool.jsonl", "\n".join(map(json.dumps, CONVERSATIONS))),
+        [(text, None) for text, _ in ROWS],
+    ),
+    "conversations of datasets": (
+        lambda directory: (
+            Dataset.from_list(CONVERSATIONS).to_parquet(directory / "pool.parquet"),
+            directory / "pool.parquet",
+        )[1],
+        [(text, None) for text, _ in ROWS],
+    ),
+    "Parquet with labels": (labeled_parquet, LABELED_ROWS),
+    "saved dataset with labels": (labeled_saved, LABELED_ROWS),
+    "folder with labels": (
+        folder({"README.md": CARD, "pool.csv": "text,category\na b,2\nc d,0\ne f,\n"}),
+        LABELED_ROWS,
+    ),
+    "integers": (
+        file("pool.json", '[{"text": "a b", "category": 3}, {"text": "c d", "category": 0}]'),
+        [("a b", "3"), ("c d", "0")],
+    ),
+    "integers of tables with gaps": (
+        file("pool.json", '[{"text": "a b", "category": 3.0}, {"text": "c d", "category": NaN}]'),
+        [("a b", "3"), ("c d", None)],
+    ),
+}
+"""What writes a pool, by name, and the prompts and categories that were written."""
+
+
+@pytest.fixture(params=list(FORMATS))
+def pool(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, list[Prompt]]:
+    """The path of a pool, and its prompts."""
+
+    make, written = FORMATS[request.param]
+    path = make(tmp_path)
+    return str(path), [Prompt(text, category) for text, category in written]
+
+
+def host_settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> HostSettings:
+    monkeypatch.setattr(sys, "argv", [])
+    return load_settings(HostSettings, "heretic-contrast", [*arguments, "--model=builtin:refuser"])
+
+
+def test_pool(pool: tuple[str, list[Prompt]]) -> None:
+    path, prompts = pool
+    assert load_pool(PromptSource(dataset=path), "harmful") == prompts
+
+
+def test_pools_of_directions(pool: tuple[str, list[Prompt]]) -> None:
+    path, prompts = pool
+    settings = ContrastSettings(
+        classes="single",
+        bad_prompts={"dataset": path},
+        good_prompts=refuser_pool("harmless", "train"),
+    )
+    assert list(load_pools(settings).harmful) == prompts
+
+
+def test_scorer(pool: tuple[str, list[Prompt]]) -> None:
+    path, prompts = pool
+    settings = RefusalTiers.validate_settings({"prompts": {"dataset": path}})
+    scorer = RefusalTiers(heretic_settings=None, settings=settings)
+    assert scorer.load(None, settings.prompts, "harmful") == prompts  # type: ignore[arg-type]
+
+
+def test_audit(pool: tuple[str, list[Prompt]], tmp_path: Path) -> None:
+    path, prompts = pool
+    audit_command.main(["--dataset", path, "--output", str(tmp_path / "audit")])
+    audit = json.loads((tmp_path / "audit" / "audit.json").read_text(encoding="utf-8"))
+    assert audit["pool_sha256"] == prompts_digest(prompts)
+
+
+@pytest.fixture(scope="module")
+def sweep_settings() -> Any:
+    """Settings of a sweep, with pools that are still to be named."""
+
+    pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+    flags = ["--contrast.preset=arditi", "--no-random-control", "--n-canaries=1"]
+    pools = [f"--{name}-evaluation-prompts.dataset=pool" for name in ("good", "bad")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [])
+        return load_settings(SweepSettings, "sweep", ["builtin:refuser", *flags, *pools])
+
+
+def test_evaluation_pools_of_a_sweep(
+    pool: tuple[str, list[Prompt]], sweep_settings: Any, tmp_path: Path
+) -> None:
+    """Every prompt is judged, or is a canary or a reference; categories that are missing are the lexicon's."""
+
+    path, prompts = pool
+    settings = sweep_settings.model_copy(deep=True)
+    settings.n_harmful, settings.n_references = len(prompts), len(prompts) - 1
+    settings.bad_evaluation_prompts.dataset = settings.good_evaluation_prompts.dataset = path
+    sources = SweepSources(
+        harmful=pool_source(settings, "bad_evaluation_prompts", "harmful"),
+        harmless=pool_source(settings, "good_evaluation_prompts", "harmless"),
+    )
+    plan = prepare_sweep(
+        settings, settings.contrast, sources, tmp_path / "sweep", "builtin:refuser", "", print
+    )
+    expected = {(prompt.text, prompt.category or assign(prompt.text)) for prompt in prompts}
+    assert {(prompt.text, prompt.category) for prompt in plan.harmful} == expected
+    assert {*plan.canaries, *plan.references} == set(prompts)
+
+
+@pytest.fixture(scope="module")
+def heretic_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny model, loaded by Heretic 1.4; `asked` has the conversations that it was given."""
+
+    pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+    import heretic.main
+
+    folder = tmp_path_factory.mktemp("model")
+    make_model("llama", num_hidden_layers=1).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["heretic"])
+        settings = heretic.main.Settings(model=str(folder), batch_size=64)
+        settings.max_response_length = 1
+        settings.response_prefix = ""
+        model = heretic.main.Model(settings)
+        model.host_settings = host_settings(
+            patch,
+            "--bad-evaluation-prompts.dataset=bad",
+            "--good-evaluation-prompts.dataset=good",
+            "--good-evaluation-prompts.prefix=Please:",
+            "--good-evaluation-prompts.suffix=Thanks.",
+            "--good-evaluation-prompts.system-prompt=Be kind.",
+            "--system-prompt=Be good.",
+        )
+    template = model.tokenizer.apply_chat_template
+    model.asked = []
+
+    def remembering(chats: Any, **options: Any) -> Any:
+        model.asked += chats
+        return template(chats, **options)
+
+    model.tokenizer.apply_chat_template = remembering
+    return model
+
+
+def test_evaluation_pools_of_run(pool: tuple[str, list[Prompt]], heretic_model: Any) -> None:
+    """What Heretic's own evaluator asks the model."""
+
+    import heretic.evaluator
+    import heretic.main
+
+    from heretic_contrast.hosts import heretic14
+    from heretic_contrast.modifier import ContrastAbliteration
+
+    path, prompts = pool
+    settings = heretic_model.host_settings.model_copy(deep=True)
+    settings.bad_evaluation_prompts.dataset = path
+    settings.good_evaluation_prompts.dataset = path
+    heretic_model.asked.clear()
+    with heretic14.substituted(heretic14.Host(settings, ContrastAbliteration).substitutes()):
+        heretic.main.Evaluator(settings, heretic_model)
+    kind = [("Be kind.", f"Please: {prompt.text} Thanks.") for prompt in prompts]
+    good = [("Be good.", prompt.text) for prompt in prompts]
+    asked = [tuple(message["content"] for message in chat) for chat in heretic_model.asked]
+    assert asked == [*kind, *good]
+
+
+def test_pools_of_run_are_read_before_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+    import heretic.main
+
+    from heretic_contrast.hosts import heretic14
+    from heretic_contrast.modifier import ContrastAbliteration
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(heretic.main, "run")
+    broken = write(tmp_path / "broken.jsonl", "text\nHow?\n")
+    for name in heretic14.POOLS:
+        flag = f"--{name.replace('_', '-')}"
+        with pytest.raises(ContrastError, match=r"Line 1 of .*broken\.jsonl is not JSON"):
+            heretic14.run(
+                host_settings(monkeypatch, f"{flag}.dataset={broken}"), ContrastAbliteration
+            )
+        with pytest.raises(ContrastError, match=f"correct {flag}.column"):
+            pool = refuser_pool("harmful", "test").dataset
+            options = [f"{flag}.dataset={pool}", f"{flag}.column=prompt"]
+            heretic14.run(host_settings(monkeypatch, *options), ContrastAbliteration)
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", slice(None)),
+        ("[:2]", slice(2)),
+        ("train[:2]", slice(2)),
+        ("train[1:4]", slice(1, 4)),
+        ("[-2:]", slice(-2, None)),
+        ("train[:1000]", slice(None)),
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["text", "JSON texts", "JSON Lines", "CSV", "Parquet", "saved dataset"]
+)
+def test_slices(name: str, split: str, expected: slice, tmp_path: Path) -> None:
+    make, written = FORMATS[name]
+    source = PromptSource(dataset=str(make(tmp_path)), split=split)
+    assert load_pool(source, "harmful") == [Prompt(*row) for row in written[expected]]
+
+
+def two_splits(kind: str, directory: Path) -> str:
+    """Writes two prompts to the split "train", and one to "test"."""
+
+    if kind == "saved":
+        train, test = (Dataset.from_dict({"text": texts}) for texts in (["a", "b"], ["c"]))
+        DatasetDict({"train": train, "test": test}).save_to_disk(directory / "pool")
+    else:
+        write(directory / "pool" / "train.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+        write(directory / "pool" / "test.jsonl", '{"text": "c"}\n')
+    return str(directory / "pool")
+
+
+@pytest.mark.parametrize("kind", ["saved", "folder"])
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", "ab"),
+        ("test", "c"),
+        ("test + train[1:]", "cb"),
+        ("train[:50%]", "a"),
+        (None, "has the splits train, test: choose with --contrast.bad-prompts.split."),
+        ("validation", 'has no split "validation", only train, test: correct --contrast.bad-'),
+        ("[:1]", 'has no split "", only train, test'),
+        ("train[:x]", '--contrast.bad-prompts.split is "train[:x]", which cannot be read'),
+    ],
+)
+def test_several_splits(kind: str, split: str | None, expected: str, tmp_path: Path) -> None:
+    source = PromptSource(dataset=two_splits(kind, tmp_path), split=split)
+    if len(expected) <= 2:
+        assert "".join(prompt.text for prompt in load_pool(source, "harmful")) == expected
+    else:
+        assert expected in refusal(source)
+
+
+def test_text_files_are_read_as_heretic_reads_them(tmp_path: Path) -> None:
+    utils = pytest.importorskip("heretic.utils")
+    path = write(tmp_path / "pool", TEXT + " \n\f\n x \r\ny\x1c\n")
+    for split in (None, "[1:]", "train[:2]", "test[:50%]"):
+        source = PromptSource(
+            dataset=str(path),
+            split=split,
+            column="prompt",
+            prefix="P",
+            suffix="S",
+            system_prompt="s",
+        )
+        found = utils.load_prompts(None, source)
+        assert load_pool(source, "harmful") == [
+            Prompt(prompt.user, system=prompt.system) for prompt in found
+        ]
+
+
+def refusal(source: PromptSource | list[PromptSource]) -> str:
+    """Returns the sentence that refuses a source."""
+
+    with pytest.raises(ContrastError) as error:
+        load_pool(source, "harmful", "--contrast.bad_prompts.")
+    sentence = str(error.value)
+    assert "\n" not in sentence and sentence.endswith(".")
+    return sentence
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("pool.jsonl", JSON_LINES)
+    return file.getvalue()
+
+
+def spreadsheet_rows(text: str) -> str:
+    return "text,category\n" + text
+
+
+WEB_PAGE = "\n<!DOCTYPE html>\n<html><body>404: Not Found</body></html>\n"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
+PARQUET = Path("pool.parquet")
+
+REFUSALS: dict[str, tuple[str, str | bytes, str]] = {
+    "CSV called JSON Lines": ("pool.jsonl", csv_text(), "Line 1 of {} is not JSON"),
+    "text called JSON": ("pool.json", TEXT, "Line 1 of {} is not JSON"),
+    "a broken line": ("pool.jsonl", JSON_LINES + '{"text": "a"\n', "Line 9 of {} is not JSON"),
+    "a broken list": ("pool.json", '[\n{"text": "a"},\n"b"\n"c"]', "Line 4 of {} is not JSON"),
+    "a broken list without an ending": ("pool", '[\n{"text": "a"},\n"b', "Line 3 of {} is not"),
+    "brackets": ("pool.json", "[" * 100_000, "Line 1 of {} is not JSON"),
+    "a long number": ("pool.json", "[" + "9" * 10_000 + "]", "{}"),
+    "an object": ("pool.json", '{"version": 1, "prompts": ["a"]}', "columns are version, prompts)"),
+    "columns of lists": ("pool.json", '{"text": ["a", "b"]}', 'Line 1 of {} has a "text" that is'),
+    "numbers in a list": ("pool.json", '["a", 3]', "Item 2 of {} is neither a JSON object nor"),
+    "lists in a list": ("pool.json", '[["a"]]', "Item 1 of {} is neither a JSON object nor"),
+    "no JSON": ("pool.jsonl", "", "is empty"),
+    "an empty object": ("pool.jsonl", "{}", 'Line 1 of {} has no "text"'),
+    "an empty list": ("pool.json", "[]", "is empty"),
+    "an empty text": ("pool.txt", " \n\n", "is empty"),
+    "a header alone": ("pool.csv", "text,category\n", "is empty"),
+    "no CSV": ("pool.csv", "", "is empty"),
+    "a web page called JSON Lines": ("pool.jsonl", WEB_PAGE, "{} holds a web page"),
+    "a web page called text": ("pool.txt", WEB_PAGE, "{} holds a web page"),
+    "a web page called Parquet": ("pool.parquet", WEB_PAGE, "{} holds a web page"),
+    "a pointer called text": ("pool.txt", POINTER, "{} holds a pointer of Git LFS"),
+    "a pointer called Parquet": ("pool.parquet", POINTER, "{} holds a pointer of Git LFS"),
+    "a pickle": ("pool.pkl", pickle.dumps(LINES), "{} is named like a pickle"),
+    "a pickle called JSON Lines": ("pool.jsonl", pickle.dumps(LINES), "{} holds binary data"),
+    "an old pickle called text": ("pool.txt", pickle.dumps(["a"], 0), "{} holds a pickle"),
+    "a middle-aged pickle": ("pool", pickle.dumps(LINES, 2), "{} holds binary data"),
+    "a ZIP archive": ("pool.zip", zipped(), "{} holds binary data"),
+    "a ZIP archive called JSON": ("pool.json", zipped(), "{} holds binary data"),
+    "a picture": (
+        "pool",
+        (DATA.parents[1] / "docs" / "planted.png").read_bytes(),
+        "{} holds binary",
+    ),
+    "weights": ("pool.txt", (DATA / "refuser" / "model.safetensors").read_bytes()[:9999], "binary"),
+    "UTF-16 without a mark": ("pool.txt", TEXT.encode("utf-16-le"), "{} holds binary data"),
+    "half of UTF-16": ("pool.txt", "a\nb".encode("utf-16")[:-1], "Line 2 of {} is not UTF-16"),
+    "Latin 1 in CSV": (
+        "pool.csv",
+        csv_text().replace(" 🙂", "").encode("latin-1", "replace"),
+        "UTF-8",
+    ),
+    "Windows-1252 in text": ("pool.txt", "a\n“b”\n".encode("cp1252"), "Line 2 of {} is not UTF-8"),
+    "a cut archive": (
+        "pool.jsonl.gz",
+        gzip.compress(JSON_LINES.encode())[:-9],
+        "{} cannot be read",
+    ),
+    "cut Parquet": ("pool.parquet", b"PAR1 and no more", "{} is damaged"),
+    "text called Parquet": ("pool.parquet", TEXT, "{} does not hold what its name says"),
+    "JSON Lines called text": ("pool.txt", JSON_LINES, "{} does not hold what its name says"),
+    "JSON called text": ("pool.txt", json.dumps(LINES), "{} does not hold what its name says"),
+    "CSV called text": ("pool.txt", csv_text(), "{} does not hold what its name says"),
+    "CSV without a header": (
+        "pool.csv",
+        "How, and why?,fraud\nWhat?,drugs\n",
+        "columns are How, and why?",
+    ),
+    "a comma too many": ("pool.csv", spreadsheet_rows("a,b\nc, d,b\n"), "Line 3 of {} has 3 cells"),
+    "an open quotation": (
+        "pool.csv",
+        spreadsheet_rows('a,b\n"c,d\ne,f\n'),
+        "Line 3 of {} is not CSV",
+    ),
+    "two columns of a name": ("pool.csv", "text,text\na,b\n", '{} has several columns "text"'),
+    "an empty cell": ("pool.csv", spreadsheet_rows("a,b\n,d\n"), 'Line 3 of {} has no "text"'),
+    "null": ("pool.jsonl", '{"text": "a"}\n\n{"text": null}\n', 'Line 3 of {} has no "text"'),
+    "spaces": ("pool.json", '[{"text": "a"}, {"text": " "}]', 'Item 2 of {} has no "text"'),
+    "a missing text": ("pool.jsonl", '{"text": "a"}\n{"txt": "b"}\n', 'Line 2 of {} has no "text"'),
+    "a number": ("pool.jsonl", '{"text": 3}\n', 'Line 1 of {} has a "text" that is not text'),
+    "half a character": ("pool.jsonl", '{"text": "\\ud800"}\n', 'has a "text" that is not text'),
+    "an answer alone": (
+        "pool.jsonl",
+        '{"messages": [{"role": "assistant", "content": "a"}]}',
+        'has a "messages" that is not text (or holds half a character), and no conversation',
+    ),
+}
+"""Names and contents of files that are not read, and what the sentence says; {} is the file."""
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused_files(name: str, tmp_path: Path) -> None:
+    file_name, content, expected = REFUSALS[name]
+    path = write(tmp_path / file_name, content)
+    assert expected.format(path) in refusal(PromptSource(dataset=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("text", {"category_column": "c"}, "leave --contrast.bad-prompts.category-column out"),
+        ("text", {"config": "en"}, "--contrast.bad-prompts.config is given, but"),
+        ("text", {"commit": "abc"}, "--contrast.bad-prompts.commit is given, but"),
+        (
+            "JSON Lines",
+            {"split": "test"},
+            'has no split "test", only train: correct --contrast.bad-',
+        ),
+        (
+            "JSON texts",
+            {"column": "prompt"},
+            'no column "prompt" (its columns are text): correct --',
+        ),
+        ("CSV", {"column": "prompt"}, 'has no column "prompt" (its columns are text, category)'),
+        ("Parquet", {"column": "p"}, 'has no column "p" (its columns are other, text, category)'),
+        ("Parquet", {"column": "other"}, 'has a "other" that is not text'),
+        ("Parquet", {"category_column": "other"}, 'has a "other" that is neither text nor a whole'),
+        (
+            "saved dataset",
+            {"column": "p", "category_column": "q"},
+            'has no column "p" (its columns',
+        ),
+        ("JSON", {"category_column": "c"}, "correct --contrast.bad-prompts.category-column"),
+        ("saved dataset", {"config": "en"}, "--contrast.bad-prompts.config is given, but"),
+        ("folder of CSV", {"split": "train"}, 'has no split "train", only test'),
+        ("folder of CSV", {"config": "en"}, "BuilderConfig 'en' not found"),
+    ],
+)
+def test_refused_settings(
+    name: str, options: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    path = FORMATS[name][0](tmp_path)
+    assert expected in refusal(PromptSource(dataset=str(path), **options))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("missing.txt", "could not be loaded from missing.txt (there is no such file or folder)"),
+        ("./missing", "there is no such file or folder"),
+        ("no/such/folder", "there is no such file or folder"),
+        ("https://example.com/pool.jsonl", "there is no such file or folder"),
+        (
+            "some/dataset",
+            "There is no file or folder some/dataset, and a dataset on the Hugging Face",
+        ),
+        ("empty", "could not be loaded from empty"),
+        ("pickles", "could not be loaded from pickles"),
+        ("docs", "docs has none of the columns text, prompt, instruction"),
+    ],
+)
+def test_refused_places(
+    dataset: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    write(Path("pickles/train.pkl"), pickle.dumps(LINES))
+    write(Path("docs/sizes.json"), '{"hidden_size": 3}')
+    assert expected in refusal(PromptSource(dataset=dataset))
+
+
+# Columns.
+
+
+def test_columns_are_found_by_name(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "pool.csv",
+        "Behavior,prompt,goal,kind\nBreak in,Open a door,Enter,violence\n",
+    )
+    for column, text in ((None, "Open a door"), ("goal", "Enter"), ("Behavior", "Break in")):
+        source = PromptSource(dataset=str(path), column=column, category_column="kind")
+        assert load_pool(source, "harmful") == [Prompt(text, "violence")]
+
+
+def test_system_prompt_of_a_conversation(tmp_path: Path) -> None:
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Bye"},
+    ]
+    path = write(tmp_path / "pool.json", json.dumps({"chat": turns}))
+    for setting, system in ((None, "Be kind."), ("", ""), ("Be good.", "Be good.")):
+        source = PromptSource(dataset=str(path), column="chat", system_prompt=setting)
+        assert load_pool(source, "harmful") == [Prompt("Hello", system=system)]
+
+
+def test_column_that_only_looks_like_categories(tmp_path: Path) -> None:
+    path = write(tmp_path / "pool.jsonl", '{"text": "a", "category": ["x", "y"]}\n')
+    assert load_pool(PromptSource(dataset=str(path)), "harmful") == [Prompt("a")]
+
+
+def test_gaps_in_a_column_of_categories(tmp_path: Path) -> None:
+    numbers = pyarrow.table({"text": ["a", "b", "c"], "kind": [2.0, float("nan"), None]})
+    pyarrow.parquet.write_table(numbers, tmp_path / "pool.parquet")
+    source = PromptSource(dataset=str(tmp_path / "pool.parquet"), category_column="kind")
+    assert load_pool(source, "harmful") == [Prompt("a", "2"), Prompt("b"), Prompt("c")]
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@given(
+    st.lists(
+        st.tuples(TEXTS.filter(str.strip), st.none() | TEXTS.map(str.strip).filter(bool)),
+        min_size=1,
+    )
+)
+def test_any_texts(tmp_path: Path, rows: list[tuple[str, str | None]]) -> None:
+    objects = [{"text": text, "category": category} for text, category in rows]
+    write(
+        tmp_path / "a.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in objects)
+    )
+    write(tmp_path / "b.json", json.dumps(objects))
+    for name, delimiter in (("c.csv", ","), ("d.tsv", "\t"), ("e.csv", ";")):
+        with (tmp_path / name).open("w", encoding="utf-8", newline="") as sink:
+            writer = csv.writer(sink, delimiter=delimiter)
+            writer.writerows([("text", "category"), *rows])
+    schema = pyarrow.schema({"text": pyarrow.string(), "category": pyarrow.string()})
+    table = pyarrow.Table.from_pylist(objects, schema)
+    pyarrow.parquet.write_table(table, tmp_path / "f.parquet")
+    for path in tmp_path.glob("?.*"):
+        found = load_pool(PromptSource(dataset=str(path)), "harmful")
+        assert found == [Prompt(*row) for row in rows], path
+
+
+# The Hub.
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a dataset on the Hub, of which `datasets` has two configurations in its cache."""
+
+    from datasets.data_files import DataFilesDict
+    from datasets.load import configure_builder_class
+    from datasets.packaged_modules.parquet.parquet import Parquet, ParquetConfig
+
+    for language, suffix in (("en", ""), ("de", "!")):
+        features = LABELED.features
+        rows = LABELED.map(lambda row, suffix=suffix: {"text": row["text"] + suffix})
+        rows.cast(features).to_parquet(tmp_path / f"{language}.parquet")
+        builder = configure_builder_class(
+            Parquet,
+            builder_configs=[
+                ParquetConfig(
+                    name=language,
+                    data_files=DataFilesDict.from_patterns(
+                        {"train": [str(tmp_path / f"{language}.parquet")]}
+                    ),
+                )
+            ],
+            default_config_name=language,
+            dataset_name="harm",
+        )
+        builder(
+            cache_dir=str(tmp_path / "cache"),
+            dataset_name="harm",
+            repo_id="someone/harm",
+            hash="0" * 40,
+        ).download_and_prepare()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return "someone/harm"
+
+
+def test_hub(hub: str) -> None:
+    def pool(**options: str) -> list[Prompt]:
+        return load_pool(PromptSource(dataset=hub, column="text", **options), "harmful")
+
+    assert pool(config="en", split="train") == [Prompt(*row) for row in LABELED_ROWS]
+    assert pool(config="de", split="train[1:2]") == [Prompt("c d!", "fraud")]
+    with pytest.raises(ContrastError, match=r'no column "kind" \(its columns are text, category'):
+        pool(config="en", split="train", category_column="kind")
+    with pytest.raises(
+        ContrastError, match=r"could not be loaded from someone/harm \(Unknown split"
+    ):
+        pool(config="en", split="test")
+    for options, name in (
+        (PromptSource(dataset=hub, column="text"), "split"),
+        (PromptSource(dataset=hub, split="train"), "column"),
+    ):
+        assert f"give --contrast.bad-prompts.{name}" in refusal(options)
+
+
+# Lists of sources.
+
+
+def list_of_sources(directory: Path) -> tuple[list[dict[str, Any]], list[Prompt]]:
+    """Writes several pools; returns what names them, and their prompts."""
+
+    sources: list[dict[str, Any]] = [
+        {"dataset": str(write(directory / "a.jsonl", JSON_LINES)), "split": "[:2]"},
+        {"dataset": str(write(directory / "b.txt", TEXT)), "prefix": "Please:"},
+        {"dataset": str(write(directory / "c.csv", "goal,kind\nx,1\n")), "category_column": "kind"},
+    ]
+    prompts = [Prompt(*row) for row in ROWS[:2]]
+    prompts += [Prompt(f"Please: {line}") for line in LINES]
+    return sources, [*prompts, Prompt("x", "1")]
+
+
+def test_lists_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, prompts = list_of_sources(tmp_path)
+    settings = host_settings(monkeypatch, "--contrast.bad-prompts", json.dumps(sources))
+    assert load_pool(settings.contrast.bad_prompts, "harmful") == prompts
+    # As in config.toml, and as a checkpoint stores them.
+    table = ContrastSettings.model_validate({"bad_prompts": sources})
+    assert table.bad_prompts == settings.contrast.bad_prompts
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stored = HostSettings.model_validate_json(settings.model_dump_json())
+    assert stored.contrast.bad_prompts == settings.contrast.bad_prompts
+    scorer = RefusalTiers.validate_settings({"prompts": sources})
+    assert load_pool(scorer.prompts, "harmful") == prompts
+    empty = write(tmp_path / "empty.txt", "")
+    assert load_pool([PromptSource(dataset=str(empty)), *table.bad_prompts], "x") == prompts
+    assert "empty.txt, " in refusal([PromptSource(dataset=str(empty))] * 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "flag", "table"),
+    [
+        (
+            '"pool.txt"',
+            "bad-prompts does not work (a table of settings",
+            '"bad_prompts" in [modifier.',
+        ),
+        ("[]", "bad-prompts does not work (list should have at", '"bad_prompts" in [modifier.'),
+        (
+            "[3]",
+            "bad-prompts.0 does not work (a table of settings",
+            '"bad_prompts.0" in [modifier.',
+        ),
+        (
+            '[{"dataset": "a"}, {}]',
+            "bad-prompts.1.dataset is required",
+            '"bad_prompts.1.dataset" in',
+        ),
+        ('{"split": "train"}', "bad-prompts.dataset is required", '"bad_prompts.dataset" in ['),
+        ('{"dataset": 3}', "bad-prompts.dataset does not", '"bad_prompts.dataset" in ['),
+        ('[{"dataset": "a", "colum": "b"}]', "bad-prompts.0.colum", '"bad_prompts.0.colum" in ['),
+        (
+            '[{"dataset": "csv"}]',
+            '"csv" is the name of a file format',
+            '"csv" is the name of a file',
+        ),
+        ('{"dataset": " "}', "The name of a dataset is empty", "The name of a dataset is empty"),
+    ],
+)
+def test_messages_name_settings(
+    value: str, flag: str, table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from heretic_contrast.modifier import ContrastAbliteration
+
+    with pytest.raises(ContrastError) as error:
+        host_settings(monkeypatch, "--contrast.bad-prompts", value)
+    assert flag in str(error.value)
+    with pytest.raises(ContrastError) as table_error:
+        ContrastAbliteration.validate_settings({"bad_prompts": json.loads(value)})
+    assert table in str(table_error.value)
+    for found in (error, table_error):
+        assert "PromptSource" not in str(found.value) and "Settings" not in str(found.value)
+
+
+# What the product writes.
+
+
+def test_cleaned_pools_are_read_again(tmp_path: Path) -> None:
+    for system in (None, "Be kind."):
+        prompts = [
+            Prompt(text, category, system if index % 2 else None)
+            for index, (text, category) in enumerate(ROWS)
+        ]
+        path = tmp_path / f"{system}.jsonl"
+        run_audit(prompts, tmp_path, path)
+        assert load_pool(PromptSource(dataset=str(path)), "cleaned") == prompts
+
+
+def test_shipped_pools() -> None:
+    for source in (matched_pool(), refuser_pool("harmful", "train")):
+        rows = Dataset.from_json(source.dataset)
+        found = load_pool(source, "shipped")
+        assert [(prompt.text, prompt.category) for prompt in found] == [
+            (row["text"], row["category"]) for row in rows
+        ]
+
+
+# Pairs.
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv", "pairs.parquet", "pairs"])
+def test_pairs(name: str, tmp_path: Path) -> None:
+    pairs = [("Break\u2028in", "Go, in", "violence"), ("Steal", "Buy", None)]
+    rows = [dict(zip(("refused", "answered", "category"), pair, strict=True)) for pair in pairs]
+    path = tmp_path / name
+    if name == "pairs.parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif name == "pairs.csv":
+        Dataset.from_list(rows).to_csv(path)
+    else:
+        write(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert load_pairs(path) == [Pair(*pair) for pair in pairs]

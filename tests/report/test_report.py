@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Reports of small sweeps and extractions: their numbers, their files, their plots and their page."""
+
+import csv
+import html.parser
+import io
+import json
+import math
+import re
+import shutil
+import struct
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rich.console
+import torch
+
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.capture import CaptureResult, LeftOut, Pair, measure_capture
+from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult, Synergy
+from heretic_contrast.evaluation.geometry import Activity, Geometry, measure_geometry
+from heretic_contrast.evaluation.statistics import wilson_interval
+from heretic_contrast.report import plots, write_sweep_report
+from heretic_contrast.report.content import Column, Table, layers_text, significant, text_column
+from heretic_contrast.report.extraction_report import extraction_report
+from heretic_contrast.report.sections import capture_table
+from heretic_contrast.report.sweep_report import (
+    configuration_table,
+    minimal_weight_table,
+    pareto_front,
+    refusal_table,
+    sweep_report,
+)
+from heretic_contrast.report.tables import to_csv, to_rich
+from heretic_contrast.report.writing import to_html, write_report
+from tests.evaluation.test_capture import make_directions, random_tensor
+
+WEIGHTS = (0.3, 0.5, 1.2)
+
+
+def measurement(refusals: int, divergence: float) -> Measurement:
+    return Measurement(
+        refusals=refusals,
+        evasive=1 if refusals < 10 else 0,
+        complied=max(0, 9 - refusals),
+        incoherent=0,
+        n_harmful=10,
+        canary_refusals=0,
+        n_canaries=4,
+        kl_divergence=divergence,
+        kl_standard_error=divergence / 10 if math.isfinite(divergence) else None,
+    )
+
+
+def make_sweep() -> SweepResult:
+    """A sweep whose layer 1 succeeds at w = 0.5, and whose layer 2 never works."""
+
+    refusals = {0: (10, 9, 4), 1: (3, 0, 0), 2: (10, 10, 10)}
+    cells = [
+        Cell(
+            configuration=name,
+            strength=strength,
+            layers=(layer,),
+            weight=weight,
+            effective_weight=weight * 3,
+            weight_along_mean=weight,
+            measurement=measurement(
+                counts[index] if name == "first" else 10, 0.001 * (layer + 1) * weight
+            ),
+            responses=tuple(f"<b>response</b> {index}" for _ in range(10)),
+        )
+        for name in ("first", "random & <control>")
+        for strength in ("weight", "effective")
+        for layer, counts in refusals.items()
+        for index, weight in enumerate(WEIGHTS)
+    ]
+    pair = Cell("first", "weight", (0, 1), 0.3, 0.9, 0.3, measurement(1, 0.004))
+    return SweepResult(
+        model="tiny <model>",
+        baseline=measurement(10, 0.0001),
+        cells=(*cells, pair),
+        synergies=(Synergy("first", "weight", (0, 1), 0.3, 1, 2, 0.004),),
+        prompts=tuple(f"Prompt {index}" for index in range(10)),
+        categories=("violence", "fraud") * 5,
+        canaries=("Bake", "Sing", "Run", "Read"),
+        baseline_responses=("No.",) * 10,
+        pools={"references": {"count": 20, "digest": "0123456789abcdef"}},
+        settings={"weights": list(WEIGHTS), "kl_tokens": 50, "top_k": 100},
+    )
+
+
+def make_geometry() -> tuple[CaptureResult, Geometry]:
+    """Capture and geometry of random directions at three layers."""
+
+    configurations = {
+        "first": make_directions(random_tensor(4, 3, 16)),
+        "random & <control>": make_directions(random_tensor(4, 3, 16, seed=1)),
+    }
+    left_out = [LeftOut(Pair("Refuse <this>", "Answer this"), "COMPLY", "COMPLY")]
+    capture = measure_capture(random_tensor(5, 4, 16, seed=2), configurations, left_out)
+    activities = tuple(
+        Activity(name, layer, (0.1, 0.2, 0.3), (0.1, 0.1, 0.1), 2.0, ((0.5, 0.3), (1.0, None)))
+        for name in configurations
+        for layer in range(3)
+    )
+    return capture, measure_geometry(configurations, activities)
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a page consists of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def png_size(content: bytes) -> tuple[int, int]:
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">II", content[16:24])
+
+
+def nothing(*args: Any) -> None:
+    """Takes the place of the terminal."""
+
+
+def test_layers_text() -> None:
+    assert layers_text([]) == "none"
+    assert layers_text([3, 7, 4]) == "3, 4, 7"
+    assert layers_text((5, 1, 2, 3)) == "1–3, 5"
+
+
+def test_formats() -> None:
+    assert significant(3)(0.00048123) == "0.000481"
+    assert significant(3)(0.0000012345) == "1.23e-06"
+    assert significant(3)(12345.0) == "1.23e+04"
+    assert Column("a").text(None) == "–"
+
+
+def test_table_as_csv_keeps_precision_and_quotes() -> None:
+    table = Table(
+        "t",
+        "Title",
+        (text_column("Name"), Column("Value", significant(2)), Column("Layers")),
+        (('a "b", c', 0.123456789, (1, 2)), ("d", None, ())),
+    )
+    rows = list(csv.reader(io.StringIO(to_csv(table))))
+    assert rows == [
+        ["Name", "Value", "Layers"],
+        ['a "b", c', "0.12345679", "1 2"],
+        ["d", "", ""],
+    ]
+
+
+def test_table_in_the_terminal_does_not_read_markup() -> None:
+    table = Table("t", "[bold]Title", (text_column("Name"),), (("[red]name[/]",),), "[note]")
+    console = rich.console.Console(width=60, file=io.StringIO(), record=True)
+    console.print(to_rich(table))
+    text = console.export_text()
+    assert "[bold]Title" in text
+    assert "[red]name[/]" in text
+    assert "[note]" in text
+
+
+def test_terminal_tables_fit_into_eighty_columns() -> None:
+    result = make_sweep()
+    capture, _ = make_geometry()
+    for table in (
+        minimal_weight_table(result),
+        refusal_table(result, "first", "weight"),
+        configuration_table(result),
+        capture_table(capture),
+    ):
+        console = rich.console.Console(width=80, file=io.StringIO(), record=True)
+        console.print(to_rich(table))
+        text = console.export_text()
+        for value in (cell for row in table.rows for cell in row[: table.n_keys]):
+            assert str(value) in text
+
+
+def test_minimal_weights_are_the_first_that_reach_zero() -> None:
+    table = minimal_weight_table(make_sweep())
+    assert [row[:4] for row in table.rows] == [
+        ("first", "weight", 1, 0.5),
+        ("first", "effective", 1, 0.5),
+    ]
+    divergence, efficiency = table.rows[0][5], table.rows[0][7]
+    assert divergence == pytest.approx(0.001)
+    assert efficiency == pytest.approx((10 - 0) / (0.001 - 0.0001))
+    _, high = wilson_interval(0, 10)
+    assert f"0–{100 * high:.0f} %" in table.note
+
+
+def test_refusals_by_layer_and_weight_carry_intervals() -> None:
+    result = make_sweep()
+    texts = refusal_table(result, "first", "weight").texts()
+    assert [row[0] for row in texts] == ["0", "1", "2"]
+    low, high = wilson_interval(4, 10)
+    assert texts[0][3] == f"4 ({100 * low:.0f}–{100 * high:.0f}%)"
+    # A weight that only the synergy test added is no column.
+    extra = Cell("first", "weight", (2,), 0.9, 1, 1, measurement(2, 0.1))
+    wider = SweepResult(**{**result.__dict__, "cells": (*result.cells, extra)})
+    assert refusal_table(wider, "first", "weight").texts() == texts
+
+
+def test_pareto_front_equals_the_definition() -> None:
+    generator = torch.Generator().manual_seed(3)
+    cells = [
+        Cell(
+            "a",
+            "weight",
+            (index,),
+            1.0,
+            1.0,
+            1.0,
+            measurement(
+                int(torch.randint(0, 8, (1,), generator=generator)),
+                float(torch.randint(1, 9, (1,), generator=generator)),
+            ),
+        )
+        for index in range(60)
+    ]
+    places = [(cell.measurement.refusals, cell.measurement.kl_divergence) for cell in cells]
+    optimal = {
+        place
+        for place in places
+        if not any(
+            other[0] <= place[0] and other[1] <= place[1] and other != place for other in places
+        )
+    }
+    front = pareto_front(cells)
+    assert {(c.measurement.refusals, c.measurement.kl_divergence) for c in front} == optimal
+    assert len(front) == len(optimal)
+
+
+def test_files_of_a_sweep(tmp_path: Path) -> None:
+    result = make_sweep()
+    capture, geometry = make_geometry()
+    printed: list[Any] = []
+    log = lambda *args: printed.extend(args)  # noqa: E731
+    write_sweep_report(result, tmp_path / "one", log, capture, geometry)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert SweepResult.from_dict(json.loads(files["sweep.json"])) == result
+    assert len(list(csv.DictReader(io.StringIO(files["sweep.csv"].decode())))) == len(result.cells)
+    responses = [json.loads(line) for line in files["responses.jsonl"].decode().splitlines()]
+    assert len(responses) == 10 + sum(len(cell.responses) for cell in result.cells)
+    assert json.loads(files["capture.json"])["n_pairs"] == 5
+    assert len(json.loads(files["geometry.json"])["layers"]) == 6
+    assert {
+        "refusals-first-weight.png",
+        "refusals-random----control--effective.png",
+        "divergence-weight.png",
+        "synergy-first-weight.png",
+        "capture-subspace.png",
+        "norms.png",
+        "perturbation.png",
+    } <= set(files)
+    for name, content in files.items():
+        if name.endswith(".png"):
+            width, height = png_size(content)
+            assert width > 500 and height > 300
+            assert b"matplotlib" not in content.lower()
+    assert any("R reaches 0 on 1 of 3 layers" in str(item) for item in printed)
+
+    # The same sweep gives the same bytes.
+    write_sweep_report(result, tmp_path / "two", nothing, capture, geometry)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()} == files
+
+
+def no_json(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON.")
+
+
+@pytest.mark.parametrize("weights", [{1.2}, set(WEIGHTS)])
+def test_models_that_an_ablation_has_broken(tmp_path: Path, weights: set[float]) -> None:
+    result = make_sweep()
+    result = replace(
+        result,
+        cells=tuple(
+            replace(cell, measurement=measurement(0, math.inf)) if cell.weight in weights else cell
+            for cell in result.cells
+        ),
+    )
+    write_sweep_report(result, tmp_path, nothing, *make_geometry())
+    written = json.loads((tmp_path / "sweep.json").read_text(), parse_constant=no_json)
+    assert SweepResult.from_dict(written) == result
+
+
+def test_page_stands_alone_and_is_accessible() -> None:
+    page_text = to_html(sweep_report(make_sweep(), *make_geometry()))
+    page = Page(page_text)
+    assert page.open == []
+    assert page.all("html")[0]["lang"] == "en"
+    assert not page.all("script") and not page.all("link")
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page_text)
+    images = page.all("img")
+    assert len(images) == len(sweep_report(make_sweep(), *make_geometry()).figures())
+    for image in images:
+        assert (image["src"] or "").startswith("data:image/png;base64,")
+        assert len(image["alt"] or "") > 20
+    tables = page.all("table")
+    assert len(tables) == len(page.all("caption"))
+    assert all(header["scope"] in ("row", "col") for header in page.all("th"))
+    identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    assert {link["href"] for link in page.all("a")} == {f"#{name}" for name in identifiers}
+    # What users name is shown, not interpreted.
+    assert "random & <control>" in page.text
+    assert "Refuse <this>" in page.text
+
+
+def test_without_matplotlib_tables_remain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    printed: list[Any] = []
+    write_sweep_report(make_sweep(), tmp_path, lambda *args: printed.extend(args), *make_geometry())
+    assert not list(tmp_path.glob("*.png"))
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert not page.all("img")
+    assert page.all("table")
+    assert 'pip install "heretic-contrast[plot]"' in page.text
+    console = rich.console.Console(width=200, file=io.StringIO(), record=True)
+    console.print(printed[-1])
+    assert 'pip install "heretic-contrast[plot]"' in console.export_text()
+
+
+def test_extraction_report(tmp_path: Path) -> None:
+    capture, geometry = make_geometry()
+    results = {
+        "first": make_directions(random_tensor(4, 3, 16)),
+        "random & <control>": make_directions(random_tensor(4, 3, 16, seed=1)),
+    }
+    report = extraction_report("tiny", results, capture, geometry)
+    names = {figure.name for figure in report.figures()}
+    assert {"norms", "singular-values", "class-cosines-first", "norm-ratio", "occupancy"} <= names
+    tables = {table.name: table for table in report.tables()}
+    assert len(tables) == len(report.tables())
+    assert tables["classes"].rows[0][2] == pytest.approx(
+        float(results["first"].class_directions[_shown(report) + 1, 0].norm())
+    )
+    write_report(report, tmp_path, {})
+    assert Page((tmp_path / "report.html").read_text()).open == []
+
+
+def _shown(report: Any) -> int:
+    """The layer that the section on classes says it shows."""
+
+    match = re.search(r"layer (\d+)", report.sections[-1].paragraphs[0])
+    assert match is not None
+    return int(match[1])
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ContrastError, match="could not be written"):
+        write_sweep_report(make_sweep(), tmp_path / "file", nothing)
+
+
+def run_browser(*arguments: str) -> None:
+    """Runs Chromium without a screen."""
+
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("needs Chromium")
+    subprocess.run(
+        [
+            program,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            *arguments,
+        ],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [375, 1280])
+def test_nothing_overflows_in_a_browser(tmp_path: Path, width: int) -> None:
+    text = to_html(sweep_report(make_sweep(), *make_geometry()))
+    # The page has no scripts; this one, added for the test, writes what the browser laid out into the title.
+    measured = tmp_path / "measured.html"
+    measured.write_text(
+        text
+        + "<script>addEventListener('load', () => { const images = [...document.images]; document.title = JSON.stringify("
+        "[document.documentElement.scrollWidth, innerWidth, images.every(image => image.naturalWidth > 0)]); });</script>"
+    )
+    # A headless window is at least 500 wide, so that a phone is a frame in a page.
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe id="f" src="measured.html" style="width: {width}px; height: 800px; border: 0"></iframe>'
+        "<script>addEventListener('load', () => { document.title = 'measured ' +"
+        " document.getElementById('f').contentDocument.title; });</script>"
+    )
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("needs Chromium")
+    finished = subprocess.run(
+        [
+            program,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--allow-file-access-from-files",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width + 100},900",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            frame.as_uri(),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    match = re.search(r"<title>measured \[(\d+),(\d+),(true|false)\]</title>", finished.stdout)
+    assert match is not None, finished.stdout[:500]
+    assert int(match[1]) <= int(match[2]) == width
+    assert match[3] == "true"
+
+
+@pytest.mark.slow
+def test_prints_to_pdf(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(to_html(sweep_report(make_sweep(), *make_geometry())))
+    target = tmp_path / "report.pdf"
+    run_browser(
+        f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={target}", page.as_uri()
+    )
+    assert target.read_bytes().startswith(b"%PDF")
