@@ -26,13 +26,13 @@ import torch
 from torch.nn import Module
 from torch.utils.flop_counter import FlopCounterMode
 
+from heretic_contrast.ablation.hooks import output_projections
 from heretic_contrast.ablation.operator import Operator
 from heretic_contrast.builtin import DATA, refuser_pool
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import Pools, extract
 from heretic_contrast.engine.fast.generation import generate_tokens
 from heretic_contrast.engine.fast.head import Head
-from heretic_contrast.engine.fast.interventions import output_projections
 from heretic_contrast.evaluation.cells import Cell, CellKey
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.sweep import SweepEvaluator, run_cells

@@ -15,14 +15,14 @@ from torch.nn import Linear, Module, Parameter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from heretic_contrast.ablation.hooks import ablated, output_projections
 from heretic_contrast.ablation.lora import (
     lora_factors,
     require_mergeable,
     set_factors,
     zero_factors,
 )
-from heretic_contrast.ablation.operator import ablated, compose
-from heretic_contrast.engine.fast.interventions import output_projections
+from heretic_contrast.ablation.operator import compose
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.plan import SweepOptions
 from heretic_contrast.evaluation.sweep import sweep

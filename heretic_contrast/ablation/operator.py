@@ -1,26 +1,21 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
 """
-The operator that ablates several directions at once, as LoRA factors and as forward hooks.
+The operator that ablates several directions at once.
 
 Every composition has the form C = V K Vᵀ with the directions, or a basis of their span, as columns of V (hidden_size ×
 n_directions) and a small matrix K (n_directions × n_directions). An output projection W (hidden_size × in_features) becomes
 W − C W. The change has rank n_directions at most and is exactly a LoRA pair; the dense C is never formed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from ..errors import ContrastError
-from ..offloading import loaded
 from ..vectors import unit_vectors
 
 LONGEST = 1e15
@@ -234,89 +229,3 @@ def equalize(vectors: Tensor, weights: Tensor) -> Tensor:
 
     largest = effective_weight(compose(vectors, weights, Composition.SUM))
     return weights if largest == 0 else weights * (float(weights.max()) / largest)
-
-
-@contextmanager
-def ablated(modules: Iterable[Module], operator: "Operator | BatchOperator") -> Iterator[None]:
-    """
-    Ablates the outputs of output projections with forward hooks for as long as the context lasts.
-
-    Does what changing their weights to W − C W does: a bias is not ablated. The operator is moved to the modules' devices
-    here, once, so that no call copies between devices or waits for one. Only where a module computes elsewhere than its
-    parameters are kept, as with offloading, its first call does.
-    """
-
-    handles: list[Any] = []
-    moved: dict[torch.device, Operator | BatchOperator] = {}
-
-    def on(device: torch.device) -> "Operator | BatchOperator":
-        if device not in moved:
-            moved[device] = operator.to(device)
-        return moved[device]
-
-    def hook(module: Module, args: Any, output: Tensor) -> Tensor:
-        bias = biases.get(module)
-        return output - on(output.device).apply(output if bias is None else output - bias)
-
-    biases: dict[Module, Tensor] = {}
-    try:
-        for module in modules:
-            on(next(module.parameters()).device)
-            if getattr(module, "bias", None) is not None:
-                # An offloaded bias is gone again when the hook runs.
-                with loaded(module, None):
-                    biases[module] = cast(Tensor, module.bias)
-            handles.append(module.register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@dataclass(frozen=True)
-class BatchOperator:
-    """
-    One operator per sample of a batch.
-
-    `vectors`: Tensor of shape (batch, n_directions, hidden_size), the columns of each V as rows. `mixed_vectors`:
-    Tensor of the same shape, the columns of each V K as rows. A sample that is not ablated has zeros.
-    """
-
-    vectors: Tensor
-    mixed_vectors: Tensor
-
-    @classmethod
-    def stack(cls, operators: Sequence[Operator | None], hidden_size: int) -> "BatchOperator":
-        """Stacks operators, some of which may be missing or have fewer directions than others."""
-
-        n_directions = max(len(operator.kernel) for operator in operators if operator is not None)
-        vectors = torch.zeros(len(operators), n_directions, hidden_size)
-        mixed_vectors = torch.zeros(len(operators), n_directions, hidden_size)
-        for index, operator in enumerate(operators):
-            if operator is not None:
-                n = len(operator.kernel)
-                vectors[index, :n] = operator.vectors
-                mixed_vectors[index, :n] = operator.mixed_vectors
-        return cls(vectors, mixed_vectors)
-
-    def select(self, indices: Tensor) -> "BatchOperator":
-        """Returns the operators of some samples, in a new order."""
-
-        return BatchOperator(self.vectors[indices], self.mixed_vectors[indices])
-
-    def to(self, device: torch.device) -> "BatchOperator":
-        """Returns the operators on a device: themselves where they are there already."""
-
-        if self.vectors.device == device:
-            return self
-        return BatchOperator(self.vectors.to(device), self.mixed_vectors.to(device))
-
-    def apply(self, output: Tensor) -> Tensor:
-        """
-        Returns C y for outputs y of every sample.
-
-        Tensor of shape (batch, length, hidden_size) to one of the same shape and dtype.
-        """
-
-        coefficients = torch.bmm(output.float(), self.vectors.transpose(1, 2))
-        return torch.bmm(coefficients, self.mixed_vectors).to(output.dtype)

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ..ablation.hooks import carries_samples, output_projections
 from ..ablation.operator import Operator, compose, effective_weight, weight_along
 from ..directions.directions import Directions
 from ..engine.fast.generation import end_tokens
-from ..engine.fast.interventions import carries_samples, output_projections
 from ..greedy import plain_settings
 from ..language_model import LanguageModel, Progress, batches
 from ..prompts import Prompt

@@ -15,16 +15,12 @@ from itertools import combinations, islice
 
 import torch
 
+from ..ablation.hooks import Intervention, output_projections
 from ..ablation.operator import Operator, effective_weight, weight_along
 from ..directions.extraction import Log
 from ..directions.sources import ShowProgress
 from ..engine.fast.generation import Responder, generate_tokens
-from ..engine.fast.interventions import (
-    Intervention,
-    TeacherForcing,
-    output_projections,
-    require_layers,
-)
+from ..engine.fast.interventions import TeacherForcing, require_layers
 from ..engine.fast.known_sequences import Count, KnownSequences, Piece, Tokens
 from ..errors import ContrastError
 from ..identity import Identity, identify, program_digest

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from heretic_contrast.ablation.hooks import ablated
 from heretic_contrast.ablation.operator import (
     Composition,
     Operator,
-    ablated,
     compose,
     effective_weight,
     equalize,

@@ -10,13 +10,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from heretic_contrast.ablation.hooks import BatchOperator, ablated
 from heretic_contrast.ablation.lora import lora_factors
 from heretic_contrast.ablation.operator import (
     LONGEST,
-    BatchOperator,
     Composition,
     Operator,
-    ablated,
     compose,
     effective_weight,
     equalize,

@@ -31,8 +31,8 @@ if not hasattr(heretic_main, "AbliterationParameters"):
 from heretic.config import Settings  # noqa: E402
 from heretic.utils import Prompt as HereticPrompt  # noqa: E402
 
-from heretic_contrast.ablation.operator import ablated, compose  # noqa: E402
-from heretic_contrast.engine.fast.interventions import output_projections  # noqa: E402
+from heretic_contrast.ablation.hooks import ablated, output_projections  # noqa: E402
+from heretic_contrast.ablation.operator import compose  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.evaluation.plan import SweepOptions  # noqa: E402
 from heretic_contrast.evaluation.sweep import sweep  # noqa: E402

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from heretic_contrast.ablation.hooks import Intervention
 from heretic_contrast.ablation.operator import compose
 from heretic_contrast.engine.fast import generation, known_sequences
 from heretic_contrast.engine.fast.caches import (
@@ -23,12 +24,7 @@ from heretic_contrast.engine.fast.caches import (
 )
 from heretic_contrast.engine.fast.generation import Responder, Running, generate_tokens
 from heretic_contrast.engine.fast.head import Head
-from heretic_contrast.engine.fast.interventions import (
-    Intervention,
-    LayerInput,
-    TeacherForcing,
-    TokenBatch,
-)
+from heretic_contrast.engine.fast.interventions import LayerInput, TeacherForcing, TokenBatch
 from heretic_contrast.engine.fast.known_sequences import (
     KnownSequences,
     Piece,

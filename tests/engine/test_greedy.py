@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from heretic_contrast.ablation.hooks import Intervention
 from heretic_contrast.ablation.operator import compose
 from heretic_contrast.engine.fast.generation import Responder, generate_tokens
 from heretic_contrast.engine.fast.head import Head
-from heretic_contrast.engine.fast.interventions import Intervention, TeacherForcing
+from heretic_contrast.engine.fast.interventions import TeacherForcing
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.geometry import observe_outputs
 from heretic_contrast.greedy import is_plainly_greedy, plain_settings

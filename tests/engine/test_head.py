@@ -13,11 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import Linear
 
+from heretic_contrast.ablation.hooks import Intervention
 from heretic_contrast.ablation.operator import Composition, compose
 from heretic_contrast.engine.fast import head as head_module
 from heretic_contrast.engine.fast.generation import Responder, generate_tokens
 from heretic_contrast.engine.fast.head import CHUNK, CPU_CHUNK, Head
-from heretic_contrast.engine.fast.interventions import Intervention, TeacherForcing
+from heretic_contrast.engine.fast.interventions import TeacherForcing
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from heretic_contrast.ablation.operator import BatchOperator, Operator, ablated, compose
+from heretic_contrast.ablation.hooks import BatchOperator, ablated, output_projections
+from heretic_contrast.ablation.operator import Operator, compose
 from heretic_contrast.engine.fast.caches import CACHE
 from heretic_contrast.engine.fast.head import Head
-from heretic_contrast.engine.fast.interventions import output_projections
 from heretic_contrast.evaluation.divergence import SparseLogProbabilities, divergences
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel

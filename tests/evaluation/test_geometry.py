@@ -10,10 +10,10 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
+from heretic_contrast.ablation.hooks import output_projections
 from heretic_contrast.ablation.operator import compose
 from heretic_contrast.engine.fast.generation import generate_tokens
 from heretic_contrast.engine.fast.head import Head
-from heretic_contrast.engine.fast.interventions import output_projections
 from heretic_contrast.evaluation.geometry import (
     angle,
     compare,

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from heretic_contrast.ablation.hooks import output_projections
 from heretic_contrast.ablation.operator import compose, effective_weight
 from heretic_contrast.directions.directions import Directions
-from heretic_contrast.engine.fast.interventions import output_projections
 from heretic_contrast.evaluation.cells import SweepResult, efficiency
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.sweep import SweepEvaluator, sweep

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from transformers import LogitsProcessorList
 from transformers.cache_utils import Cache
 
+from ...ablation.hooks import Intervention, ablated_samples
 from ...greedy import generation_batches, is_plainly_greedy
 from ...language_model import LanguageModel
 from ...prompts import Prompt
@@ -39,7 +40,7 @@ from .caches import (
     with_room,
 )
 from .head import Head
-from .interventions import Intervention, TeacherForcing, ablated_samples
+from .interventions import TeacherForcing
 from .known_sequences import Count, KnownSequences, Piece, Tokens, n_common
 
 STRIDE = 8

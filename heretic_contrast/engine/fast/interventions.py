@@ -9,7 +9,7 @@ many interventions share one batch.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,103 +20,13 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import DynamicCache
 
-from ...ablation.operator import BatchOperator, Operator, ablated
+from ...ablation.hooks import Intervention, ablated_samples, carries_samples, output_projections
 from ...errors import ContrastError
 from ...language_model import LanguageModel
 from ..cpu.layers import fast_on_cpu
 from .caches import CACHE, Past, join
 from .head import Head
 from .replaced_forwards import replaced_forwards
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """
-    Operators by layer: what is done to the output projections of one sample.
-
-    `components` names the projections, such as "attn.o_proj"; None means all.
-    """
-
-    operators: Mapping[int, Operator]
-    components: tuple[str, ...] | None = None
-
-    @property
-    def first_layer(self) -> int:
-        """The lowest layer that is ablated."""
-
-        return min(self.operators)
-
-
-def output_projections(
-    model: LanguageModel, layer: int, components: tuple[str, ...] | None
-) -> list[Module]:
-    """
-    Returns the modules of a layer that are ablated.
-
-    A layer of a hybrid model may lack a component, and then contributes nothing to it.
-    """
-
-    return [
-        module
-        for name, modules in model.components[layer].items()
-        if components is None or name in components
-        for module in modules
-    ]
-
-
-@contextmanager
-def ablated_samples(model: LanguageModel, interventions: Sequence[Intervention]) -> Iterator[None]:
-    """
-    Ablates sample i of every batch as `interventions[i]` says, for as long as the context lasts.
-
-    Where all samples share one intervention, the modules may have any output shape. Otherwise they must keep the
-    batch dimension: see `carries_samples`.
-    """
-
-    device = model.device
-    unique = {id(intervention): intervention for intervention in interventions}
-    place = {key: index for index, key in enumerate(unique)}
-    rows = torch.tensor([place[id(intervention)] for intervention in interventions], device=device)
-    layers = sorted({layer for item in unique.values() for layer in item.operators})
-    with ExitStack() as stack:
-        for layer in layers:
-            modules = output_projections(model, layer, interventions[0].components)
-            operators = [item.operators.get(layer) for item in unique.values()]
-            operator: Operator | BatchOperator
-            if len(operators) == 1 and operators[0] is not None:
-                operator = operators[0].to(device)
-            else:
-                operator = BatchOperator.stack(operators, model.hidden_size).to(device).select(rows)
-            stack.enter_context(ablated(modules, operator))
-        yield
-
-
-@torch.no_grad()
-def carries_samples(model: LanguageModel) -> bool:
-    """
-    Returns whether the outputs of all output projections keep the batch dimension.
-
-    The experts of a mixture see the tokens of all samples in one list, so that a hook cannot tell them apart.
-    """
-
-    kept = True
-
-    def check(module: Module, args: Any, output: Tensor) -> None:
-        nonlocal kept
-        kept = kept and output.ndim == 3 and output.shape[0] == 2
-
-    handles = [
-        module.register_forward_hook(check)
-        for layer in range(model.n_layers)
-        for module in output_projections(model, layer, None)
-    ]
-    try:
-        token = torch.full((2, 3), model.pad_token_id(), device=model.device)
-        model.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return kept
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
+from ...ablation.hooks import Intervention
 from ...language_model import batches
 from .caches import Past, join
-from .interventions import Intervention, LayerInput, TeacherForcing, TokenBatch
+from .interventions import LayerInput, TeacherForcing, TokenBatch
 
 Tokens = tuple[int, ...]
 
