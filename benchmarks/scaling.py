@@ -40,7 +40,8 @@ from som import make_residuals, views
 
 from heretic_contrast.ablation.lora import lora_factors
 from heretic_contrast.ablation.operator import compose
-from heretic_contrast.directions.directions import PoolResiduals, extract_directions
+from heretic_contrast.directions.extraction import extract_directions
+from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.directions.som import SomSettings, train_maps
 from heretic_contrast.engine.fast.head import CHUNK
 from heretic_contrast.evaluation.cells import CellKey

@@ -30,7 +30,8 @@ from heretic_contrast.ablation.hooks import output_projections
 from heretic_contrast.ablation.operator import Operator
 from heretic_contrast.builtin import DATA, refuser_pool
 from heretic_contrast.directions.directions import Directions
-from heretic_contrast.directions.extraction import Pools, extract
+from heretic_contrast.directions.extraction import extract
+from heretic_contrast.directions.pools import Pools
 from heretic_contrast.engine.fast.generation import generate_tokens
 from heretic_contrast.engine.fast.head import Head
 from heretic_contrast.evaluation.cells import Cell, CellKey

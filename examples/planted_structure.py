@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heretic_contrast.directions.directions import PoolResiduals, extract_directions
+from heretic_contrast.directions.extraction import extract_directions
+from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.settings import BUILTIN_BASELINES, ContrastSettings
 
 HIDDEN = 64

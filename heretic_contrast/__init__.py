@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .directions.directions import Directions, extract_directions
+    from .directions.directions import Directions
+    from .directions.extraction import extract_directions
     from .evaluation.sweep import sweep
     from .hosts.surface import wrap
     from .modifier import ContrastAbliteration
@@ -36,7 +37,7 @@ _HOMES = {
     "FixedWeightSweep": "heretic_contrast.scorers",
     "RefusalTiers": "heretic_contrast.response_scorers",
     "TeacherForcedDivergence": "heretic_contrast.scorers",
-    "extract_directions": "heretic_contrast.directions.directions",
+    "extract_directions": "heretic_contrast.directions.extraction",
     "sweep": "heretic_contrast.evaluation.sweep",
     "wrap": "heretic_contrast.hosts.surface",
 }

@@ -22,7 +22,8 @@ from heretic_contrast.ablation.lora import (
 from heretic_contrast.ablation.operator import compose, equalize
 from heretic_contrast.builtin import is_builtin, with_refuser_pools
 from heretic_contrast.directions.directions import Directions
-from heretic_contrast.directions.extraction import extract, load_pools
+from heretic_contrast.directions.extraction import extract
+from heretic_contrast.directions.pools import load_pools
 from heretic_contrast.errors import ContrastError, one_line
 from heretic_contrast.hosts.lora_targets import adapters_on_named_modules
 from heretic_contrast.hosts.surface import (

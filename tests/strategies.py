@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from heretic_contrast.directions.baselines import LayerResiduals
-from heretic_contrast.directions.directions import PoolResiduals
+from heretic_contrast.directions.residuals import PoolResiduals
 
 CLASSES = ("drugs", "fraud", "hacking", "weapons")
 

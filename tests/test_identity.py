@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from heretic_contrast import cli, identity
 from heretic_contrast.ablation.operator import Composition
 from heretic_contrast.directions.directions import Directions
-from heretic_contrast.directions.extraction import Pools, extract
+from heretic_contrast.directions.extraction import extract
+from heretic_contrast.directions.pools import Pools
 from heretic_contrast.directions.residuals import cached_residuals
 from heretic_contrast.errors import ContrastError, ContrastWarning
 from heretic_contrast.evaluation import storage as storage_module

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heretic_contrast.directions.directions import Directions, PoolResiduals, extract_directions
+from heretic_contrast.directions.directions import Directions
+from heretic_contrast.directions.extraction import extract_directions
+from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.settings import ContrastSettings
 
 from .pools import MATCHED, SENSITIVE, Draw, StudyPools

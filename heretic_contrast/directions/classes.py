@@ -58,18 +58,7 @@ def select_classes(
     Raises `ContrastError` when an excluded category does not exist, a class is too small, or none is left.
     """
 
-    excluded = set(settings.exclude_categories)
-    unknown = excluded - set(harmful_classes)
-    if unknown:
-        raise ContrastError(
-            f"The category {sorted(unknown)[0]!r} cannot be excluded, since no harmful prompt has it: "
-            f"the categories are {', '.join(sorted(set(harmful_classes)))}."
-        )
-    kept = [index for index, name in enumerate(harmful_classes) if name not in excluded]
-    if not kept:
-        raise ContrastError(
-            "No class of harmful prompts is left to extract a direction from: exclude fewer, or give more prompts."
-        )
+    kept = _not_excluded(harmful_classes, settings.exclude_categories)
     if settings.classes is Classes.SINGLE:
         # With one class for everything, the matched pool of that class is all matched prompts.
         return _selection(kept, ["all"] * len(harmful_classes), ["all"] * len(matched_classes))
@@ -78,25 +67,24 @@ def select_classes(
     small = {name: count for name, count in sorted(counts.items()) if count < needed}
     if not small:
         return _selection(kept, harmful_classes, matched_classes)
+    which = f"classes with fewer than {needed} prompts"
     if settings.small_classes is SmallClasses.ERROR:
         name, count = next(iter(small.items()))
         raise ContrastError(
             f'The class "{name}" has {count} prompts, fewer than the {needed} neurons of its map: give it more prompts, '
             'use a smaller map, or set small_classes to "drop" or "merge".'
         )
-    which = f"classes with fewer than {needed} prompts"
     if settings.small_classes is SmallClasses.MERGE:
         merged = sum(({FALLBACK_CLASS: counts[FALLBACK_CLASS]} | small).values())
         if merged >= needed:
             rest = {name: count for name, count in small.items() if name != FALLBACK_CLASS}
+            names = dict.fromkeys(small, FALLBACK_CLASS)
+            # The matched prompts of an excluded category are none of the merged class, even where they have its name.
+            others = names | dict.fromkeys(settings.exclude_categories, NO_CLASS)
             return _selection(
                 kept,
-                [FALLBACK_CLASS if name in small else name for name in harmful_classes],
-                [
-                    # The matched prompts of an excluded category are none of the merged class, even where they have its name.
-                    NO_CLASS if name in excluded else FALLBACK_CLASS if name in small else name
-                    for name in matched_classes
-                ],
+                [names.get(name, name) for name in harmful_classes],
+                [others.get(name, name) for name in matched_classes],
                 f"Merged {which} into {FALLBACK_CLASS} ({merged} prompts): {_listed(rest)}",
             )
         if len(small) == len(counts):
@@ -112,6 +100,23 @@ def select_classes(
             "more prompts, or use a smaller map."
         )
     return _selection(kept, harmful_classes, matched_classes, f"Left out {which}: {_listed(small)}")
+
+
+def _not_excluded(harmful_classes: Sequence[str], excluded: Sequence[str]) -> list[int]:
+    """Returns the indices of the harmful prompts that are not left out. Raises `ContrastError` as `select_classes` does."""
+
+    unknown = set(excluded) - set(harmful_classes)
+    if unknown:
+        raise ContrastError(
+            f"The category {min(unknown)!r} cannot be excluded, since no harmful prompt has it: "
+            f"the categories are {', '.join(sorted(set(harmful_classes)))}."
+        )
+    kept = [index for index, name in enumerate(harmful_classes) if name not in excluded]
+    if not kept:
+        raise ContrastError(
+            "No class of harmful prompts is left to extract a direction from: exclude fewer, or give more prompts."
+        )
+    return kept
 
 
 def _selection(

@@ -1,222 +1,75 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""From a loaded model and pools of prompts to directions: what both hosts and the command line share."""
+"""
+From pools of prompts, by their residuals, to directions (paper, section 3.2).
+
+Difference vectors come from a contrast baseline, a self-organizing map per class and layer (or the mean) turns
+them into class directions, an optional SVD orthogonalizes those, and the scale decides their length.
+"""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from rich.markup import escape
+from torch import Tensor
 
-from ..builtin import harmful_pool, harmless_pool, matched_pool
+from .. import __version__
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel, Progress
-from ..prompts import Prompt, load_pool, prompts_digest, text_digest
-from ..prompts.categories import assign
-from ..settings import CategorySource, Classes, ContrastSettings, Method
-from . import residuals as residual_cache
-from .baselines import NEEDS_MATCHED, require_prompts
-from .classes import ClassSelection, select_classes
-from .directions import Directions, PoolResiduals, baseline_options, extract_directions
-from .model_categories import classify_with_model
+from ..prompts import prompts_digest, text_digest
+from ..settings import Classes, ContrastSettings, Control, Method, Scale
+from ..vectors import unit_vectors
+from .baselines import get_baseline, mean
+from .classes import select_classes
+from .directions import Directions
+from .pools import (
+    Log,
+    Pools,
+    baseline_options,
+    class_names_of,
+    filter_by_behavior,
+    needs_model,
+    select,
+    with_categories,
+)
+from .residuals import PoolResiduals, cached_residuals
+from .som import SomSettings, TrainedMap, train_maps
+from .transforms import orthogonalize, random_directions, without_harmless
 
-Log = Callable[..., None]
-"""Prints a line with rich markup; without one, an empty line."""
-
-
-@dataclass(frozen=True)
-class Pools:
-    """The prompts that directions are fitted to; the harmful and the matched ones with their categories."""
-
-    harmful: tuple[Prompt, ...]
-    bulk: tuple[Prompt, ...]
-    matched: tuple[Prompt, ...]
-    dropped: tuple[tuple[str, int, int], ...] = ()
-    """What a behavior filter found: name of the pool, number of misbehaving prompts, number of all prompts."""
-
-    def all(self) -> tuple[tuple[Prompt, ...], ...]:
-        """Returns all three pools."""
-
-        return (self.harmful, self.bulk, self.matched)
-
-
-def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
-    """
-    Reads the pools that the settings name, and assigns categories; those that a model assigns are left open.
-
-    `where` is what messages put before the name of a setting: a flag, or a table of `config.toml`. Raises `ContrastError` when
-    a pool cannot be read or is empty, a category is missing, a prompt stands both in the harmful and in a harmless pool, or
-    no directions can be fitted to such pools.
-    """
-
-    harmful, bulk = load_plain_pools(settings, where)
-    matched: list[Prompt] = []
-    if settings.matched_prompts is not None or settings.baseline in NEEDS_MATCHED:
-        source = settings.matched_prompts or matched_pool()
-        matched = load_pool(source, "matched harmless", f"{where}matched_prompts.")
-    for name, pool in (("harmless", bulk), ("matched harmless", matched)):
-        shared = {prompt.text for prompt in harmful} & {prompt.text for prompt in pool}
-        if shared:
-            raise ContrastError(
-                f'The prompt "{min(shared)}" stands both in the harmful and in the {name} pool, so it would be contrasted '
-                "with itself: remove it from one of them."
-            )
-    pools = Pools(harmful=tuple(harmful), bulk=tuple(bulk), matched=tuple(matched))
-    if needs_model(settings):
-        return pools
-    pools = with_categories(pools, settings, None)
-    select(pools, settings)
-    return pools
-
-
-def load_plain_pools(settings: ContrastSettings, where: str) -> tuple[list[Prompt], list[Prompt]]:
-    """Returns the harmful and the general harmless prompts that the settings name, without assigning categories."""
-
-    return (
-        load_pool(
-            settings.bad_prompts or harmful_pool("train[:400]"), "harmful", f"{where}bad_prompts."
-        ),
-        load_pool(
-            settings.good_prompts or harmless_pool("train[:400]"),
-            "harmless",
-            f"{where}good_prompts.",
-        ),
-    )
-
-
-def needs_model(settings: ContrastSettings) -> bool:
-    """Returns whether categories are only known once a model is loaded."""
-
-    return settings.classes is Classes.CATEGORY and settings.category_source is CategorySource.MODEL
-
-
-def with_categories(pools: Pools, settings: ContrastSettings, model: LanguageModel | None) -> Pools:
-    """
-    Returns the pools with the categories of the harmful and of the matched prompts.
-
-    `model`: asked where the settings say so. Raises `ContrastError` as `assign_categories` does.
-    """
-
-    if settings.classes is not Classes.CATEGORY:
-        return pools
-    source = settings.category_source
-    return replace(
-        pools,
-        harmful=tuple(assign_categories(pools.harmful, source, model, "harmful")),
-        matched=tuple(assign_categories(pools.matched, source, model, "matched harmless")),
-    )
-
-
-def select(pools: Pools, settings: ContrastSettings) -> ClassSelection:
-    """
-    Returns the classes of the pools that get directions.
-
-    Raises `ContrastError` when a class is too small, none is left, or the baseline lacks prompts.
-    """
-
-    selection = select_classes(_classes(pools.harmful), _classes(pools.matched), settings)
-    require_prompts(
-        settings.baseline,
-        baseline_options(settings),
-        selection.harmful_classes,
-        selection.matched_classes,
-        len(pools.bulk),
-    )
-    return selection
-
-
-def _classes(prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    return tuple(prompt.category or "all" for prompt in prompts)
-
-
-def assign_categories(
-    prompts: Sequence[Prompt], source: CategorySource, model: LanguageModel | None, what: str
-) -> list[Prompt]:
-    """
-    Returns the prompts with a category each.
-
-    Raises `ContrastError` when the source is the column and a prompt has none; `what` names the pool.
-    """
-
-    if source is CategorySource.LEXICON:
-        return [replace(prompt, category=assign(prompt.text)) for prompt in prompts]
-    if source is CategorySource.MODEL and prompts:
-        assert model is not None
-        categories = classify_with_model(model, prompts)
-        return [
-            replace(prompt, category=category)
-            for prompt, category in zip(prompts, categories, strict=True)
-        ]
-    missing = [prompt.text for prompt in prompts if prompt.category is None]
-    if missing and source is CategorySource.COLUMN:
-        raise ContrastError(
-            f"{len(missing)} of {len(prompts)} {what} prompts have no category, but one direction per category is asked for: "
-            'name the column with category_column, set category_source to "lexicon", or set classes to "single".'
-        )
-    return [
-        prompt if prompt.category is not None else replace(prompt, category=assign(prompt.text))
-        for prompt in prompts
-    ]
-
-
-def filter_by_behavior(pools: Pools, model: LanguageModel, max_new_tokens: int) -> Pools:
-    """
-    Drops harmful prompts that the model does not refuse, and harmless ones that it refuses (Arditi et al., 2024).
-
-    Raises `ContrastError` when a pool would be empty.
-    """
-
-    # The rules of the tiers are many, and no other step of an extraction needs them.
-    from ..tiers.responses import Tier, classify_response
-
-    found = []
-    kept = {}
-    for name, prompts, should_refuse in (
-        ("harmful", pools.harmful, True),
-        ("harmless", pools.bulk, False),
-        ("matched harmless", pools.matched, False),
-    ):
-        responses = model.generate(prompts, max_new_tokens)
-        kept[name] = tuple(
-            prompt
-            for prompt, response in zip(prompts, responses, strict=True)
-            if (classify_response(prompt.text, response) is Tier.REFUSE) == should_refuse
-        )
-        found.append((name, len(prompts) - len(kept[name]), len(prompts)))
-        if prompts and not kept[name]:
-            raise ContrastError(
-                f"The model {'answers' if should_refuse else 'refuses'} all {len(prompts)} {name} prompts, so none would be left: "
-                "use other prompts, or leave drop_misbehaving off."
-            )
-    return Pools(
-        harmful=kept["harmful"],
-        bulk=kept["harmless"],
-        matched=kept["matched harmless"],
-        dropped=tuple(found),
-    )
-
-
-def collect_residuals(
-    model: LanguageModel,
-    pools: Pools,
-    cache_directory: Path | None,
-    progress: Progress | None = None,
-) -> PoolResiduals:
-    """Returns the residuals of all pools, from the cache where they are there."""
-
-    model = model.identified()
-    harmful, bulk, matched = (
-        residual_cache.cached_residuals(model, prompts, cache_directory, progress)
-        for prompts in (pools.harmful, pools.bulk, pools.matched)
-    )
-    return PoolResiduals(
-        harmful=harmful,
-        harmful_classes=_classes(pools.harmful),
-        bulk=bulk,
-        matched=matched,
-        matched_classes=_classes(pools.matched),
-    )
+EXTRACTION_FIELDS = {
+    "baseline",
+    "mixing",
+    "n_neighbors",
+    "classes",
+    "category_source",
+    "exclude_categories",
+    "small_classes",
+    "method",
+    "som_rows",
+    "som_columns",
+    "som_iterations",
+    "som_sigma",
+    "som_learning_rate",
+    "som_neighborhood",
+    "som_topology",
+    "winners",
+    "svd",
+    "svd_rank",
+    "scale",
+    "winsorization_quantile",
+    "orthogonalize_direction",
+    "control",
+    "drop_misbehaving",
+    "seed",
+}
+"""The settings that decide directions."""
 
 
 def extract(
@@ -245,19 +98,7 @@ def extract(
         pools = filter_by_behavior(pools, model, max_response_length)
         for name, dropped, total in pools.dropped:
             log(f"* Dropped [bold]{dropped}[/] of [bold]{total}[/] {name} prompts")
-    if settings.classes is Classes.CATEGORY:
-        counts = Counter(prompt.category for prompt in pools.harmful)
-        listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=str))
-        log(f"* Harmful prompts by category: {escape(one_line(listed))}")
-    # Before any residual is collected, so that no time is lost to pools that do not work.
-    selection = select(pools, settings)
-    if selection.note:
-        log(f"* {escape(one_line(selection.note))}")
-    n_directions = len(selection.names) * (settings.winners if settings.method is Method.SOM else 1)
-    if settings.svd and (settings.svd_rank or 0) > n_directions:
-        log(
-            f"* All [bold]{n_directions}[/] singular vectors are kept, since there are no more of them"
-        )
+    _log_classes(pools, settings, log)
     log(
         f"* Obtaining residuals for [bold]{len(pools.harmful)}[/] harmful, [bold]{len(pools.bulk)}[/] harmless and "
         f"[bold]{len(pools.matched)}[/] matched prompts..."
@@ -283,3 +124,229 @@ def extract(
             "dropped": [list(entry) for entry in pools.dropped],
         },
     )
+
+
+def _log_classes(pools: Pools, settings: ContrastSettings, log: Log) -> None:
+    """Says what gets directions, before any residual is collected, so that no time is lost to pools that do not work."""
+
+    if settings.classes is Classes.CATEGORY:
+        counts = Counter(prompt.category for prompt in pools.harmful)
+        listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=str))
+        log(f"* Harmful prompts by category: {escape(one_line(listed))}")
+    selection = select(pools, settings)
+    if selection.note:
+        log(f"* {escape(one_line(selection.note))}")
+    n_directions = len(selection.names) * (settings.winners if settings.method is Method.SOM else 1)
+    if settings.svd and (settings.svd_rank or 0) > n_directions:
+        log(
+            f"* All [bold]{n_directions}[/] singular vectors are kept, since there are no more of them"
+        )
+
+
+def collect_residuals(
+    model: LanguageModel,
+    pools: Pools,
+    cache_directory: Path | None,
+    progress: Progress | None = None,
+) -> PoolResiduals:
+    """Returns the residuals of all pools, from the cache where they are there."""
+
+    model = model.identified()
+    harmful, bulk, matched = (
+        cached_residuals(model, prompts, cache_directory, progress) for prompts in pools.all()
+    )
+    return PoolResiduals(
+        harmful=harmful,
+        harmful_classes=class_names_of(pools.harmful),
+        bulk=bulk,
+        matched=matched,
+        matched_classes=class_names_of(pools.matched),
+    )
+
+
+def extract_directions(
+    residuals: PoolResiduals,
+    settings: ContrastSettings,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Directions:
+    """
+    Extracts directions from residuals (paper, section 3.2).
+
+    Deterministic: the same residuals, settings and versions give the same bytes.
+
+    Raises `ContrastError` when residuals are not finite, a class is too small, a baseline lacks the prompts it
+    needs, or no class is left.
+    """
+
+    _require_usable(residuals)
+    # 1. The classes that get directions.
+    selection = select_classes(residuals.harmful_classes, residuals.matched_classes, settings)
+    residuals, class_names = residuals.of(selection), selection.names
+    # 2. Differences from the baseline, and a map (or a mean) of those of each class.
+    as_trained, hits, names = class_directions(residuals, class_names, settings, progress)
+    # 3. What may change or replace them.
+    bulk_means = _layer_means(residuals.bulk)
+    mean_direction = _layer_means(residuals.harmful) - bulk_means
+    if settings.orthogonalize_direction:
+        as_trained = without_harmless(as_trained, bulk_means)
+    if settings.control is Control.RANDOM:
+        as_trained = random_directions(as_trained, settings.seed)
+    # 4. SVD.
+    if settings.svd:
+        vectors, norms = orthogonalize(as_trained, mean_direction, settings.svd_rank)
+        names = tuple(f"svd {index + 1}" for index in range(vectors.shape[1]))
+    else:
+        vectors, norms = unit_vectors(as_trained)
+    # 5. Scale.
+    if settings.scale is Scale.UNMATCHED:
+        norms = _unmatched_norms(residuals, class_names, settings, as_trained)
+    if settings.scale is not Scale.UNIT:
+        vectors = vectors * norms[..., None]
+    tensors = {
+        "tensor": vectors.float().contiguous(),
+        "class_directions": as_trained.float().contiguous(),
+        "mean_direction": mean_direction.float(),
+    }
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise ContrastError(
+            "The residuals are so large that their directions do not fit into float32, so none can be extracted: look for "
+            "a broken model."
+        )
+    return Directions(
+        **tensors,
+        names=names,
+        aligned=not settings.svd,
+        class_names=tuple(class_names),
+        hits=hits,
+        provenance={
+            **(provenance or {}),
+            "settings": settings.model_dump(mode="json", include=EXTRACTION_FIELDS),
+            "n_prompts": {
+                "harmful": dict(sorted(Counter(residuals.harmful_classes).items())),
+                "harmless": len(residuals.bulk),
+                "matched": len(residuals.matched),
+            },
+            "versions": {
+                "heretic-contrast": __version__,
+                **{name: version(name) for name in ("minisom", "numpy", "torch", "transformers")},
+            },
+        },
+    )
+
+
+def _require_usable(residuals: PoolResiduals) -> None:
+    """Raises `ContrastError` when residuals are not finite, or a pool is empty that every baseline needs."""
+
+    for what, tensor, needed in (
+        ("harmful", residuals.harmful, True),
+        ("general harmless", residuals.bulk, True),
+        ("matched harmless", residuals.matched, False),
+    ):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ContrastError(
+                f"The residuals of the {what} prompts are not all finite, so no direction can be extracted: "
+                "load the model with another dtype, for example --dtypes float32."
+            )
+        if needed and len(tensor) == 0:
+            raise ContrastError(f"The pool of {what} prompts is empty: give one with prompts.")
+
+
+def _layer_means(residuals: Tensor) -> Tensor:
+    """Returns the means over prompts, one layer at a time. Tensor of shape (n_layers + 1, hidden_size), float64."""
+
+    return torch.stack([mean(residuals[:, index]) for index in range(residuals.shape[1])])
+
+
+def class_directions(
+    residuals: PoolResiduals,
+    class_names: Sequence[str],
+    settings: ContrastSettings,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """
+    Returns class directions as trained, the hits of their maps, and the directions' names.
+
+    Directions: Tensor of shape (n_layers + 1, n_classes * winners, hidden_size), float64.
+    Hits: Tensor of shape (n_layers + 1, n_classes, n_neurons), int64; no neurons for `method = "mean"`.
+    """
+
+    baseline = get_baseline(settings.baseline)
+    members = {
+        name: [index for index, other in enumerate(residuals.harmful_classes) if other == name]
+        for name in class_names
+    }
+    n_layers = residuals.harmful.shape[1]
+    directions: list[Tensor] = []
+    hits: list[Tensor] = []
+    for index in range(n_layers):
+        # One layer at a time, so that differences of all layers never exist beside the residuals.
+        differences = baseline(residuals.layer(index), baseline_options(settings))
+        samples = [differences[members[name]].numpy() for name in class_names]
+        if settings.method is Method.MEAN:
+            means = [torch.from_numpy(sample.mean(axis=0, dtype=np.float64)) for sample in samples]
+            directions.append(torch.stack(means))
+            hits.append(torch.zeros(len(class_names), 0, dtype=torch.int64))
+        else:
+            maps = train_maps(samples, _som_settings(settings), backend=settings.som_backend)
+            directions.append(torch.cat([winning_neurons(item, settings.winners) for item in maps]))
+            hits.append(torch.from_numpy(np.stack([item.hits for item in maps]).astype(np.int64)))
+        if progress is not None:
+            progress(index + 1, n_layers)
+    n_winners = 1 if settings.method is Method.MEAN else settings.winners
+    names = tuple(
+        name if n_winners == 1 else f"{name} {rank + 1}"
+        for name in class_names
+        for rank in range(n_winners)
+    )
+    return torch.stack(directions), torch.stack(hits), names
+
+
+def winning_neurons(trained: TrainedMap, count: int) -> Tensor:
+    """
+    Returns the weights of the densest neurons. Tensor of shape (count, hidden_size), float64.
+
+    Where fewer neurons win, as at the embedding of a common last token, the rest are zero: no direction.
+    """
+
+    n_winning = min(count, int((trained.hits > 0).sum()))
+    found = torch.from_numpy(trained.vectors(trained.densest(n_winning)))
+    return F.pad(found, (0, 0, 0, count - n_winning))
+
+
+def _som_settings(settings: ContrastSettings) -> SomSettings:
+    return SomSettings(
+        rows=settings.som_rows,
+        columns=settings.som_columns,
+        iterations=settings.som_iterations,
+        sigma=settings.som_sigma,
+        learning_rate=settings.som_learning_rate,
+        neighborhood=settings.som_neighborhood,
+        topology=settings.som_topology,
+        seed=settings.seed,
+    )
+
+
+def _unmatched_norms(
+    residuals: PoolResiduals,
+    class_names: Sequence[str],
+    settings: ContrastSettings,
+    as_trained: Tensor,
+) -> Tensor:
+    """
+    Returns the lengths that the unmatched baseline gives for the same classes and layers.
+
+    Tensor of shape (n_layers + 1, n_directions). After SVD these are the singular values of the unmatched
+    directions.
+    """
+
+    if settings.baseline == "unmatched" and settings.control is Control.NONE:
+        unmatched = as_trained
+    else:
+        unmatched, _, _ = class_directions(
+            residuals, class_names, settings.model_copy(update={"baseline": "unmatched"})
+        )
+    if not settings.svd:
+        return unmatched.norm(dim=-1)
+    singular_values = torch.linalg.svdvals(unmatched)
+    return singular_values[:, : settings.svd_rank]

@@ -17,7 +17,8 @@ from ..language_model import LanguageModel, Progress
 from ..prompts import Prompt, text_digest
 from ..settings import ContrastSettings
 from .directions import Directions
-from .extraction import Log, Pools, extract, load_plain_pools, load_pools
+from .extraction import extract
+from .pools import Log, Pools, load_plain_pools, load_pools
 
 ShowProgress = Callable[[], AbstractContextManager[Progress]]
 """Shows a progress bar for as long as the context lasts."""

@@ -16,7 +16,7 @@ import torch
 
 from ..ablation.operator import Composition, Operator, compose, equalize
 from ..directions.directions import Directions
-from ..directions.extraction import Log, assign_categories
+from ..directions.pools import Log, assign_categories
 from ..directions.sources import DirectionSources, ShowProgress, UsedPrompts
 from ..errors import ContrastError
 from ..files import require_writable_directory, require_writable_file

@@ -17,7 +17,7 @@ import torch
 
 from ..ablation.hooks import Intervention, output_projections
 from ..ablation.operator import Operator, effective_weight, weight_along
-from ..directions.extraction import Log
+from ..directions.pools import Log
 from ..directions.sources import ShowProgress
 from ..engine.fast.generation import Responder, generate_tokens
 from ..engine.fast.interventions import TeacherForcing, require_layers

@@ -475,7 +475,8 @@ def test_pickles_are_not_read_as_prompts(tmp_path: Path) -> None:
 
 
 def test_markup_of_a_class_is_shown_as_it_is(tiny_llama: Any, capsys: Any) -> None:
-    from heretic_contrast.directions.extraction import Pools, extract
+    from heretic_contrast.directions.extraction import extract
+    from heretic_contrast.directions.pools import Pools
     from heretic_contrast.hosts.surface import log
     from heretic_contrast.settings import ContrastSettings
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from heretic_contrast.directions.classes import select_classes
-from heretic_contrast.directions.directions import PoolResiduals, extract_directions
+from heretic_contrast.directions.extraction import extract_directions
+from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.settings import ContrastSettings
 from tests.natural_pools import MIX as NATURAL

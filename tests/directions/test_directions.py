@@ -11,13 +11,10 @@ import torch
 from minisom import MiniSom
 from torch import Tensor
 
-from heretic_contrast.directions.directions import (
-    Directions,
-    PoolResiduals,
-    extract_directions,
-    orthogonalize,
-    random_directions,
-)
+from heretic_contrast.directions.directions import Directions
+from heretic_contrast.directions.extraction import extract_directions
+from heretic_contrast.directions.residuals import PoolResiduals
+from heretic_contrast.directions.transforms import orthogonalize, random_directions
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.settings import ContrastSettings
 

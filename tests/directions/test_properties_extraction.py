@@ -18,14 +18,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from heretic_contrast.directions.baselines import BASELINES, BaselineOptions, LayerResiduals
-from heretic_contrast.directions.directions import (
-    Directions,
-    PoolResiduals,
-    extract_directions,
-    orthogonalize,
-    random_directions,
-)
+from heretic_contrast.directions.directions import Directions
+from heretic_contrast.directions.extraction import extract_directions
+from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.directions.som import SomSettings, train_maps
+from heretic_contrast.directions.transforms import orthogonalize, random_directions
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.language_model import winsorize
 from heretic_contrast.search.parameters import Kernel, Parameters, layer_vectors, suggest_parameters

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from minisom import MiniSom
 from numpy.typing import NDArray
 
-import heretic_contrast
+from heretic_contrast import directions
 from heretic_contrast.directions import som
 from heretic_contrast.directions.som import (
     Decay,
@@ -290,7 +290,7 @@ def test_progress_of_minisom() -> None:
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "heretic_contrast.directions.som_kernel", raising=False)
-    monkeypatch.delattr(heretic_contrast, "som_kernel", raising=False)
+    monkeypatch.delattr(directions, "som_kernel", raising=False)
     samples = noise(10, 20)
     with pytest.warns(UserWarning, match="trained by MiniSom"):
         (trained,) = train_maps([samples], QUICK)
@@ -300,7 +300,7 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_writable_cache(tmp_path: Path) -> None:
     # Permissions would not stop an administrator: a file stands where each cache directory would have to be.
     source = Path(som.__file__).with_name("som_kernel.py")
-    shutil.copy(source, tmp_path / "directions/som_kernel.py")
+    shutil.copy(source, tmp_path / "som_kernel.py")
     (tmp_path / "__pycache__").write_text("")
     program = (
         "import numpy as np, som_kernel\n"

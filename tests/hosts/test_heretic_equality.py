@@ -19,7 +19,8 @@ from heretic.config import Settings  # noqa: E402
 from heretic.utils import Prompt as HereticPrompt  # noqa: E402
 
 from heretic_contrast.directions.directions import Directions  # noqa: E402
-from heretic_contrast.directions.extraction import Pools, extract  # noqa: E402
+from heretic_contrast.directions.extraction import extract  # noqa: E402
+from heretic_contrast.directions.pools import Pools  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.hosts.heretic14 import HostContext, HostModel  # noqa: E402
 from heretic_contrast.hosts.surface import from_heretic, wrap  # noqa: E402

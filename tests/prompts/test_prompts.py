@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from heretic_contrast.builtin import matched_pool, refuser_pool
 from heretic_contrast.commands import audit as audit_command
 from heretic_contrast.commands.sweep import SweepSettings, pool_source
-from heretic_contrast.directions.extraction import load_pools
+from heretic_contrast.directions.pools import load_pools
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import Pair, load_pairs
 from heretic_contrast.evaluation.plan import SweepSources, prepare_sweep

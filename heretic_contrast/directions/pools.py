@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The pools of prompts that directions are fitted to, each harmful prompt with its class."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ..builtin import harmful_pool, harmless_pool, matched_pool
+from ..errors import ContrastError
+from ..language_model import LanguageModel
+from ..prompts import Prompt, load_pool
+from ..prompts.categories import assign
+from ..settings import CategorySource, Classes, ContrastSettings
+from .baselines import NEEDS_MATCHED, BaselineOptions, require_prompts
+from .classes import ClassSelection, select_classes
+from .model_categories import classify_with_model
+
+Log = Callable[..., None]
+"""Prints a line with rich markup; without one, an empty line."""
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The prompts that directions are fitted to; the harmful and the matched ones with their categories."""
+
+    harmful: tuple[Prompt, ...]
+    bulk: tuple[Prompt, ...]
+    matched: tuple[Prompt, ...]
+    dropped: tuple[tuple[str, int, int], ...] = ()
+    """What a behavior filter found: name of the pool, number of misbehaving prompts, number of all prompts."""
+
+    def all(self) -> tuple[tuple[Prompt, ...], ...]:
+        """Returns all three pools."""
+
+        return (self.harmful, self.bulk, self.matched)
+
+
+def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
+    """
+    Reads the pools that the settings name, and assigns categories; those that a model assigns are left open.
+
+    `where` is what messages put before the name of a setting: a flag, or a table of `config.toml`. Raises `ContrastError` when
+    a pool cannot be read or is empty, a category is missing, a prompt stands both in the harmful and in a harmless pool, or
+    no directions can be fitted to such pools.
+    """
+
+    harmful, bulk = load_plain_pools(settings, where)
+    matched: list[Prompt] = []
+    if settings.matched_prompts is not None or settings.baseline in NEEDS_MATCHED:
+        source = settings.matched_prompts or matched_pool()
+        matched = load_pool(source, "matched harmless", f"{where}matched_prompts.")
+    for name, pool in (("harmless", bulk), ("matched harmless", matched)):
+        shared = {prompt.text for prompt in harmful} & {prompt.text for prompt in pool}
+        if shared:
+            raise ContrastError(
+                f'The prompt "{min(shared)}" stands both in the harmful and in the {name} pool, so it would be contrasted '
+                "with itself: remove it from one of them."
+            )
+    pools = Pools(harmful=tuple(harmful), bulk=tuple(bulk), matched=tuple(matched))
+    if needs_model(settings):
+        return pools
+    pools = with_categories(pools, settings, None)
+    select(pools, settings)
+    return pools
+
+
+def load_plain_pools(settings: ContrastSettings, where: str) -> tuple[list[Prompt], list[Prompt]]:
+    """Returns the harmful and the general harmless prompts that the settings name, without assigning categories."""
+
+    return (
+        load_pool(
+            settings.bad_prompts or harmful_pool("train[:400]"), "harmful", f"{where}bad_prompts."
+        ),
+        load_pool(
+            settings.good_prompts or harmless_pool("train[:400]"),
+            "harmless",
+            f"{where}good_prompts.",
+        ),
+    )
+
+
+def needs_model(settings: ContrastSettings) -> bool:
+    """Returns whether categories are only known once a model is loaded."""
+
+    return settings.classes is Classes.CATEGORY and settings.category_source is CategorySource.MODEL
+
+
+def with_categories(pools: Pools, settings: ContrastSettings, model: LanguageModel | None) -> Pools:
+    """
+    Returns the pools with the categories of the harmful and of the matched prompts.
+
+    `model`: asked where the settings say so. Raises `ContrastError` as `assign_categories` does.
+    """
+
+    if settings.classes is not Classes.CATEGORY:
+        return pools
+    source = settings.category_source
+    return replace(
+        pools,
+        harmful=tuple(assign_categories(pools.harmful, source, model, "harmful")),
+        matched=tuple(assign_categories(pools.matched, source, model, "matched harmless")),
+    )
+
+
+def select(pools: Pools, settings: ContrastSettings) -> ClassSelection:
+    """
+    Returns the classes of the pools that get directions.
+
+    Raises `ContrastError` when a class is too small, none is left, or the baseline lacks prompts.
+    """
+
+    selection = select_classes(
+        class_names_of(pools.harmful), class_names_of(pools.matched), settings
+    )
+    require_prompts(
+        settings.baseline,
+        baseline_options(settings),
+        selection.harmful_classes,
+        selection.matched_classes,
+        len(pools.bulk),
+    )
+    return selection
+
+
+def baseline_options(settings: ContrastSettings) -> BaselineOptions:
+    """Returns the numbers that the baseline needs."""
+
+    return BaselineOptions(mixing=settings.mixing, n_neighbors=settings.n_neighbors)
+
+
+def class_names_of(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """Returns the class of each prompt."""
+
+    return tuple(prompt.category or "all" for prompt in prompts)
+
+
+def assign_categories(
+    prompts: Sequence[Prompt], source: CategorySource, model: LanguageModel | None, what: str
+) -> list[Prompt]:
+    """
+    Returns the prompts with a category each.
+
+    Raises `ContrastError` when the source is the column and a prompt has none; `what` names the pool.
+    """
+
+    if source is CategorySource.LEXICON:
+        return [replace(prompt, category=assign(prompt.text)) for prompt in prompts]
+    if source is CategorySource.MODEL and prompts:
+        assert model is not None
+        categories = classify_with_model(model, prompts)
+        return [
+            replace(prompt, category=category)
+            for prompt, category in zip(prompts, categories, strict=True)
+        ]
+    missing = [prompt.text for prompt in prompts if prompt.category is None]
+    if missing and source is CategorySource.COLUMN:
+        raise ContrastError(
+            f"{len(missing)} of {len(prompts)} {what} prompts have no category, but one direction per category is asked for: "
+            'name the column with category_column, set category_source to "lexicon", or set classes to "single".'
+        )
+    return [
+        prompt if prompt.category is not None else replace(prompt, category=assign(prompt.text))
+        for prompt in prompts
+    ]
+
+
+def filter_by_behavior(pools: Pools, model: LanguageModel, max_new_tokens: int) -> Pools:
+    """
+    Drops harmful prompts that the model does not refuse, and harmless ones that it refuses (Arditi et al., 2024).
+
+    Raises `ContrastError` when a pool would be empty.
+    """
+
+    # The rules of the tiers are many, and no other step of an extraction needs them.
+    from ..tiers.responses import Tier, classify_response
+
+    found = []
+    kept = {}
+    for name, prompts, should_refuse in (
+        ("harmful", pools.harmful, True),
+        ("harmless", pools.bulk, False),
+        ("matched harmless", pools.matched, False),
+    ):
+        responses = model.generate(prompts, max_new_tokens)
+        kept[name] = tuple(
+            prompt
+            for prompt, response in zip(prompts, responses, strict=True)
+            if (classify_response(prompt.text, response) is Tier.REFUSE) == should_refuse
+        )
+        found.append((name, len(prompts) - len(kept[name]), len(prompts)))
+        if prompts and not kept[name]:
+            raise ContrastError(
+                f"The model {'answers' if should_refuse else 'refuses'} all {len(prompts)} {name} prompts, so none would be left: "
+                "use other prompts, or leave drop_misbehaving off."
+            )
+    return Pools(
+        harmful=kept["harmful"],
+        bulk=kept["harmless"],
+        matched=kept["matched harmless"],
+        dropped=tuple(found),
+    )
