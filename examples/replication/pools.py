@@ -10,7 +10,8 @@ from pathlib import Path
 
 from heretic_contrast.builtin import matched_pool, refuser_pool
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.evaluation.capture import Pair, load_pairs
+from heretic_contrast.evaluation.capture import load_pairs
+from heretic_contrast.evaluation.results import Pair
 from heretic_contrast.prompts import Prompt, is_text, load_pool
 from heretic_contrast.prompts.categories import assign
 from heretic_contrast.prompts.reading import read_file

@@ -71,6 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     from ..directions.directions import Directions
     from ..directions.sources import DirectionSources
     from ..evaluation.capture import load_pairs
+    from ..evaluation.extraction import measure_extraction
     from ..evaluation.plan import Configuration
     from ..hosts.loading import load_language_model, with_common_prefix
     from ..hosts.surface import log, progress_bar
@@ -97,13 +98,14 @@ def main(arguments: Sequence[str]) -> None:
     if settings.report is not None:
         from ..report import write_extraction_report
 
-        write_extraction_report(
+        log()
+        log("Measuring capture and geometry...")
+        extraction = measure_extraction(
             model,
             {name: Configuration.of(found[name], configurations[name]) for name in found},
+            pairs,
             sources.harmful,
             sources.bulk,
-            Path(settings.report),
-            log,
-            pairs,
         )
+        write_extraction_report(extraction, Path(settings.report), log)
         log(f"* Report written to [bold]{escape(settings.report)}[/]")

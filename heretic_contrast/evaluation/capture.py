@@ -10,7 +10,6 @@ of the directions, `max_cosine` is max_k |cos(δ, v_k)|.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,73 +24,13 @@ from ..prompts import Prompt, is_text, load_pool
 from ..prompts.reading import read_file
 from ..tiers.responses import Tier, classify_response
 from ..vectors import unit_vectors
+from .results import CaptureResult, LayerCapture, LeftOut, Pair
 
 N_PAIRS_PER_CATEGORY = 2
 """With nine categories, 18 pairs: as many as in the paper."""
 
 RANK_TOLERANCE = 1e-6
 """Singular values of unit directions below this share of the first one are rounding."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two prompts on the same subject: one that a model refuses, and one that it answers."""
-
-    refused: str
-    answered: str
-    category: str | None = None
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A pair that does not behave as assumed, with the tiers of the responses to its two prompts."""
-
-    pair: Pair
-    refused_tier: str
-    answered_tier: str
-
-
-@dataclass(frozen=True)
-class LayerCapture:
-    """
-    Capture at the output of one decoder layer, averaged over pairs, with standard errors over pairs.
-
-    `rank` is the dimension of the directions' span; `random_subspace` is √(rank / hidden_size), about what as many
-    random directions capture. Averages are None where no pair has a difference; errors where fewer than two have.
-    """
-
-    configuration: str
-    layer: int
-    subspace: float | None
-    subspace_error: float | None
-    max_cosine: float | None
-    max_cosine_error: float | None
-    rank: int
-    random_subspace: float
-
-
-@dataclass(frozen=True)
-class CaptureResult:
-    """Capture of every configuration at every decoder layer, and which pairs were left out."""
-
-    n_pairs: int
-    layers: tuple[LayerCapture, ...]
-    left_out: tuple[LeftOut, ...] = ()
-
-    def configurations(self) -> list[str]:
-        """Returns the names of the configurations, in order."""
-
-        return list(dict.fromkeys(layer.configuration for layer in self.layers))
-
-    def of(self, configuration: str) -> list[LayerCapture]:
-        """Returns the layers of one configuration."""
-
-        return [layer for layer in self.layers if layer.configuration == configuration]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values."""
-
-        return asdict(self)
 
 
 def load_pairs(path: Path | None = None, model: str | None = None) -> list[Pair]:

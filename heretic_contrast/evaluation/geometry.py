@@ -11,7 +11,7 @@ between baselines, occupancy). Layers are decoder layers, counted from 0: layer 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -30,104 +30,7 @@ from ..prompts import Prompt
 from ..vectors import unit_vectors
 from .capture import span_basis
 from .plan import Configurations, complete
-
-
-@dataclass(frozen=True)
-class LayerGeometry:
-    """
-    The directions of one configuration at one decoder layer.
-
-    `norms`, `cosines`, `mean_cosine`, `singular_values` and `first_share` are of the class directions as trained, before
-    SVD and scale. `mean_cosine` is over pairs of different classes, None for a single one. `first_share` is
-    σ₁² / Σ σ², None where all directions are zero. `effective_weight` is λ_max(Σ v vᵀ) of the directions as ablated, at
-    weight 1; `weight_along_mean` is r̂ᵀ (Σ v vᵀ) r̂ for the mean direction r̂.
-    """
-
-    configuration: str
-    layer: int
-    norms: tuple[float, ...]
-    cosines: tuple[tuple[float, ...], ...]
-    mean_cosine: float | None
-    singular_values: tuple[float, ...]
-    first_share: float | None
-    effective_weight: float
-    weight_along_mean: float
-
-    @property
-    def mean_norm(self) -> float:
-        """The mean norm of the class directions."""
-
-        return sum(self.norms) / len(self.norms)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """
-    Two configurations at one decoder layer.
-
-    `norm_ratio`: mean norm of the class directions as trained, second over first, over the classes of both.
-    `class_angles`: degrees between the directions of each class. `principal_angles`: degrees between the spans
-    of the directions as ablated, smallest first.
-    """
-
-    first: str
-    second: str
-    layer: int
-    norm_ratio: float | None
-    class_angles: dict[str, float]
-    principal_angles: tuple[float, ...]
-
-    @property
-    def mean_class_angle(self) -> float | None:
-        """The mean of the classes' angles, in degrees."""
-
-        angles = self.class_angles.values()
-        return sum(angles) / len(angles) if angles else None
-
-
-@dataclass(frozen=True)
-class Activity:
-    """
-    What a model's activations have to do with one configuration's directions at one decoder layer.
-
-    y is what the layer's output projections add to the residual stream, without biases. `occupancy_harmful` and
-    `occupancy_harmless`: per direction, the root mean square of v̂·y over prompts, at their last position, over that of
-    ‖y‖. `perturbations`: by weight, the root mean square of ‖C y‖ over decoding steps of harmless prompts, over the
-    root mean square deviation of the layer's output over these steps: below 1 it is smaller than the
-    model's natural variation, the paper's noise floor (section 5.1).
-    """
-
-    configuration: str
-    layer: int
-    occupancy_harmful: tuple[float, ...]
-    occupancy_harmless: tuple[float, ...]
-    natural_variation: float
-    perturbations: tuple[tuple[float, float | None], ...]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Everything that is measured of some configurations' directions."""
-
-    layers: tuple[LayerGeometry, ...]
-    comparisons: tuple[Comparison, ...] = ()
-    activities: tuple[Activity, ...] = ()
-    class_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-    def configurations(self) -> list[str]:
-        """Returns the names of the configurations, in order."""
-
-        return list(dict.fromkeys(layer.configuration for layer in self.layers))
-
-    def of(self, configuration: str) -> list[LayerGeometry]:
-        """Returns the layers of one configuration."""
-
-        return [layer for layer in self.layers if layer.configuration == configuration]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values."""
-
-        return asdict(self)
+from .results import Activity, Comparison, Geometry, LayerGeometry
 
 
 def cosine_matrix(vectors: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ from ..language_model import LanguageModel
 from ..prompts import Prompt, load_pool, prompts_digest
 from ..prompts.sampling import split_harmless, stratified_sample
 from ..settings import CategorySource, ContrastSettings, Control, PromptSources, RowNormalization
-from .capture import Pair, load_pairs
+from .capture import load_pairs
 from .plan_settings import WEIGHTS, SweepPlanSettings
+from .results import Pair
 
 JOURNAL = "sweep.journal"
 """The storage of a sweep in its output directory, where no other one is given."""

@@ -29,7 +29,6 @@ from ..prompts import Prompt, prompts_digest
 from ..tiers import coherence, responses, rules, text
 from ..tiers.coherence import is_coherent, normalized_bigram_entropy
 from ..tiers.responses import Tier, classify_response
-from .capture import CaptureResult, capture_pairs
 from .cells import Cell, CellKey, Measurement, SweepResult, Synergy, Verdict
 from .divergence import (
     SparseLogProbabilities,
@@ -37,9 +36,10 @@ from .divergence import (
     divergences,
     mean_with_standard_error,
 )
-from .geometry import Geometry, measure_activities, measure_geometry
+from .extraction import measure_directions
 from .plan import Configurations, PreparedSweep, SweepOptions, SweepPlan, plan_sweep
 from .plan_settings import check_weights
+from .results import CaptureResult, Geometry
 
 RULES = (responses, rules, text, coherence)
 """The modules that decide how a response is judged."""
@@ -545,18 +545,13 @@ def run_prepared(
     with show_progress() as progress:
         cells = run_cells(evaluator, prepared.storage, progress)
     log("Measuring capture and geometry...")
-    n_tokens = plan.options.max_new_tokens
-    directions = {name: item.directions for name, item in plan.configurations.items()}
-    activities = measure_activities(
+    capture, geometry = measure_directions(
         model,
         plan.configurations,
+        prepared.pairs,
         plan.harmful,
         [*plan.canaries, *plan.references],
         plan.options.weights,
-        n_tokens,
+        plan.options.max_new_tokens,
     )
-    return SweepMeasurements(
-        evaluator.result(cells),
-        capture_pairs(model, directions, prepared.pairs, n_tokens),
-        measure_geometry(directions, activities),
-    )
+    return SweepMeasurements(evaluator.result(cells), capture, geometry)

@@ -2,18 +2,18 @@
 
 """The report of an extraction: what a baseline does to the directions, before any model is changed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from ..directions.directions import Directions
-from ..evaluation.capture import CaptureResult, Pair, capture_pairs, load_pairs
-from ..evaluation.geometry import Geometry, measure_activities, measure_geometry
-from ..evaluation.plan import Configuration
-from ..evaluation.plan_settings import WEIGHTS
-from ..language_model import LanguageModel
-from ..prompts import Prompt
+from ..evaluation.results import (
+    MAX_RESPONSE_LENGTH,
+    N_PROMPTS,
+    Extracted,
+    Extraction,
+    LayerGeometry,
+)
 from . import plots
 from .content import Column, Figure, Report, Section, Table, number, text_column
 from .sections import (
@@ -29,46 +29,18 @@ from .sections import (
 from .tables import to_csv, to_rich
 from .writing import NO_PLOTS, table_files, to_json, write_report
 
-N_PROMPTS = 64
-"""Prompts of each pool that activations are observed on."""
-
-MAX_RESPONSE_LENGTH = 50
-"""Decoding steps, as in the paper's divergence, and tokens that show whether a prompt is refused."""
-
 
 def write_extraction_report(
-    model: LanguageModel,
-    configurations: Mapping[str, Configuration],
-    harmful: Sequence[Prompt],
-    bulk: Sequence[Prompt],
-    directory: Path,
-    log: Callable[..., None],
-    pairs: Sequence[Pair] | None = None,
+    extraction: Extraction, directory: Path, log: Callable[..., None]
 ) -> None:
     """
-    Measures capture, geometry and activations, writes them as JSON, CSV, plots and `report.html`, and prints the
-    main tables.
+    Writes capture, geometry and activities as JSON, CSV, plots and `report.html`, and prints the main tables.
 
-    `harmful`, `bulk`: prompts that activations are observed on, the first few of each. `pairs`: None for the shipped ones.
     Raises `ContrastError` when a file cannot be written.
     """
 
-    log()
-    log("Measuring capture and geometry...")
-    if pairs is None:
-        pairs = load_pairs(model=model.name)
-    results = {name: item.directions for name, item in configurations.items()}
-    capture = capture_pairs(model, results, pairs, MAX_RESPONSE_LENGTH)
-    activities = measure_activities(
-        model,
-        configurations,
-        harmful[:N_PROMPTS],
-        bulk[:N_PROMPTS],
-        WEIGHTS,
-        MAX_RESPONSE_LENGTH,
-    )
-    geometry = measure_geometry(results, activities)
-    report = extraction_report(model.name, results, capture, geometry)
+    capture, geometry = extraction.capture, extraction.geometry
+    report = extraction_report(extraction)
     write_report(
         report,
         directory,
@@ -79,7 +51,7 @@ def write_extraction_report(
             "capture-layers.csv": to_csv(capture_layers_table(capture)),
         },
     )
-    log(to_rich(configuration_table(results, geometry)))
+    log(to_rich(configuration_table(extraction)))
     if capture.layers:
         log()
         log(to_rich(capture_table(capture)))
@@ -88,7 +60,7 @@ def write_extraction_report(
             f"* [yellow]{len(capture.left_out)} pairs are left out of the capture, since the model does not treat them as "
             "assumed.[/]"
         )
-    if not activities:
+    if not geometry.activities:
         log(
             "* Occupancy and perturbation are left out: the experts of this model do not keep prompts apart."
         )
@@ -96,17 +68,14 @@ def write_extraction_report(
         log(f"[yellow]{NO_PLOTS.replace('[', chr(92) + '[')}[/]")
 
 
-def extraction_report(
-    model_name: str,
-    results: Mapping[str, Directions],
-    capture: CaptureResult,
-    geometry: Geometry,
-) -> Report:
+def extraction_report(extraction: Extraction) -> Report:
     """Returns the report of an extraction."""
 
-    layer = shown_layer(len(geometry.layers) // len(results), capture)
+    capture, geometry = extraction.capture, extraction.geometry
+    names = list(extraction.directions)
+    layer = shown_layer(len(geometry.layers) // len(names), capture)
     sections = [
-        Section("Overview", tables=(configuration_table(results, geometry),)),
+        Section("Overview", tables=(configuration_table(extraction),)),
         capture_section(capture),
         magnitude_section(geometry),
         compounding_section(geometry),
@@ -120,24 +89,22 @@ def extraction_report(
                 f"The first {N_PROMPTS} prompts of the pools of harmful and of general harmless prompts for extraction; at most {MAX_RESPONSE_LENGTH} decoding steps.",
             )
         )
-    sections.append(classes_section(results, geometry, layer))
+    sections.append(classes_section(extraction, layer))
     return Report(
-        title=f"Refusal directions of {model_name}",
-        subtitle=f"{len(results)} configurations: {', '.join(results)}",
-        summary=summary(results, capture, geometry),
+        title=f"Refusal directions of {extraction.model}",
+        subtitle=f"{len(names)} configurations: {', '.join(names)}",
+        summary=summary(extraction),
         sections=tuple(sections),
     )
 
 
-def summary(
-    results: Mapping[str, Directions], capture: CaptureResult, geometry: Geometry
-) -> tuple[str, ...]:
+def summary(extraction: Extraction) -> tuple[str, ...]:
     """Returns what was found, in a sentence for each configuration."""
 
     sentences = []
-    captured = {row[0]: row for row in capture_table(capture).rows}
-    for name, directions in results.items():
-        strongest = max(geometry.of(name), key=lambda layer: layer.effective_weight)
+    captured = {row[0]: row for row in capture_table(extraction.capture).rows}
+    for name, directions in extraction.directions.items():
+        strongest = max(extraction.geometry.of(name), key=lambda layer: layer.effective_weight)
         sentence = (
             f"{name}: {directions.n_directions} directions per layer, effective weight at weight 1 up to "
             f"{strongest.effective_weight:.2f} (layer {strongest.layer})"
@@ -149,13 +116,13 @@ def summary(
     return tuple(sentences)
 
 
-def configuration_table(results: Mapping[str, Directions], geometry: Geometry) -> Table:
+def configuration_table(extraction: Extraction) -> Table:
     """Returns what each configuration's directions look like, averaged over layers."""
 
     rows = []
-    for name, directions in results.items():
-        settings = directions.provenance.get("settings", {})
-        layers = geometry.of(name)
+    for name, directions in extraction.directions.items():
+        settings = directions.settings
+        layers = extraction.geometry.of(name)
         cosines = [layer.mean_cosine for layer in layers if layer.mean_cosine is not None]
         shares = [layer.first_share for layer in layers if layer.first_share is not None]
         rows.append(
@@ -190,20 +157,22 @@ def configuration_table(results: Mapping[str, Directions], geometry: Geometry) -
     )
 
 
-def classes_section(results: Mapping[str, Directions], geometry: Geometry, layer: int) -> Section:
+def classes_section(extraction: Extraction, layer: int) -> Section:
     """Returns the classes of each configuration at one layer: cosines, singular values, and maps."""
 
+    geometry = extraction.geometry
     names = dict(geometry.class_names)
+    measured = {
+        name: next(item for item in geometry.of(name) if item.layer == layer) for name in names
+    }
     figures: list[Figure] = []
-    shown: list[Directions] = []
     if plots.can_plot():
         spectra = {}
-        for name in results:
-            measured = next(item for item in geometry.of(name) if item.layer == layer)
-            first = measured.singular_values[0]
+        for name, item in measured.items():
+            first = item.singular_values[0]
             spectra[name] = (
-                list(range(1, len(measured.singular_values) + 1)),
-                [value / first if first else None for value in measured.singular_values],
+                list(range(1, len(item.singular_values) + 1)),
+                [value / first if first else None for value in item.singular_values],
             )
         figures.append(
             Figure(
@@ -213,28 +182,23 @@ def classes_section(results: Mapping[str, Directions], geometry: Geometry, layer
                 plots.lines(spectra, "Index", "Singular value / first one", from_zero=True),
             )
         )
-        for name, directions in results.items():
-            # SVD and scale change nothing about the classes themselves.
-            if any(
-                torch.equal(directions.class_directions, other.class_directions)
-                for other in shown
-                if other.class_directions.shape == directions.class_directions.shape
-            ):
+        for name, directions in extraction.directions.items():
+            if directions.repeated:
                 continue
-            shown.append(directions)
             if len(names[name]) > 1:
-                figures.append(cosine_figure(name, names[name], geometry, layer))
-            if directions.hits.numel() and not _is_random(directions):
+                figures.append(cosine_figure(name, names[name], measured[name]))
+            if directions.hits.size and directions.settings.get("control") != "random":
                 figures.append(hits_figure(name, directions, layer))
     rows = tuple(
-        (name, class_name, norm, *_densest(results[name], index, layer))
-        for name in results
+        (
+            name,
+            class_name,
+            norm,
+            *_densest(directions, index * len(directions.class_names) // len(names[name]), layer),
+        )
+        for name, directions in extraction.directions.items()
         for index, (class_name, norm) in enumerate(
-            zip(
-                names[name],
-                next(item for item in geometry.of(name) if item.layer == layer).norms,
-                strict=True,
-            )
+            zip(names[name], measured[name].norms, strict=True)
         )
     )
     table = Table(
@@ -262,15 +226,12 @@ def classes_section(results: Mapping[str, Directions], geometry: Geometry, layer
     )
 
 
-def cosine_figure(name: str, classes: tuple[str, ...], geometry: Geometry, layer: int) -> Figure:
+def cosine_figure(name: str, classes: tuple[str, ...], measured: LayerGeometry) -> Figure:
     """Returns the heat map of cosines between classes."""
 
-    import numpy as np
-
-    measured = next(item for item in geometry.of(name) if item.layer == layer)
     return Figure(
         f"class-cosines-{_safe(name)}",
-        f"Cosines between classes: {name}, layer {layer}",
+        f"Cosines between classes: {name}, layer {measured.layer}",
         f"Heat map of the cosines between the directions of {', '.join(classes)}; on average {measured.mean_cosine:.2f}.",
         plots.heat_map(
             np.array(measured.cosines),
@@ -285,39 +246,30 @@ def cosine_figure(name: str, classes: tuple[str, ...], geometry: Geometry, layer
     )
 
 
-def hits_figure(name: str, directions: Directions, layer: int) -> Figure:
+def hits_figure(name: str, directions: Extracted, layer: int) -> Figure:
     """Returns the maps of prompts won by each neuron."""
 
-    settings = directions.provenance.get("settings", {})
-    n_neurons = directions.hits.shape[2]
-    rows = settings.get("som_rows", 1)
-    shape = (rows, n_neurons // rows)
+    rows = directions.settings.get("som_rows", 1)
+    shape = (rows, directions.hits.shape[2] // rows)
     return Figure(
         f"som-hits-{_safe(name)}",
         f"Prompts won by each neuron: {name}, layer {layer}",
         f"Self-organizing maps of {shape[0]} by {shape[1]} neurons with the number of prompts that each neuron wins, "
         f"one for each of {', '.join(directions.class_names)}.",
         plots.hit_maps(
-            [hits.reshape(shape).numpy() for hits in directions.hits[layer + 1]],
+            [hits.reshape(shape) for hits in directions.hits[layer]],
             directions.class_names,
         ),
     )
 
 
-def _densest(directions: Directions, direction: int, layer: int) -> tuple[int | None, int | None]:
-    """Returns the number of prompts of a direction's class, and how many the densest neuron wins."""
+def _densest(directions: Extracted, index: int, layer: int) -> tuple[int | None, int | None]:
+    """Returns the number of prompts of a class, and how many of them the densest neuron wins."""
 
-    if not directions.hits.numel():
+    if not directions.hits.size:
         return None, None
-    winners = directions.class_directions.shape[1] // len(directions.class_names)
-    hits = directions.hits[layer + 1, direction // winners]
+    hits = directions.hits[layer, index]
     return int(hits.sum()), int(hits.max())
-
-
-def _is_random(directions: Directions) -> bool:
-    """Whether random directions took the place of the maps'."""
-
-    return directions.provenance.get("settings", {}).get("control") == "random"
 
 
 def _safe(name: str) -> str:

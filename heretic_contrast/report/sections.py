@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from ..evaluation.capture import CaptureResult
-from ..evaluation.geometry import Geometry
+from ..evaluation.results import CaptureResult, Geometry
 from . import plots
 from .content import Column, Figure, Section, Table, number, percent, significant, text_column
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from rich.markup import escape
 
-from ..evaluation.capture import CaptureResult
 from ..evaluation.cells import Cell, Measurement, SweepResult
-from ..evaluation.geometry import Geometry
+from ..evaluation.results import CaptureResult, Geometry
 from ..evaluation.statistics import wilson_interval
 from . import plots
 from .content import (

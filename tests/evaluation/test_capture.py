@@ -17,7 +17,6 @@ from heretic_contrast.builtin import REFUSER
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import (
-    Pair,
     capture_pairs,
     load_pairs,
     max_cosine,
@@ -26,6 +25,7 @@ from heretic_contrast.evaluation.capture import (
     split_by_behavior,
     subspace_capture,
 )
+from heretic_contrast.evaluation.results import Pair
 
 
 def make_directions(tensor: Tensor, class_directions: Tensor | None = None) -> Directions:

@@ -80,7 +80,7 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
-LATER = {"heretic_contrast.evaluation.geometry", "heretic_contrast.report.extraction_report"}
+LATER = {"heretic_contrast.evaluation.geometry"}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_there_are_no_circles() -> None:
         ("cli", "torch heretic numba matplotlib"),
         ("settings", "torch heretic numba matplotlib"),
         ("tiers", "torch heretic numba matplotlib"),
-        pytest.param("report", "torch heretic numba", marks=pytest.mark.xfail(strict=True)),
+        ("report", "torch heretic numba matplotlib"),
         pytest.param(
             "evaluation.sweep", "heretic numba matplotlib", marks=pytest.mark.xfail(strict=True)
         ),

@@ -29,8 +29,9 @@ from heretic_contrast.commands import audit as audit_command
 from heretic_contrast.commands.sweep import SweepSettings, pool_source
 from heretic_contrast.directions.pools import load_pools
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.evaluation.capture import Pair, load_pairs
+from heretic_contrast.evaluation.capture import load_pairs
 from heretic_contrast.evaluation.plan import SweepSources, prepare_sweep
+from heretic_contrast.evaluation.results import Pair
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.prompts import Prompt, load_pool, prompts_digest
 from heretic_contrast.prompts.audit import run_audit

@@ -15,14 +15,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rich.console
 import torch
 
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.evaluation.capture import CaptureResult, LeftOut, Pair, measure_capture
+from heretic_contrast.evaluation.capture import measure_capture
 from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult, Synergy
-from heretic_contrast.evaluation.geometry import Activity, Geometry, measure_geometry
+from heretic_contrast.evaluation.geometry import measure_geometry
+from heretic_contrast.evaluation.results import (
+    Activity,
+    CaptureResult,
+    Extracted,
+    Extraction,
+    Geometry,
+    LeftOut,
+    Pair,
+)
 from heretic_contrast.evaluation.statistics import wilson_interval
 from heretic_contrast.report import plots, write_sweep_report
 from heretic_contrast.report.content import Column, Table, layers_text, significant, text_column
@@ -347,17 +357,17 @@ def test_without_matplotlib_tables_remain(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_extraction_report(tmp_path: Path) -> None:
     capture, geometry = make_geometry()
-    results = {
-        "first": make_directions(random_tensor(4, 3, 16)),
-        "random & <control>": make_directions(random_tensor(4, 3, 16, seed=1)),
+    extracted = {
+        name: Extracted(3, {}, ("a", "b", "c"), np.zeros((3, 3, 0)), False)
+        for name in ("first", "random & <control>")
     }
-    report = extraction_report("tiny", results, capture, geometry)
+    report = extraction_report(Extraction("tiny", extracted, capture, geometry))
     names = {figure.name for figure in report.figures()}
     assert {"norms", "singular-values", "class-cosines-first", "norm-ratio", "occupancy"} <= names
     tables = {table.name: table for table in report.tables()}
     assert len(tables) == len(report.tables())
     assert tables["classes"].rows[0][2] == pytest.approx(
-        float(results["first"].class_directions[_shown(report) + 1, 0].norm())
+        float(random_tensor(4, 3, 16)[_shown(report) + 1, 0].norm())
     )
     write_report(report, tmp_path, {})
     assert Page((tmp_path / "report.html").read_text()).open == []
