@@ -71,8 +71,8 @@ FORBIDDEN_ATTRIBUTES = {
     ("pandas", "read_pickle"),
     ("pd", "read_pickle"),
 }
-# Names that are looked up while the program runs. The first two import their own package's parts, for a fast start.
-DYNAMIC_IMPORTS = {"__init__.py", "evaluation/__init__.py"}
+# Names that are looked up while the program runs, of parts of the own package, for a fast start.
+DYNAMIC_IMPORTS = {"__init__.py", "cli.py"}
 ENTRY_POINTS = {"directions/baselines.py"}
 
 
