@@ -17,11 +17,11 @@ dimension, which is some 20 times as long at 53 samples of 2048 dimensions, and 
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,16 +30,7 @@ from ..errors import ContrastError
 
 Neighborhood = Literal["gaussian", "mexican_hat", "bubble", "triangle"]
 Topology = Literal["rectangular", "hexagonal"]
-Decay = Literal["asymptotic_decay", "inverse_decay_to_zero", "linear_decay_to_zero"]
-SigmaDecay = Literal["asymptotic_decay", "inverse_decay_to_one", "linear_decay_to_one"]
 Backend = Literal["numba", "minisom"]
-
-Progress = Callable[[int, int], None]
-"""Called with the number of maps done and the number of all."""
-
-# Maps are handed to the compiled loop in portions, so that no more than a portion is ever held twice.
-PORTION_BYTES = 16 * 2**20
-PORTION_SHARE = 8
 
 # The learning rates of all iterations are tabulated: 8 bytes for each iteration and difference of positions on the grid.
 LARGEST_TABLE = 200_000_000
@@ -62,11 +53,10 @@ class SomSettings:
     - `learning_rate`: initial share of its way to the sample that the winner moves.
     - `neighborhood`: how the movement falls with the distance from the winner. "mexican_hat" pushes neurons away from samples, and
       "triangle" moves them beyond samples where sigma² · learning_rate exceeds 1: with many iterations they may diverge.
-    - `decay`: how the learning rate falls over the iterations. `sigma_decay`: the same for `sigma`.
     - `topology`: arrangement of the neurons.
     - `seed`: of the generator, for every map alike.
 
-    Raises `ContrastError` where a value is not usable.
+    `ContrastSettings` says which values are usable by themselves. Raises `ContrastError` where they are not together.
     """
 
     rows: int = 3
@@ -75,23 +65,10 @@ class SomSettings:
     sigma: float = 1.0
     learning_rate: float = 0.5
     neighborhood: Neighborhood = "gaussian"
-    decay: Decay = "asymptotic_decay"
-    sigma_decay: SigmaDecay = "asymptotic_decay"
     topology: Topology = "rectangular"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rows", "columns", "iterations"):
-            if getattr(self, name) < 1:
-                raise ContrastError(
-                    f"The self-organizing map has {name} = {getattr(self, name)}, but it needs at least 1."
-                )
-        for name in ("sigma", "learning_rate"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ContrastError(
-                    f"The self-organizing map has {name} = {value}, but it must be a positive number."
-                )
         if self.sigma > math.hypot(self.rows, self.columns):
             raise ContrastError(
                 f"The self-organizing map has sigma = {self.sigma}, which is more than the diagonal of its {self.rows} × "
@@ -102,21 +79,6 @@ class SomSettings:
                 f"The self-organizing map has {self.iterations} iterations of {self.n_neurons} neurons, whose table of learning "
                 f"rates would take gigabytes: use at most {LARGEST_TABLE // self.n_neurons} iterations, or a smaller map."
             )
-        if not 0 <= self.seed < 2**32:
-            raise ContrastError(
-                f"The self-organizing map has seed = {self.seed}, but it must lie between 0 and {2**32 - 1}."
-            )
-        for name, choices in (
-            ("neighborhood", Neighborhood),
-            ("decay", Decay),
-            ("sigma_decay", SigmaDecay),
-            ("topology", Topology),
-        ):
-            if getattr(self, name) not in get_args(choices):
-                raise ContrastError(
-                    f"The self-organizing map has {name} = {getattr(self, name)!r}, but only {', '.join(get_args(choices))} "
-                    "are known."
-                )
 
     @property
     def n_neurons(self) -> int:
@@ -169,10 +131,7 @@ class TrainedMap:
 
 
 def train_maps(
-    samples: Iterable[NDArray[Any]],
-    settings: SomSettings,
-    backend: Backend = "numba",
-    progress: Progress | None = None,
+    samples: Iterable[NDArray[Any]], settings: SomSettings, backend: Backend = "numba"
 ) -> list[TrainedMap]:
     """
     Trains one map per set of samples.
@@ -181,7 +140,7 @@ def train_maps(
     differ. Views, for instance into a residual tensor, are welcome: nothing is copied for good. An iterable is read at once.
 
     Each map is seeded by `settings.seed` alone, and so depends neither on the others nor on their order. Memory beside the samples:
-    an eighth of them (or 16 MiB where that is more), and per thread twice one map's samples.
+    their copy in float64, and per thread twice one map's samples.
 
     Where Numba cannot be imported, "numba" falls back to "minisom" with a warning.
 
@@ -190,56 +149,32 @@ def train_maps(
     """
 
     points = [_checked(index, array) for index, array in enumerate(samples)]
-    rates, rate_columns = _rates(settings)
-    if backend == "minisom":
-        return _train_by_minisom(points, settings, progress)
-    if backend != "numba":
-        raise ContrastError(
-            f"The backend {backend!r} of the self-organizing map is unknown: use numba or minisom."
-        )
-    try:
-        from . import som_kernel
-    except (ImportError, OSError) as error:
-        warnings.warn(
-            f"Numba cannot be imported ({error}): self-organizing maps are trained by MiniSom, which takes hundreds of times "
-            "longer.",
-            stacklevel=2,
-        )
-        return _train_by_minisom(points, settings, progress)
-
-    limit = max(sum(array.nbytes for array in points) // PORTION_SHARE, PORTION_BYTES)
-    maps: list[TrainedMap] = []
-    while len(maps) < len(points):
-        end = len(maps)
-        portion_bytes = 0
-        while end < len(points):
-            portion_bytes += points[end].size * np.dtype(np.float64).itemsize
-            if end > len(maps) and portion_bytes > limit:
-                break
-            end += 1
-        maps += _train_portion(
-            som_kernel, points[len(maps) : end], len(maps), settings, rates, rate_columns
-        )
-        if progress is not None:
-            progress(len(maps), len(points))
-    return maps
+    if backend == "numba" and points:
+        try:
+            from . import som_kernel
+        except (ImportError, OSError) as error:
+            warnings.warn(
+                f"Numba cannot be imported ({error}): self-organizing maps are trained by MiniSom, which takes hundreds of times "
+                "longer.",
+                stacklevel=2,
+            )
+        else:
+            return _train_compiled(som_kernel, points, settings)
+    return [_train_by_minisom(index, array, settings) for index, array in enumerate(points)]
 
 
 def _checked(index: int, array: NDArray[Any]) -> NDArray[Any]:
-    points = np.asarray(array)
-    if points.dtype not in (np.float32, np.float64):
-        points = points.astype(np.float64)
-    if points.ndim != 2 or 0 in points.shape:
+    if array.ndim != 2 or 0 in array.shape:
         raise ContrastError(
-            f"The samples of map {index} have the shape {points.shape}, but a map needs at least one prompt's vector: give "
+            f"The samples of map {index} have the shape {array.shape}, but a map needs at least one prompt's vector: give "
             "an array of shape (n_samples, hidden_size)."
         )
-    if not np.isfinite(points).all():
+    if not np.isfinite(array).all():
         raise ContrastError(
             f"The samples of map {index} contain infinite or undefined numbers: look for a broken model, or for one that "
             "overflows in its data type."
         )
-    return points
+    return array
 
 
 def _diverged(index: int, settings: SomSettings) -> ContrastError:
@@ -249,23 +184,18 @@ def _diverged(index: int, settings: SomSettings) -> ContrastError:
     )
 
 
-def _train_portion(
-    som_kernel: ModuleType,
-    points: list[NDArray[Any]],
-    first_index: int,
-    settings: SomSettings,
-    rates: NDArray[np.float64],
-    rate_columns: NDArray[np.int64],
+def _train_compiled(
+    som_kernel: ModuleType, points: list[NDArray[Any]], settings: SomSettings
 ) -> list[TrainedMap]:
-    """Trains some maps in the compiled loop."""
+    """Trains the maps in the compiled loop."""
 
+    rates, rate_columns = _rates(settings)
     shapes = np.array([array.shape for array in points], dtype=np.int64)
     sizes = shapes.prod(axis=1)
     starts = np.cumsum(sizes) - sizes
     flat_samples = np.empty(sizes.sum())
-    for start, size, array in zip(starts, sizes, points, strict=True):
-        flat_samples[start : start + size].reshape(array.shape)[...] = array
-
+    for part, array in zip(np.split(flat_samples, starts[1:]), points, strict=True):
+        part.reshape(array.shape)[...] = array
     distinct, draws = np.unique(shapes, axis=0, return_inverse=True)
     drawn = [
         _draw(settings, int(n_samples), int(hidden_size)) for n_samples, hidden_size in distinct
@@ -275,41 +205,23 @@ def _train_portion(
     flat_mixtures = np.empty(mixture_sizes.sum())
     hits = np.empty((len(points), settings.n_neurons), dtype=np.int64)
     errors = np.empty((len(points), settings.n_neurons))
-    outcomes = np.empty(len(points), dtype=np.int64)
+    is_finite = np.empty(len(points), dtype=np.bool_)
     orders = np.stack([order for _, order in drawn])
     initials = np.stack([initial for initial, _ in drawn])
     with _PARALLEL_LOOP:
         som_kernel.train_all(
-            flat_samples,
-            starts,
-            shapes,
-            draws.reshape(-1),
-            orders,
-            initials,
-            rates,
-            rate_columns,
-            flat_mixtures,
-            mixture_starts,
-            hits,
-            errors,
-            outcomes,
+            (flat_samples, starts, shapes),
+            (draws.reshape(-1), orders, initials, rates, rate_columns),
+            (flat_mixtures, mixture_starts, hits, errors, is_finite),
         )
 
-    maps = []
-    for i, array in enumerate(points):
-        if outcomes[i] != som_kernel.TRAINED:
-            raise _diverged(first_index + i, settings)
-        mixture = flat_mixtures[mixture_starts[i] : mixture_starts[i] + mixture_sizes[i]]
-        maps.append(
-            TrainedMap(
-                index=first_index + i,
-                hits=hits[i],
-                quantization_errors=errors[i],
-                mixture=mixture.reshape(settings.n_neurons, len(array)),
-                points=array,
-            )
-        )
-    return maps
+    if not is_finite.all():
+        raise _diverged(int(np.argmin(is_finite)), settings)
+    mixtures = np.split(flat_mixtures, mixture_starts[1:])
+    return [
+        TrainedMap(i, hits[i], errors[i], mixtures[i].reshape(settings.n_neurons, -1), points[i])
+        for i in range(len(points))
+    ]
 
 
 @lru_cache(maxsize=32)
@@ -340,8 +252,8 @@ def _rates(settings: SomSettings) -> tuple[NDArray[np.float64], NDArray[np.int64
     """
 
     iteration = np.arange(settings.iterations, dtype=np.float64)
-    learning_rate = _decayed(settings.learning_rate, settings.decay, iteration, settings.iterations)
-    sigma = _decayed(settings.sigma, settings.sigma_decay, iteration, settings.iterations)
+    decay = 1 + iteration / (settings.iterations / 2)
+    learning_rate, sigma = settings.learning_rate / decay, settings.sigma / decay
 
     row, column = (
         axis.reshape(-1).astype(np.float64)
@@ -383,74 +295,33 @@ def _rates(settings: SomSettings) -> tuple[NDArray[np.float64], NDArray[np.int64
     return rates, rate_columns.reshape(settings.n_neurons, settings.n_neurons)
 
 
-def _decayed(
-    value: float, decay: str, iteration: NDArray[np.float64], n_iterations: int
-) -> NDArray[np.float64]:
-    """Returns a parameter's value in each iteration, by MiniSom's formulas in MiniSom's order of operations."""
-
-    if decay == "asymptotic_decay":
-        return value / (1 + iteration / (n_iterations / 2))
-    if decay == "inverse_decay_to_zero":
-        pace = n_iterations / 100.0
-        return value * pace / (pace + iteration)
-    if decay == "linear_decay_to_zero":
-        return value * (1 - iteration / n_iterations)
-    if decay == "inverse_decay_to_one":
-        return value / (1 + (iteration * ((value - 1) / n_iterations)))
-    return value + (iteration * (1 - value) / n_iterations)
-
-
-def _train_by_minisom(
-    points: list[NDArray[Any]], settings: SomSettings, progress: Progress | None
-) -> list[TrainedMap]:
-    """Trains the maps one after the other with MiniSom itself."""
+def _train_by_minisom(index: int, samples: NDArray[Any], settings: SomSettings) -> TrainedMap:
+    """Trains a map with MiniSom itself."""
 
     from minisom import MiniSom
 
-    maps = []
-    for index, array in enumerate(points):
-        with warnings.catch_warnings():
-            # MiniSom warns of widths and topologies that it handles all the same, and of overflow, which is reported below.
-            warnings.simplefilter("ignore")
-            som = MiniSom(
-                settings.rows,
-                settings.columns,
-                array.shape[1],
-                sigma=settings.sigma,
-                learning_rate=settings.learning_rate,
-                decay_function=settings.decay,
-                sigma_decay_function=settings.sigma_decay,
-                neighborhood_function=settings.neighborhood,
-                topology=settings.topology,
-                random_seed=settings.seed,
-            )
-            som.random_weights_init(array)
-            som.train(array, settings.iterations, random_order=True)
-        if not np.isfinite(som.get_weights()).all():
-            raise _diverged(index, settings)
-
-        winners = np.array(
-            [
-                np.ravel_multi_index(som.winner(sample), (settings.rows, settings.columns))
-                for sample in array
-            ]
+    with warnings.catch_warnings():
+        # MiniSom warns of widths and topologies that it handles all the same, and of overflow, which is reported below.
+        warnings.simplefilter("ignore")
+        som = MiniSom(
+            settings.rows,
+            settings.columns,
+            samples.shape[1],
+            sigma=settings.sigma,
+            learning_rate=settings.learning_rate,
+            neighborhood_function=settings.neighborhood,
+            topology=settings.topology,
+            random_seed=settings.seed,
         )
-        weights = som.get_weights().reshape(settings.n_neurons, -1)
-        hits = np.bincount(winners, minlength=settings.n_neurons)
-        distances = np.linalg.norm(array - weights[winners], axis=1)
-        errors = np.full(settings.n_neurons, np.inf)
-        won = hits > 0
-        sums = np.bincount(winners, weights=distances, minlength=settings.n_neurons)
-        errors[won] = sums[won] / hits[won]
-        maps.append(
-            TrainedMap(
-                index=index,
-                hits=hits,
-                quantization_errors=errors,
-                mixture=np.eye(settings.n_neurons),
-                points=weights,
-            )
-        )
-        if progress is not None:
-            progress(index + 1, len(points))
-    return maps
+        som.random_weights_init(samples)
+        som.train(samples, settings.iterations, random_order=True)
+    weights = som.get_weights().reshape(settings.n_neurons, -1)
+    if not np.isfinite(weights).all():
+        raise _diverged(index, settings)
+    shape = (settings.rows, settings.columns)
+    winners = np.array([np.ravel_multi_index(som.winner(sample), shape) for sample in samples])
+    distances = np.linalg.norm(samples - weights[winners], axis=1)
+    hits = np.bincount(winners, minlength=settings.n_neurons)
+    sums = np.bincount(winners, weights=distances, minlength=settings.n_neurons)
+    errors = np.where(hits > 0, sums / np.maximum(hits, 1), np.inf)
+    return TrainedMap(index, hits, errors, np.eye(settings.n_neurons), weights)

@@ -31,10 +31,6 @@ import numpy as np
 # to the scale of distances. Rounding moves a distance by a few times 2.2e-16 per iteration at most, and hardly adds up.
 TOLERANCE = 1e-11
 
-# What became of a map.
-TRAINED = 0
-DIVERGED = 1
-
 
 def compiled(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`numba.njit` with its cache on disk where there is a writable place for one, and without it otherwise."""
@@ -235,19 +231,10 @@ def margin(nearest: Any, scale: Any) -> Any:
 
 
 @compiled()
-def repeat_training(
-    weight: Any,
-    j: Any,
-    t: Any,
-    samples: Any,
-    order: Any,
-    initial: Any,
-    rates: Any,
-    rate_columns: Any,
-    winners: Any,
-) -> None:
+def repeat_training(weight: Any, j: Any, t: Any, samples: Any, schedule: Any, winners: Any) -> None:
     """Fills the weight vector of neuron j before iteration t, in full dimension, from the winners so far."""
 
+    order, initial, rates, rate_columns = schedule
     for k in range(weight.shape[0]):
         weight[k] = samples[initial[j], k]
     for earlier in range(t):
@@ -267,10 +254,7 @@ def settle(
     weights: Any,
     t: Any,
     samples: Any,
-    order: Any,
-    initial: Any,
-    rates: Any,
-    rate_columns: Any,
+    schedule: Any,
     winners: Any,
 ) -> Any:
     """
@@ -288,7 +272,7 @@ def settle(
         if distances[j] > limit:
             continue
         if in_span:
-            repeat_training(weight, j, t, samples, order, initial, rates, rate_columns, winners)
+            repeat_training(weight, j, t, samples, schedule, winners)
             n_repeated += t
         else:
             for k in range(weight.shape[0]):
@@ -305,10 +289,7 @@ def train_map(
     in_span: Any,
     points: Any,
     samples: Any,
-    order: Any,
-    initial: Any,
-    rates: Any,
-    rate_columns: Any,
+    schedule: Any,
     weights: Any,
     winners: Any,
     hits: Any,
@@ -321,6 +302,7 @@ def train_map(
     it got to the end: the span is given up where doubts take too much time.
     """
 
+    order, initial, rates, rate_columns = schedule
     n_neurons = weights.shape[0]
     n_iterations = order.shape[0]
     n_samples = points.shape[0]
@@ -344,19 +326,9 @@ def train_map(
     for t in range(n_iterations + n_samples):
         winner = find_winner(distances, scale) if has_extent else 0
         if winner < 0:
+            before = min(t, n_iterations)
             winner, n_more = settle(
-                visited,
-                distances,
-                scale,
-                in_span,
-                weights,
-                min(t, n_iterations),
-                samples,
-                order,
-                initial,
-                rates,
-                rate_columns,
-                winners,
+                visited, distances, scale, in_span, weights, before, samples, schedule, winners
             )
             n_repeated += n_more
             if n_repeated > n_iterations:
@@ -369,13 +341,9 @@ def train_map(
             winners[t] = winner
         following = order[t + 1] if t + 1 < n_iterations else (t + 1 - n_iterations) % n_samples
         if t < n_iterations and in_span:
+            columns = rate_columns[winner]
             move_and_measure(
-                points[visited],
-                weights,
-                rates[t],
-                rate_columns[winner],
-                points[following],
-                distances,
+                points[visited], weights, rates[t], columns, points[following], distances
             )
         else:
             if t < n_iterations:
@@ -388,15 +356,7 @@ def train_map(
 
 
 @compiled()
-def mix(
-    winners: Any,
-    firsts: Any,
-    order: Any,
-    initial: Any,
-    rates: Any,
-    rate_columns: Any,
-    mixture: Any,
-) -> None:
+def mix(winners: Any, firsts: Any, schedule: Any, mixture: Any) -> None:
     """
     Fills `mixture` with the matrix A (n_neurons × n_samples) of weights = A samples.
 
@@ -405,6 +365,7 @@ def mix(
     below 0 or above 2 magnify without bound.
     """
 
+    order, initial, rates, rate_columns = schedule
     n_neurons = mixture.shape[0]
     departures = np.zeros(n_neurons, dtype=np.int64)
     for j in range(n_neurons):
@@ -436,29 +397,17 @@ def cheaper_in_span(n_samples: Any, hidden_size: Any, n_iterations: Any, n_neuro
 
 
 @compiled()
-def train_one(
-    i: Any,
-    flat_samples: Any,
-    starts: Any,
-    shapes: Any,
-    draws: Any,
-    orders: Any,
-    initials: Any,
-    rates: Any,
-    rate_columns: Any,
-    flat_mixtures: Any,
-    mixture_starts: Any,
-    hits: Any,
-    errors: Any,
-    outcomes: Any,
-) -> None:
+def train_one(i: Any, inputs: Any, schedules: Any, results: Any) -> None:
     """Trains map i, see `train_all`, in the cheaper of the two ways."""
 
+    flat_samples, starts, shapes = inputs
+    draws, orders, initials, rates, rate_columns = schedules
+    flat_mixtures, mixture_starts, hits, errors, is_finite = results
     n_samples = shapes[i, 0]
     hidden_size = shapes[i, 1]
     n_neurons = rate_columns.shape[0]
     order = orders[draws[i]]
-    initial = initials[draws[i]]
+    schedule = (order, initials[draws[i]], rates, rate_columns)
     samples = flat_samples[starts[i] : starts[i] + n_samples * hidden_size].reshape(
         (n_samples, hidden_size)
     )
@@ -472,68 +421,27 @@ def train_one(
     while True:
         points = span_coordinates(samples, firsts) if in_span else samples
         weights = np.empty((n_neurons, points.shape[1]))
-        if train_map(
-            in_span,
-            points,
-            samples,
-            order,
-            initial,
-            rates,
-            rate_columns,
-            weights,
-            winners,
-            hits[i],
-            errors[i],
-        ):
+        if train_map(in_span, points, samples, schedule, weights, winners, hits[i], errors[i]):
             break
         in_span = False
-    mix(winners, firsts, order, initial, rates, rate_columns, mixture)
-    outcomes[i] = TRAINED if np.isfinite(weights).all() and np.isfinite(mixture).all() else DIVERGED
+    mix(winners, firsts, schedule, mixture)
+    is_finite[i] = np.isfinite(weights).all() and np.isfinite(mixture).all()
 
 
 @compiled(parallel=True)
-def train_all(
-    flat_samples: Any,
-    starts: Any,
-    shapes: Any,
-    draws: Any,
-    orders: Any,
-    initials: Any,
-    rates: Any,
-    rate_columns: Any,
-    flat_mixtures: Any,
-    mixture_starts: Any,
-    hits: Any,
-    errors: Any,
-    outcomes: Any,
-) -> None:
+def train_all(inputs: Any, schedules: Any, results: Any) -> None:
     """
     Trains every map, in parallel.
 
-    - `flat_samples`: the samples of all maps one after the other, float64; those of map i begin at `starts[i]` and
-      have the shape `shapes[i]` (n_samples, hidden_size).
-    - `draws[i]`: the row of `orders` (n_draws, iterations) and `initials` (n_draws, n_neurons) that map i uses.
-    - `rates` (iterations, n_columns), `rate_columns` (n_neurons, n_neurons): when c wins in iteration t, neuron j moves
-      by `rates[t, rate_columns[c, j]]` of its way to the sample.
-    - Filled: `flat_mixtures`, from `mixture_starts[i]` on the matrix A of map i; `hits`, `errors` (n_maps, n_neurons);
-      `outcomes` (n_maps).
+    - `inputs`: the samples of all maps one after the other, float64; for each map where its own begin, and their shape
+      (n_samples, hidden_size).
+    - `schedules`: for each map, which of the draws it uses; of each draw, which sample every iteration visits (n_draws,
+      iterations), and at which the neurons start (n_draws, n_neurons); `rates` (iterations, n_columns) and `rate_columns`
+      (n_neurons, n_neurons): when c wins in iteration t, neuron j moves by `rates[t, rate_columns[c, j]]` of its way to the sample.
+    - `results`, filled: the matrices A of all maps one after the other, and where each begins; hits and quantization errors
+      (n_maps, n_neurons); whether everything is finite (n_maps).
     """
 
-    for i in numba.prange(starts.shape[0]):
-        train_one(
-            # The loop counts in unsigned integers, for which everything would be compiled once more.
-            np.int64(i),
-            flat_samples,
-            starts,
-            shapes,
-            draws,
-            orders,
-            initials,
-            rates,
-            rate_columns,
-            flat_mixtures,
-            mixture_starts,
-            hits,
-            errors,
-            outcomes,
-        )
+    for i in numba.prange(inputs[1].shape[0]):
+        # The loop counts in unsigned integers, for which everything would be compiled once more.
+        train_one(np.int64(i), inputs, schedules, results)
