@@ -141,16 +141,35 @@ def write_model(cache: Path, name: str) -> Path:
     )
 
 
+def prepare_dataset(
+    cache: Path, name: str, configuration: str, parquet: Mapping[str, Path], commit: str
+) -> None:
+    """Fills the cache of `datasets` with a dataset of the Hub, from Parquet files by split."""
+
+    from datasets.data_files import DataFilesDict
+    from datasets.load import configure_builder_class
+    from datasets.packaged_modules.parquet.parquet import Parquet, ParquetConfig
+
+    files = DataFilesDict.from_patterns({split: [str(path)] for split, path in parquet.items()})
+    short_name = name.rpartition("/")[2]
+    builder_class = configure_builder_class(
+        Parquet,
+        builder_configs=[ParquetConfig(name=configuration, data_files=files)],
+        default_config_name=configuration,
+        dataset_name=short_name,
+    )
+    builder = builder_class(cache_dir=str(cache), dataset_name=short_name, hash=commit)
+    # A builder that knows its repository takes no local files in newer versions, so that the place is named here.
+    place = cache / name.replace("/", "___") / configuration / "0.0.0" / commit
+    builder.download_and_prepare(str(place))
+
+
 def write_dataset(home: Path, name: str, splits: Mapping[str, Sequence[str]]) -> Path:
     """
     Writes a dataset of one column, "text", as Parquet into the Hub's cache, and returns its snapshot.
 
     What `datasets` reads offline is the cache that it has made of that itself, so that it makes one here.
     """
-
-    from datasets.data_files import DataFilesDict
-    from datasets.load import configure_builder_class
-    from datasets.packaged_modules.parquet.parquet import Parquet, ParquetConfig
 
     files: dict[str, Path | bytes] = {}
     for split, texts in splits.items():
@@ -161,26 +180,8 @@ def write_dataset(home: Path, name: str, splits: Mapping[str, Sequence[str]]) ->
     card = f"---\nconfigs:\n- config_name: default\n  data_files:\n{patterns}---\n"
     files["README.md"] = card.encode()
     snapshot = write_repository(home / "hub", "datasets", name, files)
-    short_name = name.rpartition("/")[2]
-    builder_class = configure_builder_class(
-        Parquet,
-        builder_configs=[
-            ParquetConfig(
-                name="default",
-                data_files=DataFilesDict.from_patterns(
-                    {split: [str(snapshot / "data" / f"{split}-*")] for split in splits}
-                ),
-            )
-        ],
-        default_config_name="default",
-        dataset_name=short_name,
-    )
-    builder_class(
-        cache_dir=str(home / "datasets"),
-        dataset_name=short_name,
-        repo_id=name,
-        hash=snapshot.name,
-    ).download_and_prepare()
+    patterns_by_split = {split: snapshot / "data" / f"{split}-*" for split in splits}
+    prepare_dataset(home / "datasets", name, "default", patterns_by_split, snapshot.name)
     return snapshot
 
 

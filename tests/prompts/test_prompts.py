@@ -39,6 +39,7 @@ from heretic_contrast.prompts.categories import assign
 from heretic_contrast.response_scorers import RefusalTiers
 from heretic_contrast.settings import ContrastSettings, PromptSource
 from tests.conftest import DATA
+from tests.hub_cache import prepare_dataset
 from tests.tiny_models import make_model, make_tokenizer
 
 ROWS = [
@@ -739,33 +740,12 @@ def test_any_texts(tmp_path: Path, rows: list[tuple[str, str | None]]) -> None:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a dataset on the Hub, of which `datasets` has two configurations in its cache."""
 
-    from datasets.data_files import DataFilesDict
-    from datasets.load import configure_builder_class
-    from datasets.packaged_modules.parquet.parquet import Parquet, ParquetConfig
-
     for language, suffix in (("en", ""), ("de", "!")):
         features = LABELED.features
         rows = LABELED.map(lambda row, suffix=suffix: {"text": row["text"] + suffix})
         rows.cast(features).to_parquet(tmp_path / f"{language}.parquet")
-        builder = configure_builder_class(
-            Parquet,
-            builder_configs=[
-                ParquetConfig(
-                    name=language,
-                    data_files=DataFilesDict.from_patterns(
-                        {"train": [str(tmp_path / f"{language}.parquet")]}
-                    ),
-                )
-            ],
-            default_config_name=language,
-            dataset_name="harm",
-        )
-        builder(
-            cache_dir=str(tmp_path / "cache"),
-            dataset_name="harm",
-            repo_id="someone/harm",
-            hash="0" * 40,
-        ).download_and_prepare()
+        files = {"train": tmp_path / f"{language}.parquet"}
+        prepare_dataset(tmp_path / "cache", "someone/harm", language, files, "0" * 40)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return "someone/harm"
 
