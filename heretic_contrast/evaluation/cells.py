@@ -11,7 +11,9 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator, TypeAdapter
 
 from ..files import json_text
 from .statistics import wilson_interval
@@ -31,14 +33,17 @@ def efficiency(
     return (base_refusals - refusals) / (kl_divergence - floor)
 
 
-@dataclass(frozen=True, order=True)
-class CellKey:
-    """Which cell: configuration, strength, layers and weight."""
+class CellKey(NamedTuple):
+    """Which cell, in the order in which cells are reported."""
 
     configuration: str
     strength: str
     layers: tuple[int, ...]
     weight: float
+
+
+Divergence = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
+"""A divergence in nats, which JSON stores as null where it is infinite."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +62,13 @@ class Measurement:
     n_harmful: int
     canary_refusals: int
     n_canaries: int
-    kl_divergence: float
+    kl_divergence: Divergence
     kl_standard_error: float | None
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Measurement":
-        """Restores a measurement from JSON values."""
-
-        return cls(**{**data, "kl_divergence": _divergence(data["kl_divergence"])})
 
     def refusal_interval(self) -> tuple[float, float]:
         """Returns the Wilson interval (95 %) of the share of refusals."""
 
         return wilson_interval(self.refusals, self.n_harmful)
-
-
-def _divergence(value: float | None) -> float:
-    """Returns a divergence as JSON stores it, which has no infinite numbers."""
-
-    return math.inf if value is None else value
 
 
 @dataclass(frozen=True)
@@ -114,10 +107,10 @@ class Cell:
     verdicts: tuple[Verdict, ...] = ()
     canary_verdicts: tuple[Verdict, ...] = ()
 
-    def key(self) -> tuple[str, str, tuple[int, ...], float]:
-        """Returns what tells the cell from others, in the order in which cells are reported."""
+    def key(self) -> CellKey:
+        """Returns what tells the cell from others."""
 
-        return (self.configuration, self.strength, self.layers, self.weight)
+        return CellKey(self.configuration, self.strength, self.layers, self.weight)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values."""
@@ -128,19 +121,10 @@ class Cell:
     def from_dict(cls, data: dict[str, Any]) -> "Cell":
         """Restores a cell."""
 
-        return cls(
-            **{
-                **data,
-                "layers": tuple(data["layers"]),
-                "measurement": Measurement.from_dict(data["measurement"]),
-                "responses": tuple(data["responses"]),
-                "canary_responses": tuple(data["canary_responses"]),
-                **{
-                    name: tuple(Verdict(**verdict) for verdict in data.get(name, ()))
-                    for name in ("verdicts", "canary_verdicts")
-                },
-            }
-        )
+        return _CELL.validate_python(data)
+
+
+_CELL = TypeAdapter(Cell)
 
 
 @dataclass(frozen=True)
@@ -153,7 +137,7 @@ class Synergy:
     weight: float
     refusals: int
     synergy: int
-    kl_divergence: float
+    kl_divergence: Divergence
 
 
 @dataclass(frozen=True)
@@ -288,34 +272,7 @@ class SweepResult:
     def from_dict(cls, data: dict[str, Any]) -> "SweepResult":
         """Restores a sweep from what `to_dict` returned."""
 
-        derived = {"refusal_interval", "efficiency"}
-        return cls(
-            model=data["model"],
-            baseline=Measurement.from_dict(data["baseline"]),
-            cells=tuple(
-                Cell.from_dict({name: cell[name] for name in cell if name not in derived})
-                for cell in data["cells"]
-            ),
-            synergies=tuple(
-                Synergy(
-                    **{
-                        **synergy,
-                        "layers": tuple(synergy["layers"]),
-                        "kl_divergence": _divergence(synergy["kl_divergence"]),
-                    }
-                )
-                for synergy in data["synergies"]
-            ),
-            prompts=tuple(data["prompts"]),
-            categories=tuple(data["categories"]),
-            canaries=tuple(data["canaries"]),
-            baseline_responses=tuple(data["baseline_responses"]),
-            baseline_verdicts=tuple(
-                Verdict(**verdict) for verdict in data.get("baseline_verdicts", ())
-            ),
-            pools=data["pools"],
-            settings=data["settings"],
-        )
+        return TypeAdapter(cls).validate_python(data)
 
     def to_json(self) -> str:
         """Returns the sweep as JSON text; the same sweep gives the same bytes."""
@@ -326,35 +283,26 @@ class SweepResult:
         """Returns one row per cell as CSV text."""
 
         buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(CSV_COLUMNS)
+        writer = csv.DictWriter(buffer, CSV_COLUMNS, lineterminator="\n")
+        writer.writeheader()
         for cell in self.cells:
-            measurement = cell.measurement
-            low, high = measurement.refusal_interval()
-            ratio = self.efficiency(cell)
+            low, high = cell.measurement.refusal_interval()
+            exact = {
+                "effective_weight": cell.effective_weight,
+                "weight_along_mean": cell.weight_along_mean,
+                "kl_divergence": cell.measurement.kl_divergence,
+                "kl_standard_error": cell.measurement.kl_standard_error,
+                "efficiency": self.efficiency(cell),
+            }
             writer.writerow(
-                [
-                    cell.configuration,
-                    cell.strength,
-                    " ".join(map(str, cell.layers)),
-                    cell.weight,
-                    f"{cell.effective_weight:.6g}",
-                    f"{cell.weight_along_mean:.6g}",
-                    measurement.refusals,
-                    f"{low:.4f}",
-                    f"{high:.4f}",
-                    measurement.evasive,
-                    measurement.complied,
-                    measurement.incoherent,
-                    measurement.n_harmful,
-                    measurement.canary_refusals,
-                    measurement.n_canaries,
-                    f"{measurement.kl_divergence:.6g}",
-                    ""
-                    if measurement.kl_standard_error is None
-                    else f"{measurement.kl_standard_error:.6g}",
-                    "" if ratio is None else f"{ratio:.6g}",
-                ]
+                {
+                    **cell.key()._asdict(),
+                    "layers": " ".join(map(str, cell.layers)),
+                    **asdict(cell.measurement),
+                    "refusal_share_low": f"{low:.4f}",
+                    "refusal_share_high": f"{high:.4f}",
+                    **{key: "" if x is None else f"{x:.6g}" for key, x in exact.items()},
+                }
             )
         return buffer.getvalue()
 
@@ -366,12 +314,7 @@ class SweepResult:
             base, "harmful", self.prompts, self.baseline_responses, self.baseline_verdicts
         )
         for cell in self.cells:
-            where = {
-                "configuration": cell.configuration,
-                "strength": cell.strength,
-                "layers": list(cell.layers),
-                "weight": cell.weight,
-            }
+            where = cell.key()._asdict()
             rows += _response_rows(where, "harmful", self.prompts, cell.responses, cell.verdicts)
             rows += _response_rows(
                 where, "canary", self.canaries, cell.canary_responses, cell.canary_verdicts

@@ -8,7 +8,7 @@ wrong before a model is loaded, and whoever has directions and prompts already b
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +147,8 @@ class SweepOptions:
         """Returns JSON values."""
 
         return {
-            "layers": None if self.layers is None else list(self.layers),
-            "weights": list(self.weights),
-            "components": None if self.components is None else list(self.components),
-            "strengths": list(self.strengths),
-            "max_new_tokens": self.max_new_tokens,
-            "kl_tokens": self.kl_tokens,
-            "top_k": self.top_k,
-            "synergy_size": self.synergy_size,
-            "synergy_weight": self.synergy_weight,
-            "n_synergy_layers": self.n_synergy_layers,
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
         }
 
 

@@ -110,7 +110,7 @@ class SweepState:
     def __init__(self, storage: str | None, identity: Identity) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._name = storage
-        self._choices: dict[str, list[str]] = {}
+        self._choices: list[list[str]] = []
         self._worker = f"{this_process()} {uuid.uuid4().hex[:8]}"
         try:
             self._study = optuna.create_study(
@@ -157,10 +157,7 @@ class SweepState:
         keys = list(dict.fromkeys(keys))
         if not keys:
             return []
-        self._choices = {
-            "configuration": sorted({key.configuration for key in keys}),
-            "strength": sorted({key.strength for key in keys}),
-        }
+        self._choices = [sorted(set(names)) for names in list(zip(*keys, strict=True))[:2]]
         self._enqueue(keys)
         _at_work.add(self._worker)
         try:
@@ -223,14 +220,8 @@ class SweepState:
         }
         for key in keys:
             if key not in present:
-                self._study.enqueue_trial(
-                    {
-                        "configuration": key.configuration,
-                        "strength": key.strength,
-                        "layers": " ".join(map(str, key.layers)),
-                        "weight": key.weight,
-                    }
-                )
+                layers = " ".join(map(str, key.layers))
+                self._study.enqueue_trial({**key._asdict(), "layers": layers})
 
     def _done(self) -> dict[CellKey, Cell]:
         """Returns the finished cells."""
@@ -273,22 +264,16 @@ class SweepState:
     def _show_parameters(self, trial: FrozenTrial) -> None:
         """Writes the cell's parameters where optuna-dashboard shows them."""
 
-        distributions: dict[str, BaseDistribution] = {
-            "configuration": CategoricalDistribution(self._choices["configuration"]),
-            "strength": CategoricalDistribution(self._choices["strength"]),
-            "first_layer": IntDistribution(0, 1_000),
-            "weight": FloatDistribution(0.0, 1_000.0),
-        }
         key = _key(trial)
-        values: dict[str, Any] = {
-            "configuration": key.configuration,
-            "strength": key.strength,
-            "first_layer": key.layers[0],
-            "weight": key.weight,
+        shown: dict[str, tuple[Any, BaseDistribution]] = {
+            "configuration": (key.configuration, CategoricalDistribution(self._choices[0])),
+            "strength": (key.strength, CategoricalDistribution(self._choices[1])),
+            "first_layer": (key.layers[0], IntDistribution(0, 1_000)),
+            "weight": (key.weight, FloatDistribution(0.0, 1_000.0)),
         }
-        for name, distribution in distributions.items():
+        for name, (value, distribution) in shown.items():
             self._study._storage.set_trial_param(
-                trial._trial_id, name, distribution.to_internal_repr(values[name]), distribution
+                trial._trial_id, name, distribution.to_internal_repr(value), distribution
             )
 
     def _lease(self, trial: FrozenTrial) -> None:
@@ -371,9 +356,5 @@ def _key(trial: FrozenTrial) -> CellKey:
     """Returns the cell that a trial stands for."""
 
     parameters = trial.system_attrs["fixed_params"]
-    return CellKey(
-        configuration=parameters["configuration"],
-        strength=parameters["strength"],
-        layers=tuple(int(layer) for layer in parameters["layers"].split()),
-        weight=float(parameters["weight"]),
-    )
+    layers = tuple(map(int, parameters["layers"].split()))
+    return CellKey(**{**parameters, "layers": layers})

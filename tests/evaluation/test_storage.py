@@ -107,7 +107,7 @@ def test_progress_goes_on_within_a_claim(tmp_path: Path) -> None:
 
     # Only cells that are missing count, although their whole group is computed again.
     state = SweepState(str(tmp_path / "other.journal"), {"options": "f"})
-    state._choices = {"configuration": ["one"], "strength": ["weight"]}
+    state._choices = [["one"], ["weight"]]
     state._enqueue(KEYS)
     claimed = state._claim(group_cells(KEYS), set(KEYS))[1]
     for trial in claimed[:2]:
@@ -156,7 +156,7 @@ def test_unknown_storage_is_named_without_its_password() -> None:
 def test_cells_of_a_dead_process_are_taken_over(tmp_path: Path) -> None:
     storage = str(tmp_path / "sweep.journal")
     state = SweepState(storage, {"options": "f"})
-    state._choices = {"configuration": ["one"], "strength": ["weight"]}
+    state._choices = [["one"], ["weight"]]
     state._enqueue(KEYS)
     trials = state._claim(group_cells(KEYS), set(KEYS))[1]
     assert len(trials) == 3
