@@ -59,6 +59,9 @@ def with_refuser_pools(settings: ContrastSettings) -> ContrastSettings:
         "good_prompts": refuser_pool("harmless", "train"),
         "matched_prompts": refuser_pool("matched", "train"),
     }
+    if settings.directions is not None:
+        # Nothing is matched, and what has no effect is refused.
+        del pools["matched_prompts"]
     return settings.model_copy(
         update={name: pool for name, pool in pools.items() if getattr(settings, name) is None}
     )

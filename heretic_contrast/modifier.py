@@ -43,7 +43,7 @@ from heretic_contrast.search.parameters import (
     require_ranges,
     suggest_parameters,
 )
-from heretic_contrast.settings import ContrastSettings, RowNormalization
+from heretic_contrast.settings import ContrastSettings, RowNormalization, require_effect
 from heretic_contrast.weights import base_weight, require_known
 
 TABLE = "ContrastAbliteration"
@@ -109,6 +109,10 @@ class ContrastAbliteration(Modifier[Parameters]):
         show_errors_as_sentences()
         check_tables(self.heretic_settings, "modifier", TABLE, ContrastSettings)
         self.settings.require_single_configuration()
+        if HAS_PLUGIN_SURFACE and self.settings.directions is not None:
+            # The host for Heretic 1.4 has asked this of what was given, and put Heretic's pools among it.
+            idle = {"bad_prompts", "good_prompts", "category_source"}
+            require_effect(sorted(idle & self.settings.model_fields_set))
         if is_builtin(self.heretic_settings.model):
             self.settings = with_refuser_pools(self.settings)
         model = language_model(ctx, self.heretic_settings, self.settings.batch_size).identified()
@@ -181,7 +185,7 @@ class ContrastAbliteration(Modifier[Parameters]):
         )
         for layer_index, components in enumerate(model.components):
             vectors = layer_vectors(
-                self.directions, parameters.direction_index, layer_index, self.settings.scale
+                self.directions, parameters.direction_index, layer_index, self.directions.scale
             )
             for component, modules in components.items():
                 weights = scales * parameters.kernels[component].weight(layer_index)

@@ -8,9 +8,10 @@ This module imports neither PyTorch nor Heretic, so that `--help` stays fast.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from importlib.metadata import EntryPoints, entry_points
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -317,6 +318,35 @@ def baseline_names() -> list[str]:
     """Returns the names of all baselines: the built-in ones, then those of other packages."""
 
     return [*BASELINES, *sorted({entry.name for entry in other_baselines()} - set(BASELINES))]
+
+
+EXTRACTION_FIELDS = {
+    "baseline",
+    "mixing",
+    "n_neighbors",
+    "classes",
+    "category_source",
+    "exclude_categories",
+    "small_classes",
+    "method",
+    "som_rows",
+    "som_columns",
+    "som_iterations",
+    "som_sigma",
+    "som_learning_rate",
+    "som_neighborhood",
+    "som_topology",
+    "winners",
+    "svd",
+    "svd_rank",
+    "scale",
+    "winsorization_quantile",
+    "orthogonalize_direction",
+    "control",
+    "drop_misbehaving",
+    "seed",
+}
+"""The settings that decide directions."""
 
 
 class ContrastSettings(BaseModel):
@@ -647,6 +677,11 @@ class ContrastSettings(BaseModel):
                 raise ContrastError(
                     f'There is no setting "{name}" of the plugin: did you mean "{close[0]}"?'
                 )
+        if data.get("directions") is not None:
+            # The categories are also those of the prompts that are judged, which the seed chooses.
+            idle = EXTRACTION_FIELDS - {"category_source", "seed"}
+            idle |= {"preset", "som_backend", "matched_prompts"}
+            require_effect([name for name in data if name in idle and data[name] not in ([], None)])
         if "preset" not in data:
             return data
         presets = data["preset"]
@@ -729,11 +764,13 @@ class ContrastSettings(BaseModel):
         Returns one settings object per configuration to compare, by name.
 
         With several presets: each of them, with the settings given explicitly on top. Otherwise this one, named
-        after its preset or its baseline.
+        after its file of directions, its preset or its baseline.
 
         Raises `ContrastError` when the settings do not work with one of the presets.
         """
 
+        if self.directions is not None:
+            return {PurePath(self.directions).stem: self}
         if len(self.preset) <= 1:
             return {self.preset[0] if self.preset else self.baseline: self}
         explicit = {name: getattr(self, name) for name in self.model_fields_set if name != "preset"}
@@ -755,6 +792,17 @@ class ContrastSettings(BaseModel):
                 f"Several presets are given ({', '.join(self.preset)}), but a model can only be made with one: "
                 "give one, or compare them with heretic-contrast sweep."
             )
+
+
+def require_effect(names: Sequence[str]) -> None:
+    """Raises `ContrastError` when settings are given, of these names, that have no effect beside a file of directions."""
+
+    if names:
+        listed = ", ".join(sorted(names))
+        raise ContrastError(
+            f"The directions are taken from a file, beside which these settings have no effect: {listed}; leave them out, or "
+            "leave out directions to extract new ones."
+        )
 
 
 def general_parameter(name: str) -> str:

@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 from rich.markup import escape
@@ -19,6 +20,9 @@ from ..hosts.settings import HostSettings, load_settings
 
 class ExtractSettings(HostSettings, PairsSettings):  # type: ignore[misc]
     """Settings of `extract`."""
+
+    # A report observes the model on the prompts.
+    idle_beside_directions: ClassVar[set[str]] = {"category_source"}
 
     output: str | None = Field(
         default=None,

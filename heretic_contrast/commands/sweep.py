@@ -4,7 +4,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 from rich.markup import escape
@@ -15,11 +15,14 @@ from ..evaluation.plan_settings import SweepPlanSettings
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings, prompt_sources
-from ..settings import PromptSources
+from ..settings import PromptSources, require_effect
 
 
 class SweepSettings(HostSettings, SweepPlanSettings):  # type: ignore[misc]
     """Settings of `sweep`."""
+
+    # Categories are also those of the prompts that are judged, and pools may be needed to look for a response prefix.
+    idle_beside_directions: ClassVar[set[str]] = set()
 
     output: str | None = Field(
         default=None,
@@ -68,6 +71,8 @@ def main(arguments: Sequence[str]) -> None:
         settings.response_prefix,
         log,
     )
+    if settings._own_pools and not prepared.sources.harmful:
+        require_effect(["bad_prompts", "good_prompts"])
     model, _ = load_language_model(settings, settings.contrast.batch_size)
     model = with_common_prefix(model, settings, prepared.sources)
     measured = run_prepared(model, prepared, log, progress_bar, settings.max_response_length)

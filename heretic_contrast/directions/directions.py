@@ -14,6 +14,7 @@ from ..errors import ContrastError, warn
 from ..files import write_bytes_atomically
 from ..identity import OF_THE_MODEL, OF_THE_RUN, differences
 from ..language_model import LanguageModel
+from ..settings import Scale
 from .file import TENSORS, directions_file, read_directions
 
 
@@ -49,6 +50,13 @@ class Directions:
         """The number of directions per layer."""
 
         return self.tensor.shape[1]
+
+    @property
+    def scale(self) -> Scale:
+        """The length of the directions, unit where it is not said; what is neither is left as it is."""
+
+        value = self.provenance.get("settings", {}).get("scale", Scale.UNIT)
+        return Scale.UNIT if value == Scale.UNIT else Scale.RAW
 
     def digest(self) -> str:
         """Returns a digest of the tensor and its names."""

@@ -24,7 +24,14 @@ from .. import __version__
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel, Progress
 from ..prompts import prompts_digest, text_digest
-from ..settings import Classes, ContrastSettings, Control, Method, Scale
+from ..settings import (
+    EXTRACTION_FIELDS,
+    Classes,
+    ContrastSettings,
+    Control,
+    Method,
+    Scale,
+)
 from ..vectors import unit_vectors
 from .baselines import get_baseline, mean
 from .classes import select_classes
@@ -42,35 +49,6 @@ from .pools import (
 from .residuals import PoolResiduals, cached_residuals
 from .som import SomSettings, TrainedMap, train_maps
 from .transforms import orthogonalize, random_directions, without_harmless
-
-EXTRACTION_FIELDS = {
-    "baseline",
-    "mixing",
-    "n_neighbors",
-    "classes",
-    "category_source",
-    "exclude_categories",
-    "small_classes",
-    "method",
-    "som_rows",
-    "som_columns",
-    "som_iterations",
-    "som_sigma",
-    "som_learning_rate",
-    "som_neighborhood",
-    "som_topology",
-    "winners",
-    "svd",
-    "svd_rank",
-    "scale",
-    "winsorization_quantile",
-    "orthogonalize_direction",
-    "control",
-    "drop_misbehaving",
-    "seed",
-}
-"""The settings that decide directions."""
-
 
 def extract(
     model: LanguageModel,

@@ -42,6 +42,7 @@ from ..journal import CheckedJournal
 from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest
 from ..search.samplers import make_sampler
+from ..settings import EXTRACTION_FIELDS
 from ..tiers import responses, rules, text
 from ..tiers.responses import classify_response
 from .checkpoint import repair_checkpoints
@@ -460,20 +461,22 @@ class Host:
         assert self.modifier is not None
         intro = heretic.utils.get_readme_intro(*args, **kwargs)
         contrast = self.modifier.settings
-        rows = "\n".join(
-            f"| **{name}** | {getattr(value, 'value', value)} |"
-            for name, value in contrast.model_dump(
-                mode="json",
-                exclude={
-                    "good_prompts",
-                    "bad_prompts",
-                    "matched_prompts",
-                    "residual_cache",
-                    "directions",
-                    "save_directions",
-                },
-            ).items()
-        )
+        excluded = {
+            "good_prompts",
+            "bad_prompts",
+            "matched_prompts",
+            "residual_cache",
+            "directions",
+            "save_directions",
+        }
+        if contrast.directions is not None:
+            # They were made with other settings, which the file knows.
+            excluded |= {"preset", "som_backend", *EXTRACTION_FIELDS}
+        values = {
+            **contrast.model_dump(mode="json", exclude=excluded),
+            **self.modifier.directions.provenance.get("settings", {}),
+        }
+        rows = "\n".join(f"| **{name}** | {value} |" for name, value in values.items())
         plugin = (
             f"\nThe directions were made by heretic-contrast v{__version__} (arXiv:2603.22061), "
             "without which Heretic cannot rebuild this model.\n\n"

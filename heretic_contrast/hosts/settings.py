@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from heretic.config import Settings
-from pydantic import Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PrivateAttr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -42,6 +42,7 @@ from ..settings import (
     check_dataset_name,
     check_text,
     complaint,
+    require_effect,
 )
 from .arguments import PROGRAM, normalize_arguments
 from .unused import class_name, named_plugins, unused_tables, unused_variables
@@ -170,6 +171,12 @@ class HostSettings(Settings):
     # Errors of the command line become one sentence instead of pages of usage.
     model_config = SettingsConfigDict(cli_exit_on_error=False)
 
+    idle_beside_directions: ClassVar[set[str]] = {"bad_prompts", "good_prompts", "category_source"}
+    """Settings of the plugin that have no effect in this command where directions come from a file."""
+
+    _own_pools: bool = PrivateAttr(default=False)
+    """Whether the plugin's own pools were given, and not only Heretic's."""
+
     contrast: ContrastSettings = Field(
         default_factory=ContrastSettings,
         description="Settings of the plugin; in config.toml the table [modifier.ContrastAbliteration].",
@@ -257,6 +264,14 @@ class HostSettings(Settings):
         """Fills in what follows from other settings: pools, Heretic's own options, the checkpoint folder."""
 
         given = set(self.model_fields_set)
+        own = {
+            name
+            for name in self.contrast.model_fields_set
+            if getattr(self.contrast, name) is not None
+        }
+        if self.contrast.directions is not None:
+            require_effect(sorted(own & self.idle_beside_directions))
+        self._own_pools = bool(own & {"bad_prompts", "good_prompts"})
         builtin = is_builtin(self.model)  # type: ignore[has-type]
         self.model = resolve_model(self.model)  # type: ignore[has-type]
         if builtin:
@@ -276,7 +291,9 @@ class HostSettings(Settings):
         ):
             if name in given and name not in self.contrast.model_fields_set:
                 value = getattr(self, name)
-                updates[name] = getattr(value, "value", value)
+                value = getattr(value, "value", value)
+                if value != ContrastSettings.model_fields[name].default:
+                    updates[name] = value
         if updates:
             self.contrast = ContrastSettings.model_validate(
                 {

@@ -342,18 +342,18 @@ def run_refuser(
 
     pools = refuser_pools(directory)
     shown = [] if lines is None else lines
+    if "directions" not in contrast:
+        contrast = {
+            "som_iterations": 50,
+            "bad_prompts": pools["harmful train"],
+            "good_prompts": pools["harmless train"],
+            "matched_prompts": pools["matched train"],
+            "residual_cache": str(directory / "residuals"),
+            **contrast,
+        }
     prepared = prepare_sweep(
         SweepPlanSettings(**{**REFUSER_SETTINGS, **settings}),
-        ContrastSettings(
-            **{
-                "som_iterations": 50,
-                "bad_prompts": pools["harmful train"],
-                "good_prompts": pools["harmless train"],
-                "matched_prompts": pools["matched train"],
-                "residual_cache": str(directory / "residuals"),
-                **contrast,
-            }
-        ),
+        ContrastSettings(**contrast),
         SweepSources(pools["harmful test"], pools["harmless test"]),
         directory / "output",
         model.name,
@@ -432,16 +432,16 @@ def test_a_directions_file_is_swept_as_the_extraction_that_made_it(
         "",
     )
     made = sources.directions(refuser, lambda *line: None, progress_bar, 10)["unmatched"]
-    made.save(tmp_path / "directions.safetensors")
+    made.save(tmp_path / "unmatched.safetensors")
     lines: list[str] = []
-    contrast = {"directions": str(tmp_path / "directions.safetensors")}
+    contrast = {"directions": str(tmp_path / "unmatched.safetensors")}
     found = run_refuser(refuser, tmp_path, contrast, lines, random_control=False)
     assert found.to_dict() == expected.to_dict()
     assert not [line for line in lines if "cannot be known" in line]
 
     # A file of an earlier version does not say which prompts it came from.
     provenance = {key: value for key, value in made.provenance.items() if key != "prompt_digests"}
-    replace(made, provenance=provenance).save(tmp_path / "directions.safetensors")
+    replace(made, provenance=provenance).save(tmp_path / "unmatched.safetensors")
     older = run_refuser(refuser, tmp_path, contrast, lines, random_control=False)
     assert len([line for line in lines if "cannot be known" in line]) == 1
     extraction = dict(older.pools["extraction"])
@@ -476,7 +476,9 @@ def test_the_prefix_of_a_directions_file_is_the_one_it_was_extracted_with(
         )
 
     def read(**given: Any) -> DirectionSources:
-        return DirectionSources.read({"one": ContrastSettings(**{**contrast, **given})}, None)
+        taken = {name: contrast[name] for name in ("bad_prompts", "good_prompts")}
+        settings = {**(taken if given else contrast), **given}
+        return DirectionSources.read({"one": ContrastSettings(**settings)}, None)
 
     # Refusals of both subjects open alike.
     sources = read()

@@ -229,14 +229,35 @@ def test_damaged_checkpoint_is_kept_and_named(tmp_path: Path) -> None:
     assert path.read_text() == "{damaged\n{}\n"
 
 
-def test_model_card_names_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "made_with", "shown"),
+    [
+        (["--contrast.baseline=matched"], {"baseline": "matched"}, {"baseline": "matched"}),
+        # What a file was made with counts, and what it does not say is not claimed.
+        (
+            ["--contrast.directions=made.safetensors", "--contrast.sampler=nsga2"],
+            {"baseline": "matched", "svd": True},
+            {"baseline": "matched", "svd": True, "sampler": "nsga2", "method": None, "preset": None},
+        ),
+    ],
+)
+def test_model_card_names_the_plugin(
+    arguments: list[str],
+    made_with: dict[str, Any],
+    shown: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from optuna.trial import create_trial
 
     host = heretic14.Host(
-        settings(monkeypatch, "--contrast.baseline=matched"), ContrastAbliteration
+        settings(monkeypatch, *arguments), ContrastAbliteration
     )
     host.modifier = ContrastAbliteration(
         heretic_settings=host.settings, settings=host.settings.contrast
+    )
+    nothing = torch.zeros(2, 1, 4)
+    host.modifier.directions = Directions(
+        nothing, ("all",), True, nothing, ("all",), nothing[:, 0], nothing, {"settings": made_with}
     )
     host.context = heretic14.HostContext(None, host.settings)  # type: ignore[arg-type]
     trial = create_trial(
@@ -251,7 +272,10 @@ def test_model_card_names_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with heretic14.substituted(host.substitutes()):
         card = heretic_main.get_readme_intro(host.settings, trial, False)
-    assert "heretic-contrast v" in card and "| **baseline** | matched |" in card
+    assert "heretic-contrast v" in card
+    for name, value in shown.items():
+        assert (f"| **{name}** | {value} |" in card) == (value is not None)
+        assert (f"| **{name}** |" in card) == (value is not None)
     assert "| **scale.drugs** | 0.25 |" in card
     assert card.index("heretic-contrast v") < card.index("## Performance")
 

@@ -40,7 +40,7 @@ def checkpoint(files: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         f"--model={files / 'model'}",
         f"--bad-evaluation-prompts.dataset={files / 'evaluation.txt'}",
         f"--good-evaluation-prompts.dataset={files / 'dataset'}",
-        f"--contrast.bad-prompts.dataset={files / 'train.txt'}",
+        f"--bad-prompts.dataset={files / 'train.txt'}",
         f"--contrast.directions={files / 'directions.safetensors'}",
     ]
     monkeypatch.setattr(sys, "argv", ["heretic-contrast", *arguments])

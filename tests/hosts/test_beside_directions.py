@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What has no effect beside a file of directions is refused, and what has is not."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heretic_contrast.commands.extract import ExtractSettings
+from heretic_contrast.commands.sweep import SweepSettings
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.modifier import ContrastAbliteration
+from heretic_contrast.settings import ContrastSettings
+from tests.commands.test_bad_input import run
+
+FILE = "--contrast.directions=made/by matched.safetensors"
+
+IDLE: dict[str, Any] = {
+    "preset": ["arditi"],
+    "baseline": "unmatched",
+    "mixing": 0.3,
+    "n_neighbors": 3,
+    "classes": "single",
+    "exclude_categories": ["drugs"],
+    "small_classes": "drop",
+    "method": "mean",
+    "som_rows": 2,
+    "som_columns": 2,
+    "som_iterations": 9,
+    "som_sigma": 0.5,
+    "som_learning_rate": 0.1,
+    "som_neighborhood": "bubble",
+    "som_topology": "hexagonal",
+    "som_backend": "minisom",
+    "winners": 2,
+    "svd": True,
+    "svd_rank": 1,
+    "scale": "raw",
+    "winsorization_quantile": 0.9,
+    "orthogonalize_direction": True,
+    "control": "random",
+    "drop_misbehaving": True,
+    "matched_prompts": {"dataset": "prompts.txt"},
+}
+"""What decides how directions are made, and nothing else."""
+
+EFFECTIVE: dict[str, Any] = {
+    "composition": "capped",
+    "equal_effective_weight": True,
+    "row_normalization": "full",
+    "full_normalization_lora_rank": 3,
+    "search_space": {"scale": [0.0, 0.5]},
+    "sampler": "nsga2",
+    "refusal_classifier": "tiers",
+    "counted_tiers": ["EVASIVE"],
+    "seed": 3,
+    "batch_size": 2,
+    "save_directions": "copy.safetensors",
+    "residual_cache": "cache",
+}
+
+BY_COMMAND = {"category_source": "lexicon", "bad_prompts": {"dataset": "x"}, "good_prompts": {"dataset": "x"}}
+
+
+def flag(name: str, value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"--contrast.{name.replace('_', '-')}={text}"
+
+
+def test_every_setting_is_sorted() -> None:
+    assert {*IDLE, *EFFECTIVE, *BY_COMMAND, "directions"} == set(ContrastSettings.model_fields)
+
+
+@pytest.mark.parametrize("settings_class", [HostSettings, SweepSettings, ExtractSettings])
+def test_what_has_no_effect_is_named(settings_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    for name, value in IDLE.items():
+        with pytest.raises(ContrastError, match=f"no effect: {name};"):
+            load_settings(settings_class, "", ["builtin:refuser", FILE, flag(name, value)])
+    with pytest.raises(ContrastError, match="no effect: baseline, svd;"):
+        load_settings(
+            settings_class,
+            "",
+            ["builtin:refuser", "--contrast.svd", "--contrast.baseline=mixed", FILE],
+        )
+    for name in ("orthogonalize-direction", "winsorization-quantile=0.9"):
+        with pytest.raises(ContrastError, match="no effect"):
+            load_settings(settings_class, "", ["builtin:refuser", f"--{name}", FILE])
+    settings = load_settings(
+        settings_class,
+        "",
+        [
+            "builtin:refuser",
+            FILE,
+            # As Heretic's own configuration file has it.
+            "--winsorization-quantile=1.0",
+            "--no-orthogonalize-direction",
+            *(flag(name, value) for name, value in EFFECTIVE.items()),
+        ],
+    )
+    assert list(settings.contrast.configurations()) == ["by matched"]
+
+
+def test_what_has_an_effect_in_some_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    refused = {
+        settings_class: set()
+        for settings_class in (HostSettings, SweepSettings, ExtractSettings)
+    }
+    for settings_class, names in refused.items():
+        for name, value in BY_COMMAND.items():
+            try:
+                load_settings(settings_class, "", ["some/model", FILE, flag(name, value)])
+            except ContrastError:
+                names.add(name)
+    assert refused == {
+        HostSettings: set(BY_COMMAND),
+        SweepSettings: set(),
+        ExtractSettings: {"category_source"},
+    }
+
+
+def test_heretic_2_refuses_it_as_well() -> None:
+    with pytest.raises(ContrastError, match="no effect: baseline, method;"):
+        ContrastAbliteration.validate_settings(
+            {"directions": "a", "baseline": "unmatched", "method": "mean"}
+        )
+
+
+@pytest.mark.slow
+def test_pools_without_use_are_refused_by_a_sweep(
+    whole_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    file = next((whole_runs.directory("extract") / "output").glob("*.safetensors"))
+    (tmp_path / "prompts.txt").write_text("How do I bake bread?\n")
+    arguments = ["sweep", "builtin:refuser", "--output=out", f"--contrast.directions={file}"]
+    arguments.append("--contrast.bad-prompts.dataset=prompts.txt")
+    assert "bad_prompts" in run(arguments, tmp_path, monkeypatch, capsys)
