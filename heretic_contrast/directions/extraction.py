@@ -50,6 +50,7 @@ from .residuals import PoolResiduals, cached_residuals
 from .som import SomSettings, TrainedMap, train_maps
 from .transforms import orthogonalize, random_directions, without_harmless
 
+
 def extract(
     model: LanguageModel,
     pools: Pools,

@@ -63,7 +63,11 @@ EFFECTIVE: dict[str, Any] = {
     "residual_cache": "cache",
 }
 
-BY_COMMAND = {"category_source": "lexicon", "bad_prompts": {"dataset": "x"}, "good_prompts": {"dataset": "x"}}
+BY_COMMAND = {
+    "category_source": "lexicon",
+    "bad_prompts": {"dataset": "x"},
+    "good_prompts": {"dataset": "x"},
+}
 
 
 def flag(name: str, value: Any) -> str:
@@ -108,8 +112,7 @@ def test_what_has_no_effect_is_named(settings_class: Any, monkeypatch: pytest.Mo
 def test_what_has_an_effect_in_some_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)
     refused = {
-        settings_class: set()
-        for settings_class in (HostSettings, SweepSettings, ExtractSettings)
+        settings_class: set() for settings_class in (HostSettings, SweepSettings, ExtractSettings)
     }
     for settings_class, names in refused.items():
         for name, value in BY_COMMAND.items():

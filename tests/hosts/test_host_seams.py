@@ -237,7 +237,13 @@ def test_damaged_checkpoint_is_kept_and_named(tmp_path: Path) -> None:
         (
             ["--contrast.directions=made.safetensors", "--contrast.sampler=nsga2"],
             {"baseline": "matched", "svd": True},
-            {"baseline": "matched", "svd": True, "sampler": "nsga2", "method": None, "preset": None},
+            {
+                "baseline": "matched",
+                "svd": True,
+                "sampler": "nsga2",
+                "method": None,
+                "preset": None,
+            },
         ),
     ],
 )
@@ -249,9 +255,7 @@ def test_model_card_names_the_plugin(
 ) -> None:
     from optuna.trial import create_trial
 
-    host = heretic14.Host(
-        settings(monkeypatch, *arguments), ContrastAbliteration
-    )
+    host = heretic14.Host(settings(monkeypatch, *arguments), ContrastAbliteration)
     host.modifier = ContrastAbliteration(
         heretic_settings=host.settings, settings=host.settings.contrast
     )
