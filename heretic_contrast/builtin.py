@@ -68,13 +68,13 @@ def with_refuser_pools(settings: ContrastSettings) -> ContrastSettings:
 
 
 def matched_pool() -> PromptSource:
-    """Returns the matched pool for real models."""
+    """Returns the matched pool for real models (paper, section 3.1)."""
 
     return PromptSource(dataset=str(DATA / "matched" / "train.jsonl"))
 
 
 def harmless_pool(split: str) -> PromptSource:
-    """Returns the general harmless prompts that Heretic uses by default."""
+    """Returns the general harmless prompts that Heretic uses by default (paper, section 3.1)."""
 
     return PromptSource(dataset="mlabonne/harmless_alpaca", split=split, column="text")
 

@@ -61,7 +61,7 @@ class SmallClasses(str, Enum):
 
 
 class Scale(str, Enum):
-    """The length of the directions."""
+    """The length of the directions (paper, section 5.1)."""
 
     UNIT = "unit"
     RAW = "raw"

@@ -73,7 +73,7 @@ class Operator:
 
     def lora_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """
-        Returns the LoRA pair (A, B) with B A = −C W, exactly.
+        Returns the LoRA pair (A, B) with B A = −C W, exactly (paper, section 2.1).
 
         `weight`: Tensor of shape (hidden_size, in_features), float32.
         A: Tensor of shape (n_directions, in_features). B: Tensor of shape (hidden_size, n_directions).
@@ -110,7 +110,7 @@ def compose(
     vectors: Tensor, weights: Tensor, composition: Composition | str = Composition.SUM
 ) -> Operator:
     """
-    Returns the operator that ablates `vectors` with `weights` (design, section 5).
+    Returns the operator that ablates `vectors` with `weights` (paper, section 2.1; design, section 5).
 
     `vectors`: Tensor of shape (n_directions, hidden_size). `weights`: Tensor of shape (n_directions,).
     V and the small matrix K are computed in float64.
@@ -221,7 +221,7 @@ def weight_along(operator: Operator, direction: Tensor) -> float:
 
 def equalize(vectors: Tensor, weights: Tensor) -> Tensor:
     """
-    Rescales weights so that λ_max(Σ_k w_k v_k v_kᵀ) is the largest of them.
+    Rescales weights so that λ_max(Σ_k w_k v_k v_kᵀ) is the largest of them (paper, section 5.2).
 
     The control for compounding: parallel directions then remove no more than a single one would.
     `vectors`: Tensor of shape (n_directions, hidden_size). `weights`: Tensor of shape (n_directions,).

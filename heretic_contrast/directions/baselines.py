@@ -124,7 +124,7 @@ def matched(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
 
 
 def mixed(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
-    """μ = (1 − λ) · unmatched + λ · matched, with λ = `options.mixing` in [0, 1]."""
+    """μ = (1 − λ) · unmatched + λ · matched, with λ = `options.mixing` in [0, 1] (paper, section 6)."""
 
     if not 0 <= options.mixing <= 1:
         raise ContrastError(
@@ -169,7 +169,7 @@ def nearest(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
 
 def residualized(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
     """
-    d = unmatched difference without its part in span{mean(G_c) − mean(G) : all classes c}.
+    d = unmatched difference without its part in span{mean(G_c) − mean(G) : all classes c} (paper, section 6).
 
     The spanned subspace is what the subjects alone add to general prompts. Directions of it below 1e-6 of
     the largest singular value, or of the residuals' length, are rounding, and are kept in d.

@@ -21,7 +21,7 @@ from .file import TENSORS, directions_file, read_directions
 @dataclass(frozen=True)
 class Directions:
     """
-    Directions of every layer, with what is needed to trust them.
+    Directions of every layer, with what is needed to trust them (paper, section 3.2).
 
     `tensor`: Tensor of shape (n_layers + 1, n_directions, hidden_size), float32; index 0 is the embedding.
     `names`: one per direction: its class (with the rank of the neuron where there are several), or "svd 1" ....

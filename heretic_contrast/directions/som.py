@@ -42,7 +42,7 @@ _PARALLEL_LOOP = threading.Lock()
 @dataclass(frozen=True)
 class SomSettings:
     """
-    Settings of a self-organizing map.
+    Settings of a self-organizing map (paper, section 3.2).
 
     From the paper (section 3): the 3 × 3 grid and 10,000 iterations. The paper gives nothing else; the other defaults are
     MiniSom's, except the seed, which MiniSom leaves open.
@@ -107,7 +107,7 @@ class TrainedMap:
 
     def densest(self, count: int) -> list[int]:
         """
-        Returns the neurons that win most samples, densest first. Ties: lower quantization error, then lower index.
+        Returns the neurons that win most samples, densest first. Ties: lower quantization error, then lower index (paper, section 3.2).
 
         Raises `ContrastError` where fewer than `count` neurons win any sample.
         """

@@ -16,7 +16,7 @@ def orthogonalize(
     vectors: Tensor, mean_direction: Tensor, rank: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """
-    Returns the right singular vectors of each layer's directions, and their singular values.
+    Returns the right singular vectors of each layer's directions, and their singular values (paper, section 3.2 c).
 
     D_l = U S Vᵀ; the rows of Vᵀ, ordered by singular value, replace the directions, each with the sign that
     gives it a non-negative product with the mean direction. Where D_l has a lower rank, rows are zero.
@@ -53,7 +53,7 @@ def without_harmless(vectors: Tensor, harmless_means: Tensor) -> Tensor:
 
 def random_directions(vectors: Tensor, seed: int) -> Tensor:
     """
-    Returns random directions of the same count, norms and mutual cosines: the floor for every comparison.
+    Returns random directions of the same count, norms and mutual cosines: the floor for every comparison (paper, section 5.2).
 
     With D = U S Vᵀ, the result is U S Qᵀ with Q a random orthonormal basis of the same size, so that the
     Gram matrix of the directions is exactly that of D.

@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""The paper's measurements (section 3.4): the sweep, divergence, capture and geometry."""
+"""The paper's measurements (sections 3.3 to 5): the sweep, divergence, capture and geometry."""

@@ -35,7 +35,7 @@ RANK_TOLERANCE = 1e-6
 
 def load_pairs(path: Path | None = None, model: str | None = None) -> list[Pair]:
     """
-    Returns pairs from a file with the columns "refused", "answered", and perhaps "category", in any format with columns.
+    Returns pairs from a file with the columns "refused", "answered", and perhaps "category", in any format with columns (paper, section 4.4).
 
     Without a file: pairs of held-out prompts for the built-in refuser, which knows its own subjects alone, and the
     shipped pairs for any other model.
@@ -112,7 +112,7 @@ def span_basis(vectors: Tensor) -> Tensor:
 
 def subspace_capture(differences: Tensor, vectors: Tensor) -> Tensor:
     """
-    Returns ‖P δ‖ / ‖δ‖ for every difference δ, with P the projector on the directions' span.
+    Returns ‖P δ‖ / ‖δ‖ for every difference δ, with P the projector on the directions' span (paper, section 4.4).
 
     `differences`: Tensor of shape (n_pairs, hidden_size). `vectors`: Tensor of shape (n_directions, hidden_size).
     Tensor of shape (n_pairs,), float64; NaN where a difference is zero.
@@ -124,7 +124,7 @@ def subspace_capture(differences: Tensor, vectors: Tensor) -> Tensor:
 
 def max_cosine(differences: Tensor, vectors: Tensor) -> Tensor:
     """
-    Returns max_k |cos(δ, v_k)| for every difference δ; a zero direction has no cosine and counts as 0.
+    Returns max_k |cos(δ, v_k)| for every difference δ; a zero direction has no cosine and counts as 0 (paper, section 4.4).
 
     Shapes, dtype and NaN as in `subspace_capture`.
     """

@@ -49,7 +49,7 @@ Divergence = Annotated[float, BeforeValidator(lambda value: math.inf if value is
 @dataclass(frozen=True)
 class Measurement:
     """
-    What one state of the model does: counts over prompts, and its divergence from the unmodified model.
+    What one state of the model does: counts over prompts, and its divergence from the unmodified model (paper, section 3.3).
 
     `kl_divergence` is in nats, averaged over positions, and infinite (in JSON null) where the model rules out what the
     unmodified one does not. `kl_standard_error` is over prompts; None where there is none, as with a single prompt.
@@ -143,7 +143,7 @@ class Synergy:
 @dataclass(frozen=True)
 class LayerSummary:
     """
-    What one configuration achieves on one layer.
+    What one configuration achieves on one layer (paper, section 3.3).
 
     `functional`: R falls below its baseline at some weight. `successful`: R reaches 0. `minimal_weight` is the
     smallest weight with R = 0, with its divergence and efficiency.

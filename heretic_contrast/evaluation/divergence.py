@@ -124,7 +124,7 @@ def divergences(
     head: Head, base: SparseLogProbabilities, hidden_states: Tensor, chunk: int | None = None
 ) -> Tensor:
     """
-    Returns the KL divergence at each position, in nats: Σ p (log p − log q) over the kept tokens and the tail.
+    Returns the KL divergence at each position, in nats: Σ p (log p − log q) over the kept tokens and the tail (paper, section 3.3).
 
     `hidden_states`: final hidden states of the ablated model, Tensor of shape (n_positions, hidden_size).
     Tensor of shape (n_positions,), float64; infinite where the ablated model rules out what the unmodified one does not, or

@@ -75,7 +75,7 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 
 
 def measure_layer(name: str, directions: Directions, layer: int) -> LayerGeometry:
-    """Returns the geometry of one configuration at one decoder layer."""
+    """Returns the geometry of one configuration at one decoder layer (paper, section 5.2)."""
 
     index = layer + 1
     trained = directions.class_directions[index].to(torch.float64)
@@ -102,7 +102,7 @@ def measure_layer(name: str, directions: Directions, layer: int) -> LayerGeometr
 def compare(
     first_name: str, first: Directions, second_name: str, second: Directions, layer: int
 ) -> Comparison:
-    """Returns how the directions of two configurations lie to each other at one decoder layer."""
+    """Returns how the directions of two configurations lie to each other at one decoder layer (paper, section 5.1)."""
 
     index = layer + 1
     # Several neurons of one class share its name; only single ones can be told to belong together.
@@ -328,7 +328,7 @@ def measure_activities(
     progress: Progress | None = None,
 ) -> tuple[Activity, ...]:
     """
-    Measures occupancy and perturbation of every configuration and decoder layer, in one run of the model.
+    Measures occupancy and perturbation of every configuration and decoder layer, in one run of the model (paper, section 5.1).
 
     Empty for a mixture of experts, whose projections see the tokens of all prompts in one list.
     """

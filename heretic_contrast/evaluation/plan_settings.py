@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, PositiveInt, field_validator
 from ..errors import ContrastError
 
 WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
-"""The paper's weights."""
+"""The paper's weights (paper, section 3.3)."""
 
 
 def parse_layers(text: str) -> tuple[int, ...] | None:

@@ -139,7 +139,7 @@ def _concatenate(parts: Sequence[SparseLogProbabilities]) -> SparseLogProbabilit
 
 
 class SweepEvaluator:
-    """Measures cells on a loaded model. The unmodified model is run once, when the evaluator is made."""
+    """Measures cells on a loaded model. The unmodified model is run once, when the evaluator is made (paper, section 3.3)."""
 
     def __init__(
         self,

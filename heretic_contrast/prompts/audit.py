@@ -74,7 +74,7 @@ class PoolAudit:
 
 def audit_pool(prompts: Sequence[Prompt], examples: int = 3) -> PoolAudit:
     """
-    Counts the categories that the lexicon finds in the prompts, and keeps up to `examples` prompts of each.
+    Counts the categories that the lexicon finds in the prompts, and keeps up to `examples` prompts of each (paper, section 2.2).
 
     Raises `ContrastError` when the pool is empty, or `examples` is negative.
     """

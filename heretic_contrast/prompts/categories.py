@@ -29,6 +29,7 @@ CATEGORIES: tuple[str, ...] = (
     "surveillance",
     "miscellaneous",
 )
+"""The nine harm categories (paper, section 3.1)."""
 
 MISCELLANEOUS = "miscellaneous"
 """The category of whatever no classifier is sure about."""

@@ -177,7 +177,7 @@ def suggest_parameters(
     default: Mapping[str, Range] | None = None,
 ) -> Parameters:
     """
-    Samples the parameters of a trial.
+    Samples the parameters of a trial (paper, section 2.1).
 
     Names and ranges of the kernel and the direction index are Heretic's, so that one direction searches exactly
     Heretic's space. Several directions add one scale each; parallel directions add up, so the range of the

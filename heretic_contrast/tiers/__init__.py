@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Tiers of responses (section 3.4), judged from their form, and their coherence. Imports no PyTorch."""
+"""Tiers of responses (paper, section 3.3), judged from their form, and their coherence. Imports no PyTorch."""
 
 from .responses import Tier, classify_response
 

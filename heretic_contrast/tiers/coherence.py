@@ -43,7 +43,7 @@ def split_words(text: str) -> list[str]:
 
 def normalized_bigram_entropy(response: str) -> float:
     """
-    Entropy of the response's word bigrams over its maximum, in [0, 1].
+    Entropy of the response's word bigrams over its maximum, in [0, 1] (paper, section 3.3).
 
     With N bigrams of relative frequencies p, this is -Σ p ln p / ln N: 1 when no bigram repeats, 0 when all are the same.
     Fewer than two bigrams cannot repeat: 1.
