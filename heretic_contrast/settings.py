@@ -8,7 +8,7 @@ This module imports neither PyTorch nor Heretic, so that `--help` stays fast.
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import PurePath
@@ -179,6 +179,18 @@ DATASET_DESCRIPTION = (
 )
 
 
+def check_dataset_keys(value: Any, known: Collection[str]) -> None:
+    """Raises `ContrastError` when a dataset, or one of a list of them, has a key that is none of those that are known."""
+
+    for item in value if isinstance(value, list) else [value]:
+        for key in item if isinstance(item, dict) else ():
+            if str(key) not in known:
+                close = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
+                raise ContrastError(
+                    f'There is no setting "{key}" of a dataset: did you mean "{close[0]}"?'
+                )
+
+
 class PromptSource(BaseModel):
     """Where a pool of prompts comes from: Heretic's dataset specification, with a category column."""
 
@@ -228,6 +240,14 @@ class PromptSource(BaseModel):
         default=None,
         description="System prompt to use with the prompts (overrides the model's if set).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_keys(cls, data: Any) -> Any:
+        """Names an unknown key, before a dataset is missed whose name it should have."""
+
+        check_dataset_keys(data, cls.model_fields)
+        return data
 
     @field_validator("dataset")
     @classmethod

@@ -79,12 +79,25 @@ def normalize_arguments(settings_class: type[BaseSettings], arguments: Sequence[
             normalized.append(switch(name, rest.pop(0)))
         else:
             normalized.append(argument)
+    check_lists(normalized)
     if not words:
         return normalized
     named = [argument for argument in normalized if argument.partition("=")[0] == "--model"]
     if len(words) > 1 or named or "--model" not in options:
         raise ContrastError(superfluous(words, bool(named), "--model" in options))
     return [*normalized, f"--model={words[0]}"]
+
+
+def check_lists(arguments: Sequence[str]) -> None:
+    """Raises `ContrastError` when an option is given for a field of what another option says is a list."""
+
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    for name in given:
+        outer = name.rpartition(".")[0]
+        if given.get(outer, "").lstrip().startswith("["):
+            raise ContrastError(
+                f"{name} is given beside a list for {outer}, where it has no effect: write it into the items of the list."
+            )
 
 
 def is_option(word: str) -> bool:

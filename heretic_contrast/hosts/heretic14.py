@@ -29,6 +29,7 @@ from heretic.config import ExportStrategy
 from heretic.config import RowNormalization as HereticRowNormalization
 from optuna import Trial
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import TypeAdapter
 from questionary import Choice
 from torch import Tensor
 
@@ -192,6 +193,32 @@ class Host:
         self.model_was_saved = False
         self.was_interrupted = False
         self.pools: dict[str, list[Prompt]] = {}
+
+    def settings_class(host) -> type[HostSettings]:
+        """Returns the class that stands in for Heretic's settings, which gives those of this run to a study that goes on."""
+
+        class Settings(type(host.settings)):  # type: ignore[misc]
+            @classmethod
+            def model_validate_json(cls, json_data: Any, **options: Any) -> HostSettings:
+                return host.continued(json.loads(json_data))
+
+        return Settings
+
+    def continued(self, stored: dict[str, Any]) -> HostSettings:
+        """
+        Returns the settings that a study goes on with: those that are given, and what was decided when it began.
+
+        `stored`: those that it began with. All that decides trials is equal, or it would be another study.
+        """
+
+        fields, given = type(self.settings).model_fields, self.settings.model_fields_set
+        return self.settings.model_copy(
+            update={
+                name: TypeAdapter(fields[name].annotation).validate_python(stored[name])
+                for name in ("seed", "batch_size", "response_prefix", "n_trials")
+                if name not in given or getattr(self.settings, name) is None
+            }
+        )
 
     def load_prompts(self, settings: HostSettings, specification: Any) -> list[Any]:
         """
@@ -492,7 +519,7 @@ class Host:
             """Plain Heretic could not rebuild the model from a reproduce.json, so none is written."""
 
         return {
-            "Settings": type(self.settings),
+            "Settings": self.settings_class(),
             "Model": self.model_class(),
             "Evaluator": self.evaluator_class(),
             "TPESampler": self.make_sampler,

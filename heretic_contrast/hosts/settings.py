@@ -6,6 +6,7 @@ Heretic's settings with those of the plugin.
 Imports Heretic's configuration alone, which is light, so that `--help` is as fast as Heretic's.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -39,13 +40,14 @@ from ..settings import (
     ContrastSettings,
     PromptSource,
     PromptSources,
+    check_dataset_keys,
     check_dataset_name,
     check_text,
     complaint,
     require_effect,
 )
 from .arguments import PROGRAM, normalize_arguments
-from .unused import class_name, named_plugins, unused_tables, unused_variables
+from .unused import LIKE, class_name, named_plugins, unused_tables, unused_variables
 
 PLUGIN = "heretic_contrast.ContrastAbliteration"
 TABLE = "ContrastAbliteration"
@@ -163,6 +165,12 @@ class ContrastTomlSource(TomlConfigSettingsSource):
             unused_tables(config, named, settings, table, known),
         ):
             raise ContrastError(sentence)
+        for name in sorted(set(config) - known - {"modifier"}):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=LIKE)
+            if close:
+                raise ContrastError(
+                    f'config.toml has "{name}", which nothing reads: did you mean "{close[0]}"?'
+                )
 
 
 class HostSettings(Settings):
@@ -241,10 +249,15 @@ class HostSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def refuse_null_characters(cls, data: Any) -> Any:
-        """Refuses null characters, with which every use of a path would fail later."""
+        """Refuses null characters, with which every use of a path would fail later, and unknown keys of Heretic's datasets."""
 
         if isinstance(data, dict):
             check_text(data)
+            for name, value in data.items():
+                default = getattr(cls.model_fields.get(name), "default", None)
+                for item in default if isinstance(default, list) else [default]:
+                    if hasattr(item, "dataset"):
+                        check_dataset_keys(value, type(item).model_fields)
         return data
 
     @model_validator(mode="after")
@@ -356,6 +369,8 @@ class HostSettings(Settings):
         )
         for name in ("save_directions", "residual_cache"):
             content["contrast"].pop(name)
+        if self.response_prefix is not None:  # type: ignore[has-type]
+            content["response_prefix"] = self.response_prefix  # type: ignore[has-type]
         # Where the trials are kept may lie within a folder of prompts.
         own = Path(self.study_checkpoint_dir)
         content["files"] = [path_digest(Path(self.model), MODEL_FILES)] + [

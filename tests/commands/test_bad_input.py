@@ -80,6 +80,48 @@ def test_unknown_key_in_the_table_names_the_nearest(
     assert '"baselin"' in error and '"baseline"' in error
 
 
+@pytest.mark.parametrize(
+    ("configuration", "arguments", "expected"),
+    [
+        ("n_trails = 3", [], '"n_trails", which nothing reads: did you mean "n_trials"?'),
+        ("[bad_evaluation_prompt]\nsplit = 'x'", [], 'did you mean "bad_evaluation_prompts"?'),
+        ("[bad_prompts]\ndataset = 'x'\nsplt = 'y'", [], '"splt" of a dataset: did you mean "split"?'),
+        ("", ["--bad-prompts", '{"dataset": "x", "splt": "y"}'], '"splt"'),
+        (
+            "[modifier.ContrastAbliteration.bad_prompts]\ndatset = 'x'",
+            [],
+            '"datset" of a dataset: did you mean "dataset"?',
+        ),
+        (
+            "",
+            ["--contrast.good-prompts", '[{"dataset": "x"}, {"dataset": "x", "colum": "y"}]'],
+            '"colum" of a dataset: did you mean "column"?',
+        ),
+        (
+            "",
+            ["--contrast.bad-prompts", '[{"dataset": "x"}]', "--contrast.bad-prompts.split", "y"],
+            "--contrast.bad-prompts.split is given beside a list",
+        ),
+        (
+            "",
+            ["--contrast.matched-prompts.prefix=y", '--contrast.matched-prompts= [{"dataset": "x"}]'],
+            "--contrast.matched-prompts.prefix is given beside a list",
+        ),
+    ],
+)
+def test_what_would_be_dropped(
+    configuration: str,
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "config.toml").write_text(configuration)
+    arguments = ["--model", "builtin:refuser", *arguments]
+    assert expected in run(arguments, tmp_path, monkeypatch, capsys)
+
+
 def test_two_modifiers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,23 @@ def test_files_changed_in_place_make_another_study(
     assert checkpoint(files, monkeypatch) != before
 
 
+def test_a_response_prefix_that_is_given_makes_a_study_of_its_own(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {checkpoint(files, monkeypatch)}
+    for prefix in ("", "Well"):
+        monkeypatch.setattr(sys, "argv", [*sys.argv, f"--response-prefix={prefix}"])
+        found.add(HostSettings().study_checkpoint_dir)
+    assert len(found) == 3
+    before = HostSettings().study_checkpoint_dir
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [*sys.argv, "--export-strategy=merge", "--n-trials=7", "--batch-size=2"],
+    )
+    assert HostSettings().study_checkpoint_dir == before
+
+
 def test_what_is_written_beside_a_model_is_no_part_of_it(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +182,18 @@ def test_a_study_goes_on_only_with_what_it_was_begun_with(
     identities = [json.loads(line)["user_attr"] for line in lines if '"identity"' in line]
     assert len(identities) == 2 and identities[0] == identities[1]
     command = command_server.run(arguments, tmp_path / "run")
+    assert command.code == 0 and "Running trial" not in command.output()
+
+    # What does not decide trials counts as it is given now.
+    changed = [*arguments, "--n-trials=3", "--export-strategy=merge", "--save-directory=whole"]
+    command = command_server.run(changed, tmp_path / "run")
+    assert command.code == 0 and "Running trial 3 of 3" in command.output()
+    assert "Running trial 2" not in command.output()
+    saved = {path.name for path in (tmp_path / "run" / "whole").glob("*.safetensors")}
+    assert saved == {"model.safetensors"}
+    # What was left open keeps its number.
+    fewer = [option for option in arguments if not option.startswith("--n-trials")]
+    command = command_server.run(fewer, tmp_path / "run")
     assert command.code == 0 and "Running trial" not in command.output()
 
     # Edited in place: a study of its own.
