@@ -85,7 +85,11 @@ def test_unknown_key_in_the_table_names_the_nearest(
     [
         ("n_trails = 3", [], '"n_trails", which nothing reads: did you mean "n_trials"?'),
         ("[bad_evaluation_prompt]\nsplit = 'x'", [], 'did you mean "bad_evaluation_prompts"?'),
-        ("[bad_prompts]\ndataset = 'x'\nsplt = 'y'", [], '"splt" of a dataset: did you mean "split"?'),
+        (
+            "[bad_prompts]\ndataset = 'x'\nsplt = 'y'",
+            [],
+            '"splt" of a dataset: did you mean "split"?',
+        ),
         ("", ["--bad-prompts", '{"dataset": "x", "splt": "y"}'], '"splt"'),
         (
             "[modifier.ContrastAbliteration.bad_prompts]\ndatset = 'x'",
@@ -104,7 +108,10 @@ def test_unknown_key_in_the_table_names_the_nearest(
         ),
         (
             "",
-            ["--contrast.matched-prompts.prefix=y", '--contrast.matched-prompts= [{"dataset": "x"}]'],
+            [
+                "--contrast.matched-prompts.prefix=y",
+                '--contrast.matched-prompts= [{"dataset": "x"}]',
+            ],
             "--contrast.matched-prompts.prefix is given beside a list",
         ),
     ],
