@@ -2,13 +2,15 @@
 
 """Writing files so that an interruption never leaves a partial one in place of a whole one."""
 
+import csv
 import glob
 import hashlib
+import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -116,6 +118,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return value
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Returns rows as CSV text; None becomes an empty cell."""
+
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
 
 
 def require_writable_directory(path: Path) -> None:

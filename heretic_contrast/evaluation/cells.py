@@ -6,16 +6,14 @@ What a sweep measures, as typed results that turn into JSON and CSV and back.
 Nothing here depends on when, where or by how many processes a sweep was run.
 """
 
-import csv
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, TypeAdapter
 
-from ..files import json_text
+from ..files import csv_text, json_text
 from .statistics import wilson_interval
 
 
@@ -282,9 +280,7 @@ class SweepResult:
     def to_csv(self) -> str:
         """Returns one row per cell as CSV text."""
 
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, CSV_COLUMNS, lineterminator="\n")
-        writer.writeheader()
+        rows: list[Iterable[Any]] = [CSV_COLUMNS]
         for cell in self.cells:
             low, high = cell.measurement.refusal_interval()
             exact = {
@@ -294,17 +290,16 @@ class SweepResult:
                 "kl_standard_error": cell.measurement.kl_standard_error,
                 "efficiency": self.efficiency(cell),
             }
-            writer.writerow(
-                {
-                    **cell.key()._asdict(),
-                    "layers": " ".join(map(str, cell.layers)),
-                    **asdict(cell.measurement),
-                    "refusal_share_low": f"{low:.4f}",
-                    "refusal_share_high": f"{high:.4f}",
-                    **{key: "" if x is None else f"{x:.6g}" for key, x in exact.items()},
-                }
-            )
-        return buffer.getvalue()
+            row = {
+                **cell.key()._asdict(),
+                "layers": " ".join(map(str, cell.layers)),
+                **asdict(cell.measurement),
+                "refusal_share_low": f"{low:.4f}",
+                "refusal_share_high": f"{high:.4f}",
+                **{key: "" if x is None else f"{x:.6g}" for key, x in exact.items()},
+            }
+            rows.append([row[column] for column in CSV_COLUMNS])
+        return csv_text(rows)
 
     def responses_json_lines(self) -> str:
         """Returns every response as JSON Lines: where it was given, to what, its text, and its tier and coherence."""

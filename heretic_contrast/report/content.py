@@ -3,9 +3,13 @@
 """What a report consists of: sections with text, tables and figures, before they take any form."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any
+
+from .plots import can_plot
 
 MISSING = "–"
 """Stands where there is no value."""
@@ -56,15 +60,25 @@ def layers_text(layers: Any) -> str:
     return ", ".join(parts) or "none"
 
 
+def slug(*names: str) -> str:
+    """Returns a part of a file name; names come from users."""
+
+    return "-".join(
+        "".join(letter if letter.isalnum() else "-" for letter in name) for name in names
+    )
+
+
 @dataclass(frozen=True)
 class Column:
     """
-    A column: its header, how its values are shown, and whether they are numbers.
+    A column: its header, what it shows of an item, how, and whether its values are numbers.
 
-    A column that is not `essential` is left out in the terminal, where room is short.
+    `value`: the name of an attribute of the item, with dots in it or not, or a function of the item. A column that is not
+    `essential` is left out in the terminal, where room is short.
     """
 
     header: str
+    value: str | Callable[[Any], Any] = ""
     form: Formatter = str
     numeric: bool = True
     essential: bool = True
@@ -75,10 +89,12 @@ class Column:
         return MISSING if value is None else self.form(value)
 
 
-def text_column(header: str, essential: bool = True) -> Column:
+def text_column(
+    header: str, value: str | Callable[[Any], Any] = "", essential: bool = True
+) -> Column:
     """Returns a column of text."""
 
-    return Column(header, numeric=False, essential=essential)
+    return Column(header, value, numeric=False, essential=essential)
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,25 @@ class Table:
     note: str = ""
     n_keys: int = 1
 
+    @classmethod
+    def of(
+        cls,
+        items: Iterable[Any],
+        name: str,
+        title: str,
+        *columns: Column,
+        note: str = "",
+        n_keys: int = 1,
+    ) -> "Table":
+        """Returns the table with a row for each item."""
+
+        values = [
+            attrgetter(column.value) if isinstance(column.value, str) else column.value
+            for column in columns
+        ]
+        rows = tuple(tuple(value(item) for value in values) for item in items)
+        return cls(name, title, columns, rows, note, n_keys)
+
     def texts(self) -> list[list[str]]:
         """Returns all values as they are shown."""
 
@@ -107,22 +142,46 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot as PNG. `name` becomes the name of its file; `alternative` says in words what it shows."""
+    """A plot. `name` becomes the name of its file; `alternative` says in words what `draw`, which gives a PNG, shows."""
 
     name: str
     title: str
     alternative: str
-    png: bytes
+    draw: Callable[[], bytes]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        title: str,
+        alternative: str,
+        draw: Callable[..., bytes],
+        *arguments: Any,
+        **options: Any,
+    ) -> "Figure":
+        """Returns the figure that a function draws of arguments."""
+
+        return cls(name, title, alternative, partial(draw, *arguments, **options))
+
+    @cached_property
+    def png(self) -> bytes:
+        """The plot, drawn once."""
+
+        return self.draw()
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report under one heading."""
+    """A part of a report under one heading. It has no figures where nothing can be drawn."""
 
     title: str
     paragraphs: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not can_plot():
+            object.__setattr__(self, "figures", ())
 
 
 @dataclass(frozen=True)
@@ -132,7 +191,7 @@ class Report:
     title: str
     subtitle: str
     summary: tuple[str, ...]
-    sections: tuple[Section, ...] = field(default=())
+    sections: tuple[Section, ...] = ()
 
     def figures(self) -> list[Figure]:
         """Returns all figures."""

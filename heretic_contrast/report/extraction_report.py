@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from ..evaluation.results import (
     LayerGeometry,
 )
 from . import plots
-from .content import Column, Figure, Report, Section, Table, number, text_column
+from .content import Column, Figure, Report, Section, Table, number, slug, text_column
 from .sections import (
     capture_layers_table,
     capture_section,
@@ -26,8 +27,7 @@ from .sections import (
     perturbation_section,
     shown_layer,
 )
-from .tables import to_csv, to_rich
-from .writing import NO_PLOTS, table_files, to_json, write_report
+from .writing import say_what_is_missing, table_files, to_json, to_rich, write_report
 
 
 def write_extraction_report(
@@ -41,16 +41,12 @@ def write_extraction_report(
 
     capture, geometry = extraction.capture, extraction.geometry
     report = extraction_report(extraction)
-    write_report(
-        report,
-        directory,
-        {
-            "capture.json": to_json(capture.to_dict()),
-            "geometry.json": to_json(geometry.to_dict()),
-            **table_files(report),
-            "capture-layers.csv": to_csv(capture_layers_table(capture)),
-        },
-    )
+    texts = {
+        "capture.json": to_json(capture.to_dict()),
+        "geometry.json": to_json(geometry.to_dict()),
+        **table_files([*report.tables(), capture_layers_table(capture)]),
+    }
+    write_report(report, directory, texts)
     log(to_rich(configuration_table(extraction)))
     if capture.layers:
         log()
@@ -64,8 +60,7 @@ def write_extraction_report(
         log(
             "* Occupancy and perturbation are left out: the experts of this model do not keep prompts apart."
         )
-    if not plots.can_plot():
-        log(f"[yellow]{NO_PLOTS.replace('[', chr(92) + '[')}[/]")
+    say_what_is_missing(log)
 
 
 def extraction_report(extraction: Extraction) -> Report:
@@ -73,7 +68,6 @@ def extraction_report(extraction: Extraction) -> Report:
 
     capture, geometry = extraction.capture, extraction.geometry
     names = list(extraction.directions)
-    layer = shown_layer(len(geometry.layers) // len(names), capture)
     sections = [
         Section("Overview", tables=(configuration_table(extraction),)),
         capture_section(capture),
@@ -89,6 +83,7 @@ def extraction_report(extraction: Extraction) -> Report:
                 f"The first {N_PROMPTS} prompts of the pools of harmful and of general harmless prompts for extraction; at most {MAX_RESPONSE_LENGTH} decoding steps.",
             )
         )
+    layer = shown_layer(len(geometry.layers) // len(names), capture)
     sections.append(classes_section(extraction, layer))
     return Report(
         title=f"Refusal directions of {extraction.model}",
@@ -119,99 +114,87 @@ def summary(extraction: Extraction) -> tuple[str, ...]:
 def configuration_table(extraction: Extraction) -> Table:
     """Returns what each configuration's directions look like, averaged over layers."""
 
-    rows = []
-    for name, directions in extraction.directions.items():
-        settings = directions.settings
-        layers = extraction.geometry.of(name)
-        cosines = [layer.mean_cosine for layer in layers if layer.mean_cosine is not None]
-        shares = [layer.first_share for layer in layers if layer.first_share is not None]
-        rows.append(
-            (
-                name,
-                settings.get("baseline"),
-                directions.n_directions,
-                "yes" if settings.get("svd") else "no",
-                settings.get("scale"),
-                sum(layer.mean_norm for layer in layers) / len(layers),
-                sum(cosines) / len(cosines) if cosines else None,
-                sum(shares) / len(shares) if shares else None,
-                sum(layer.effective_weight for layer in layers) / len(layers),
-            )
-        )
-    return Table(
+    def setting(name: str) -> Callable[[str], Any]:
+        return lambda item: extraction.directions[item].settings.get(name)
+
+    def average(attribute: str) -> Callable[[str], float | None]:
+        def value(item: str) -> float | None:
+            values = [getattr(layer, attribute) for layer in extraction.geometry.of(item)]
+            known = [value for value in values if value is not None]
+            return sum(known) / len(known) if known else None
+
+        return value
+
+    return Table.of(
+        extraction.directions,
         "configurations",
         "Directions by configuration",
-        (
-            text_column("Configuration"),
-            text_column("Baseline", essential=False),
-            Column("Directions"),
-            text_column("SVD", essential=False),
-            text_column("Scale", essential=False),
-            Column("Mean norm", number(3)),
-            Column("Mean cosine", number(3)),
-            Column("Share of σ₁²", number(3)),
-            Column("Effective weight", number(2)),
-        ),
-        tuple(rows),
-        "Averages over layers; norm, cosine and share of the first squared singular value of the class directions as trained.",
+        text_column("Configuration", str),
+        text_column("Baseline", setting("baseline"), essential=False),
+        Column("Directions", lambda item: extraction.directions[item].n_directions),
+        text_column("SVD", lambda item: "yes" if setting("svd")(item) else "no", essential=False),
+        text_column("Scale", setting("scale"), essential=False),
+        Column("Mean norm", average("mean_norm"), number(3)),
+        Column("Mean cosine", average("mean_cosine"), number(3)),
+        Column("Share of σ₁²", average("first_share"), number(3)),
+        Column("Effective weight", average("effective_weight"), number(2)),
+        note="Averages over layers; norm, cosine and share of the first squared singular value of the class directions as trained.",
     )
 
 
 def classes_section(extraction: Extraction, layer: int) -> Section:
     """Returns the classes of each configuration at one layer: cosines, singular values, and maps."""
 
-    geometry = extraction.geometry
-    names = dict(geometry.class_names)
+    names = dict(extraction.geometry.class_names)
     measured = {
-        name: next(item for item in geometry.of(name) if item.layer == layer) for name in names
+        item.configuration: item for item in extraction.geometry.layers if item.layer == layer
     }
-    figures: list[Figure] = []
-    if plots.can_plot():
-        spectra = {}
-        for name, item in measured.items():
-            first = item.singular_values[0]
-            spectra[name] = (
-                list(range(1, len(item.singular_values) + 1)),
-                [value / first if first else None for value in item.singular_values],
-            )
-        figures.append(
-            Figure(
-                "singular-values",
-                f"Singular values of the class directions, layer {layer}",
-                f"Line plot: singular values relative to the first one, for {', '.join(spectra)}.",
-                plots.lines(spectra, "Index", "Singular value / first one", from_zero=True),
-            )
+    spectra = {
+        name: (
+            range(1, len(item.singular_values) + 1),
+            [value / first if first else None for value in item.singular_values],
         )
-        for name, directions in extraction.directions.items():
-            if directions.repeated:
-                continue
+        for name, item in measured.items()
+        for first in item.singular_values[:1]
+    }
+    figures = [
+        Figure.of(
+            "singular-values",
+            f"Singular values of the class directions, layer {layer}",
+            f"Line plot: singular values relative to the first one, for {', '.join(spectra)}.",
+            plots.lines,
+            spectra,
+            "Index",
+            "Singular value / first one",
+            from_zero=True,
+        )
+    ]
+    rows = []
+    for name, directions in extraction.directions.items():
+        if not directions.repeated:
             if len(names[name]) > 1:
                 figures.append(cosine_figure(name, names[name], measured[name]))
             if directions.hits.size and directions.settings.get("control") != "random":
                 figures.append(hits_figure(name, directions, layer))
-    rows = tuple(
-        (
-            name,
-            class_name,
-            norm,
-            *_densest(directions, index * len(directions.class_names) // len(names[name]), layer),
-        )
-        for name, directions in extraction.directions.items()
-        for index, (class_name, norm) in enumerate(
-            zip(names[name], measured[name].norms, strict=True)
-        )
-    )
+        # Several neurons of a class follow each other.
+        winners = len(names[name]) // len(directions.class_names)
+        for index, norm in enumerate(measured[name].norms):
+            counts: tuple[int | None, int | None] = (None, None)
+            if directions.hits.size:
+                hits = directions.hits[layer, index // winners]
+                counts = int(hits.sum()), int(hits.max())
+            rows.append((name, names[name][index], norm, *counts))
     table = Table(
         "classes",
         f"Classes at layer {layer}",
         (
             text_column("Configuration"),
             text_column("Class"),
-            Column("Norm", number(3)),
+            Column("Norm", form=number(3)),
             Column("Prompts"),
             Column("Won by the densest neuron"),
         ),
-        rows,
+        tuple(rows),
         "Norm of the class direction as trained. Prompts of the class, and how many of them its map's densest neuron wins.",
         n_keys=2,
     )
@@ -229,20 +212,19 @@ def classes_section(extraction: Extraction, layer: int) -> Section:
 def cosine_figure(name: str, classes: tuple[str, ...], measured: LayerGeometry) -> Figure:
     """Returns the heat map of cosines between classes."""
 
-    return Figure(
-        f"class-cosines-{_safe(name)}",
+    return Figure.of(
+        f"class-cosines-{slug(name)}",
         f"Cosines between classes: {name}, layer {measured.layer}",
         f"Heat map of the cosines between the directions of {', '.join(classes)}; on average {measured.mean_cosine:.2f}.",
-        plots.heat_map(
-            np.array(measured.cosines),
-            classes,
-            classes,
-            "Class",
-            "Class",
-            "Cosine",
-            limits=(-1, 1),
-            annotate="{:.2f}",
-        ),
+        plots.heat_map,
+        np.array(measured.cosines),
+        classes,
+        classes,
+        "Class",
+        "Class",
+        "Cosine",
+        limits=(-1, 1),
+        annotate="{:.2f}",
     )
 
 
@@ -250,29 +232,13 @@ def hits_figure(name: str, directions: Extracted, layer: int) -> Figure:
     """Returns the maps of prompts won by each neuron."""
 
     rows = directions.settings.get("som_rows", 1)
-    shape = (rows, directions.hits.shape[2] // rows)
-    return Figure(
-        f"som-hits-{_safe(name)}",
+    maps = directions.hits[layer].reshape(len(directions.class_names), rows, -1)
+    return Figure.of(
+        f"som-hits-{slug(name)}",
         f"Prompts won by each neuron: {name}, layer {layer}",
-        f"Self-organizing maps of {shape[0]} by {shape[1]} neurons with the number of prompts that each neuron wins, "
+        f"Self-organizing maps of {rows} by {maps.shape[2]} neurons with the number of prompts that each neuron wins, "
         f"one for each of {', '.join(directions.class_names)}.",
-        plots.hit_maps(
-            [hits.reshape(shape) for hits in directions.hits[layer]],
-            directions.class_names,
-        ),
+        plots.hit_maps,
+        maps,
+        directions.class_names,
     )
-
-
-def _densest(directions: Extracted, index: int, layer: int) -> tuple[int | None, int | None]:
-    """Returns the number of prompts of a class, and how many of them the densest neuron wins."""
-
-    if not directions.hits.size:
-        return None, None
-    hits = directions.hits[layer, index]
-    return int(hits.sum()), int(hits.max())
-
-
-def _safe(name: str) -> str:
-    """Returns a name that is safe in file names."""
-
-    return "".join(letter if letter.isalnum() else "-" for letter in name)

@@ -98,21 +98,7 @@ def heat_map(
     axes.set_xlabel(column_title)
     axes.set_ylabel(row_title)
     if annotate is not None and n_columns <= 32 and n_rows <= 64:
-        for row in range(n_rows):
-            for column in range(n_columns):
-                value = values[row, column]
-                if np.isfinite(value):
-                    # Black on the light half of the color map, white on the dark half.
-                    light = (value - low) / (high - low) > 0.55
-                    axes.text(
-                        column,
-                        row,
-                        annotate.format(value),
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="black" if light else "white",
-                    )
+        _write_values(axes, values, low, high, annotate)
     figure.colorbar(image, ax=axes, label=value_title, fraction=0.06)
     return _png(figure)
 
@@ -124,7 +110,6 @@ def lines(
     logarithmic: bool = False,
     from_zero: bool = False,
     level: tuple[float, str] | None = None,
-    integers: bool = True,
 ) -> bytes:
     """
     Returns lines with markers, one for each series of x and y values; None breaks a line.
@@ -141,9 +126,7 @@ def lines(
             x,
             [np.nan if value is None else value for value in y],
             label=name,
-            color=COLORS[index % len(COLORS)],
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle=("-", "--", ":", "-.")[index // len(COLORS) % 4],
+            **_style(index),
             # Later lines are thinner, so that those below equal ones stay visible.
             markersize=max(3.0, 8.0 - 1.6 * index),
             linewidth=max(1.0, 2.6 - 0.5 * index),
@@ -156,13 +139,8 @@ def lines(
         axes.set_yscale("log")
     elif from_zero:
         axes.set_ylim(bottom=0)
-    if integers:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(x_title)
-    axes.set_ylabel(y_title)
-    axes.grid(alpha=0.3)
-    _legend(figure, axes)
-    return _png(figure)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _finished(figure, axes, x_title, y_title)
 
 
 def fronts(
@@ -180,29 +158,24 @@ def fronts(
     figure = _figure(6.0, 4.4)
     axes = figure.subplots()
     for index, (name, (x, y, on_front)) in enumerate(series.items()):
-        color = COLORS[index % len(COLORS)]
-        marker = MARKERS[index % len(MARKERS)]
-        axes.scatter(x, y, s=16, color=color, marker=marker, alpha=0.35, linewidths=0)
+        style = _style(index)
+        axes.scatter(
+            x, y, s=16, color=style["color"], marker=style["marker"], alpha=0.35, linewidths=0
+        )
         front = sorted((a, b) for a, b, chosen in zip(x, y, on_front, strict=True) if chosen)
         axes.plot(
             [a for a, _ in front],
             [b for _, b in front],
             drawstyle="steps-post",
-            color=color,
-            marker=marker,
             markersize=5,
             linewidth=1.4,
-            linestyle=("-", "--", ":", "-.")[index // len(COLORS) % 4],
             label=name,
+            **style,
         )
     if any(np.isfinite(value) for x, _, _ in series.values() for value in x):
         axes.set_xscale("log")
-    axes.set_xlabel(x_title)
-    axes.set_ylabel(y_title)
     axes.set_ylim(bottom=-0.4)
-    axes.grid(alpha=0.3)
-    _legend(figure, axes)
-    return _png(figure)
+    return _finished(figure, axes, x_title, y_title)
 
 
 def hit_maps(hits: Sequence[NDArray[Any]], titles: Sequence[str]) -> bytes:
@@ -226,16 +199,39 @@ def hit_maps(hits: Sequence[NDArray[Any]], titles: Sequence[str]) -> bytes:
         axes.set_yticks([])
         axes.set_title(title, fontsize=9)
         if counts.size <= 100:
-            for (row, column), count in np.ndenumerate(counts):
-                axes.text(
-                    column,
-                    row,
-                    str(count),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="black" if count / high > 0.55 else "white",
-                )
+            _write_values(axes, counts, 0, high, "{}")
+    return _png(figure)
+
+
+def _write_values(axes: Any, values: NDArray[Any], low: float, high: float, form: str) -> None:
+    """Writes every finite value into its cell."""
+
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            # Black on the light half of the color map, white on the dark half.
+            color = "black" if (value - low) / (high - low) > 0.55 else "white"
+            axes.text(
+                column, row, form.format(value), ha="center", va="center", fontsize=8, color=color
+            )
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Returns the look of a series."""
+
+    return {
+        "color": COLORS[index % len(COLORS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": ("-", "--", ":", "-.")[index // len(COLORS) % 4],
+    }
+
+
+def _finished(figure: Any, axes: Any, x_title: str, y_title: str) -> bytes:
+    """Returns a plot of series, with titles, a grid and a legend."""
+
+    axes.set_xlabel(x_title)
+    axes.set_ylabel(y_title)
+    axes.grid(alpha=0.3)
+    _legend(figure, axes)
     return _png(figure)
 
 

@@ -2,13 +2,50 @@
 
 """Sections that the reports of a sweep and of an extraction share: capture, norms, compounding, perturbation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
-from ..evaluation.results import CaptureResult, Geometry
+from ..evaluation.results import Activity, CaptureResult, Geometry, LayerCapture
 from . import plots
 from .content import Column, Figure, Section, Table, number, percent, significant, text_column
+
+CONFIGURATION = text_column("Configuration", "configuration")
+LAYER = Column("Layer", "layer")
+
+
+def over_layers(
+    name: str,
+    title: str,
+    alternative: str,
+    series: Mapping[str, Iterable[Any]],
+    value: Callable[[Any], float | None],
+    axis: str,
+    **options: Any,
+) -> Figure:
+    """
+    Returns a figure with a line over layers for each series.
+
+    `alternative`: {names} stands for the series' names, {axis} for that of the axis. `value`: of an item at one layer.
+    `options`: those of `plots.lines`.
+    """
+
+    points = {
+        label: ([item.layer for item in items], [value(item) for item in items])
+        for label, items in series.items()
+    }
+    return Figure.of(
+        name,
+        title,
+        alternative.format(names=", ".join(series), axis=axis),
+        plots.lines,
+        points,
+        "Layer",
+        axis,
+        **options,
+    )
 
 
 def capture_section(capture: CaptureResult) -> Section:
@@ -25,51 +62,45 @@ def capture_section(capture: CaptureResult) -> Section:
             f"{len(capture.left_out)} of {n_pairs} pairs are left out, since the model does not treat them as assumed."
         )
     tables = []
-    figures: list[Figure] = []
+    figures = []
     if capture.layers:
         tables.append(capture_table(capture))
-        if plots.can_plot():
+        figures = [
+            over_layers(
+                f"capture-{name.replace('_', '-')}",
+                title,
+                "Line plot: share of the residual differences captured, over layers, for {names}. "
+                "The table below has mean and peak.",
+                {item: capture.of(item) for item in capture.configurations()},
+                attrgetter(name),
+                "Captured share (0 to 1)",
+                from_zero=True,
+            )
             for name, title in (
                 ("subspace", "Capture in the span of the directions"),
                 ("max_cosine", "Capture by the nearest single direction"),
-            ):
-                series = {
-                    configuration: (
-                        [layer.layer for layer in capture.of(configuration)],
-                        [getattr(layer, name) for layer in capture.of(configuration)],
-                    )
-                    for configuration in capture.configurations()
-                }
-                figures.append(
-                    Figure(
-                        f"capture-{name.replace('_', '-')}",
-                        title,
-                        f"Line plot: share of the residual differences captured, over layers, for {', '.join(series)}. "
-                        "The table below has mean and peak.",
-                        plots.lines(series, "Layer", "Captured share (0 to 1)", from_zero=True),
-                    )
-                )
+            )
+        ]
     else:
         paragraphs.append("No pair is left, so capture could not be measured.")
     if capture.left_out:
         tables.append(
-            Table(
+            Table.of(
+                capture.left_out,
                 "capture-left-out",
                 "Pairs that are left out",
-                (
-                    text_column("Assumed to be refused"),
-                    text_column("Response"),
-                    text_column("Assumed to be answered"),
-                    text_column("Response"),
-                ),
-                tuple(
-                    (item.pair.refused, item.refused_tier, item.pair.answered, item.answered_tier)
-                    for item in capture.left_out
-                ),
-                "Tiers of the unmodified model's responses.",
+                text_column("Assumed to be refused", "pair.refused"),
+                text_column("Response", "refused_tier"),
+                text_column("Assumed to be answered", "pair.answered"),
+                text_column("Response", "answered_tier"),
+                note="Tiers of the unmodified model's responses.",
             )
         )
     return Section("Capture", tuple(paragraphs), tuple(figures), tuple(tables))
+
+
+def _subspace(layer: LayerCapture) -> float:
+    return layer.subspace or 0
 
 
 def capture_table(capture: CaptureResult) -> Table:
@@ -81,16 +112,17 @@ def capture_table(capture: CaptureResult) -> Table:
         if not layers:
             rows.append((configuration, *[None] * 8))
             continue
-        peak = max(layers, key=lambda layer: layer.subspace or 0)
+        peak = max(layers, key=_subspace)
+        cosines = [layer.max_cosine or 0 for layer in layers]
         rows.append(
             (
                 configuration,
-                fmean(layer.subspace or 0 for layer in layers),
+                fmean(map(_subspace, layers)),
                 peak.subspace,
                 peak.subspace_error,
                 peak.layer,
-                fmean(layer.max_cosine or 0 for layer in layers),
-                max(layer.max_cosine or 0 for layer in layers),
+                fmean(cosines),
+                max(cosines),
                 peak.rank,
                 peak.random_subspace,
             )
@@ -99,15 +131,15 @@ def capture_table(capture: CaptureResult) -> Table:
         "capture",
         "Capture by configuration",
         (
-            text_column("Configuration"),
-            Column("Subspace, mean over layers", percent),
-            Column("Peak", percent),
-            Column("± at peak", percent, essential=False),
+            CONFIGURATION,
+            Column("Subspace, mean over layers", form=percent),
+            Column("Peak", form=percent),
+            Column("± at peak", form=percent, essential=False),
             Column("Peak layer"),
-            Column("Maximal cosine, mean", percent),
-            Column("Peak", percent, essential=False),
+            Column("Maximal cosine, mean", form=percent),
+            Column("Peak", form=percent, essential=False),
             Column("Rank", essential=False),
-            Column("Random subspace", percent),
+            Column("Random subspace", form=percent),
         ),
         tuple(rows),
         f"{capture.n_pairs} pairs. Random subspace: about what as many random directions would capture.",
@@ -117,68 +149,30 @@ def capture_table(capture: CaptureResult) -> Table:
 def capture_layers_table(capture: CaptureResult) -> Table:
     """Returns capture per configuration and layer, for the CSV file."""
 
-    return Table(
-        "capture-layers",
-        "Capture per layer",
-        (
-            text_column("configuration"),
-            Column("layer"),
-            Column("subspace"),
-            Column("subspace_error"),
-            Column("max_cosine"),
-            Column("max_cosine_error"),
-            Column("rank"),
-            Column("random_subspace"),
-        ),
-        tuple(
-            (
-                layer.configuration,
-                layer.layer,
-                layer.subspace,
-                layer.subspace_error,
-                layer.max_cosine,
-                layer.max_cosine_error,
-                layer.rank,
-                layer.random_subspace,
-            )
-            for layer in capture.layers
-        ),
-        n_keys=2,
-    )
+    columns = [Column(name, name) for name in LayerCapture.__dataclass_fields__]
+    return Table.of(capture.layers, "capture-layers", "Capture per layer", *columns, n_keys=2)
 
 
 def magnitude_section(geometry: Geometry) -> Section:
     """Returns norms per layer by configuration: the paper's explanation by magnitude."""
 
-    names = geometry.configurations()
-    figures = []
-    if plots.can_plot():
-        figures.append(
-            Figure(
-                "norms",
-                "Length of the class directions",
-                f"Line plot on a logarithmic axis: mean norm of the class directions over layers, for {', '.join(names)}.",
-                plots.lines(
-                    {
-                        name: (
-                            [layer.layer for layer in geometry.of(name)],
-                            [layer.mean_norm for layer in geometry.of(name)],
-                        )
-                        for name in names
-                    },
-                    "Layer",
-                    "Mean norm (units of the residual)",
-                    logarithmic=True,
-                ),
-            )
-        )
     return Section(
         "Magnitude",
         (
             "Lengths of the class directions as trained, before any scaling or decomposition. A direction's length matters "
             "only with scale = raw: unit directions are ablated alike whatever length they had.",
         ),
-        tuple(figures),
+        (
+            over_layers(
+                "norms",
+                "Length of the class directions",
+                "Line plot on a logarithmic axis: mean norm of the class directions over layers, for {names}.",
+                {name: geometry.of(name) for name in geometry.configurations()},
+                attrgetter("mean_norm"),
+                "Mean norm (units of the residual)",
+                logarithmic=True,
+            ),
+        ),
         (layer_table(geometry),),
     )
 
@@ -186,35 +180,20 @@ def magnitude_section(geometry: Geometry) -> Section:
 def layer_table(geometry: Geometry) -> Table:
     """Returns what is measured of each configuration's directions at each layer."""
 
-    return Table(
+    return Table.of(
+        geometry.layers,
         "geometry",
         "Directions per layer",
-        (
-            text_column("Configuration"),
-            Column("Layer"),
-            Column("Mean norm", significant(3)),
-            Column("Smallest norm", significant(3)),
-            Column("Largest norm", significant(3)),
-            Column("Mean cosine", number(3)),
-            Column("Share of σ₁²", percent),
-            Column("Effective weight", number(3)),
-            Column("Along mean", number(3)),
-        ),
-        tuple(
-            (
-                layer.configuration,
-                layer.layer,
-                layer.mean_norm,
-                min(layer.norms),
-                max(layer.norms),
-                layer.mean_cosine,
-                layer.first_share,
-                layer.effective_weight,
-                layer.weight_along_mean,
-            )
-            for layer in geometry.layers
-        ),
-        "Norms, mean pairwise cosine and share of the first squared singular value: of the class directions as trained. "
+        CONFIGURATION,
+        LAYER,
+        Column("Mean norm", "mean_norm", significant(3)),
+        Column("Smallest norm", lambda layer: min(layer.norms), significant(3)),
+        Column("Largest norm", lambda layer: max(layer.norms), significant(3)),
+        Column("Mean cosine", "mean_cosine", number(3)),
+        Column("Share of σ₁²", "first_share", percent),
+        Column("Effective weight", "effective_weight", number(3)),
+        Column("Along mean", "weight_along_mean", number(3)),
+        note="Norms, mean pairwise cosine and share of the first squared singular value: of the class directions as trained. "
         "Effective weight: the largest eigenvalue of Σ v vᵀ of the directions as ablated, at weight 1; along mean: the part "
         "of the mean direction that is removed at weight 1.",
         n_keys=2,
@@ -225,34 +204,23 @@ def compounding_section(geometry: Geometry) -> Section:
     """Returns how much parallel directions add up."""
 
     figures = []
-    names = geometry.configurations()
-    if plots.can_plot():
-        for name, title, attribute, axis in (
-            ("cosines", "Cosine between classes", "mean_cosine", "Mean pairwise cosine"),
-            (
-                "effective-weight",
-                "Effective weight",
-                "effective_weight",
-                "Largest eigenvalue of Σ v vᵀ at weight 1",
-            ),
-        ):
-            series = {
-                item: (
-                    [layer.layer for layer in geometry.of(item)],
-                    [getattr(layer, attribute) for layer in geometry.of(item)],
-                )
-                for item in names
-                if any(getattr(layer, attribute) is not None for layer in geometry.of(item))
-            }
-            if series:
-                figures.append(
-                    Figure(
-                        name,
-                        title,
-                        f"Line plot: {axis} over layers, for {', '.join(series)}.",
-                        plots.lines(series, "Layer", axis),
-                    )
-                )
+    for name, title, attribute, axis in (
+        ("cosines", "Cosine between classes", "mean_cosine", "Mean pairwise cosine"),
+        (
+            "effective-weight",
+            "Effective weight",
+            "effective_weight",
+            "Largest eigenvalue of Σ v vᵀ at weight 1",
+        ),
+    ):
+        value = attrgetter(attribute)
+        layers = {item: geometry.of(item) for item in geometry.configurations()}
+        known = {
+            item: own for item, own in layers.items() if any(value(x) is not None for x in own)
+        }
+        if known:
+            alternative = "Line plot: {axis} over layers, for {names}."
+            figures.append(over_layers(name, title, alternative, known, value, axis))
     return Section(
         "Compounding",
         (
@@ -263,69 +231,38 @@ def compounding_section(geometry: Geometry) -> Section:
     )
 
 
+def _perturbation(index: int, activity: Activity) -> float | None:
+    """Returns the perturbation at one of the weights."""
+
+    return activity.perturbations[index][1]
+
+
 def perturbation_section(geometry: Geometry, pools: str) -> Section:
     """Returns occupancy, and the size of the perturbation against the model's natural variation."""
 
-    rows = []
-    for activity in geometry.activities:
-        rows.append(
-            (
-                activity.configuration,
-                activity.layer,
-                max(activity.occupancy_harmful, default=None),
-                max(activity.occupancy_harmless, default=None),
-                activity.natural_variation,
-                *(value for _, value in activity.perturbations),
-            )
-        )
     weights = [weight for weight, _ in geometry.activities[0].perturbations]
-    table = Table(
+    table = Table.of(
+        geometry.activities,
         "perturbation",
         "Occupancy and perturbation",
-        (
-            text_column("Configuration"),
-            Column("Layer"),
-            Column("Occupancy, harmful", percent),
-            Column("Occupancy, harmless", percent),
-            Column("Natural variation", significant(3)),
-            *(Column(f"w = {weight:g}", significant(3)) for weight in weights),
+        CONFIGURATION,
+        LAYER,
+        Column("Occupancy, harmful", lambda x: max(x.occupancy_harmful, default=None), percent),
+        Column("Occupancy, harmless", lambda x: max(x.occupancy_harmless, default=None), percent),
+        Column("Natural variation", "natural_variation", significant(3)),
+        *(
+            Column(f"w = {weight:g}", partial(_perturbation, index), significant(3))
+            for index, weight in enumerate(weights)
         ),
-        tuple(rows),
-        f"{pools} Occupancy: the largest over directions. Columns of weights: the perturbation, as a multiple of the natural "
+        note=f"{pools} Occupancy: the largest over directions. Columns of weights: the perturbation, as a multiple of the natural "
         "variation.",
         n_keys=2,
     )
-    figures = []
-    if plots.can_plot():
-        weight = 1.0 if 1.0 in weights else weights[-1]
-        series: dict[str, tuple[Sequence[float], Sequence[float | None]]] = {}
-        harmful: dict[str, tuple[Sequence[float], Sequence[float | None]]] = {}
-        for name in geometry.configurations():
-            own = [activity for activity in geometry.activities if activity.configuration == name]
-            layers = [activity.layer for activity in own]
-            series[name] = (layers, [dict(activity.perturbations)[weight] for activity in own])
-            harmful[name] = (layers, [max(activity.occupancy_harmful) for activity in own])
-        figures = [
-            Figure(
-                "perturbation",
-                f"Perturbation at w = {weight:g}",
-                "Line plot on a logarithmic axis: size of the perturbation over layers as a multiple of the natural "
-                f"variation, for {', '.join(series)}; a dashed line marks 1.",
-                plots.lines(
-                    series,
-                    "Layer",
-                    "Perturbation / natural variation",
-                    logarithmic=True,
-                    level=(1.0, "natural variation"),
-                ),
-            ),
-            Figure(
-                "occupancy",
-                "Occupancy of the best direction, harmful prompts",
-                f"Line plot: share of the layer's output that lies along a direction, over layers, for {', '.join(harmful)}.",
-                plots.lines(harmful, "Layer", "Root mean square of v·y over ‖y‖", from_zero=True),
-            ),
-        ]
+    weight = 1.0 if 1.0 in weights else weights[-1]
+    series = {
+        name: [activity for activity in geometry.activities if activity.configuration == name]
+        for name in geometry.configurations()
+    }
     return Section(
         "Perturbation",
         (
@@ -333,7 +270,28 @@ def perturbation_section(geometry: Geometry, pools: str) -> Section:
             "at all. Perturbation: what the ablation C y takes from the stream at one layer, against the natural variation of "
             "that layer's output over decoding steps, the paper's noise floor. Both as root mean squares.",
         ),
-        tuple(figures),
+        (
+            over_layers(
+                "perturbation",
+                f"Perturbation at w = {weight:g}",
+                "Line plot on a logarithmic axis: size of the perturbation over layers as a multiple of the natural "
+                "variation, for {names}; a dashed line marks 1.",
+                series,
+                lambda activity: dict(activity.perturbations)[weight],
+                "Perturbation / natural variation",
+                logarithmic=True,
+                level=(1.0, "natural variation"),
+            ),
+            over_layers(
+                "occupancy",
+                "Occupancy of the best direction, harmful prompts",
+                "Line plot: share of the layer's output that lies along a direction, over layers, for {names}.",
+                series,
+                lambda activity: max(activity.occupancy_harmful),
+                "Root mean square of v·y over ‖y‖",
+                from_zero=True,
+            ),
+        ),
         (table,),
     )
 
@@ -341,37 +299,38 @@ def perturbation_section(geometry: Geometry, pools: str) -> Section:
 def comparison_section(geometry: Geometry) -> Section:
     """Returns norms and angles of configurations against each other."""
 
-    table = Table(
+    table = Table.of(
+        geometry.comparisons,
         "comparison",
         "Configurations compared",
-        (
-            text_column("First"),
-            text_column("Second"),
-            Column("Layer"),
-            Column("Norm ratio", number(3)),
-            Column("Angle per class, mean", number(1)),
-            Column("Smallest principal angle", number(1)),
-            Column("Largest principal angle", number(1)),
+        text_column("First", "first"),
+        text_column("Second", "second"),
+        LAYER,
+        Column("Norm ratio", "norm_ratio", number(3)),
+        Column("Angle per class, mean", "mean_class_angle", number(1)),
+        Column(
+            "Smallest principal angle", lambda x: next(iter(x.principal_angles), None), number(1)
         ),
-        tuple(
-            (
-                item.first,
-                item.second,
-                item.layer,
-                item.norm_ratio,
-                item.mean_class_angle,
-                item.principal_angles[0] if item.principal_angles else None,
-                item.principal_angles[-1] if item.principal_angles else None,
-            )
-            for item in geometry.comparisons
+        Column(
+            "Largest principal angle", lambda x: next(reversed(x.principal_angles), None), number(1)
         ),
-        "Norm ratio: mean norm of the class directions as trained, second over first. Angles in degrees: between the "
+        note="Norm ratio: mean norm of the class directions as trained, second over first. Angles in degrees: between the "
         "directions of the same class as trained, and between the spans of the directions as ablated.",
         n_keys=3,
     )
-    figures = []
-    if plots.can_plot():
-        pairs = list(dict.fromkeys((item.first, item.second) for item in geometry.comparisons))
+    series: dict[str, list[Any]] = {}
+    for item in geometry.comparisons:
+        series.setdefault(f"{item.second} / {item.first}", []).append(item)
+    figures = [
+        over_layers(
+            name,
+            title,
+            f"Line plot over layers: {title.lower()} ({axis.lower()}), for {{names}}.",
+            series,
+            attrgetter(attribute),
+            axis,
+            level=level,
+        )
         for name, title, attribute, axis, level in (
             ("norm-ratio", "Ratio of norms", "norm_ratio", "Second / first", (1.0, "equal")),
             (
@@ -381,36 +340,12 @@ def comparison_section(geometry: Geometry) -> Section:
                 "Degrees",
                 None,
             ),
-        ):
-            series = {
-                f"{second} / {first}": (
-                    [
-                        item.layer
-                        for item in geometry.comparisons
-                        if (item.first, item.second) == (first, second)
-                    ],
-                    [
-                        getattr(item, attribute)
-                        for item in geometry.comparisons
-                        if (item.first, item.second) == (first, second)
-                    ],
-                )
-                for first, second in pairs
-            }
-            figures.append(
-                Figure(
-                    name,
-                    title,
-                    f"Line plot over layers: {title.lower()} ({axis.lower()}), for {', '.join(series)}.",
-                    plots.lines(series, "Layer", axis, level=level),
-                )
-            )
+        )
+    ]
     return Section("Between configurations", (), tuple(figures), (table,))
 
 
-def shown_layer(n_layers: int, capture: CaptureResult | None) -> int:
+def shown_layer(n_layers: int, capture: CaptureResult) -> int:
     """Returns the layer that is shown where only one can be: the best captured one, else the middle one."""
 
-    if capture is not None and capture.layers:
-        return max(capture.layers, key=lambda layer: layer.subspace or 0).layer
-    return n_layers // 2
+    return max(capture.layers, key=_subspace).layer if capture.layers else n_layers // 2

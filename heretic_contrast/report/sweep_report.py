@@ -3,7 +3,7 @@
 """The report of a sweep: the paper's Tables 1 to 4 for this model, with plots."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from .content import (
     layers_text,
     number,
     significant,
+    slug,
     text_column,
     thousands,
 )
 from .sections import (
+    CONFIGURATION,
     capture_layers_table,
     capture_section,
     capture_table,
@@ -35,8 +37,7 @@ from .sections import (
     magnitude_section,
     perturbation_section,
 )
-from .tables import to_csv, to_rich
-from .writing import NO_PLOTS, to_json, write_report
+from .writing import say_what_is_missing, to_csv, to_json, to_rich, write_report
 
 STRENGTHS = {"weight": "equal weight", "effective": "equal effective weight"}
 """What the weight of a cell means."""
@@ -45,6 +46,29 @@ SMALLEST_DIVERGENCE = 1e-6
 """Where a divergence of zero stands on a logarithmic axis."""
 
 INTERVAL = "In parentheses the Wilson interval (95 %) of the share."
+
+
+def _interval(measurement: Measurement) -> str:
+    low, high = measurement.refusal_interval()
+    return f"({100 * low:.0f}–{100 * high:.0f}%)"
+
+
+def _refusals(measurement: Measurement) -> str:
+    return f"{measurement.refusals} {_interval(measurement)}"
+
+
+STRENGTH = text_column("Strength", "strength")
+LAYER = Column("Layer", lambda cell: cell.layers[0])
+LAYERS = Column("Layers", "layers", layers_text)
+WEIGHT = Column("Weight", "weight", significant(3))
+R = Column("R", "measurement", _refusals)
+KL = Column("KL", "measurement.kl_divergence", significant(3))
+KL_ERROR = Column("± KL", "measurement.kl_standard_error", significant(2), essential=False)
+"""What several tables show of a cell."""
+
+
+def _efficiency(result: SweepResult) -> Column:
+    return Column("Efficiency", result.efficiency, thousands)
 
 
 def write_sweep_report(
@@ -86,8 +110,7 @@ def write_sweep_report(
     log()
     for sentence in report.summary:
         log(f"* {escape(sentence)}")
-    if not plots.can_plot():
-        log(f"[yellow]{NO_PLOTS.replace('[', chr(92) + '[')}[/]")
+    say_what_is_missing(log)
 
 
 def sweep_report(
@@ -157,18 +180,6 @@ def label(configuration: str, strength: str) -> str:
     return f"{configuration}, {STRENGTHS[strength]}"
 
 
-def _slug(configuration: str, strength: str) -> str:
-    """Returns a file name for a configuration; names come from users."""
-
-    safe = "".join(letter if letter.isalnum() else "-" for letter in configuration)
-    return f"{safe}-{strength}"
-
-
-def _interval(measurement: Measurement) -> str:
-    low, high = measurement.refusal_interval()
-    return f"({100 * low:.0f}–{100 * high:.0f}%)"
-
-
 def _pool_count(result: SweepResult, name: str) -> Any:
     return result.pools.get(name, {}).get("count", "an unknown number of")
 
@@ -182,20 +193,15 @@ def _prompts_note(result: SweepResult) -> str:
 def overview_section(result: SweepResult) -> Section:
     """Returns what was swept, the best of each configuration, and which prompts were used for what."""
 
-    pools = Table(
+    pools = Table.of(
+        result.pools.items(),
         "pools",
         "Prompts",
-        (text_column("Pool"), Column("Prompts"), Column("Left out"), text_column("Digest")),
-        tuple(
-            (
-                name,
-                pool.get("count"),
-                pool.get("left_out_as_used_for_extraction"),
-                str(pool.get("digest", ""))[:12] or None,
-            )
-            for name, pool in result.pools.items()
-        ),
-        "Left out: evaluation prompts that directions were extracted from. Digest: the first 12 digits of SHA-256.",
+        text_column("Pool", lambda item: item[0]),
+        Column("Prompts", lambda item: item[1].get("count")),
+        Column("Left out", lambda item: item[1].get("left_out_as_used_for_extraction")),
+        text_column("Digest", lambda item: str(item[1].get("digest", ""))[:12] or None),
+        note="Left out: evaluation prompts that directions were extracted from. Digest: the first 12 digits of SHA-256.",
     )
     return Section(
         "Overview",
@@ -216,87 +222,53 @@ def overview_section(result: SweepResult) -> Section:
 def configuration_table(result: SweepResult) -> Table:
     """Returns the best cell of each configuration: fewest refusals, then least divergence."""
 
-    rows = []
-    for configuration, strength in result.configurations():
-        cells = result.single_cells(configuration, strength)
-        best = min(
-            cells, key=lambda cell: (cell.measurement.refusals, cell.measurement.kl_divergence)
-        )
-        rows.append(
-            (
-                configuration,
-                strength,
-                best.measurement,
-                best.layers[0],
-                best.weight,
-                best.measurement.kl_divergence,
-                best.measurement.kl_standard_error,
-                best.measurement.incoherent,
-                best.measurement.canary_refusals,
+    return Table.of(
+        (
+            min(
+                result.single_cells(*pair),
+                key=lambda cell: (cell.measurement.refusals, cell.measurement.kl_divergence),
             )
-        )
-    return Table(
+            for pair in result.configurations()
+        ),
         "configurations",
         "Best cell of each configuration",
-        (
-            text_column("Configuration"),
-            text_column("Strength"),
-            Column("R", _refusals),
-            Column("Layer"),
-            Column("Weight", significant(3)),
-            Column("KL", significant(3)),
-            Column("± KL", significant(2), essential=False),
-            Column("Incoherent", essential=False),
-            Column("Canaries refused", essential=False),
-        ),
-        tuple(rows),
-        f"{_prompts_note(result)} {INTERVAL} Best: fewest refusals, then least KL divergence (nats; ± standard error over "
+        CONFIGURATION,
+        STRENGTH,
+        R,
+        LAYER,
+        WEIGHT,
+        KL,
+        KL_ERROR,
+        Column("Incoherent", "measurement.incoherent", essential=False),
+        Column("Canaries refused", "measurement.canary_refusals", essential=False),
+        note=f"{_prompts_note(result)} {INTERVAL} Best: fewest refusals, then least KL divergence (nats; ± standard error over "
         f"{_pool_count(result, 'references')} reference prompts). The best of many cells looks better than it is.",
         n_keys=2,
     )
 
 
-def _refusals(measurement: Measurement) -> str:
-    return f"{measurement.refusals} {_interval(measurement)}"
-
-
 def minimal_weight_table(result: SweepResult) -> Table:
     """Returns the layers that reach R = 0, with the smallest weight, as the paper's Table 1."""
 
-    cells = {cell.key(): cell for cell in result.cells}
-    rows = []
-    for item in result.summaries():
-        if item.minimal_weight is None:
-            continue
-        cell = cells[item.configuration, item.strength, (item.layer,), item.minimal_weight]
-        rows.append(
-            (
-                item.configuration,
-                item.strength,
-                item.layer,
-                item.minimal_weight,
-                cell.effective_weight,
-                item.kl_divergence,
-                cell.measurement.kl_standard_error,
-                item.efficiency,
-            )
-        )
     _, high = wilson_interval(0, result.baseline.n_harmful)
-    return Table(
+    return Table.of(
+        (
+            cell
+            for item in result.summaries()
+            for cell in result.single_cells(item.configuration, item.strength)
+            if (cell.layers[0], cell.weight) == (item.layer, item.minimal_weight)
+        ),
         "minimal-weight",
         "Smallest weight with R = 0 (the paper's Table 1)",
-        (
-            text_column("Configuration"),
-            text_column("Strength"),
-            Column("Layer"),
-            Column("Weight", significant(3)),
-            Column("Effective weight", number(2), essential=False),
-            Column("KL", significant(3)),
-            Column("± KL", significant(2), essential=False),
-            Column("Efficiency", thousands),
-        ),
-        tuple(rows),
-        f"{_prompts_note(result)} R = 0 of {result.baseline.n_harmful} has the Wilson interval (95 %) 0–{100 * high:.0f} %. "
+        CONFIGURATION,
+        STRENGTH,
+        LAYER,
+        WEIGHT,
+        Column("Effective weight", "effective_weight", number(2), essential=False),
+        KL,
+        KL_ERROR,
+        _efficiency(result),
+        note=f"{_prompts_note(result)} R = 0 of {result.baseline.n_harmful} has the Wilson interval (95 %) 0–{100 * high:.0f} %. "
         f"Efficiency: refusals fewer per unit of KL divergence above the floor of {result.floor:.2g}.",
         n_keys=3,
     )
@@ -320,9 +292,9 @@ def refusal_table(result: SweepResult, configuration: str, strength: str) -> Tab
         for cell in result.single_cells(configuration, strength)
     }
     return Table(
-        f"refusals-{_slug(configuration, strength)}",
+        f"refusals-{slug(configuration, strength)}",
         f"R per layer and weight: {label(configuration, strength)}",
-        (Column("Layer"), *(Column(f"w = {weight:g}", _refusals) for weight in weights)),
+        (Column("Layer"), *(Column(f"w = {weight:g}", form=_refusals) for weight in weights)),
         tuple((layer, *(by_place.get((layer, weight)) for weight in weights)) for layer in layers),
         f"{_prompts_note(result)} {INTERVAL}",
     )
@@ -334,10 +306,6 @@ def refusal_sections(result: SweepResult) -> list[Section]:
     sections = []
     for strength in dict.fromkeys(strength for _, strength in result.configurations()):
         pairs = [pair for pair in result.configurations() if pair[1] == strength]
-        figures = []
-        if plots.can_plot():
-            for configuration, _ in pairs:
-                figures.append(refusal_figure(result, configuration, strength))
         text = (
             "Every direction of the layer has the weight, as in the paper."
             if strength == "weight"
@@ -348,7 +316,7 @@ def refusal_sections(result: SweepResult) -> list[Section]:
             Section(
                 f"Refusals at {STRENGTHS[strength]}",
                 (text,),
-                tuple(figures),
+                tuple(refusal_figure(result, *pair) for pair in pairs),
                 tuple(refusal_table(result, *pair) for pair in pairs),
             )
         )
@@ -365,20 +333,19 @@ def refusal_figure(result: SweepResult, configuration: str, strength: str) -> Fi
             values[layers.index(cell.layers[0]), weights.index(cell.weight)] = (
                 cell.measurement.refusals
             )
-    return Figure(
-        f"refusals-{_slug(configuration, strength)}",
+    return Figure.of(
+        f"refusals-{slug(configuration, strength)}",
         label(configuration, strength),
         f"Heat map of refusals over layers and weights for {label(configuration, strength)}; "
         "the table of the same title has the numbers.",
-        plots.heat_map(
-            values,
-            [str(layer) for layer in layers],
-            [f"{weight:g}" for weight in weights],
-            "Layer",
-            "Weight of each direction" if strength == "weight" else "Effective weight",
-            f"Refusals R (of {result.baseline.n_harmful} prompts)",
-            limits=(0, result.baseline.n_harmful),
-        ),
+        plots.heat_map,
+        values,
+        [str(layer) for layer in layers],
+        [f"{weight:g}" for weight in weights],
+        "Layer",
+        "Weight of each direction" if strength == "weight" else "Effective weight",
+        f"Refusals R (of {result.baseline.n_harmful} prompts)",
+        limits=(0, result.baseline.n_harmful),
     )
 
 
@@ -397,7 +364,7 @@ def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
 def divergence_section(result: SweepResult) -> Section:
     """Returns what fewer refusals cost in divergence."""
 
-    rows = []
+    on_fronts: list[Cell] = []
     figures = []
     for strength in dict.fromkeys(strength for _, strength in result.configurations()):
         series = {}
@@ -406,53 +373,37 @@ def divergence_section(result: SweepResult) -> Section:
                 continue
             cells = result.single_cells(configuration, strength)
             front = pareto_front(cells)
+            on_fronts += front
             series[configuration] = (
                 [max(cell.measurement.kl_divergence, SMALLEST_DIVERGENCE) for cell in cells],
                 [cell.measurement.refusals for cell in cells],
                 [cell in front for cell in cells],
             )
-            rows += [
-                (
-                    configuration,
-                    strength,
-                    cell.layers[0],
-                    cell.weight,
-                    cell.measurement,
-                    cell.measurement.kl_divergence,
-                    cell.measurement.kl_standard_error,
-                    result.efficiency(cell),
-                )
-                for cell in front
-            ]
-        if plots.can_plot():
-            figures.append(
-                Figure(
-                    f"divergence-{strength}",
-                    f"Refusals against KL divergence, {STRENGTHS[strength]}",
-                    f"Scatter plot of every cell's refusals against its KL divergence, with the Pareto fronts of "
-                    f"{', '.join(series)}; the table below lists the cells on the fronts.",
-                    plots.fronts(
-                        series,
-                        "KL divergence (nats)",
-                        f"Refusals R (of {result.baseline.n_harmful} prompts)",
-                    ),
-                )
+        figures.append(
+            Figure.of(
+                f"divergence-{strength}",
+                f"Refusals against KL divergence, {STRENGTHS[strength]}",
+                f"Scatter plot of every cell's refusals against its KL divergence, with the Pareto fronts of "
+                f"{', '.join(series)}; the table below lists the cells on the fronts.",
+                plots.fronts,
+                series,
+                "KL divergence (nats)",
+                f"Refusals R (of {result.baseline.n_harmful} prompts)",
             )
-    table = Table(
+        )
+    table = Table.of(
+        on_fronts,
         "pareto",
         "Cells on the Pareto fronts",
-        (
-            text_column("Configuration"),
-            text_column("Strength"),
-            Column("Layer"),
-            Column("Weight", significant(3)),
-            Column("R", _refusals),
-            Column("KL", significant(3)),
-            Column("± KL", significant(2), essential=False),
-            Column("Efficiency", thousands),
-        ),
-        tuple(rows),
-        f"No other cell of the same configuration has fewer refusals at no more KL divergence. {_prompts_note(result)} "
+        CONFIGURATION,
+        STRENGTH,
+        LAYER,
+        WEIGHT,
+        R,
+        KL,
+        KL_ERROR,
+        _efficiency(result),
+        note=f"No other cell of the same configuration has fewer refusals at no more KL divergence. {_prompts_note(result)} "
         f"{INTERVAL}",
         n_keys=4,
     )
@@ -467,70 +418,55 @@ def divergence_section(result: SweepResult) -> Section:
     )
 
 
+def synergy_figures(result: SweepResult) -> Iterable[Figure]:
+    """Yields a matrix of the synergies of layer pairs for each configuration that has any."""
+
+    most = max(1, *(abs(item.synergy) for item in result.synergies))
+    for pair in dict.fromkeys((item.configuration, item.strength) for item in result.synergies):
+        own = [
+            item
+            for item in result.synergies
+            if (item.configuration, item.strength) == pair and len(item.layers) == 2
+        ]
+        if not own:
+            continue
+        layers = sorted({layer for item in own for layer in item.layers})
+        values = np.full((len(layers), len(layers)), math.nan)
+        for item in own:
+            first, second = (layers.index(layer) for layer in item.layers)
+            values[first, second] = values[second, first] = item.synergy
+        names = [str(layer) for layer in layers]
+        yield Figure.of(
+            f"synergy-{slug(*pair)}",
+            label(*pair),
+            f"Matrix of synergies of layer pairs for {label(*pair)}; the table has the numbers.",
+            plots.heat_map,
+            values,
+            names,
+            names,
+            "Layer",
+            "Layer",
+            "Synergy (refusals)",
+            limits=(-most, most),
+            annotate="{:+.0f}",
+        )
+
+
 def synergy_section(result: SweepResult) -> Section:
     """Returns what sets of layers achieve beyond their best layer."""
 
-    figures = []
-    pairs = dict.fromkeys((item.configuration, item.strength) for item in result.synergies)
-    if plots.can_plot():
-        for configuration, strength in pairs:
-            own = [
-                item
-                for item in result.synergies
-                if (item.configuration, item.strength) == (configuration, strength)
-                and len(item.layers) == 2
-            ]
-            if not own:
-                continue
-            layers = sorted({layer for item in own for layer in item.layers})
-            values = np.full((len(layers), len(layers)), math.nan)
-            for item in own:
-                first, second = (layers.index(layer) for layer in item.layers)
-                values[first, second] = values[second, first] = item.synergy
-            most = max(1, *(abs(item.synergy) for item in result.synergies))
-            names = [str(layer) for layer in layers]
-            figures.append(
-                Figure(
-                    f"synergy-{_slug(configuration, strength)}",
-                    label(configuration, strength),
-                    f"Matrix of synergies of layer pairs for {label(configuration, strength)}; the table has the numbers.",
-                    plots.heat_map(
-                        values,
-                        names,
-                        names,
-                        "Layer",
-                        "Layer",
-                        "Synergy (refusals)",
-                        limits=(-most, most),
-                        annotate="{:+.0f}",
-                    ),
-                )
-            )
-    table = Table(
+    table = Table.of(
+        result.synergies,
         "synergy",
         "Sets of layers",
-        (
-            text_column("Configuration"),
-            text_column("Strength"),
-            Column("Layers", layers_text),
-            Column("Weight", significant(3)),
-            Column("R"),
-            Column("Synergy", lambda value: f"{value:+d}"),
-            Column("KL", significant(3)),
-        ),
-        tuple(
-            (
-                item.configuration,
-                item.strength,
-                item.layers,
-                item.weight,
-                item.refusals,
-                item.synergy,
-                item.kl_divergence,
-            )
-            for item in result.synergies
-        ),
-        f"{_prompts_note(result)} Each layer of the set at the given weight.",
+        CONFIGURATION,
+        STRENGTH,
+        LAYERS,
+        WEIGHT,
+        Column("R", "refusals"),
+        Column("Synergy", "synergy", "{:+d}".format),
+        Column("KL", "kl_divergence", significant(3)),
+        note=f"{_prompts_note(result)} Each layer of the set at the given weight.",
         n_keys=3,
     )
     return Section(
@@ -539,7 +475,7 @@ def synergy_section(result: SweepResult) -> Section:
             "Synergy: how many refusals fewer a set of layers leaves than its best layer alone, at the same weight. The sets "
             "are made of each configuration's best layers.",
         ),
-        tuple(figures),
+        tuple(synergy_figures(result)),
         (table,),
     )
 
@@ -547,45 +483,25 @@ def synergy_section(result: SweepResult) -> Section:
 def cells_section(result: SweepResult) -> Section:
     """Returns every cell."""
 
-    table = Table(
+    table = Table.of(
+        result.cells,
         "cells",
         "Every cell",
-        (
-            text_column("Configuration"),
-            text_column("Strength"),
-            Column("Layers", layers_text),
-            Column("Weight", significant(3)),
-            Column("Effective", number(2)),
-            Column("Along mean", number(2)),
-            Column("R", _refusals),
-            Column("Evasive"),
-            Column("Complied"),
-            Column("Incoherent"),
-            Column("Canaries refused"),
-            Column("KL", significant(3)),
-            Column("± KL", significant(2), essential=False),
-            Column("Efficiency", thousands),
-        ),
-        tuple(
-            (
-                cell.configuration,
-                cell.strength,
-                cell.layers,
-                cell.weight,
-                cell.effective_weight,
-                cell.weight_along_mean,
-                cell.measurement,
-                cell.measurement.evasive,
-                cell.measurement.complied,
-                cell.measurement.incoherent,
-                cell.measurement.canary_refusals,
-                cell.measurement.kl_divergence,
-                cell.measurement.kl_standard_error,
-                result.efficiency(cell),
-            )
-            for cell in result.cells
-        ),
-        f"{_prompts_note(result)} {result.baseline.n_canaries} canaries. {INTERVAL} Effective: the largest share of any "
+        CONFIGURATION,
+        STRENGTH,
+        LAYERS,
+        WEIGHT,
+        Column("Effective", "effective_weight", number(2)),
+        Column("Along mean", "weight_along_mean", number(2)),
+        R,
+        Column("Evasive", "measurement.evasive"),
+        Column("Complied", "measurement.complied"),
+        Column("Incoherent", "measurement.incoherent"),
+        Column("Canaries refused", "measurement.canary_refusals"),
+        KL,
+        KL_ERROR,
+        _efficiency(result),
+        note=f"{_prompts_note(result)} {result.baseline.n_canaries} canaries. {INTERVAL} Effective: the largest share of any "
         "direction that is removed; along mean: the share of the mean direction. The same is in sweep.csv.",
         n_keys=4,
     )

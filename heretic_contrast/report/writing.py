@@ -1,22 +1,61 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Writing a report to a directory: plots, tables, and one self-contained page."""
+"""The forms that a report takes: tables in the terminal and as CSV, plots, and one self-contained page."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import rich.box
+import rich.table
+from rich.markup import escape
 
-from ..files import json_text, write_bytes_atomically, write_text_atomically
-from .content import Report
+from ..files import csv_text, json_text, write_bytes_atomically, write_text_atomically
+from .content import Report, Table
 from .plots import can_plot
-from .tables import to_csv
 
 NO_PLOTS = 'Plots are left out, since they need matplotlib: pip install "heretic-contrast[plot]"'
 
 TEMPLATE = Path(__file__).parent / "page.html"
+
+
+def to_rich(table: Table) -> rich.table.Table:
+    """Returns a table for the terminal, with its essential columns."""
+
+    rendered = rich.table.Table(
+        title=escape(table.title),
+        caption=escape(table.note) or None,
+        title_justify="left",
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    shown = [index for index, column in enumerate(table.columns) if column.essential]
+    for index in shown:
+        column = table.columns[index]
+        rendered.add_column(
+            escape(column.header),
+            justify="right" if column.numeric else "left",
+            no_wrap=index < table.n_keys,
+        )
+    for row in table.texts():
+        rendered.add_row(*(escape(row[index]) for index in shown))
+    return rendered
+
+
+def to_csv(table: Table) -> str:
+    """Returns a table as CSV text with unrounded values; the same table gives the same bytes."""
+
+    header = [column.header for column in table.columns]
+    return csv_text([header, *(map(_plain, row) for row in table.rows)])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.8g}"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def to_html(report: Report) -> str:
@@ -30,11 +69,19 @@ def to_html(report: Report) -> str:
     return template.render(report=report, missing_plots="" if can_plot() else NO_PLOTS) + "\n"
 
 
-def write_report(
-    report: Report,
-    directory: Path,
-    texts: Mapping[str, str],
-) -> None:
+def to_json(value: Any) -> str:
+    """Returns JSON text; the same value gives the same bytes."""
+
+    return json_text(value) + "\n"
+
+
+def table_files(tables: Iterable[Table]) -> dict[str, str]:
+    """Returns tables as CSV text, by file name."""
+
+    return {f"{table.name}.csv": to_csv(table) for table in tables}
+
+
+def write_report(report: Report, directory: Path, texts: Mapping[str, str]) -> None:
     """
     Writes figures as PNG, the given texts by file name, and last the page, `report.html`.
 
@@ -48,13 +95,8 @@ def write_report(
     write_text_atomically(directory / "report.html", to_html(report))
 
 
-def table_files(report: Report) -> dict[str, str]:
-    """Returns every table as CSV text, by file name."""
+def say_what_is_missing(log: Callable[..., None]) -> None:
+    """Says in the terminal that there are no plots, where there are none."""
 
-    return {f"{table.name}.csv": to_csv(table) for table in report.tables()}
-
-
-def to_json(value: Any) -> str:
-    """Returns JSON text; the same value gives the same bytes."""
-
-    return json_text(value) + "\n"
+    if not can_plot():
+        log(f"[yellow]{escape(NO_PLOTS)}[/]")

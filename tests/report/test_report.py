@@ -45,8 +45,7 @@ from heretic_contrast.report.sweep_report import (
     refusal_table,
     sweep_report,
 )
-from heretic_contrast.report.tables import to_csv, to_rich
-from heretic_contrast.report.writing import to_html, write_report
+from heretic_contrast.report.writing import to_csv, to_html, to_rich, write_report
 from tests.evaluation.test_capture import make_directions, random_tensor
 
 WEIGHTS = (0.3, 0.5, 1.2)
@@ -172,7 +171,7 @@ def test_table_as_csv_keeps_precision_and_quotes() -> None:
     table = Table(
         "t",
         "Title",
-        (text_column("Name"), Column("Value", significant(2)), Column("Layers")),
+        (text_column("Name"), Column("Value", form=significant(2)), Column("Layers")),
         (('a "b", c', 0.123456789, (1, 2)), ("d", None, ())),
     )
     rows = list(csv.reader(io.StringIO(to_csv(table))))
