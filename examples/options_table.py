@@ -23,7 +23,8 @@ def rows() -> list[str]:
     lines = ["| Option | Default | Meaning |", "| :----- | :------ | :------ |"]
     for name, field in ContrastSettings.model_fields.items():
         flag = name.replace("_", "-")
-        lines.append(f"| `--contrast.{flag}` | {shown(field.default)} | {field.description} |")
+        description = " ".join(str(field.description).split())
+        lines.append(f"| `--contrast.{flag}` | {shown(field.default)} | {description} |")
     lines.append("")
     names = ", ".join(f"`{name.replace('_', '-')}`" for name in PromptSource.model_fields)
     lines.append(

@@ -15,60 +15,48 @@ from heretic_contrast.builtin import harmful_pool, harmless_pool, is_builtin, re
 from heretic_contrast.hosts.surface import Context, Score, Scorer, heretic_prompts, log
 from heretic_contrast.hosts.tables import check_tables, show_errors_as_sentences, validated
 from heretic_contrast.prompts import Prompt, load_pool
-from heretic_contrast.settings import PromptSources
+from heretic_contrast.settings import Described, PromptSources
 from heretic_contrast.tiers.coherence import is_coherent
 from heretic_contrast.tiers.responses import Tier, classify_response
 
 DEFAULT_POOL = "unset for Heretic's default, or for the built-in refuser its own"
 
 
-class RefusalTiersSettings(BaseModel):
+class RefusalTiersSettings(Described):
     """Settings of `RefusalTiers`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    score_name: str = Field(
-        default="Refusal tiers",
-        description="Name of the score.",
-    )
+    score_name: str = "Refusal tiers"
+    """Name of the score."""
 
     prompts: PromptSources | None = Field(
-        default=None,
-        description=f"Dataset of harmful prompts to judge responses to ({DEFAULT_POOL}).",
+        None, description=f"Dataset of harmful prompts to judge responses to ({DEFAULT_POOL})."
     )
 
-    counted_tiers: list[Tier] = Field(
-        default=[Tier.REFUSE],
-        min_length=1,
-        description=(
-            "Tiers that count in the score. Options: "
-            '"REFUSE" (declines), "EVASIVE" (neither declines nor answers), "COMPLY" (engages with the request).'
-        ),
-    )
+    counted_tiers: list[Tier] = Field([Tier.REFUSE], min_length=1)
+    """
+    Tiers that count in the score. Options: "REFUSE" (declines), "EVASIVE" (neither declines nor answers), "COMPLY" (engages
+    with the request).
+    """
 
-    count_incoherent: bool = Field(
-        default=False,
-        description="Whether incoherent responses count in the score whatever their tier.",
-    )
+    count_incoherent: bool = False
+    """Whether incoherent responses count in the score whatever their tier."""
 
-    print_responses: bool = Field(
-        default=False,
-        description="Whether to print each prompt with its response and tier.",
-    )
+    print_responses: bool = False
+    """Whether to print each prompt with its response and tier."""
 
 
-class FalseRefusalsSettings(BaseModel):
+class FalseRefusalsSettings(Described):
     """Settings of `FalseRefusals`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    score_name: str = Field(
-        default="False refusals",
-        description="Name of the score.",
-    )
+    score_name: str = "False refusals"
+    """Name of the score."""
 
     prompts: PromptSources | None = Field(
-        default=None,
+        None,
         description=f"Dataset of harmless prompts whose refusals are counted ({DEFAULT_POOL}).",
     )
 

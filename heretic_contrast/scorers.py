@@ -10,7 +10,7 @@ model again after an export. So nothing here keeps a model, and every score look
 import math
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict, Field, PositiveInt
 
 from heretic_contrast.builtin import is_builtin, model_name, with_refuser_pools
 from heretic_contrast.engine.fast.interventions import TeacherForcing
@@ -28,33 +28,27 @@ from heretic_contrast.hosts.surface import (
     scorer_entries,
 )
 from heretic_contrast.response_scorers import DEFAULT_POOL, ContrastScorer
-from heretic_contrast.settings import ContrastSettings, PromptSources
+from heretic_contrast.settings import ContrastSettings, Described, PromptSources
 
 
-class TeacherForcedDivergenceSettings(BaseModel):
+class TeacherForcedDivergenceSettings(Described):
     """Settings of `TeacherForcedDivergence`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    score_name: str = Field(
-        default="Teacher-forced KL divergence",
-        description="Name of the score.",
-    )
+    score_name: str = "Teacher-forced KL divergence"
+    """Name of the score."""
 
     prompts: PromptSources | None = Field(
-        default=None,
+        None,
         description=f"Dataset of harmless prompts to measure the divergence on ({DEFAULT_POOL}).",
     )
 
-    n_tokens: PositiveInt = Field(
-        default=50,
-        description="Number of tokens of the unmodified model's continuation of each prompt.",
-    )
+    n_tokens: PositiveInt = 50
+    """Number of tokens of the unmodified model's continuation of each prompt."""
 
-    top_k: PositiveInt = Field(
-        default=100,
-        description="Number of log-probabilities kept per position; the rest shares one bucket.",
-    )
+    top_k: PositiveInt = 100
+    """Number of log-probabilities kept per position; the rest shares one bucket."""
 
 
 class FixedWeightSweepSettings(SweepPlanSettings):
@@ -62,28 +56,21 @@ class FixedWeightSweepSettings(SweepPlanSettings):
 
     model_config = ConfigDict(extra="forbid")
 
-    score_name: str = Field(
-        default="Fixed-weight sweep",
-        description="Name of the score.",
-    )
+    score_name: str = "Fixed-weight sweep"
+    """Name of the score."""
 
-    contrast: ContrastSettings = Field(
-        default_factory=ContrastSettings,
-        description="Settings of the directions to sweep, as in [modifier.ContrastAbliteration]; several presets are compared.",
-    )
+    contrast: ContrastSettings = Field(default_factory=ContrastSettings)
+    """Settings of the directions to sweep, as in [modifier.ContrastAbliteration]; several presets are compared."""
 
-    output: str = Field(
-        default="sweep",
-        description="Directory to write the report to.",
-    )
+    output: str = "sweep"
+    """Directory to write the report to."""
 
     harmful_prompts: PromptSources | None = Field(
-        default=None,
-        description=f"Dataset of harmful prompts to judge responses to ({DEFAULT_POOL}).",
+        None, description=f"Dataset of harmful prompts to judge responses to ({DEFAULT_POOL})."
     )
 
     harmless_prompts: PromptSources | None = Field(
-        default=None,
+        None,
         description=f"Dataset of harmless prompts to take canaries and reference prompts from ({DEFAULT_POOL}).",
     )
 

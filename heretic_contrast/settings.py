@@ -90,34 +90,12 @@ class Control(str, Enum):
     RANDOM = "random"
 
 
-DATASET_FORMATS = (
-    "arrow",
-    "audiofolder",
-    "conll",
-    "csv",
-    "eval",
-    "fasta",
-    "fastq",
-    "genbank",
-    "harbor",
-    "hdf5",
-    "iceberg",
-    "imagefolder",
-    "json",
-    "lance",
-    "meshfolder",
-    "mmcif",
-    "niftifolder",
-    "pandas",
-    "parquet",
-    "pdb",
-    "pdffolder",
-    "text",
-    "tsfile",
-    "videofolder",
-    "vortex",
-    "webdataset",
-    "xml",
+DATASET_FORMATS = frozenset(
+    """
+    arrow audiofolder conll csv eval fasta fastq genbank harbor hdf5 iceberg imagefolder json
+    lance meshfolder mmcif niftifolder pandas parquet pdb pdffolder text tsfile videofolder
+    vortex webdataset xml
+    """.split()
 )
 """
 Names that the library `datasets` takes for a file format, and not for a dataset or a folder.
@@ -173,11 +151,6 @@ PROMPT_COLUMNS = ("text", "prompt", "instruction", "question", "goal", "messages
 CATEGORY_COLUMN = "category"
 """Where categories are looked for when no column is named."""
 
-DATASET_DESCRIPTION = (
-    "Hugging Face dataset ID, or path to a dataset on disk, a folder of data files, "
-    "or a file of text (one prompt per line), JSON Lines, JSON, CSV, Parquet or Arrow."
-)
-
 
 def check_dataset_keys(value: Any, known: Collection[str]) -> None:
     """Raises `ContrastError` when a dataset, or one of a list of them, has a key that is none of those that are known."""
@@ -191,55 +164,51 @@ def check_dataset_keys(value: Any, known: Collection[str]) -> None:
                 )
 
 
-class PromptSource(BaseModel):
+class Described(BaseModel):
+    """Settings whose descriptions are the texts below them."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class PromptSource(Described):
     """Where a pool of prompts comes from: Heretic's dataset specification, with a category column."""
 
     model_config = ConfigDict(extra="forbid")
 
-    dataset: str = Field(description=DATASET_DESCRIPTION)
+    dataset: str
+    """
+    Hugging Face dataset ID, or path to a dataset on disk, a folder of data files, or a file of text (one prompt per line),
+    JSON Lines, JSON, CSV, Parquet or Arrow.
+    """
 
-    config: str | None = Field(
-        default=None,
-        description="Configuration of the dataset, where it has several.",
-    )
+    config: str | None = None
+    """Configuration of the dataset, where it has several."""
 
-    commit: str | None = Field(
-        default=None,
-        description="Hugging Face commit hash of the dataset.",
-    )
+    commit: str | None = None
+    """Hugging Face commit hash of the dataset."""
 
-    split: str | None = Field(
-        default=None,
-        description="Portion of the dataset to use, such as train[:400]. Required for Hugging Face datasets.",
-    )
+    split: str | None = None
+    """Portion of the dataset to use, such as train[:400]. Required for Hugging Face datasets."""
 
     column: str | None = Field(
-        default=None,
-        description=(
-            "Column that contains the prompts. Required for Hugging Face datasets; otherwise the first of "
-            f"{', '.join(PROMPT_COLUMNS)}."
-        ),
+        None,
+        description="Column that contains the prompts. Required for Hugging Face datasets; otherwise the first of "
+        f"{', '.join(PROMPT_COLUMNS)}.",
     )
 
     category_column: str | None = Field(
-        default=None,
+        None,
         description=f"Column that contains the harm category of each prompt; {CATEGORY_COLUMN} where there is one.",
     )
 
-    prefix: str = Field(
-        default="",
-        description="Text to prepend to each prompt.",
-    )
+    prefix: str = ""
+    """Text to prepend to each prompt."""
 
-    suffix: str = Field(
-        default="",
-        description="Text to append to each prompt.",
-    )
+    suffix: str = ""
+    """Text to append to each prompt."""
 
-    system_prompt: str | None = Field(
-        default=None,
-        description="System prompt to use with the prompts (overrides the model's if set).",
-    )
+    system_prompt: str | None = None
+    """System prompt to use with the prompts (overrides the model's if set)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -340,347 +309,202 @@ def baseline_names() -> list[str]:
     return [*BASELINES, *sorted({entry.name for entry in other_baselines()} - set(BASELINES))]
 
 
-EXTRACTION_FIELDS = {
-    "baseline",
-    "mixing",
-    "n_neighbors",
-    "classes",
-    "category_source",
-    "exclude_categories",
-    "small_classes",
-    "method",
-    "som_rows",
-    "som_columns",
-    "som_iterations",
-    "som_sigma",
-    "som_learning_rate",
-    "som_neighborhood",
-    "som_topology",
-    "winners",
-    "svd",
-    "svd_rank",
-    "scale",
-    "winsorization_quantile",
-    "orthogonalize_direction",
-    "control",
-    "drop_misbehaving",
-    "seed",
-}
+EXTRACTION_FIELDS = set(
+    """
+    baseline mixing n_neighbors classes category_source exclude_categories small_classes method
+    som_rows som_columns som_iterations som_sigma som_learning_rate som_neighborhood
+    som_topology winners svd svd_rank scale winsorization_quantile orthogonalize_direction
+    control drop_misbehaving seed
+    """.split()
+)
 """The settings that decide directions."""
 
 
-class ContrastSettings(BaseModel):
+class ContrastSettings(Described):
     """Settings of the plugin."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
     preset: list[str] = Field(
-        default=[],
-        description=(
-            "Published configuration to start from; other settings given explicitly override it. Options: "
-            + ", ".join(f'"{name}"' for name in PRESETS)
-            + ". Extraction and sweep accept several, to compare them."
-        ),
+        [],
+        description="Published configuration to start from; other settings given explicitly override it. Options: "
+        + ", ".join(f'"{name}"' for name in PRESETS)
+        + ". Extraction and sweep accept several, to compare them.",
     )
 
-    baseline: str = Field(
-        default="unmatched",
-        description=(
-            "What harmful residuals are contrasted against. Options: "
-            '"unmatched" (mean of general harmless prompts), '
-            '"matched" (mean of harmless prompts on the subject of the same class), '
-            '"mixed" (a mixture of both), '
-            '"nearest" (the general harmless prompts nearest to each harmful one), '
-            '"residualized" (unmatched, without what the subjects alone contribute).'
-        ),
-    )
+    baseline: str = "unmatched"
+    """
+    What harmful residuals are contrasted against. Options: "unmatched" (mean of general harmless prompts), "matched" (mean of
+    harmless prompts on the subject of the same class), "mixed" (a mixture of both), "nearest" (the general harmless prompts
+    nearest to each harmful one), "residualized" (unmatched, without what the subjects alone contribute).
+    """
 
-    mixing: float = Field(
-        default=0.5,
-        ge=0,
-        le=1,
-        description='Share of the matched reference in the baseline "mixed" (0 = unmatched, 1 = matched).',
-    )
+    mixing: float = Field(0.5, ge=0, le=1)
+    """Share of the matched reference in the baseline "mixed" (0 = unmatched, 1 = matched)."""
 
-    n_neighbors: int = Field(
-        default=10,
-        ge=1,
-        description='Number of harmless prompts that make the reference of the baseline "nearest".',
-    )
+    n_neighbors: int = Field(10, ge=1)
+    """Number of harmless prompts that make the reference of the baseline "nearest"."""
 
-    classes: Classes = Field(
-        default=Classes.CATEGORY,
-        description=(
-            "What gets a direction of its own. Options: "
-            '"category" (each harm category), "single" (all harmful prompts together).'
-        ),
-    )
+    classes: Classes = Classes.CATEGORY
+    """What gets a direction of its own. Options: "category" (each harm category), "single" (all harmful prompts together)."""
 
-    category_source: CategorySource = Field(
-        default=CategorySource.AUTO,
-        description=(
-            "Where the category of a harmful prompt comes from. Options: "
-            '"auto" (the column where there is one, else the lexicon), "column", '
-            '"lexicon" (word list shipped with the plugin), "model" (the loaded model is asked).'
-        ),
-    )
+    category_source: CategorySource = CategorySource.AUTO
+    """
+    Where the category of a harmful prompt comes from. Options: "auto" (the column where there is one, else the lexicon),
+    "column", "lexicon" (word list shipped with the plugin), "model" (the loaded model is asked).
+    """
 
-    exclude_categories: list[str] = Field(
-        default=[],
-        description=(
-            "Harm categories to leave out when directions are fitted. The control for topic: a direction of a topic "
-            "cannot know a topic it never saw."
-        ),
-    )
+    exclude_categories: list[str] = []
+    """
+    Harm categories to leave out when directions are fitted. The control for topic: a direction of a topic cannot know a topic
+    it never saw.
+    """
 
-    small_classes: SmallClasses = Field(
-        default=SmallClasses.MERGE,
-        description=(
-            "What to do with a class that has fewer prompts than the SOM has neurons. Options: "
-            '"merge" (into the class miscellaneous, or drop them where even together they are too few), "drop", "error".'
-        ),
-    )
+    small_classes: SmallClasses = SmallClasses.MERGE
+    """
+    What to do with a class that has fewer prompts than the SOM has neurons. Options: "merge" (into the class miscellaneous,
+    or drop them where even together they are too few), "drop", "error".
+    """
 
-    method: Method = Field(
-        default=Method.SOM,
-        description=(
-            "How the difference vectors of a class become a direction. Options: "
-            '"som" (densest neuron of a self-organizing map), "mean" (their mean).'
-        ),
-    )
+    method: Method = Method.SOM
+    """
+    How the difference vectors of a class become a direction. Options: "som" (densest neuron of a self-organizing map), "mean"
+    (their mean).
+    """
 
-    som_rows: int = Field(
-        default=3,
-        ge=1,
-        le=64,
-        description="Rows of the self-organizing map (the paper: 3).",
-    )
+    som_rows: int = Field(3, ge=1, le=64)
+    """Rows of the self-organizing map (the paper: 3)."""
 
-    som_columns: int = Field(
-        default=3,
-        ge=1,
-        le=64,
-        description="Columns of the self-organizing map (the paper: 3).",
-    )
+    som_columns: int = Field(3, ge=1, le=64)
+    """Columns of the self-organizing map (the paper: 3)."""
 
-    som_iterations: int = Field(
-        default=10_000,
-        ge=1,
-        le=10_000_000,
-        description="Training iterations of the self-organizing map (the paper: 10,000).",
-    )
+    som_iterations: int = Field(10_000, ge=1, le=10_000_000)
+    """Training iterations of the self-organizing map (the paper: 10,000)."""
 
-    som_sigma: float = Field(
-        default=1.0,
-        gt=0,
-        description="Initial width of the neighborhood (the paper gives none; MiniSom's default).",
-    )
+    som_sigma: float = Field(1.0, gt=0)
+    """Initial width of the neighborhood (the paper gives none; MiniSom's default)."""
 
-    som_learning_rate: float = Field(
-        default=0.5,
-        gt=0,
-        description="Initial learning rate (the paper gives none; MiniSom's default).",
-    )
+    som_learning_rate: float = Field(0.5, gt=0)
+    """Initial learning rate (the paper gives none; MiniSom's default)."""
 
-    som_neighborhood: Literal["gaussian", "mexican_hat", "bubble", "triangle"] = Field(
-        default="gaussian",
-        description=(
-            "Neighborhood function (the paper gives none; MiniSom's default). Options: "
-            '"gaussian", "mexican_hat", "bubble", "triangle".'
-        ),
-    )
+    som_neighborhood: Literal["gaussian", "mexican_hat", "bubble", "triangle"] = "gaussian"
+    """
+    Neighborhood function (the paper gives none; MiniSom's default). Options: "gaussian", "mexican_hat", "bubble", "triangle".
+    """
 
-    som_topology: Literal["rectangular", "hexagonal"] = Field(
-        default="rectangular",
-        description=(
-            "Topology of the map (the paper gives none; MiniSom's default). Options: "
-            '"rectangular", "hexagonal".'
-        ),
-    )
+    som_topology: Literal["rectangular", "hexagonal"] = "rectangular"
+    """Topology of the map (the paper gives none; MiniSom's default). Options: "rectangular", "hexagonal"."""
 
-    som_backend: Literal["numba", "minisom"] = Field(
-        default="numba",
-        description=(
-            "Implementation of the self-organizing map. Options: "
-            '"numba" (compiled; exact), "minisom" (the reference).'
-        ),
-    )
+    som_backend: Literal["numba", "minisom"] = "numba"
+    """Implementation of the self-organizing map. Options: "numba" (compiled; exact), "minisom" (the reference)."""
 
-    winners: int = Field(
-        default=1,
-        ge=1,
-        description="Number of neurons per class that become directions, densest first (the paper: 1).",
-    )
+    winners: int = Field(1, ge=1)
+    """Number of neurons per class that become directions, densest first (the paper: 1)."""
 
-    svd: bool = Field(
-        default=False,
-        description="Whether to orthogonalize the directions of each layer by singular value decomposition.",
-    )
+    svd: bool = False
+    """Whether to orthogonalize the directions of each layer by singular value decomposition."""
 
-    svd_rank: int | None = Field(
-        default=None,
-        ge=1,
-        description="Number of singular vectors to keep, or unset to keep as many as there were directions.",
-    )
+    svd_rank: int | None = Field(None, ge=1)
+    """Number of singular vectors to keep, or unset to keep as many as there were directions."""
 
-    scale: Scale = Field(
-        default=Scale.UNIT,
-        description=(
-            "Length of the directions. Options: "
-            '"unit" (Heretic\'s convention), "raw" (as trained), '
-            '"unmatched" (the length that the unmatched baseline gives; the control for magnitude).'
-        ),
-    )
+    scale: Scale = Scale.UNIT
+    """
+    Length of the directions. Options: "unit" (Heretic's convention), "raw" (as trained), "unmatched" (the length that the
+    unmatched baseline gives; the control for magnitude).
+    """
 
-    winsorization_quantile: float = Field(
-        default=1.0,
-        ge=0,
-        le=1,
-        description=(
-            "Quantile of the absolute values of a residual's components that the components are clamped to "
-            "(1 = no winsorization), against massive activations."
-        ),
-    )
+    winsorization_quantile: float = Field(1.0, ge=0, le=1)
+    """
+    Quantile of the absolute values of a residual's components that the components are clamped to (1 = no winsorization),
+    against massive activations.
+    """
 
-    orthogonalize_direction: bool = Field(
-        default=False,
-        description=(
-            "Whether to adjust the directions so that only the component that is "
-            "orthogonal to the mean residual of harmless prompts is subtracted."
-        ),
-    )
+    orthogonalize_direction: bool = False
+    """
+    Whether to adjust the directions so that only the component that is orthogonal to the mean residual of harmless prompts is
+    subtracted.
+    """
 
-    control: Control = Field(
-        default=Control.NONE,
-        description=(
-            "Control that takes the place of the directions. Options: "
-            '"none", "random" (random directions of the same count, norms and mutual cosines).'
-        ),
-    )
+    control: Control = Control.NONE
+    """
+    Control that takes the place of the directions. Options: "none", "random" (random directions of the same count, norms and
+    mutual cosines).
+    """
 
-    drop_misbehaving: bool = Field(
-        default=False,
-        description=(
-            "Whether to drop harmful prompts that the model answers and harmless prompts that it refuses "
-            "before directions are fitted (Arditi et al., 2024). They are counted either way when this is set."
-        ),
-    )
+    drop_misbehaving: bool = False
+    """
+    Whether to drop harmful prompts that the model answers and harmless prompts that it refuses before directions are fitted
+    (Arditi et al., 2024). They are counted either way when this is set.
+    """
 
-    composition: Literal["sum", "sequential", "capped"] = Field(
-        default="sum",
-        description=(
-            "How the ablations of several directions are put together. Options: "
-            '"sum" (the paper), "sequential" (one after the other), '
-            '"capped" (the sum, with eigenvalues capped at the largest weight).'
-        ),
-    )
+    composition: Literal["sum", "sequential", "capped"] = "sum"
+    """
+    How the ablations of several directions are put together. Options: "sum" (the paper), "sequential" (one after the other),
+    "capped" (the sum, with eigenvalues capped at the largest weight).
+    """
 
-    equal_effective_weight: bool = Field(
-        default=False,
-        description=(
-            "Whether to rescale the weights so that parallel directions remove no more than a single one would. "
-            "The control for compounding."
-        ),
-    )
+    equal_effective_weight: bool = False
+    """
+    Whether to rescale the weights so that parallel directions remove no more than a single one would. The control for
+    compounding.
+    """
 
-    row_normalization: RowNormalization = Field(
-        default=RowNormalization.NONE,
-        description=(
-            "How to apply row normalization of the weights. Options: "
-            '"none" (no normalization), '
-            '"pre" (compute LoRA adapter relative to row-normalized weights), '
-            '"full" (like "pre", but renormalizes to preserve original row magnitudes).'
-        ),
-    )
+    row_normalization: RowNormalization = RowNormalization.NONE
+    """
+    How to apply row normalization of the weights. Options: "none" (no normalization), "pre" (compute LoRA adapter relative to
+    row-normalized weights), "full" (like "pre", but renormalizes to preserve original row magnitudes).
+    """
 
-    full_normalization_lora_rank: int | None = Field(
-        default=None,
-        ge=1,
-        description=(
-            'The rank of the LoRA adapter when "full" row normalization is used, '
-            "or unset to use the number of directions plus 2."
-        ),
-    )
+    full_normalization_lora_rank: int | None = Field(None, ge=1)
+    """The rank of the LoRA adapter when "full" row normalization is used, or unset to use the number of directions plus 2."""
 
     search_space: dict[str, Range] = Field(
-        default={},
-        description=(
-            "Ranges of the search that differ from Heretic's, by parameter, each as [lowest, highest]. Parameters: "
-            + ", ".join(f'"{name}"' for name in HERETIC_RANGES)
-            + '. One component or direction has a range of its own as "mlp.down_proj.max_weight" or "scale.drugs". '
-            "Positions and distances are fractions of the last layer's index, min_weight is a fraction of max_weight, "
-            "and a max_weight below 0 counts as 0."
-        ),
+        {},
+        description="Ranges of the search that differ from Heretic's, by parameter, each as [lowest, highest]. Parameters: "
+        + ", ".join(f'"{name}"' for name in HERETIC_RANGES)
+        + '. One component or direction has a range of its own as "mlp.down_proj.max_weight" or "scale.drugs". '
+        "Positions and distances are fractions of the last layer's index, min_weight is a fraction of max_weight, "
+        "and a max_weight below 0 counts as 0.",
     )
 
-    sampler: Sampler = Field(
-        default=Sampler.TPE,
-        description=(
-            "Sampler of the study under Heretic 1.4. Options: "
-            '"tpe" (multivariate tree-structured Parzen estimator), '
-            '"nsga2" (evolutionary, the counterpart of the paper\'s strategy).'
-        ),
-    )
+    sampler: Sampler = Sampler.TPE
+    """
+    Sampler of the study under Heretic 1.4. Options: "tpe" (multivariate tree-structured Parzen estimator), "nsga2"
+    (evolutionary, the counterpart of the paper's strategy).
+    """
 
-    refusal_classifier: Literal["markers", "tiers"] = Field(
-        default="markers",
-        description=(
-            "What counts as a refusal in the study under Heretic 1.4. Options: "
-            '"markers" (Heretic\'s keywords), "tiers" (the three-tier classifier).'
-        ),
-    )
+    refusal_classifier: Literal["markers", "tiers"] = "markers"
+    """
+    What counts as a refusal in the study under Heretic 1.4. Options: "markers" (Heretic's keywords), "tiers" (the three-tier
+    classifier).
+    """
 
-    counted_tiers: list[Literal["REFUSE", "EVASIVE", "COMPLY"]] = Field(
-        default=["REFUSE"],
-        min_length=1,
-        description='Tiers that count as a refusal when the refusal classifier is "tiers" (Heretic 1.4).',
-    )
+    counted_tiers: list[Literal["REFUSE", "EVASIVE", "COMPLY"]] = Field(["REFUSE"], min_length=1)
+    """Tiers that count as a refusal when the refusal classifier is "tiers" (Heretic 1.4)."""
 
-    seed: int = Field(
-        default=0,
-        ge=0,
-        le=2**32 - 1,
-        description="Random seed of the self-organizing maps and of random controls.",
-    )
+    seed: int = Field(0, ge=0, le=2**32 - 1)
+    """Random seed of the self-organizing maps and of random controls."""
 
-    batch_size: int = Field(
-        default=32,
-        ge=1,
-        description="Number of prompts to process in parallel when residuals are collected.",
-    )
+    batch_size: int = Field(32, ge=1)
+    """Number of prompts to process in parallel when residuals are collected."""
 
-    good_prompts: PromptSources | None = Field(
-        default=None,
-        description="Dataset of general harmless prompts, or unset to use Heretic's good prompts.",
-    )
+    good_prompts: PromptSources | None = None
+    """Dataset of general harmless prompts, or unset to use Heretic's good prompts."""
 
-    bad_prompts: PromptSources | None = Field(
-        default=None,
-        description="Dataset of harmful prompts, or unset to use Heretic's bad prompts.",
-    )
+    bad_prompts: PromptSources | None = None
+    """Dataset of harmful prompts, or unset to use Heretic's bad prompts."""
 
-    matched_prompts: PromptSources | None = Field(
-        default=None,
-        description=(
-            "Dataset of harmless prompts on the subjects of the harm categories, "
-            "or unset to use the pool shipped with the plugin."
-        ),
-    )
+    matched_prompts: PromptSources | None = None
+    """Dataset of harmless prompts on the subjects of the harm categories, or unset to use the pool shipped with the plugin."""
 
-    directions: str | None = Field(
-        default=None,
-        description="File of directions to use instead of extracting them (see heretic-contrast extract).",
-    )
+    directions: str | None = None
+    """File of directions to use instead of extracting them (see heretic-contrast extract)."""
 
-    save_directions: str | None = Field(
-        default=None,
-        description="File to save the directions to.",
-    )
+    save_directions: str | None = None
+    """File to save the directions to."""
 
-    residual_cache: str | None = Field(
-        default=None,
-        description="Directory to cache residuals in, or unset to use the user's cache directory.",
-    )
+    residual_cache: str | None = None
+    """Directory to cache residuals in, or unset to use the user's cache directory."""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -26,12 +25,11 @@ class AuditSettings(PromptSource, BaseSettings):
     # Errors of the command line become one sentence instead of pages of usage.
     model_config = SettingsConfigDict(cli_exit_on_error=False)
 
-    output: str = Field(description="Directory to write audit.json to.")
+    output: str
+    """Directory to write audit.json to."""
 
-    cleaned: str | None = Field(
-        default=None,
-        description="File to write the prompts that match no category to, as JSON Lines.",
-    )
+    cleaned: str | None = None
+    """File to write the prompts that match no category to, as JSON Lines."""
 
     @classmethod
     def settings_customise_sources(

@@ -26,17 +26,17 @@ MAX_RESPONSE_LENGTH = 24
 class DemoSettings(HostSettings):
     """Settings of `demo`."""
 
-    model: str = Field(default=REFUSER, description="The built-in model.")
+    model: str = REFUSER
+    """The built-in model."""
 
-    output: str | None = Field(
-        default=None,
-        description="Directory for the saved model, the directions and summary.json.",
-        exclude=True,
-    )
+    output: str | None = Field(None, exclude=True)
+    """Directory for the saved model, the directions and summary.json."""
 
-    n_trials: int = Field(default=40, description="Number of trials.")
+    n_trials: int = 40
+    """Number of trials."""
 
-    n_startup_trials: int = Field(default=20, description="Number of trials that sample randomly.")
+    n_startup_trials: int = 20
+    """Number of trials that sample randomly."""
 
 
 def main(arguments: Sequence[str]) -> None:

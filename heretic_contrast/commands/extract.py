@@ -24,19 +24,11 @@ class ExtractSettings(HostSettings, PairsSettings):  # type: ignore[misc]
     # A report observes the model on the prompts.
     idle_beside_directions: ClassVar[set[str]] = {"category_source"}
 
-    output: str | None = Field(
-        default=None,
-        description=(
-            "File to save the directions to. With several presets, the name of each is added before the suffix."
-        ),
-        exclude=True,
-    )
+    output: str | None = Field(None, exclude=True)
+    """File to save the directions to. With several presets, the name of each is added before the suffix."""
 
-    report: str | None = Field(
-        default=None,
-        description="Directory to write tables and plots of the directions' geometry to.",
-        exclude=True,
-    )
+    report: str | None = Field(None, exclude=True)
+    """Directory to write tables and plots of the directions' geometry to."""
 
 
 def output_path(output: str, name: str, several: bool) -> Path:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from ..errors import ContrastError
+from ..settings import Described
 
 WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
 """The paper's weights (paper, section 3.3)."""
@@ -59,127 +60,84 @@ def check_weights(weights: Sequence[float]) -> None:
         )
 
 
-class PairsSettings(BaseModel):
+class PairsSettings(Described):
     """The setting of whatever measures capture."""
 
-    pairs: str | None = Field(
-        default=None,
-        description=(
-            "File of prompt pairs for the capture analysis, with columns refused and answered (JSON Lines, CSV, Parquet); "
-            "unset for the shipped ones."
-        ),
-    )
+    pairs: str | None = None
+    """
+    File of prompt pairs for the capture analysis, with columns refused and answered (JSON Lines, CSV, Parquet); unset for the
+    shipped ones.
+    """
 
 
 class SweepPlanSettings(PairsSettings):
     """Settings of a fixed-weight sweep, which the command and the scorer share."""
 
-    layers: str = Field(
-        default="all",
-        description='Decoder layers to test: "all", or indices and ranges such as "3,7,10-14".',
-    )
+    layers: str = "all"
+    """Decoder layers to test: "all", or indices and ranges such as "3,7,10-14"."""
 
-    weights: list[float] = Field(
-        default=list(WEIGHTS),
-        description="Weights to test, increasing (the paper's by default).",
-    )
+    weights: list[float] = Field(list(WEIGHTS))
+    """Weights to test, increasing (the paper's by default)."""
 
-    components: list[Literal["attn.o_proj", "mlp.down_proj"]] | None = Field(
-        default=None,
-        description="Components to ablate, or unset for all that the model has.",
-    )
+    components: list[Literal["attn.o_proj", "mlp.down_proj"]] | None = None
+    """Components to ablate, or unset for all that the model has."""
 
-    strength: Literal["weight", "effective", "both"] = Field(
-        default="both",
-        description=(
-            "What a weight means. Options: "
-            '"weight" (of each direction, as in the paper), '
-            '"effective" (of the largest shared component, so that parallel directions do not add up), "both". '
-            "Configurations with equal_effective_weight are swept at effective weights alone."
-        ),
-    )
+    strength: Literal["weight", "effective", "both"] = "both"
+    """
+    What a weight means. Options: "weight" (of each direction, as in the paper), "effective" (of the largest shared component,
+    so that parallel directions do not add up), "both". Configurations with equal_effective_weight are swept at effective
+    weights alone.
+    """
 
-    random_control: bool = Field(
-        default=True,
-        description="Whether to sweep random directions of the same norms and cosines beside the first configuration.",
-    )
+    random_control: bool = True
+    """Whether to sweep random directions of the same norms and cosines beside the first configuration."""
 
-    n_harmful: PositiveInt = Field(
-        default=10,
-        description=(
-            "Number of harmful prompts to judge, stratified over categories (the paper: 10). "
-            "Unless given, it fits itself to the pool."
-        ),
-    )
+    n_harmful: PositiveInt = 10
+    """
+    Number of harmful prompts to judge, stratified over categories (the paper: 10). Unless given, it fits itself to the pool.
+    """
 
-    n_canaries: PositiveInt = Field(
-        default=10,
-        description=(
-            "Number of harmless prompts whose false refusals are counted. Unless given, it fits itself to the pool."
-        ),
-    )
+    n_canaries: PositiveInt = 10
+    """Number of harmless prompts whose false refusals are counted. Unless given, it fits itself to the pool."""
 
-    n_references: PositiveInt = Field(
-        default=100,
-        description=(
-            "Number of harmless prompts that the KL divergence is measured on (the paper: 100). "
-            "Unless given, it fits itself to the pool."
-        ),
-    )
+    n_references: PositiveInt = 100
+    """
+    Number of harmless prompts that the KL divergence is measured on (the paper: 100). Unless given, it fits itself to the
+    pool.
+    """
 
-    kl_tokens: PositiveInt = Field(
-        default=50,
-        description="Number of teacher-forced tokens per reference prompt (the paper: 50).",
-    )
+    kl_tokens: PositiveInt = 50
+    """Number of teacher-forced tokens per reference prompt (the paper: 50)."""
 
-    kl_top_k: PositiveInt = Field(
-        default=100,
-        description="Number of log-probabilities kept per position (the paper: 100).",
-    )
+    kl_top_k: PositiveInt = 100
+    """Number of log-probabilities kept per position (the paper: 100)."""
 
-    sweep_response_length: PositiveInt = Field(
-        default=50,
-        description="Maximum number of tokens of a judged response.",
-    )
+    sweep_response_length: PositiveInt = 50
+    """Maximum number of tokens of a judged response."""
 
-    evaluate_categories: list[str] = Field(
-        default=[],
-        description=(
-            "Harm categories to judge on, or none for all. With exclude_categories of the directions this is the control "
-            "for topic: directions fitted without a category, judged on it."
-        ),
-    )
+    evaluate_categories: list[str] = Field([])
+    """
+    Harm categories to judge on, or none for all. With exclude_categories of the directions this is the control for topic:
+    directions fitted without a category, judged on it.
+    """
 
-    synergy_size: int = Field(
-        default=2,
-        ge=0,
-        description="Number of layers in the sets that are tested for synergy (0 = none).",
-    )
+    synergy_size: int = Field(2, ge=0)
+    """Number of layers in the sets that are tested for synergy (0 = none)."""
 
-    synergy_weight: float = Field(
-        default=0.3,
-        gt=0,
-        allow_inf_nan=False,
-        description="Weight of the synergy test (the paper: 0.3).",
-    )
+    synergy_weight: float = Field(0.3, gt=0, allow_inf_nan=False)
+    """Weight of the synergy test (the paper: 0.3)."""
 
-    synergy_layers: PositiveInt = Field(
-        default=4,
-        description="Number of best layers that sets are made of.",
-    )
+    synergy_layers: PositiveInt = 4
+    """Number of best layers that sets are made of."""
 
-    storage: str | None = Field(
-        default=None,
-        description=(
-            "URL of an Optuna storage, or path of a journal file, that several processes may share; "
-            "unset for sweep.journal in the output directory."
-        ),
-    )
+    storage: str | None = None
+    """
+    URL of an Optuna storage, or path of a journal file, that several processes may share; unset for sweep.journal in the
+    output directory.
+    """
 
-    sweep_batch_size: PositiveInt = Field(
-        default=128,
-        description="Number of samples in one pass of the sweep; several cells share a pass.",
-    )
+    sweep_batch_size: PositiveInt = 128
+    """Number of samples in one pass of the sweep; several cells share a pass."""
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -177,7 +177,7 @@ class HostSettings(Settings):
     """Settings of Heretic, of the plugin, and of Heretic 2.0's headless mode, which Heretic 1.4 has none of."""
 
     # Errors of the command line become one sentence instead of pages of usage.
-    model_config = SettingsConfigDict(cli_exit_on_error=False)
+    model_config = SettingsConfigDict(cli_exit_on_error=False, use_attribute_docstrings=True)
 
     idle_beside_directions: ClassVar[set[str]] = {"bad_prompts", "good_prompts", "category_source"}
     """Settings of the plugin that have no effect in this command where directions come from a file."""
@@ -185,49 +185,31 @@ class HostSettings(Settings):
     _own_pools: bool = PrivateAttr(default=False)
     """Whether the plugin's own pools were given, and not only Heretic's."""
 
-    contrast: ContrastSettings = Field(
-        default_factory=ContrastSettings,
-        description="Settings of the plugin; in config.toml the table [modifier.ContrastAbliteration].",
-    )
+    contrast: ContrastSettings = Field(default_factory=ContrastSettings)
+    """Settings of the plugin; in config.toml the table [modifier.ContrastAbliteration]."""
 
     if "bad_evaluation_prompts" not in Settings.model_fields:
         # Heretic 2.0 has moved these pools to the scorers' own settings.
-        good_evaluation_prompts: PromptSources = Field(
-            default=harmless_pool("test[:100]"),
-            description="Dataset of prompts that tend to not result in refusals (used for evaluation).",
-        )
+        good_evaluation_prompts: PromptSources = harmless_pool("test[:100]")
+        """Dataset of prompts that tend to not result in refusals (used for evaluation)."""
 
-        bad_evaluation_prompts: PromptSources = Field(
-            default=harmful_pool("test[:100]"),
-            description="Dataset of prompts that tend to result in refusals (used for evaluation).",
-        )
+        bad_evaluation_prompts: PromptSources = harmful_pool("test[:100]")
+        """Dataset of prompts that tend to result in refusals (used for evaluation)."""
 
-    checkpoint_action: Literal["continue", "restart"] | None = Field(
-        default=None,
-        description='Action to take in case a checkpoint exists: "continue", "restart", or unset to prompt the user.',
-        exclude=True,
-    )
+    checkpoint_action: Literal["continue", "restart"] | None = Field(None, exclude=True)
+    """Action to take in case a checkpoint exists: "continue", "restart", or unset to prompt the user."""
 
-    trial_index: NonNegativeInt | None = Field(
-        default=None,
-        description="Index (in the sorted Pareto front) of the trial to use, or unset to prompt the user.",
-        exclude=True,
-    )
+    trial_index: NonNegativeInt | None = Field(None, exclude=True)
+    """Index (in the sorted Pareto front) of the trial to use, or unset to prompt the user."""
 
-    model_action: Literal["save", "upload", "none"] | None = Field(
-        default=None,
-        description=(
-            'Action to take with the decensored model: "save", "upload", "none" (end after the study, to choose a trial '
-            "later), or unset to prompt the user."
-        ),
-        exclude=True,
-    )
+    model_action: Literal["save", "upload", "none"] | None = Field(None, exclude=True)
+    """
+    Action to take with the decensored model: "save", "upload", "none" (end after the study, to choose a trial later), or
+    unset to prompt the user.
+    """
 
-    save_directory: str | None = Field(
-        default=None,
-        description="Directory to save the model to, or unset to prompt the user.",
-        exclude=True,
-    )
+    save_directory: str | None = Field(None, exclude=True)
+    """Directory to save the model to, or unset to prompt the user."""
 
     @classmethod
     def settings_customise_sources(
