@@ -19,70 +19,44 @@ from .errors import ContrastError
 WITHOUT_INFLUENCE = frozenset(
     {
         # Given with every call.
-        "do_sample",
-        "max_length",
-        "max_new_tokens",
-        "num_return_sequences",
-        "return_dict_in_generate",
+        *"""
+        do_sample max_length max_new_tokens num_return_sequences return_dict_in_generate
+        """.split(),
         # Read when tokens are drawn.
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "top_h",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
+        *"""
+        temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff
+        """.split(),
         # Read by beam search.
-        "early_stopping",
-        "length_penalty",
-        "num_beam_groups",
-        "diversity_penalty",
+        *"early_stopping length_penalty num_beam_groups diversity_penalty".split(),
         # Read where another model, or the prompt, drafts.
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "assistant_confidence_threshold",
-        "assistant_lookbehind",
-        "target_lookbehind",
-        "assistant_ensemble_weight",
-        "max_matching_ngram_size",
+        *"""
+        num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
+        assistant_lookbehind target_lookbehind assistant_ensemble_weight max_matching_ngram_size
+        """.split(),
         # Read by caches of another kind.
-        "cache_config",
-        "max_cache_len",
-        "disable_compile",
+        *"cache_config max_cache_len disable_compile".split(),
         # The tokens that end a response end it here as well.
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "decoder_start_token_id",
+        *"bos_token_id eos_token_id pad_token_id decoder_start_token_id".split(),
         # No settings.
-        "transformers_version",
-        "_from_model_config",
+        *"transformers_version _from_model_config".split(),
     }
 )
 """Settings that change nothing, whatever they are, where those that are not listed change nothing."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "penalty_alpha": (0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "repetition_penalty": (1,),
-    "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "guidance_scale": (1,),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "renormalize_logits": (False,),
-    "remove_invalid_values": (False,),
-    "token_healing": (False,),
-    "is_assistant": (False,),
-    "use_mtp": (False,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "output_scores": (False,),
-    "output_logits": (False,),
+    **dict.fromkeys(
+        "num_beams repetition_penalty encoder_repetition_penalty guidance_scale".split(), (1,)
+    ),
+    # Or False.
+    **dict.fromkeys(
+        """
+        penalty_alpha min_length min_new_tokens no_repeat_ngram_size encoder_no_repeat_ngram_size
+        renormalize_logits remove_invalid_values token_healing is_assistant use_mtp
+        output_attentions output_hidden_states output_scores output_logits
+        """.split(),
+        (0,),
+    ),
+    **dict.fromkeys("suppress_tokens begin_suppress_tokens".split(), ([],)),
     "use_cache": (True,),
     # What models with sliding windows ship, which is the usual cache by now.
     "cache_implementation": ("dynamic", "hybrid"),
@@ -90,35 +64,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """The values of other settings that change nothing, besides None."""
 
 ROW_BY_ROW = frozenset(
-    {
-        "min_length",
-        "min_new_tokens",
-        "repetition_penalty",
-        "encoder_repetition_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "sequence_bias",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "exponential_decay_length_penalty",
-        "renormalize_logits",
-        "remove_invalid_values",
-        "use_cache",
-    }
+    """
+    min_length min_new_tokens repetition_penalty encoder_repetition_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids sequence_bias suppress_tokens
+    begin_suppress_tokens forced_bos_token_id forced_eos_token_id
+    exponential_decay_length_penalty renormalize_logits remove_invalid_values use_cache
+    """.split()
 )
 """Settings under which responses do not depend on what else is in their batch, as long as nothing is padded."""
 
-METHODS = (
-    "generate",
-    "_sample",
-    "_prefill",
-    "_prepare_generation_config",
-    "_get_logits_processor",
-    "_get_stopping_criteria",
-)
+METHODS = """
+    generate _sample _prefill _prepare_generation_config _get_logits_processor
+    _get_stopping_criteria
+""".split()
 """What a class of models may replace by a generation of its own."""
 
 

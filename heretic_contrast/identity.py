@@ -61,20 +61,10 @@ OF_THE_MODEL = ("weights", "dtype", "configuration", "tokenizer")
 OF_THE_RUN = ("device", "versions")
 """The parts that change the rounding of numbers."""
 
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "bitsandbytes",
-    "causal-conv1d",
-    "compressed-tensors",
-    "flash-attn",
-    "flash-linear-attention",
-    "kernels",
-    "mamba-ssm",
-    "peft",
-    "torchao",
-)
+LIBRARIES = """
+    torch transformers accelerate bitsandbytes causal-conv1d compressed-tensors flash-attn
+    flash-linear-attention kernels mamba-ssm peft torchao
+""".split()
 """What computes, where it is installed."""
 
 CHUNK = 2**26

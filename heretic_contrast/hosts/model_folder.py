@@ -31,32 +31,16 @@ WEIGHTS = re.compile(
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 """The files without which nothing is a model."""
 
-OTHERS = frozenset(
-    {
-        *CONFIGURATIONS,
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "tokenizer.model",
-        "sentencepiece.model",
-        "sentencepiece.bpe.model",
-        "spiece.model",
-        "spm.model",
-        "tekken.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "additional_chat_templates",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "video_preprocessor_config.json",
-        "audio_tokenizer_config.json",
-    }
-)
+OTHERS = {
+    *CONFIGURATIONS,
+    *"""
+    generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json
+    added_tokens.json vocab.json vocab.txt merges.txt tokenizer.model sentencepiece.model
+    sentencepiece.bpe.model spiece.model spm.model tekken.json chat_template.jinja
+    chat_template.json additional_chat_templates preprocessor_config.json processor_config.json
+    video_preprocessor_config.json audio_tokenizer_config.json
+    """.split(),
+}
 """What is saved and loaded beside weights."""
 
 CARD = "README.md"

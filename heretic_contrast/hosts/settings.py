@@ -52,21 +52,11 @@ from .unused import LIKE, class_name, named_plugins, unused_tables, unused_varia
 PLUGIN = "heretic_contrast.ContrastAbliteration"
 TABLE = "ContrastAbliteration"
 
-MODEL_FILES = (
-    "*config.json",
-    "*.model",
-    "*.py",
-    "adapter_model*",
-    "added_tokens.json",
-    "additional_chat_templates/*",
-    "chat_template*",
-    "merges.txt",
-    "model*.safetensors*",
-    "pytorch_model*",
-    "special_tokens_map.json",
-    "tokenizer*",
-    "vocab*",
-)
+MODEL_FILES = """
+    *config.json *.model *.py adapter_model* added_tokens.json additional_chat_templates/*
+    chat_template* merges.txt model*.safetensors* pytorch_model* special_tokens_map.json
+    tokenizer* vocab*
+""".split()
 """What transformers may read in a model's folder."""
 
 
