@@ -18,8 +18,9 @@ import torch
 from measuring import best_time
 
 from heretic_contrast.builtin import DATA, refuser_pool
-from heretic_contrast.hosts.loading import load_language_model
+from heretic_contrast.hosts.loading import open_model
 from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.hosts.surface import from_heretic
 from heretic_contrast.prompts import Prompt, load_pool
 
 
@@ -45,7 +46,8 @@ def main() -> None:
             str(DATA / "refuser"),
         ],
     )
-    model, context = load_language_model(settings, arguments.batch_size)
+    heretic = open_model(settings)
+    model = from_heretic(heretic, settings, arguments.batch_size)
     texts = [prompt.text for prompt in load_pool(refuser_pool("harmful", "train"), "harmful")]
     # Real pools hold prompts of one to several sentences: every fourth is made longer.
     texts = [
@@ -54,7 +56,6 @@ def main() -> None:
     ]
     ours = [Prompt(text) for text in texts]
     theirs = [HereticPrompt(system=settings.system_prompt, user=text) for text in texts]
-    heretic = context.get_model()
 
     difference = (model.residuals(ours) - heretic.get_residuals_batched(theirs)).abs().max()
     seconds = {

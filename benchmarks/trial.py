@@ -24,7 +24,8 @@ from heretic.evaluator import Evaluator
 from heretic.model import AbliterationParameters, Model
 
 from heretic_contrast.builtin import DATA, REFUSER
-from heretic_contrast.hosts.heretic14 import HostContext, HostModel
+from heretic_contrast.hosts.host_model import HostModel
+from heretic_contrast.hosts.loading import LoadedContext
 from heretic_contrast.hosts.settings import HostSettings
 from heretic_contrast.modifier import ContrastAbliteration
 from heretic_contrast.search.parameters import Kernel, Parameters
@@ -75,7 +76,7 @@ def main() -> None:
         ]
         settings = HostSettings()  # type: ignore[call-arg]
         hosted = HostModel(settings)
-        context = HostContext(hosted, settings)
+        context = LoadedContext(hosted)
         modifier = ContrastAbliteration(heretic_settings=settings, settings=settings.contrast)
         modifier.init(context)
         plain = Model(settings)

@@ -4,6 +4,8 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 LONGEST_SENTENCE = 2_000
@@ -80,3 +82,17 @@ def find_cause(error: BaseException | None, kind: type[ErrorType]) -> ErrorType 
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+@contextmanager
+def raising_causes() -> Iterator[None]:
+    """Raises, instead of an error of a library, the interruption or the `ContrastError` that it came from."""
+
+    try:
+        yield
+    except Exception as error:
+        # Optuna and transformers raise errors of their own while they clean up.
+        cause = find_cause(error, KeyboardInterrupt) or find_cause(error, ContrastError)
+        if cause in (None, error):
+            raise
+        raise cause from error

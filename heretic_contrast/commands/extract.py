@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     pairs = load_pairs(
         None if settings.pairs is None else Path(settings.pairs), model_name(settings.model)
     )
-    model, _ = load_language_model(settings, settings.contrast.batch_size)
+    model = load_language_model(settings, settings.contrast.batch_size)
     model = with_common_prefix(model, settings, sources)
 
     def save(name: str, directions: Directions) -> None:

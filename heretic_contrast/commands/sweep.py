@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     if settings._own_pools and not prepared.sources.harmful:
         require_effect(["bad_prompts", "good_prompts"])
-    model, _ = load_language_model(settings, settings.contrast.batch_size)
+    model = load_language_model(settings, settings.contrast.batch_size)
     model = with_common_prefix(model, settings, prepared.sources)
     measured = run_prepared(model, prepared, log, progress_bar, settings.max_response_length)
     write_sweep_report(measured.result, output, log, measured.capture, measured.geometry)

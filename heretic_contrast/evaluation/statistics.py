@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Uncertainty of counts and of means."""
+"""Uncertainty of counts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import NormalDist, stdev
+from statistics import NormalDist
 
 from heretic_contrast.errors import ContrastError
 
@@ -40,16 +39,3 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     low = 0.0 if successes == 0 else max(0.0, center - half_width)
     high = 1.0 if successes == n else min(1.0, center + half_width)
     return low, high
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """
-    Standard error of the mean of independent values: sample standard deviation (n - 1) over sqrt(n).
-
-    Infinite for a single value, whose mean has no known error. Raises `ContrastError` for no values.
-    """
-    if len(values) == 0:
-        raise ContrastError("There is no standard error of no values: give at least one.")
-    if len(values) == 1:
-        return math.inf
-    return stdev(float(value) for value in values) / math.sqrt(len(values))

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pydantic_settings import BaseSettings, CliSettingsSource, InitSettingsSource
 
 from ..errors import ContrastError
+from .substitution import replaced
 
 PROGRAM = "heretic-contrast"
 
@@ -29,15 +30,11 @@ def command_line_options(settings_class: type[BaseSettings]) -> dict[str, Action
     """Returns the options that the parser of a settings class knows, by each of their names."""
 
     nothing = InitSettingsSource(settings_class, {})
-    previous = sys.argv
     # The parser reads the command line as soon as it is made.
-    sys.argv = [PROGRAM]
-    try:
+    with replaced(sys, argv=[PROGRAM]):
         sources = settings_class.settings_customise_sources(
             settings_class, nothing, nothing, nothing, nothing
         )
-    finally:
-        sys.argv = previous
     (source,) = (source for source in sources if isinstance(source, CliSettingsSource))
     return {
         name: action for action in source.root_parser._actions for name in action.option_strings

@@ -7,14 +7,14 @@ Heretic 1.4 has no plugins, but its `run()` reads the classes and functions that
 globals. The host substitutes a few of them for one run, and restores them.
 """
 
+import gc
 import json
 import logging
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -25,18 +25,14 @@ import heretic.main
 import heretic.utils
 import rich.traceback
 import torch
-from heretic.config import ExportStrategy
-from heretic.config import RowNormalization as HereticRowNormalization
 from optuna import Trial
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
-from questionary import Choice
 from torch import Tensor
 
 from .. import __version__
-from ..ablation.lora import require_mergeable
 from ..directions.sources import DirectionSources
-from ..errors import ContrastError, find_cause
+from ..errors import ContrastError, find_cause, raising_causes
 from ..files import require_writable_directory, require_writable_file
 from ..identity import Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
@@ -46,31 +42,17 @@ from ..search.samplers import make_sampler
 from ..settings import EXTRACTION_FIELDS
 from ..tiers import responses, rules, text
 from ..tiers.responses import classify_response
+from .answers import Answers, require_answers
 from .checkpoint import repair_checkpoints
-from .loading import ChatModel
-from .lora_targets import adapters_on_named_modules
-from .model_folder import CONFIGURATIONS, UNFINISHED, publish_model, require_other_folder
+from .host_model import HostModel
+from .loading import LoadedContext
+from .model_folder import require_other_folder
 from .settings import HostSettings, prompt_sources
-from .surface import heretic_prompts, language_model, log
+from .substitution import replaced
+from .surface import heretic_prompts, language_model
 
 if TYPE_CHECKING:
     from ..modifier import ContrastAbliteration
-
-SEAMS = (
-    "Settings",
-    "Model",
-    "Evaluator",
-    "TPESampler",
-    "load_prompts",
-    "get_trial_parameters",
-    "get_readme_intro",
-    "prompt_select",
-    "prompt_path",
-    "upload_reproduce_folder",
-    "format_exception",
-    "JournalFileBackend",
-)
-"""The names in `heretic.main` that are substituted."""
 
 OTHER_SEAMS = (
     # Heretic's evaluator loads its own prompts.
@@ -94,84 +76,6 @@ TRIAL_KEY = "contrast"
 IDENTITY_KEY = "identity"
 """The trial's user attribute that says what decided its numbers."""
 
-CHECKPOINT_QUESTION = "How would you like to proceed?"
-TRIAL_QUESTION = "Which trial do you want to use?"
-ACTION_QUESTION = "What do you want to do with the decensored model?"
-EXPORT_QUESTION = "How do you want to export the model?"
-REPRODUCIBILITY_QUESTION = "Which reproducibility information do you want to add?"
-ACTIONS = {
-    "none": "",
-    "save": "Save the model to a local folder",
-    "upload": "Upload the model to Hugging Face",
-}
-
-
-class HostModel(ChatModel):
-    """Heretic 1.4's model, with LoRA adapters on request, as in Heretic 2.0."""
-
-    lora_rank: int | None = None
-
-    def apply_lora(self, rank: int) -> None:
-        """Applies LoRA adapters of a rank, now and after every reload."""
-
-        self.lora_rank = rank
-        self._apply_lora()
-        if self.settings.export_strategy == ExportStrategy.MERGE:
-            # Hours before the merge.
-            require_mergeable(self.model)
-
-    def _apply_lora(self) -> None:
-        # Heretic's constructor calls this before the directions are known.
-        if self.lora_rank is None:
-            return
-        # Heretic reads the rank from its settings under "full" row normalization, and takes 1 otherwise.
-        settings = self.settings  # type: ignore[has-type]
-        self.settings = settings.model_copy(
-            update={
-                "row_normalization": HereticRowNormalization.FULL,
-                "full_normalization_lora_rank": self.lora_rank,
-            }
-        )
-        try:
-            with adapters_on_named_modules(self):
-                super()._apply_lora()
-        finally:
-            self.settings = settings
-
-    def get_merged_model(self) -> Any:
-        """
-        Merges the adapters; those of a model that Heretic has quantized are applied anew to one in full precision.
-
-        Raises `ContrastError` when the weights are kept as codes to which nothing can be added.
-        """
-
-        require_mergeable(self.model)
-        return super().get_merged_model()
-
-    def reset_model(self) -> bool:
-        """Resets the model; the adapters are in place afterwards, which Heretic 2.0 reports as True."""
-
-        super().reset_model()
-        return True
-
-
-class HostContext:
-    """Heretic 2.0's plugin context, on top of Heretic 1.4's model."""
-
-    def __init__(self, model: heretic.main.Model, settings: HostSettings) -> None:
-        self._model = model
-        self._settings = settings
-
-    def get_model(self) -> Any:
-        """Returns Heretic's model."""
-
-        return self._model
-
-    def get_responses(self, prompts: list[Any]) -> list[str]:
-        """Returns the model's responses."""
-
-        return self._model.get_responses_batched(prompts, skip_special_tokens=True)
-
 
 class Host:
     """One run of the modifier inside Heretic 1.4."""
@@ -180,18 +84,13 @@ class Host:
         self, settings: HostSettings, modifier_class: type["ContrastAbliteration"]
     ) -> None:
         self.settings = settings
+        self.answers = Answers(settings)
         self.modifier_class = modifier_class
         self.modifier: ContrastAbliteration | None = None
-        self.context: HostContext | None = None
+        self.context: LoadedContext | None = None
         self.evaluator: heretic.main.Evaluator | None = None
         self.identity: Identity = {}
         self.parameters: Parameters | None = None
-        self.trial_was_chosen = False
-        self.action_was_taken = False
-        self.unfinished: Path | None = None
-        self.failure: Exception | None = None
-        self.model_was_saved = False
-        self.was_interrupted = False
         self.pools: dict[str, list[Prompt]] = {}
 
     def settings_class(host) -> type[HostSettings]:
@@ -238,7 +137,7 @@ class Host:
 
         if self.modifier is None:
             settings = model.settings
-            self.context = HostContext(model, settings)
+            self.context = LoadedContext(model)
             self.modifier = self.modifier_class(
                 heretic_settings=settings, settings=settings.contrast
             )
@@ -364,124 +263,6 @@ class Host:
 
         return Evaluator
 
-    def prompt_select(self, message: str, choices: list[Any]) -> Any:
-        """Answers Heretic's questions from the settings of headless mode, or asks the user."""
-
-        if message != EXPORT_QUESTION:
-            # Whatever else Heretic asks next, it has finished saving, or failed to.
-            self.finish_saving()
-        settings = self.settings
-        if message == CHECKPOINT_QUESTION and settings.checkpoint_action is not None:
-            return settings.checkpoint_action
-        if message == CHECKPOINT_QUESTION and not has_terminal():
-            raise ContrastError(
-                "There is a checkpoint of this configuration and no terminal to ask in: "
-                "give --checkpoint-action continue or --checkpoint-action restart."
-            )
-        if message == TRIAL_QUESTION and settings.trial_index is not None:
-            return self._choose_trial(choices, settings.trial_index)
-        if message == TRIAL_QUESTION and settings.model_action == "none":
-            if self.was_interrupted:
-                raise KeyboardInterrupt
-            log("The study is kept: give --checkpoint-action continue to choose a trial.")
-            return ""
-        if message == ACTION_QUESTION and settings.model_action is not None:
-            if self.action_was_taken:
-                return ""
-            self.action_was_taken = True
-            return ACTIONS[settings.model_action]
-        if message == REPRODUCIBILITY_QUESTION:
-            log("Reproducibility information is left out, since it could not rebuild this model.")
-            return "none"
-        answer = heretic.utils.prompt_select(message, choices)
-        if answer is None and message in (CHECKPOINT_QUESTION, TRIAL_QUESTION):
-            # Ctrl+C, which would end the program as if all was done.
-            raise KeyboardInterrupt
-        return answer
-
-    def _choose_trial(self, choices: list[Any], index: int) -> Any:
-        """Returns a trial of the Pareto front once, and then the answer that ends the program."""
-
-        if self.trial_was_chosen:
-            return ""
-        if self.was_interrupted:
-            # Heretic goes on with the trials that it has, which nobody asked for who pressed Ctrl+C.
-            raise KeyboardInterrupt
-        self.trial_was_chosen = True
-        trials = [
-            choice.value
-            for choice in choices
-            if isinstance(choice, Choice) and choice.value not in ("", "continue")
-        ]
-        if index >= len(trials):
-            raise ContrastError(
-                f"Trial index {index} is asked for, but the Pareto front has {len(trials)} trials: "
-                f"choose between 0 and {len(trials) - 1}; the study is kept and can be continued."
-            )
-        return trials[index]
-
-    def prompt_path(self, message: str) -> str:
-        """
-        Returns the folder to save to: one inside that of the settings or of the user's answer, until all is there.
-
-        Raises `ContrastError` when it cannot be written to, or holds the original model.
-        """
-
-        answer = self.settings.save_directory
-        if answer is None:
-            answer = heretic.utils.prompt_path(message)
-        if not answer:
-            # The user changed their mind.
-            return ""
-        directory = Path(answer)
-        require_other_folder(directory, self.settings.model)
-        require_writable_directory(directory)
-        self.failure = None
-        self.unfinished = directory / UNFINISHED
-        shutil.rmtree(self.unfinished, ignore_errors=True)
-        return str(self.unfinished)
-
-    def format_exception(self, error: Exception) -> str:
-        """Returns the message of an error; Heretic shows it and goes on, so that it is remembered here."""
-
-        if self.action_was_taken or self.unfinished is not None:
-            self.failure = error
-        return heretic.utils.format_exception(error)
-
-    def finish_saving(self) -> None:
-        """
-        Moves a saved model to where it belongs, or removes what there is of it, so that an earlier one is kept whole.
-
-        Raises `ContrastError` when it cannot be moved.
-        """
-
-        if self.unfinished is None:
-            return
-        unfinished, self.unfinished = self.unfinished, None
-        if self.failure is None and any((unfinished / name).exists() for name in CONFIGURATIONS):
-            publish_model(unfinished, unfinished.parent)
-            self.model_was_saved = True
-            log(f"Moved to [bold]{unfinished.parent}[/].")
-        else:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-    def require_success(self) -> None:
-        """Raises `ContrastError` when the action of headless mode failed."""
-
-        action = self.settings.model_action
-        if action in (None, "none") or (
-            self.failure is None and (action != "save" or self.model_was_saved)
-        ):
-            return
-        what = "uploaded" if action == "upload" else f"saved to {self.settings.save_directory}"
-        reason = ""
-        if self.failure is not None:
-            reason = f" ({' '.join(heretic.utils.format_exception(self.failure).split())[:300]})"
-        raise ContrastError(
-            f"The model could not be {what}{reason}; the study and what was there before are kept: "
-            "give --checkpoint-action continue to try again."
-        )
-
     def get_readme_intro(self, *args: Any, **kwargs: Any) -> str:
         """Returns the model card's introduction, which names the plugin and its settings."""
 
@@ -526,10 +307,10 @@ class Host:
             "load_prompts": self.load_prompts,
             "get_trial_parameters": self.get_trial_parameters,
             "get_readme_intro": self.get_readme_intro,
-            "prompt_select": self.prompt_select,
-            "prompt_path": self.prompt_path,
+            "prompt_select": self.answers.select,
+            "prompt_path": self.answers.path,
             "upload_reproduce_folder": no_reproduce_folder,
-            "format_exception": self.format_exception,
+            "format_exception": self.answers.format_exception,
             "JournalFileBackend": CheckedJournal,
         }
 
@@ -559,15 +340,11 @@ def substituted(substitutes: dict[str, Any]) -> Iterator[None]:
             f"The installed Heretic has no {missing[0]} in heretic.main, so the plugin cannot be hosted in it: "
             "install heretic-llm 1.4, or use Heretic 2.0's --modifiers."
         )
-    places = [*((heretic.main, name) for name in substitutes), *OTHER_SEAMS]
-    originals = [(module, name, getattr(module, name)) for module, name in places]
-    try:
-        for module, name in places:
-            setattr(module, name, substitutes[name])
+    with ExitStack() as stack:
+        stack.enter_context(replaced(heretic.main, **substitutes))
+        for module, name in OTHER_SEAMS:
+            stack.enter_context(replaced(module, **{name: substitutes[name]}))
         yield
-    finally:
-        for module, name, value in originals:
-            setattr(module, name, value)
 
 
 @contextmanager
@@ -587,8 +364,8 @@ def failed_trials_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def noticing_interruption(host: Host) -> Iterator[None]:
-    """Tells the host of Ctrl+C, which Heretic handles by itself during a trial."""
+def noticing_interruption(answers: Answers) -> Iterator[None]:
+    """Notices Ctrl+C, which Heretic handles by itself during a trial."""
 
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
@@ -596,7 +373,7 @@ def noticing_interruption(host: Host) -> Iterator[None]:
         return
 
     def notice(number: int, frame: FrameType | None) -> Any:
-        host.was_interrupted = True
+        answers.was_interrupted = True
         return previous(number, frame)
 
     signal.signal(signal.SIGINT, notice)
@@ -604,36 +381,6 @@ def noticing_interruption(host: Host) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def has_terminal() -> bool:
-    """Returns whether the user can be asked something."""
-
-    return heretic.utils.is_notebook() or (sys.stdin is not None and sys.stdin.isatty())
-
-
-def require_answers(settings: HostSettings) -> None:
-    """Raises `ContrastError` when Heretic would ask what neither the settings nor a user answer."""
-
-    if has_terminal() or settings.evaluate_model is not None or settings.model_action == "none":
-        return
-    if settings.model_action == "upload":
-        raise ContrastError(
-            "Uploading asks for the name of a repository and who may see it, and there is no terminal to ask in: "
-            "run it in a terminal, or give --model-action save."
-        )
-    answers = {
-        "--trial-index 0": settings.trial_index,
-        "--model-action save": settings.model_action,
-        "--save-directory DIR": settings.save_directory,
-        "--export-strategy merge": settings.export_strategy,
-    }
-    missing = [flag for flag, answer in answers.items() if answer is None]
-    if missing:
-        raise ContrastError(
-            f"There is no terminal to ask in what to do after the study: give {' '.join(missing)}, "
-            "or --model-action none to choose a trial later, in a terminal."
-        )
 
 
 def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) -> None:
@@ -670,20 +417,24 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         shutil.rmtree(settings.study_checkpoint_dir, ignore_errors=True)
     # Heretic's main() would show an interruption as an ordinary end.
     rich.traceback.install()
-    with substituted(host.substitutes()), noticing_interruption(host), failed_trials_in_one_line():
-        try:
+    answers = host.answers
+    # Heretic collects garbage after each batch, and need not look through all that was imported: up to 0.8 s each time.
+    gc.freeze()
+    try:
+        with (
+            substituted(host.substitutes()),
+            noticing_interruption(answers),
+            failed_trials_in_one_line(),
+            raising_causes(),
+        ):
             heretic.main.run()
-        except Exception as error:
-            # Optuna and transformers raise errors of their own while they clean up.
-            cause = find_cause(error, KeyboardInterrupt) or find_cause(error, ContrastError)
-            if cause is not None:
-                raise cause from error
-            if find_cause(error, EOFError) is not None:
-                raise ContrastError(
-                    "The terminal was closed at a question; the study is kept: give --checkpoint-action continue to go on."
-                ) from error
+    except Exception as error:
+        if isinstance(error, ContrastError) or find_cause(error, EOFError) is None:
             raise
-        finally:
-            if host.unfinished is not None:
-                shutil.rmtree(host.unfinished, ignore_errors=True)
-    host.require_success()
+        raise ContrastError(
+            "The terminal was closed at a question; the study is kept: give --checkpoint-action continue to go on."
+        ) from error
+    finally:
+        gc.unfreeze()
+        answers.discard_unfinished()
+    answers.require_success()

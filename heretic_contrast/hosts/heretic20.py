@@ -20,11 +20,12 @@ import rich.traceback
 from heretic.config import Settings, SingleDatasetSpecification
 from heretic.scorers.keyword_rate import KeywordRate
 
-from ..errors import ContrastError, find_cause
+from ..errors import ContrastError, raising_causes
 from ..files import require_writable_directory
 from ..prompts import Prompt
 from ..settings import PromptSources
 from .settings import PLUGIN, TABLE, HostSettings
+from .substitution import replaced
 from .surface import heretic_prompts
 
 
@@ -70,21 +71,14 @@ def run(settings: HostSettings) -> None:
     for directory in (settings.study_checkpoint_dir, settings.save_directory):
         if directory is not None:
             require_writable_directory(Path(directory))
-    arguments, original = sys.argv, heretic.main.Settings
-    # What stands on the command line is in the settings already.
-    sys.argv = ["heretic"]
-    heretic.main.Settings = partial(Settings, **plugin_settings(settings))
     rich.traceback.install()
-    try:
+    with (
+        # What stands on the command line is in the settings already.
+        replaced(sys, argv=["heretic"]),
+        replaced(heretic.main, Settings=partial(Settings, **plugin_settings(settings))),
+        raising_causes(),
+    ):
         heretic.main.run()
-    except Exception as error:
-        # Optuna and transformers raise errors of their own while they clean up.
-        cause = find_cause(error, KeyboardInterrupt) or find_cause(error, ContrastError)
-        if cause is None:
-            raise
-        raise cause from error
-    finally:
-        sys.argv, heretic.main.Settings = arguments, original
     if settings.save_directory is not None and not any(
         Path(settings.save_directory).glob("*.safetensors")
     ):

@@ -32,6 +32,7 @@ from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel
 from ..prompts import Prompt
 from ..settings import ContrastSettings
+from .substitution import replaced
 from .surface import from_heretic, log
 
 
@@ -142,11 +143,8 @@ def remembered(failures: list[Exception]) -> Iterator[None]:
         failures.append(error)
         return str(original(error))
 
-    heretic.model.format_exception = remember
-    try:
+    with replaced(heretic.model, format_exception=remember):
         yield
-    finally:
-        heretic.model.format_exception = original
 
 
 def loading_error(name: str, cause: Exception) -> ContrastError:
@@ -171,11 +169,10 @@ class PlainModel(ChatModel):
 
 
 class LoadedContext:
-    """The part of Heretic 2.0's plugin context that loading prompts needs."""
+    """Heretic 2.0's plugin context around a model that is loaded."""
 
-    def __init__(self, model: Model, settings: Any) -> None:
+    def __init__(self, model: Model) -> None:
         self._model = model
-        self._settings = settings
 
     def get_model(self) -> Any:
         """Returns Heretic's model."""
@@ -188,7 +185,7 @@ class LoadedContext:
         return self._model.get_responses_batched(prompts, skip_special_tokens=True)
 
 
-def open_model(settings: Any) -> LoadedContext:
+def open_model(settings: Any) -> PlainModel:
     """
     Loads the model that the settings name, with Heretic's choice of data type, device and quantization.
 
@@ -202,7 +199,7 @@ def open_model(settings: Any) -> LoadedContext:
     if settings.seed is None:
         settings.seed = random.randint(0, 2**32 - 1)
     transformers.set_seed(settings.seed)
-    return LoadedContext(PlainModel(settings), settings)
+    return PlainModel(settings)
 
 
 def with_response_prefix(
@@ -301,12 +298,9 @@ def _common_prefix(model: LanguageModel, prompts: Sequence[Prompt], max_new_toke
     return first[:length].rstrip(" ")
 
 
-def load_language_model(
-    settings: Any, batch_size: int | None = None
-) -> tuple[LanguageModel, LoadedContext]:
-    """Loads a model; returns the wrapper around it with its identity, and the context that loads prompts."""
+def load_language_model(settings: Any, batch_size: int | None = None) -> LanguageModel:
+    """Loads a model; returns the wrapper around it with its identity."""
 
-    context = open_model(settings)
-    model = from_heretic(context.get_model(), settings, batch_size).identified()
+    model = from_heretic(open_model(settings), settings, batch_size).identified()
     contrast = getattr(settings, "contrast", ContrastSettings())
-    return replace(model, winsorization_quantile=contrast.winsorization_quantile), context
+    return replace(model, winsorization_quantile=contrast.winsorization_quantile)

@@ -37,8 +37,13 @@ from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.evaluation.plan import SweepOptions  # noqa: E402
 from heretic_contrast.evaluation.sweep import sweep  # noqa: E402
 from heretic_contrast.hosts import lora_targets  # noqa: E402
-from heretic_contrast.hosts.heretic14 import HostContext, HostModel  # noqa: E402
-from heretic_contrast.hosts.loading import PlainModel, load_language_model, open_model  # noqa: E402
+from heretic_contrast.hosts.host_model import HostModel  # noqa: E402
+from heretic_contrast.hosts.loading import (  # noqa: E402
+    LoadedContext,
+    PlainModel,
+    load_language_model,
+    open_model,
+)
 from heretic_contrast.hosts.surface import from_heretic, wrap  # noqa: E402
 from heretic_contrast.language_model import LanguageModel  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
@@ -154,10 +159,10 @@ class Case:
         self.modifier.modify_model(self.context, self.parameters)
 
     @property
-    def context(self) -> HostContext:
+    def context(self) -> LoadedContext:
         """What the plugin gets from its host."""
 
-        return HostContext(self.host, self.settings)
+        return LoadedContext(self.host)
 
     @property
     def parameters(self) -> Parameters:
@@ -229,7 +234,7 @@ def make_case(name: str, folder: Path, model_class: Any = HostModel) -> Case:
     family.save(folder)
     settings = heretic_settings(folder, family.options)
     if family.quantized:
-        plain, _ = load_language_model(settings)
+        plain = load_language_model(settings)
     else:
         plain = wrap(family.make_model(), family.make_tokenizer(), name=name, batch_size=4)
     random_directions(plain, 2, 0).save(folder / "directions.safetensors")
@@ -240,7 +245,7 @@ def make_case(name: str, folder: Path, model_class: Any = HostModel) -> Case:
             {"directions": str(folder / "directions.safetensors")}
         ),
     )
-    modifier.init(HostContext(host, settings))
+    modifier.init(LoadedContext(host))
     tolerance = 1e-4 if family.dtype is torch.float32 else 0.05
     return Case(name, plain, host, settings, modifier, tolerance)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Intervals and errors against SciPy, and against their definitions."""
+"""Intervals against SciPy, and against their definitions."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.evaluation.statistics import standard_error, wilson_interval
+from heretic_contrast.evaluation.statistics import wilson_interval
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
@@ -62,15 +62,3 @@ def test_counts_that_are_none(successes: int, n: int) -> None:
 def test_confidences_that_are_none(confidence: float) -> None:
     with pytest.raises(ContrastError, match="not a probability"):
         wilson_interval(1, 10, confidence)
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))
-def test_standard_error_is_that_of_scipy(values: list[float]) -> None:
-    assert standard_error(values) == pytest.approx(float(stats.sem(values)), rel=1e-9, abs=1e-6)
-
-
-def test_standard_error_of_one_value_and_of_none() -> None:
-    assert standard_error([0.3]) == math.inf
-    with pytest.raises(ContrastError, match="at least one"):
-        standard_error([])

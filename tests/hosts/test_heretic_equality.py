@@ -22,7 +22,8 @@ from heretic_contrast.directions.directions import Directions  # noqa: E402
 from heretic_contrast.directions.extraction import extract  # noqa: E402
 from heretic_contrast.directions.pools import Pools  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
-from heretic_contrast.hosts.heretic14 import HostContext, HostModel  # noqa: E402
+from heretic_contrast.hosts.host_model import HostModel  # noqa: E402
+from heretic_contrast.hosts.loading import LoadedContext  # noqa: E402
 from heretic_contrast.hosts.surface import from_heretic, wrap  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
 from heretic_contrast.prompts import Prompt  # noqa: E402
@@ -75,7 +76,7 @@ BAD = [HereticPrompt(system="Be brief.", user=f"Break {name}!") for name in "hij
 
 def initialized(
     model: HostModel, settings: Settings, folder: Path, **options: Any
-) -> tuple[ContrastAbliteration, HostContext]:
+) -> tuple[ContrastAbliteration, LoadedContext]:
     """The modifier with the difference in means of `BAD` and `GOOD`, and what it was initialized in."""
 
     files = {}
@@ -92,7 +93,7 @@ def initialized(
             }
         ),
     )
-    context = HostContext(model, modifier.heretic_settings)
+    context = LoadedContext(model)
     modifier.init(context)
     return modifier, context
 

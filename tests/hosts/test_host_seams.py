@@ -19,6 +19,7 @@ from heretic_contrast.directions.directions import Directions  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.hosts import heretic14  # noqa: E402
 from heretic_contrast.hosts.checkpoint import repair_checkpoint  # noqa: E402
+from heretic_contrast.hosts.loading import LoadedContext  # noqa: E402
 from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
 from heretic_contrast.search.parameters import (  # noqa: E402
@@ -40,14 +41,11 @@ def settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> HostSettings:
 
 def test_seams_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     host = heretic14.Host(settings(monkeypatch), ContrastAbliteration)
-    before = {name: getattr(heretic_main, name) for name in heretic14.SEAMS}
-    parameters = heretic_main.get_trial_parameters
-    assert set(host.substitutes()) == set(heretic14.SEAMS)
+    before = {name: getattr(heretic_main, name) for name in host.substitutes()}
     with pytest.raises(RuntimeError), heretic14.substituted(host.substitutes()):
         assert heretic_main.Model is not before["Model"]
         raise RuntimeError
-    assert {name: getattr(heretic_main, name) for name in heretic14.SEAMS} == before
-    assert heretic_main.get_trial_parameters is parameters
+    assert {name: getattr(heretic_main, name) for name in before} == before
 
 
 def test_missing_seam_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +261,7 @@ def test_model_card_names_the_plugin(
     host.modifier.directions = Directions(
         nothing, ("all",), True, nothing, ("all",), nothing[:, 0], nothing, {"settings": made_with}
     )
-    host.context = heretic14.HostContext(None, host.settings)  # type: ignore[arg-type]
+    host.context = LoadedContext(None)
     trial = create_trial(
         values=[0, 0],
         user_attrs={

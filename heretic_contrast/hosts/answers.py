@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The questions of Heretic 1.4, which has no headless mode, and where it saves what was answered."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import heretic.utils
+from questionary import Choice
+
+from ..errors import ContrastError
+from ..files import require_writable_directory
+from .model_folder import CONFIGURATIONS, UNFINISHED, publish_model, require_other_folder
+from .settings import HostSettings
+from .surface import log
+
+CHECKPOINT_QUESTION = "How would you like to proceed?"
+TRIAL_QUESTION = "Which trial do you want to use?"
+ACTION_QUESTION = "What do you want to do with the decensored model?"
+EXPORT_QUESTION = "How do you want to export the model?"
+REPRODUCIBILITY_QUESTION = "Which reproducibility information do you want to add?"
+ACTIONS = {
+    "none": "",
+    "save": "Save the model to a local folder",
+    "upload": "Upload the model to Hugging Face",
+}
+
+
+class Answers:
+    """Answers from the settings of headless mode, or from the user; a model that is saved replaces another as a whole."""
+
+    def __init__(self, settings: HostSettings) -> None:
+        self.settings = settings
+        self.trial_was_chosen = False
+        self.action_was_taken = False
+        self.was_interrupted = False
+        self.model_was_saved = False
+        self.unfinished: Path | None = None
+        self.failure: Exception | None = None
+
+    def select(self, message: str, choices: list[Any]) -> Any:
+        """Answers Heretic's questions from the settings of headless mode, or asks the user."""
+
+        if message != EXPORT_QUESTION:
+            # Whatever else Heretic asks next, it has finished saving, or failed to.
+            self.finish_saving()
+        settings = self.settings
+        if message == CHECKPOINT_QUESTION and settings.checkpoint_action is not None:
+            return settings.checkpoint_action
+        if message == CHECKPOINT_QUESTION and not has_terminal():
+            raise ContrastError(
+                "There is a checkpoint of this configuration and no terminal to ask in: "
+                "give --checkpoint-action continue or --checkpoint-action restart."
+            )
+        if message == TRIAL_QUESTION and settings.trial_index is not None:
+            return self._choose_trial(choices, settings.trial_index)
+        if message == TRIAL_QUESTION and settings.model_action == "none":
+            if self.was_interrupted:
+                raise KeyboardInterrupt
+            log("The study is kept: give --checkpoint-action continue to choose a trial.")
+            return ""
+        if message == ACTION_QUESTION and settings.model_action is not None:
+            if self.action_was_taken:
+                return ""
+            self.action_was_taken = True
+            return ACTIONS[settings.model_action]
+        if message == REPRODUCIBILITY_QUESTION:
+            log("Reproducibility information is left out, since it could not rebuild this model.")
+            return "none"
+        answer = heretic.utils.prompt_select(message, choices)
+        if answer is None and message in (CHECKPOINT_QUESTION, TRIAL_QUESTION):
+            # Ctrl+C, which would end the program as if all was done.
+            raise KeyboardInterrupt
+        return answer
+
+    def _choose_trial(self, choices: list[Any], index: int) -> Any:
+        """Returns a trial of the Pareto front once, and then the answer that ends the program."""
+
+        if self.trial_was_chosen:
+            return ""
+        if self.was_interrupted:
+            # Heretic goes on with the trials that it has, which nobody asked for who pressed Ctrl+C.
+            raise KeyboardInterrupt
+        self.trial_was_chosen = True
+        trials = [
+            choice.value
+            for choice in choices
+            if isinstance(choice, Choice) and choice.value not in ("", "continue")
+        ]
+        if index >= len(trials):
+            raise ContrastError(
+                f"Trial index {index} is asked for, but the Pareto front has {len(trials)} trials: "
+                f"choose between 0 and {len(trials) - 1}; the study is kept and can be continued."
+            )
+        return trials[index]
+
+    def path(self, message: str) -> str:
+        """
+        Returns the folder to save to: one inside that of the settings or of the user's answer, until all is there.
+
+        Raises `ContrastError` when it cannot be written to, or holds the original model.
+        """
+
+        answer = self.settings.save_directory
+        if answer is None:
+            answer = heretic.utils.prompt_path(message)
+        if not answer:
+            # The user changed their mind.
+            return ""
+        directory = Path(answer)
+        require_other_folder(directory, self.settings.model)
+        require_writable_directory(directory)
+        self.failure = None
+        self.unfinished = directory / UNFINISHED
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        return str(self.unfinished)
+
+    def format_exception(self, error: Exception) -> str:
+        """Returns the message of an error; Heretic shows it and goes on, so that it is remembered here."""
+
+        if self.action_was_taken or self.unfinished is not None:
+            self.failure = error
+        return heretic.utils.format_exception(error)
+
+    def finish_saving(self) -> None:
+        """
+        Moves a saved model to where it belongs, or removes what there is of it, so that an earlier one is kept whole.
+
+        Raises `ContrastError` when it cannot be moved.
+        """
+
+        unfinished = self.unfinished
+        if unfinished is None:
+            return
+        if self.failure is None and any((unfinished / name).exists() for name in CONFIGURATIONS):
+            self.unfinished = None
+            publish_model(unfinished, unfinished.parent)
+            self.model_was_saved = True
+            log(f"Moved to [bold]{unfinished.parent}[/].")
+        self.discard_unfinished()
+
+    def discard_unfinished(self) -> None:
+        """Removes what there is of a model that was not saved to its end."""
+
+        if self.unfinished is not None:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.unfinished = None
+
+    def require_success(self) -> None:
+        """Raises `ContrastError` when the action of headless mode failed."""
+
+        action = self.settings.model_action
+        if action in (None, "none") or (
+            self.failure is None and (action != "save" or self.model_was_saved)
+        ):
+            return
+        what = "uploaded" if action == "upload" else f"saved to {self.settings.save_directory}"
+        reason = ""
+        if self.failure is not None:
+            reason = f" ({' '.join(heretic.utils.format_exception(self.failure).split())[:300]})"
+        raise ContrastError(
+            f"The model could not be {what}{reason}; the study and what was there before are kept: "
+            "give --checkpoint-action continue to try again."
+        )
+
+
+def has_terminal() -> bool:
+    """Returns whether the user can be asked something."""
+
+    return heretic.utils.is_notebook() or (sys.stdin is not None and sys.stdin.isatty())
+
+
+def require_answers(settings: HostSettings) -> None:
+    """Raises `ContrastError` when Heretic would ask what neither the settings nor a user answer."""
+
+    if has_terminal() or settings.evaluate_model is not None or settings.model_action == "none":
+        return
+    if settings.model_action == "upload":
+        raise ContrastError(
+            "Uploading asks for the name of a repository and who may see it, and there is no terminal to ask in: "
+            "run it in a terminal, or give --model-action save."
+        )
+    answers = {
+        "--trial-index 0": settings.trial_index,
+        "--model-action save": settings.model_action,
+        "--save-directory DIR": settings.save_directory,
+        "--export-strategy merge": settings.export_strategy,
+    }
+    missing = [flag for flag, answer in answers.items() if answer is None]
+    if missing:
+        raise ContrastError(
+            f"There is no terminal to ask in what to do after the study: give {' '.join(missing)}, "
+            "or --model-action none to choose a trial later, in a terminal."
+        )

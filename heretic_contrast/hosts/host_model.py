@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Heretic 1.4's model, as Heretic 2.0 has it: with LoRA adapters on request."""
+
+from typing import Any
+
+from heretic.config import ExportStrategy, RowNormalization
+
+from ..ablation.lora import require_mergeable
+from .loading import ChatModel
+from .lora_targets import adapters_on_named_modules
+
+
+class HostModel(ChatModel):
+    """Heretic 1.4's model, with LoRA adapters on request, as in Heretic 2.0."""
+
+    lora_rank: int | None = None
+
+    def apply_lora(self, rank: int) -> None:
+        """Applies LoRA adapters of a rank, now and after every reload."""
+
+        self.lora_rank = rank
+        self._apply_lora()
+        if self.settings.export_strategy == ExportStrategy.MERGE:
+            # Hours before the merge.
+            require_mergeable(self.model)
+
+    def _apply_lora(self) -> None:
+        # Heretic's constructor calls this before the directions are known.
+        if self.lora_rank is None:
+            return
+        # Heretic reads the rank from its settings under "full" row normalization, and takes 1 otherwise.
+        settings = self.settings  # type: ignore[has-type]
+        self.settings = settings.model_copy(
+            update={
+                "row_normalization": RowNormalization.FULL,
+                "full_normalization_lora_rank": self.lora_rank,
+            }
+        )
+        try:
+            with adapters_on_named_modules(self):
+                super()._apply_lora()
+        finally:
+            self.settings = settings
+
+    def get_merged_model(self) -> Any:
+        """
+        Merges the adapters; those of a model that Heretic has quantized are applied anew to one in full precision.
+
+        Raises `ContrastError` when the weights are kept as codes to which nothing can be added.
+        """
+
+        require_mergeable(self.model)
+        return super().get_merged_model()
+
+    def reset_model(self) -> bool:
+        """Resets the model; the adapters are in place afterwards, which Heretic 2.0 reports as True."""
+
+        super().reset_model()
+        return True
