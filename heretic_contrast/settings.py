@@ -118,13 +118,34 @@ def check_dataset_name(name: str) -> None:
         )
 
 
-def complaint(details: Mapping[str, Any]) -> str:
-    """Returns what a validation error complains about, in the user's words: pydantic's name classes of Python."""
+def validation_error(error: ValidationError, table: str | None = None) -> ContrastError:
+    """
+    Returns the first complaint of a validation error as one sentence, in the user's words.
 
-    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return "a table of settings is needed"
+    `table`: the table of `config.toml` that the settings stand in; without one, they are named as on the command line.
+    """
+
+    details = error.errors()[0]
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, ContrastError):
+        return cause
+    name = ".".join(map(str, details["loc"]))
+    subject = f'The setting "{name}" in {table} does' if name else f"The settings in {table} do"
+    remedy = "correct it"
+    if table is None:
+        flag = f"The setting --{name.replace('_', '-')}"
+        if details["type"] == "missing":
+            return ContrastError(
+                f"{flag} is required: give it on the command line or in config.toml."
+            )
+        subject = f"{flag} does" if name else "The settings do"
+        remedy += ", or see heretic-contrast --help"
+    # pydantic's message names classes of Python.
     message = str(details["msg"])
-    return message[:1].lower() + message[1:]
+    message = message[:1].lower() + message[1:]
+    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "a table of settings is needed"
+    return ContrastError(f"{subject} not work ({message}): {remedy}.")
 
 
 def check_text(settings: Mapping[str, Any]) -> None:

@@ -2,9 +2,9 @@
 
 """`heretic-contrast audit`: counts harm categories in a harmless pool."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic_settings import (
     BaseSettings,
@@ -14,8 +14,8 @@ from pydantic_settings import (
 )
 
 from ..files import require_writable_directory, require_writable_file
-from ..hosts.arguments import PROGRAM, normalize_arguments
-from ..hosts.settings import parse_settings
+from ..hosts.arguments import PROGRAM
+from ..hosts.settings import load_settings
 from ..settings import PromptSource
 
 
@@ -36,14 +36,11 @@ class AuditSettings(PromptSource, BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        *others: PydanticBaseSettingsSource,
+        **named: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (
-            init_settings,
-            CliSettingsSource(settings_cls, cli_parse_args=True, cli_kebab_case=True),
-        )
+        source = CliSettingsSource[Any](settings_cls, cli_parse_args=True, cli_kebab_case=True)
+        return (init_settings, source)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -53,17 +50,15 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the settings, the pool or the output do not work.
     """
 
-    sys.argv = [f"{PROGRAM} audit", *normalize_arguments(AuditSettings, arguments)]
-    settings = parse_settings(AuditSettings)
+    settings = load_settings(AuditSettings, f"{PROGRAM} audit", arguments)
+    cleaned = None if settings.cleaned is None else Path(settings.cleaned)
     require_writable_directory(Path(settings.output))
-    if settings.cleaned is not None:
-        require_writable_file(Path(settings.cleaned))
+    if cleaned is not None:
+        require_writable_file(cleaned)
 
     from ..hosts.surface import log
     from ..prompts import load_pool
     from ..prompts.audit import render, run_audit
 
     prompts = load_pool(settings, "audited", "--")
-    cleaned = None if settings.cleaned is None else Path(settings.cleaned)
-    result = run_audit(prompts, Path(settings.output), cleaned)
-    log(render(result))
+    log(render(run_audit(prompts, Path(settings.output), cleaned)))

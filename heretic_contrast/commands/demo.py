@@ -2,7 +2,6 @@
 
 """`heretic-contrast demo`: the whole way on the built-in model, headless."""
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,7 +47,6 @@ def main(arguments: Sequence[str]) -> None:
 
     require_heretic("demo", arguments)
     started = time.perf_counter()
-    # The model comes first, so that no argument is taken for it.
     settings = load_settings(DemoSettings, f"{PROGRAM} demo", ["--model", REFUSER, *arguments])
     if settings.output is None:
         raise ContrastError("The demo needs a place for its results: give --output DIR.")
@@ -56,15 +54,9 @@ def main(arguments: Sequence[str]) -> None:
     require_writable_directory(output)
     model_directory = output / "model"
 
-    sys.argv = [
-        PROGRAM,
-        *headless_arguments(settings, output),
-        # What the user gave comes last and wins.
-        *without_output(arguments),
-        "--model",
-        settings.model,
-    ]
-    settings = load_settings(HostSettings, PROGRAM, sys.argv[1:])
+    # What the user gave comes last and wins.
+    flags = [*headless_arguments(settings, output), "--model", settings.model, *arguments]
+    settings = load_settings(DemoSettings, PROGRAM, flags)
     if installed_surface() == "2.0":
         from ..hosts import heretic20
 
@@ -105,21 +97,6 @@ def headless_arguments(settings: DemoSettings, output: Path) -> list[str]:
     ]
 
 
-def without_output(arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments without `--output`, which Heretic does not know."""
-
-    kept = []
-    skip = False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument == "--output":
-            skip = True
-        elif not argument.startswith("--output="):
-            kept.append(argument)
-    return kept
-
-
 def judge(
     settings: HostSettings,
     model_directory: Path,
@@ -129,8 +106,8 @@ def judge(
     """
     Reloads the saved model with plain transformers, and compares it with the original on held-out prompts.
 
-    `count_refusals` counts as the installed Heretic does. Returns refusals by Heretic's markers before and after, false refusals of held-out harmless prompts, and the KL
-    divergence of the first token's distribution on held-out general prompts, in nats.
+    `count_refusals` counts as the installed Heretic does. Returns refusals before and after, false refusals of held-out harmless
+    prompts, and the KL divergence of the first token's distribution on held-out general prompts, in nats.
     """
 
     import torch
@@ -184,18 +161,12 @@ def show(summary: dict[str, Any], output: Path) -> None:
 
     table = Table(title="Held-out prompts, judged on the saved model")
     table.add_column("Measurement")
-    table.add_column("Original", justify="right")
-    table.add_column("Modified", justify="right")
-    table.add_row(
-        f"Refused, of {summary['n_prompts']} harmful",
-        str(summary["base_refusals"]),
-        str(summary["refusals"]),
-    )
-    table.add_row(
-        f"Refused, of {summary['n_harmless_prompts']} harmless",
-        str(summary["base_false_refusals"]),
-        str(summary["false_refusals"]),
-    )
+    for name in ("Original", "Modified"):
+        table.add_column(name, justify="right")
+    for kind, prefix in (("harmful", ""), ("harmless", "false_")):
+        total = summary["n_prompts" if kind == "harmful" else "n_harmless_prompts"]
+        counts = (summary[f"base_{prefix}refusals"], summary[f"{prefix}refusals"])
+        table.add_row(f"Refused, of {total} {kind}", *map(str, counts))
     table.add_row("KL divergence of the first token", "0", f"{summary['kl_divergence']:.4f}")
     log()
     log(table)

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     """
 
     require_heretic("extract", arguments)
-    settings = load_settings(ExtractSettings, f"{PROGRAM} extract", list(arguments))
+    settings = load_settings(ExtractSettings, f"{PROGRAM} extract", arguments)
     if settings.output is None and settings.report is None:
         raise ContrastError(
             "Nothing would be written: give --output FILE.safetensors, --report DIR, or both."

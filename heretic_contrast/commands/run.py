@@ -46,14 +46,14 @@ def main(arguments: Sequence[str]) -> None:
     """
 
     require_heretic("run", arguments)
-    settings = load_settings(HostSettings, PROGRAM, list(arguments))
+    settings = load_settings(HostSettings, PROGRAM, arguments)
     settings.contrast.require_single_configuration()
     undecided = not {"baseline", "preset", "directions"} & settings.contrast.model_fields_set
     headless = settings.trial_index is not None or settings.model_action is not None
     can_be_asked = sys.stdin is not None and sys.stdin.isatty()
     if undecided and not headless and can_be_asked and settings.evaluate_model is None:
         arguments = ["--contrast.baseline", choose_baseline(), *arguments]
-        settings = load_settings(HostSettings, PROGRAM, list(arguments))
+        settings = load_settings(HostSettings, PROGRAM, arguments)
 
     # Heavy imports come last, so that bad settings are answered at once.
     from ..hosts import heretic14

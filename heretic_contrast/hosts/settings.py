@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -43,8 +43,8 @@ from ..settings import (
     check_dataset_keys,
     check_dataset_name,
     check_text,
-    complaint,
     require_effect,
+    validation_error,
 )
 from .arguments import PROGRAM, normalize_arguments
 from .unused import LIKE, class_name, named_plugins, unused_tables, unused_variables
@@ -205,18 +205,14 @@ class HostSettings(Settings):
     def settings_customise_sources(
         cls,
         settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        *sources: PydanticBaseSettingsSource,
+        **named: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # Made first, because it names what is wrong with a file that cannot be read.
         toml_source = ContrastTomlSource(settings_cls)
         # Heretic reads config.toml last; the replacement knows the plugin's table.
-        sources = super().settings_customise_sources(
-            settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings
-        )
-        return (*sources[:-1], toml_source)
+        *others, _ = super().settings_customise_sources(settings_cls, *sources, **named)
+        return (*others, toml_source)
 
     @model_validator(mode="before")
     @classmethod
@@ -366,26 +362,11 @@ def _datasets(content: Any) -> Iterator[str]:
             yield from _datasets(value)
 
 
-def validation_sentence(error: ValidationError) -> str:
-    """Returns the first complaint of a validation error as one sentence."""
-
-    details = error.errors()[0]
-    names = [str(part) for part in details["loc"]]
-    where = ".".join(name.replace("_", "-") for name in names)
-    subject = f"The setting --{where} does" if where else "The settings do"
-    cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, ContrastError):
-        return str(cause)
-    if details["type"] == "missing":
-        return f"The setting --{where} is required: give it on the command line or in config.toml."
-    return f"{subject} not work ({complaint(details)}): correct it, or see heretic-contrast --help."
-
-
 SettingsType = TypeVar("SettingsType", bound=BaseSettings)
 
 
 def load_settings(
-    settings_class: type[SettingsType], program: str, arguments: list[str]
+    settings_class: type[SettingsType], program: str, arguments: Sequence[str]
 ) -> SettingsType:
     """
     Parses command line, environment and `config.toml`. Leaves the command line in `sys.argv` as Heretic parses it.
@@ -394,32 +375,16 @@ def load_settings(
     """
 
     sys.argv = [program, *normalize_arguments(settings_class, arguments)]
-    return parse_settings(settings_class)
-
-
-def parse_settings(settings_class: type[SettingsType]) -> SettingsType:
-    """
-    Returns the settings that `sys.argv` and the other sources of the class give.
-
-    Raises `ContrastError` with the first complaint.
-    """
-
     try:
         return settings_class()
     except ValidationError as error:
-        raise ContrastError(validation_sentence(error)) from error
+        raise validation_error(error) from error
     except SettingsError as error:
-        cause = error.__cause__
-        reason = " ".join(str(cause or error).split())
-        raise ContrastError(
-            f"The settings cannot be read ({reason}): correct them, or see {PROGRAM} --help."
-        ) from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        complaint, cause = f"The settings cannot be read ({reason}): correct them", error
     except UnicodeEncodeError as error:
         # Bytes of the command line that are no UTF-8 arrive as halves of characters, which pydantic cannot complain about.
-        raise ContrastError(
-            f"A setting holds text that is not UTF-8: correct it, or see {PROGRAM} --help."
-        ) from error
+        complaint, cause = "A setting holds text that is not UTF-8: correct it", error
     except RecursionError as error:
-        raise ContrastError(
-            f"A setting is nested too deeply to be read: correct it, or see {PROGRAM} --help."
-        ) from error
+        complaint, cause = "A setting is nested too deeply to be read: correct it", error
+    raise ContrastError(f"{complaint}, or see {PROGRAM} --help.") from cause

@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, TomlConfigSettingsSource
 from rich.markup import escape
 
 from ..errors import ContrastError, one_line, show_warnings_as_sentences
-from ..settings import complaint
+from ..settings import validation_error
 from .surface import log
 from .unused import NAMESPACES, PLUGINS, named_plugins, unused_keys, unused_tables, unused_variables
 
@@ -79,18 +79,6 @@ def validated(
     except ValidationError as error:
         show_errors_as_sentences()
         raise validation_error(error, where) from error
-
-
-def validation_error(error: ValidationError, where: str) -> ContrastError:
-    """Returns the first complaint of a validation error as one sentence; `where` names the table."""
-
-    details = error.errors()[0]
-    cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, ContrastError):
-        return cause
-    name = ".".join(str(part) for part in details["loc"])
-    subject = f'The setting "{name}" in {where} does' if name else f"The settings in {where} do"
-    return ContrastError(f"{subject} not work ({complaint(details)}): correct it.")
 
 
 def show_errors_as_sentences() -> None:
