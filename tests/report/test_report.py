@@ -45,7 +45,7 @@ from heretic_contrast.report.sweep_report import (
     refusal_table,
     sweep_report,
 )
-from heretic_contrast.report.writing import to_csv, to_html, to_rich, write_report
+from heretic_contrast.report.writing import to_csv, to_rich, write_report
 from tests.evaluation.test_capture import make_directions, random_tensor
 
 WEIGHTS = (0.3, 0.5, 1.2)
@@ -263,13 +263,19 @@ def test_pareto_front_equals_the_definition() -> None:
     assert len(front) == len(optimal)
 
 
-def test_files_of_a_sweep(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """The folder of a report, and what was printed."""
+
+    folder, printed = tmp_path_factory.mktemp("report"), []
+    write_sweep_report(make_sweep(), folder, lambda *args: printed.extend(args), *make_geometry())
+    return folder, printed
+
+
+def test_files_of_a_sweep(written: tuple[Path, list[Any]], tmp_path: Path) -> None:
     result = make_sweep()
-    capture, geometry = make_geometry()
-    printed: list[Any] = []
-    log = lambda *args: printed.extend(args)  # noqa: E731
-    write_sweep_report(result, tmp_path / "one", log, capture, geometry)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    folder, printed = written
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert SweepResult.from_dict(json.loads(files["sweep.json"])) == result
     assert len(list(csv.DictReader(io.StringIO(files["sweep.csv"].decode())))) == len(result.cells)
     responses = [json.loads(line) for line in files["responses.jsonl"].decode().splitlines()]
@@ -293,8 +299,8 @@ def test_files_of_a_sweep(tmp_path: Path) -> None:
     assert any("R reaches 0 on 1 of 3 layers" in str(item) for item in printed)
 
     # The same sweep gives the same bytes.
-    write_sweep_report(result, tmp_path / "two", nothing, capture, geometry)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()} == files
+    write_sweep_report(result, tmp_path, nothing, *make_geometry())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
 def no_json(constant: str) -> None:
@@ -311,13 +317,13 @@ def test_models_that_an_ablation_has_broken(tmp_path: Path, weights: set[float])
             for cell in result.cells
         ),
     )
-    write_sweep_report(result, tmp_path, nothing, *make_geometry())
+    write_sweep_report(result, tmp_path, nothing)
     written = json.loads((tmp_path / "sweep.json").read_text(), parse_constant=no_json)
     assert SweepResult.from_dict(written) == result
 
 
-def test_page_stands_alone_and_is_accessible() -> None:
-    page_text = to_html(sweep_report(make_sweep(), *make_geometry()))
+def test_page_stands_alone_and_is_accessible(written: tuple[Path, list[Any]]) -> None:
+    page_text = (written[0] / "report.html").read_text()
     page = Page(page_text)
     assert page.open == []
     assert page.all("html")[0]["lang"] == "en"
@@ -386,34 +392,28 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         write_sweep_report(make_sweep(), tmp_path / "file", nothing)
 
 
-def run_browser(*arguments: str) -> None:
-    """Runs Chromium without a screen."""
+def run_browser(folder: Path, *arguments: str) -> str:
+    """Runs Chromium without a screen, and returns what it writes."""
 
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:
         pytest.skip("needs Chromium")
-    subprocess.run(
-        [
-            program,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            *arguments,
-        ],
-        check=True,
-        capture_output=True,
-        timeout=300,
+    command = f"""
+        {program} --headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking
+        --disable-component-update --disable-sync --user-data-dir={folder / "profile"}
+    """.split()
+    finished = subprocess.run(
+        [*command, *arguments], check=True, capture_output=True, text=True, timeout=300
     )
+    return finished.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [375, 1280])
-def test_nothing_overflows_in_a_browser(tmp_path: Path, width: int) -> None:
-    text = to_html(sweep_report(make_sweep(), *make_geometry()))
+def test_nothing_overflows_in_a_browser(
+    written: tuple[Path, list[Any]], tmp_path: Path, width: int
+) -> None:
+    text = (written[0] / "report.html").read_text()
     # The page has no scripts; this one, added for the test, writes what the browser laid out into the title.
     measured = tmp_path / "measured.html"
     measured.write_text(
@@ -428,41 +428,22 @@ def test_nothing_overflows_in_a_browser(tmp_path: Path, width: int) -> None:
         "<script>addEventListener('load', () => { document.title = 'measured ' +"
         " document.getElementById('f').contentDocument.title; });</script>"
     )
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("needs Chromium")
-    finished = subprocess.run(
-        [
-            program,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--allow-file-access-from-files",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"--window-size={width + 100},900",
-            "--virtual-time-budget=5000",
-            "--dump-dom",
-            frame.as_uri(),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    shown = run_browser(
+        tmp_path,
+        "--allow-file-access-from-files",
+        f"--window-size={width + 100},900",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        frame.as_uri(),
     )
-    match = re.search(r"<title>measured \[(\d+),(\d+),(true|false)\]</title>", finished.stdout)
-    assert match is not None, finished.stdout[:500]
+    match = re.search(r"<title>measured \[(\d+),(\d+),(true|false)\]</title>", shown)
+    assert match is not None, shown[:500]
     assert int(match[1]) <= int(match[2]) == width
     assert match[3] == "true"
 
 
 @pytest.mark.slow
-def test_prints_to_pdf(tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    page.write_text(to_html(sweep_report(make_sweep(), *make_geometry())))
+def test_prints_to_pdf(written: tuple[Path, list[Any]], tmp_path: Path) -> None:
     target = tmp_path / "report.pdf"
-    run_browser(
-        f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={target}", page.as_uri()
-    )
+    run_browser(tmp_path, f"--print-to-pdf={target}", (written[0] / "report.html").as_uri())
     assert target.read_bytes().startswith(b"%PDF")
