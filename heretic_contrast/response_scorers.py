@@ -9,23 +9,21 @@ development state of July 2026, which has no modifiers and gives its plugins no 
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from heretic_contrast.builtin import harmful_pool, harmless_pool, is_builtin, refuser_pool
 from heretic_contrast.hosts.surface import Context, Score, Scorer, heretic_prompts, log
 from heretic_contrast.hosts.tables import check_tables, show_errors_as_sentences, validated
 from heretic_contrast.prompts import Prompt, load_pool
-from heretic_contrast.settings import Described, PromptSources
+from heretic_contrast.settings import PromptSources, Table
 from heretic_contrast.tiers.coherence import is_coherent
 from heretic_contrast.tiers.responses import Tier, classify_response
 
 DEFAULT_POOL = "unset for Heretic's default, or for the built-in refuser its own"
 
 
-class RefusalTiersSettings(Described):
+class RefusalTiersSettings(Table):
     """Settings of `RefusalTiers`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     score_name: str = "Refusal tiers"
     """Name of the score."""
@@ -47,10 +45,8 @@ class RefusalTiersSettings(Described):
     """Whether to print each prompt with its response and tier."""
 
 
-class FalseRefusalsSettings(Described):
+class FalseRefusalsSettings(Table):
     """Settings of `FalseRefusals`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     score_name: str = "False refusals"
     """Name of the score."""

@@ -10,7 +10,7 @@ model again after an export. So nothing here keeps a model, and every score look
 import math
 from pathlib import Path
 
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from heretic_contrast.builtin import is_builtin, model_name, with_refuser_pools
 from heretic_contrast.engine.fast.interventions import TeacherForcing
@@ -28,13 +28,11 @@ from heretic_contrast.hosts.surface import (
     scorer_entries,
 )
 from heretic_contrast.response_scorers import DEFAULT_POOL, ContrastScorer
-from heretic_contrast.settings import ContrastSettings, Described, PromptSources
+from heretic_contrast.settings import ContrastSettings, PromptSources, Table
 
 
-class TeacherForcedDivergenceSettings(Described):
+class TeacherForcedDivergenceSettings(Table):
     """Settings of `TeacherForcedDivergence`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     score_name: str = "Teacher-forced KL divergence"
     """Name of the score."""
@@ -51,10 +49,8 @@ class TeacherForcedDivergenceSettings(Described):
     """Number of log-probabilities kept per position; the rest shares one bucket."""
 
 
-class FixedWeightSweepSettings(SweepPlanSettings):
+class FixedWeightSweepSettings(Table, SweepPlanSettings):
     """Settings of `FixedWeightSweep`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     score_name: str = "Fixed-weight sweep"
     """Name of the score."""

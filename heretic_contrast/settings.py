@@ -191,10 +191,14 @@ class Described(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-class PromptSource(Described):
-    """Where a pool of prompts comes from: Heretic's dataset specification, with a category column."""
+class Table(Described):
+    """Settings with a table of their own, in which nothing else may stand."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class PromptSource(Table):
+    """Where a pool of prompts comes from: Heretic's dataset specification, with a category column."""
 
     dataset: str
     """
@@ -341,10 +345,10 @@ EXTRACTION_FIELDS = set(
 """The settings that decide directions."""
 
 
-class ContrastSettings(Described):
+class ContrastSettings(Table):
     """Settings of the plugin."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(validate_default=True, allow_inf_nan=False)
 
     preset: list[str] = Field(
         [],
