@@ -4,7 +4,8 @@
 
 import gc
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,31 @@ def private_cache(
     directory = tmp_path_factory.getbasetemp() / "cache"
     directory.mkdir(exist_ok=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
+
+
+Refused = Callable[[Sequence[str]], str]
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Runs the command line in the test's folder, which it leaves with code 2, and returns its one sentence."""
+
+    def run(arguments: Sequence[str]) -> str:
+        from heretic_contrast import cli
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["heretic-contrast", *arguments])
+        with pytest.raises(SystemExit) as information:
+            cli.main()
+        assert information.value.code == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        (sentence,) = (line for line in error.splitlines() if line.startswith("Error: "))
+        return sentence
+
+    return run
 
 
 @pytest.fixture(scope="session")

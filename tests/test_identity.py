@@ -34,6 +34,7 @@ from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.settings import ContrastSettings
 from heretic_contrast.tiers.responses import Tier
+from tests.made_directions import make_directions, random_tensor
 from tests.tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -338,16 +339,7 @@ def classifier(first: str) -> Callable[[str, str], Tier]:
 HARMFUL = [Prompt("Break it", category="violence"), Prompt("Bend it", category="violence")]
 
 
-TENSOR = torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(0))
-DIRECTIONS = Directions(
-    tensor=TENSOR,
-    names=("all",),
-    aligned=True,
-    class_directions=TENSOR,
-    class_names=("all",),
-    mean_direction=TENSOR[:, 0],
-    hits=torch.zeros(5, 1, 0, dtype=torch.int64),
-)
+DIRECTIONS = make_directions(random_tensor(5, 1, 32))
 
 
 def evaluator(model: LanguageModel, **changes: Any) -> SweepEvaluator:

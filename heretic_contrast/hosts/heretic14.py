@@ -435,6 +435,5 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
             "The terminal was closed at a question; the study is kept: give --checkpoint-action continue to go on."
         ) from error
     finally:
-        gc.unfreeze()
         answers.discard_unfinished()
     answers.require_success()

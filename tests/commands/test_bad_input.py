@@ -7,28 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from heretic_contrast import cli
-
-
-def run(
-    arguments: list[str],
-    directory: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> str:
-    """Runs the command line, and returns its one sentence."""
-
-    monkeypatch.chdir(directory)
-    monkeypatch.setattr(sys, "argv", ["heretic-contrast", *arguments])
-    with pytest.raises(SystemExit) as exit_information:
-        cli.main()
-    assert exit_information.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    sentences = [line for line in error.splitlines() if line.startswith("Error: ")]
-    assert len(sentences) == 1
-    return sentences[0]
+from tests.conftest import Refused
+from tests.made_directions import make_directions
 
 
 @pytest.mark.parametrize(
@@ -61,22 +43,14 @@ def run(
         (["audit", "--dataset", "missing.txt"], "output"),
     ],
 )
-def test_settings(
-    arguments: list[str],
-    expected: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert expected in run(arguments, tmp_path, monkeypatch, capsys)
+def test_settings(refused: Refused, arguments: list[str], expected: str, tmp_path: Path) -> None:
+    assert expected in refused(arguments)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_unknown_key_in_the_table_names_the_nearest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_key_in_the_table_names_the_nearest(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('[modifier.ContrastAbliteration]\nbaselin = "matched"\n')
-    error = run(["--model", "builtin:refuser"], tmp_path, monkeypatch, capsys)
+    error = refused(["--model", "builtin:refuser"])
     assert '"baselin"' in error and '"baseline"' in error
 
 
@@ -117,33 +91,23 @@ def test_unknown_key_in_the_table_names_the_nearest(
     ],
 )
 def test_what_would_be_dropped(
-    configuration: str,
-    arguments: list[str],
-    expected: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused, configuration: str, arguments: list[str], expected: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.toml").write_text(configuration)
-    arguments = ["--model", "builtin:refuser", *arguments]
-    assert expected in run(arguments, tmp_path, monkeypatch, capsys)
+    assert expected in refused(["--model", "builtin:refuser", *arguments])
 
 
-def test_two_modifiers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_modifiers(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(
         "modifiers = [{ plugin = 'heretic_contrast.ContrastAbliteration' }, { plugin = 'heretic.modifiers.ara.ARA' }]\n"
     )
-    error = run(["--model", "builtin:refuser"], tmp_path, monkeypatch, capsys)
+    error = refused(["--model", "builtin:refuser"])
     assert "exactly one" in error
 
 
-def test_broken_configuration_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_configuration_file(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("baseline = [unclosed\n")
-    error = run(["--model", "builtin:refuser"], tmp_path, monkeypatch, capsys)
+    error = refused(["--model", "builtin:refuser"])
     assert "config.toml" in error
 
 
@@ -209,6 +173,7 @@ NO_MAP = ["--contrast.method", "mean"]
     ],
 )
 def test_pools(
+    refused: Refused,
     harmful: list[dict[str, str]],
     harmless: list[dict[str, str]],
     matched: list[dict[str, str]],
@@ -216,7 +181,6 @@ def test_pools(
     expected: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # What is wrong with prompts is said before a model is loaded: there is none.
     monkeypatch.setattr("heretic_contrast.hosts.loading.open_model", None)
@@ -232,7 +196,7 @@ def test_pools(
         "--response-prefix=",
         *options,
     ]
-    assert expected in run(arguments, tmp_path, monkeypatch, capsys)
+    assert expected in refused(arguments)
     assert output.read_bytes() == b"kept"
     arguments = [
         f"--contrast.save-directions={output}" if argument.startswith("--output") else argument
@@ -240,7 +204,7 @@ def test_pools(
         if argument != "extract"
     ]
     monkeypatch.setattr("heretic.main.run", None)
-    assert expected in run([*arguments[1:], arguments[0]], tmp_path, monkeypatch, capsys)
+    assert expected in refused([*arguments[1:], arguments[0]])
     assert output.read_bytes() == b"kept"
 
 
@@ -274,11 +238,11 @@ def test_pools(
     ],
 )
 def test_sweeps_that_do_not_work_load_no_model(
+    refused: Refused,
     options: list[str],
     expected: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("heretic_contrast.hosts.loading.open_model", None)
     write_pool(
@@ -306,51 +270,26 @@ def test_sweeps_that_do_not_work_load_no_model(
         "--good-evaluation-prompts.dataset=harmless.jsonl",
         *options,
     ]
-    assert expected in run(arguments, tmp_path, monkeypatch, capsys)
+    assert expected in refused(arguments)
 
 
-def test_directions_that_are_there_are_not_extracted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_directions_that_are_there_are_not_extracted(refused: Refused) -> None:
     arguments = ["extract", "builtin:refuser", "--contrast.directions=a", "--output=b"]
-    assert "none to extract" in run(arguments, tmp_path, monkeypatch, capsys)
+    assert "none to extract" in refused(arguments)
 
 
 @pytest.mark.parametrize("output", ["blocked/directions.safetensors"])
-def test_unwritable_output(
-    output: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_unwritable_output(refused: Refused, output: str, tmp_path: Path) -> None:
     # A file where a folder should be blocks even a superuser.
     (tmp_path / "blocked").write_text("")
-    error = run(["extract", "builtin:refuser", f"--output={output}"], tmp_path, monkeypatch, capsys)
+    error = refused(["extract", "builtin:refuser", f"--output={output}"])
     assert "cannot be written" in error
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "missing"])
-def test_damaged_directions_file(
-    damage: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    import torch
-
-    from heretic_contrast.directions.directions import Directions
-
+def test_damaged_directions_file(damage: str, refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "directions.safetensors"
-    tensor = torch.ones(9, 1, 128)
-    Directions(
-        tensor=tensor,
-        names=("all",),
-        aligned=True,
-        class_directions=tensor,
-        class_names=("all",),
-        mean_direction=tensor[:, 0],
-        hits=torch.zeros(9, 1, 0, dtype=torch.int64),
-    ).save(path)
+    make_directions(torch.ones(9, 1, 128)).save(path)
     content = path.read_bytes()
     if damage == "cut":
         path.write_bytes(content[:-100])
@@ -360,19 +299,8 @@ def test_damaged_directions_file(
         path.write_text("not a tensor")
     else:
         path.unlink()
-    error = run(
-        [
-            f"--contrast.directions={path}",
-            "--response-prefix=",
-            "--batch-size=16",
-            "--model",
-            "builtin:refuser",
-        ],
-        tmp_path,
-        monkeypatch,
-        capsys,
-    )
-    assert str(path) in error
+    options = ["--response-prefix=", "--batch-size=16", "--model", "builtin:refuser"]
+    assert str(path) in refused([f"--contrast.directions={path}", *options])
 
 
 def test_only_what_was_given_counts_as_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,9 @@ from heretic_contrast.language_model import Progress
 from heretic_contrast.processes import is_dead, this_process
 from heretic_contrast.prompts import Prompt
 from tests.command_server import ROOT, Server
-from tests.commands.test_bad_input import run
+from tests.conftest import Refused
 from tests.evaluation.test_storage import KEYS, Evaluator, make_cell
+from tests.made_directions import make_directions, random_tensor
 from tests.small_runs import WholeRuns
 from tests.test_files import limited_file_size
 
@@ -334,19 +335,13 @@ def test_a_checkpoint_survives_its_repair_on_a_full_disk(tmp_path: Path) -> None
 # Directions files and cached residuals.
 
 
-def make_directions(path: Path) -> Directions:
-    generator = torch.Generator().manual_seed(0)
-    tensor = torch.randn(2, 2, 3, generator=generator)
-    Directions(
-        tensor=tensor,
-        names=("drugs", "fraud"),
-        aligned=True,
-        class_directions=tensor * 2,
-        class_names=("drugs", "fraud"),
-        mean_direction=tensor.mean(1),
-        hits=torch.arange(8).reshape(2, 2, 2),
-        provenance={"model": "tiny", "fingerprint": None, "settings": {"baseline": "matched"}},
-    ).save(path)
+def saved_directions(path: Path) -> Directions:
+    tensor = random_tensor(2, 2, 3)
+    names = ("drugs", "fraud")
+    provenance = {"model": "tiny", "fingerprint": None, "settings": {"baseline": "matched"}}
+    options = {"names": names, "class_names": names, "provenance": provenance}
+    hits = torch.arange(8).reshape(2, 2, 2)
+    make_directions(tensor, tensor * 2, hits=hits, **options).save(path)
     return Directions.load(path)
 
 
@@ -365,7 +360,7 @@ def content_of(directions: Directions) -> tuple[Any, ...]:
 
 def test_no_flipped_bit_of_a_directions_file_is_believed(tmp_path: Path) -> None:
     path = tmp_path / "directions.safetensors"
-    expected = content_of(make_directions(path))
+    expected = content_of(saved_directions(path))
     content = path.read_bytes()
     generator = random.Random(2)
     n_named = 0
@@ -384,7 +379,7 @@ def test_no_flipped_bit_of_a_directions_file_is_believed(tmp_path: Path) -> None
 
 def test_directions_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
     path = tmp_path / "directions.safetensors"
-    expected = content_of(make_directions(path))
+    expected = content_of(saved_directions(path))
     content = path.read_bytes()
     # Another name of the same length is another field, which nothing asks for.
     path.write_bytes(content.replace(b'"metadata_digest"', b'"something_other"'))
@@ -492,15 +487,11 @@ def unwritable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     ],
 )
 def test_unwritable_places_are_named_before_anything_is_computed(
-    arguments: list[str],
-    unwritable: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused, arguments: list[str], unwritable: Path
 ) -> None:
     started = time.monotonic()
     arguments = [argument.format(unwritable) for argument in arguments]
-    error = run(arguments, tmp_path, monkeypatch, capsys)
+    error = refused(arguments)
     assert str(unwritable) in error and "cannot be written" in error
     assert time.monotonic() - started < 60
 
@@ -514,13 +505,10 @@ def test_unwritable_places_are_named_before_anything_is_computed(
     ],
 )
 def test_a_folder_where_a_file_should_be_is_named(
-    arguments: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused, arguments: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "folder").mkdir()
-    error = run(arguments, tmp_path, monkeypatch, capsys)
+    error = refused(arguments)
     assert "folder is a directory" in error
 
 

@@ -8,8 +8,8 @@ import optuna
 import pytest
 import torch
 
-from heretic_contrast.directions.directions import Directions
 from heretic_contrast.search.parameters import HERETIC_20_RANGES, suggest_parameters
+from tests.made_directions import make_directions
 
 abliteration = pytest.importorskip(
     "heretic.modifiers.abliteration", reason="needs Heretic 2.0's own modifiers"
@@ -26,16 +26,7 @@ def test_one_direction_searches_what_heretic_searches(n_layers: int) -> None:
     abliteration.Abliteration.suggest_parameters(
         None, SimpleNamespace(get_model=lambda: model), theirs
     )
-    tensor = torch.ones(n_layers + 1, 1, 4)
-    directions = Directions(
-        tensor=tensor,
-        names=("all",),
-        aligned=True,
-        class_directions=tensor,
-        class_names=("all",),
-        mean_direction=tensor.mean(1),
-        hits=torch.zeros(n_layers + 1, 1, 0, dtype=torch.int64),
-    )
+    directions = make_directions(torch.ones(n_layers + 1, 1, 4))
     suggest_parameters(ours, components, n_layers, directions, {}, HERETIC_20_RANGES)
     assert ours.distributions == theirs.distributions
     assert len(ours.distributions) == 10

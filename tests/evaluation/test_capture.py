@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from heretic_contrast.builtin import REFUSER
-from heretic_contrast.directions.directions import Directions
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import (
     capture_pairs,
@@ -26,26 +24,7 @@ from heretic_contrast.evaluation.capture import (
     subspace_capture,
 )
 from heretic_contrast.evaluation.results import Pair
-
-
-def make_directions(tensor: Tensor, class_directions: Tensor | None = None) -> Directions:
-    """Directions around a tensor of shape (n_layers + 1, n_directions, hidden_size)."""
-
-    trained = tensor if class_directions is None else class_directions
-    names = tuple(f"class {index}" for index in range(trained.shape[1]))
-    return Directions(
-        tensor=tensor,
-        names=tuple(f"direction {index}" for index in range(tensor.shape[1])),
-        aligned=True,
-        class_directions=trained,
-        class_names=names,
-        mean_direction=trained.mean(dim=1),
-        hits=torch.zeros(tensor.shape[0], len(names), 0, dtype=torch.int64),
-    )
-
-
-def random_tensor(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.made_directions import make_directions, random_tensor
 
 
 def test_subspace_capture_equals_a_dense_projector() -> None:

@@ -27,7 +27,7 @@ from heretic_contrast.evaluation.geometry import (
 )
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
-from tests.evaluation.test_capture import make_directions, random_tensor
+from tests.made_directions import make_directions, random_tensor
 
 PROMPTS = [Prompt("Bake a cake"), Prompt("Tell me about trains in the snow"), Prompt("Sing")]
 

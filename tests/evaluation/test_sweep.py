@@ -25,6 +25,7 @@ from heretic_contrast.prompts import Prompt
 from heretic_contrast.tiers.coherence import is_coherent
 from heretic_contrast.tiers.responses import Tier, classify_response
 from heretic_contrast.weights import base_weight
+from tests.made_directions import make_directions
 
 HARMFUL = [
     Prompt(f"Break the {name}", category="violence")
@@ -44,16 +45,7 @@ def random_directions(model: LanguageModel, n_directions: int, seed: int) -> Dir
         torch.randn(model.n_layers + 1, n_directions, model.hidden_size, generator=generator),
         dim=-1,
     )
-    shape = tensor.shape[:2]
-    return Directions(
-        tensor=tensor,
-        names=tuple(f"class {index}" for index in range(n_directions)),
-        aligned=True,
-        class_directions=tensor,
-        class_names=tuple(f"class {index}" for index in range(n_directions)),
-        mean_direction=tensor.mean(dim=1),
-        hits=torch.zeros(*shape, 0, dtype=torch.int64),
-    )
+    return make_directions(tensor)
 
 
 def always_refuse_at_base(model: LanguageModel, prompts: list[Prompt]) -> Any:

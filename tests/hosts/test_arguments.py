@@ -19,7 +19,7 @@ from heretic_contrast.commands.sweep import SweepSettings
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.arguments import command_line_options, normalize_arguments
 from heretic_contrast.hosts.settings import HostSettings, load_settings
-from tests.commands.test_bad_input import run
+from tests.conftest import Refused
 
 FROM_ELSEWHERE = "owner/model-of-the-configuration"
 
@@ -84,6 +84,7 @@ def test_the_model_stands_anywhere(arguments: list[str], named_elsewhere: None) 
 
 
 def test_no_words_at_all(
+    refused: Refused,
     named_elsewhere: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -94,7 +95,7 @@ def test_no_words_at_all(
     options = "[good_prompts]\ndataset = 'missing.txt'\n"
     with (tmp_path / "config.toml").open("a") as file:
         file.write(options)
-    assert "missing.txt" in run([], tmp_path, monkeypatch, capsys)
+    assert "missing.txt" in refused([])
     (tmp_path / "config.toml").unlink()
     monkeypatch.delenv("HERETIC_MODEL", raising=False)
     with pytest.raises(SystemExit):
@@ -167,17 +168,17 @@ def test_an_audit_has_no_model() -> None:
     ],
 )
 def test_questions_that_nobody_can_answer_come_first(
+    refused: Refused,
     arguments: list[str],
     named: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
     with open(os.devnull) as nothing:
         for stdin in (nothing, None):
             monkeypatch.setattr(sys, "stdin", stdin)
-            sentence = run(["builtin:refuser", *arguments], tmp_path, monkeypatch, capsys)
+            sentence = refused(["builtin:refuser", *arguments])
             assert all(name in sentence for name in named)
     given = {argument.partition("=")[0] for argument in arguments} - {"--model-action"}
     assert not any(name in sentence for name in given)

@@ -32,6 +32,7 @@ from heretic_contrast.search.parameters import (  # noqa: E402
 from heretic_contrast.search.samplers import make_sampler  # noqa: E402
 from heretic_contrast.settings import ContrastSettings, Sampler, Scale  # noqa: E402
 from tests.conftest import DATA  # noqa: E402
+from tests.made_directions import make_directions  # noqa: E402
 
 
 def settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> HostSettings:
@@ -112,17 +113,9 @@ def test_reproducing_is_left_to_heretic(monkeypatch: pytest.MonkeyPatch) -> None
         heretic14.run(settings(monkeypatch, "--reproduce=reproduce.json"), ContrastAbliteration)
 
 
-def make_directions(n_directions: int, aligned: bool = True) -> Directions:
+def unit_directions(n_directions: int, aligned: bool = True) -> Directions:
     tensor = torch.nn.functional.normalize(torch.randn(9, n_directions, 16), dim=-1)
-    return Directions(
-        tensor=tensor,
-        names=tuple(f"class {index}" for index in range(n_directions)),
-        aligned=aligned,
-        class_directions=tensor,
-        class_names=tuple(f"class {index}" for index in range(n_directions)),
-        mean_direction=tensor.mean(1),
-        hits=torch.zeros(9, n_directions, 0, dtype=torch.int64),
-    )
+    return make_directions(tensor, aligned=aligned)
 
 
 def run_study(sampler: Any, storage: Any, n_trials: int, directions: Directions) -> list[Any]:
@@ -147,7 +140,7 @@ def run_study(sampler: Any, storage: Any, n_trials: int, directions: Directions)
 
 @pytest.mark.parametrize("kind", list(Sampler))
 def test_resumed_study_equals_the_uninterrupted_one(kind: Sampler, tmp_path: Path) -> None:
-    directions = make_directions(3)
+    directions = unit_directions(3)
     whole = run_study(make_sampler(kind, 5, 4, {}), None, 14, directions)
     path = str(tmp_path / "study.jsonl")
     for n_trials in (6, 8):
@@ -161,7 +154,7 @@ def test_resumed_study_equals_the_uninterrupted_one(kind: Sampler, tmp_path: Pat
 
 def test_fixed_parameters_take_no_part_in_the_search() -> None:
     fixed = {"direction_scope": "per layer", "direction_index": None}
-    trials = run_study(make_sampler(Sampler.TPE, 0, 3, fixed), None, 8, make_directions(2))
+    trials = run_study(make_sampler(Sampler.TPE, 0, 3, fixed), None, 8, unit_directions(2))
     assert {params["direction_scope"] for params, _ in trials} == {"per layer"}
     assert {params["direction_index"] for params, _ in trials} == {0.4 * 7}
 
@@ -170,7 +163,7 @@ def test_parameters_survive_json() -> None:
     import json
 
     trial = optuna.create_study().ask()
-    parameters = suggest_parameters(trial, ["a", "b"], 8, make_directions(3))
+    parameters = suggest_parameters(trial, ["a", "b"], 8, unit_directions(3))
     restored = Parameters.from_dict(json.loads(json.dumps(parameters.to_dict())))
     assert restored == parameters
     assert all(isinstance(value, str) for value in parameters.to_presentation_dict().values())
@@ -178,13 +171,13 @@ def test_parameters_survive_json() -> None:
 
 def test_directions_after_svd_are_per_layer_only() -> None:
     trial = optuna.create_study().ask()
-    parameters = suggest_parameters(trial, ["a"], 8, make_directions(3, aligned=False))
+    parameters = suggest_parameters(trial, ["a"], 8, unit_directions(3, aligned=False))
     assert parameters.direction_index is None
     assert "direction_index" not in trial.params
 
 
 def test_interpolated_directions_have_unit_length() -> None:
-    directions = make_directions(2)
+    directions = unit_directions(2)
     vectors = layer_vectors(directions, 2.25, 0, Scale.UNIT)
     expected = torch.nn.functional.normalize(
         0.75 * directions.tensor[3] + 0.25 * directions.tensor[4], dim=1
@@ -360,7 +353,7 @@ def test_one_direction_searches_what_heretic_searches(
     monkeypatch.chdir(tmp_path)
     components = ["attn.o_proj", "mlp.down_proj"]
     trial = optuna.create_study().ask()
-    parameters = suggest_parameters(trial, components, n_layers, make_directions(1))
+    parameters = suggest_parameters(trial, components, n_layers, unit_directions(1))
     assert trial.distributions == heretic_space(components, n_layers, monkeypatch)
     assert len(trial.distributions) == 10
     assert parameters.scales == {"class 0": 1.0}
@@ -379,8 +372,8 @@ def test_heretic_20_can_leave_the_mlp_alone() -> None:
 
     components = ["attn.o_proj", "mlp.down_proj"]
     trials = [optuna.create_study().ask() for _ in range(2)]
-    suggest_parameters(trials[0], components, 24, make_directions(1))
-    suggest_parameters(trials[1], components, 24, make_directions(1), {}, HERETIC_20_RANGES)
+    suggest_parameters(trials[0], components, 24, unit_directions(1))
+    suggest_parameters(trials[1], components, 24, unit_directions(1), {}, HERETIC_20_RANGES)
     expected = {**ranges(trials[0]), "mlp.down_proj.max_weight": (-0.25, 1.5)}
     assert ranges(trials[1]) == expected
 
@@ -388,7 +381,7 @@ def test_heretic_20_can_leave_the_mlp_alone() -> None:
     study = optuna.create_study()
     study.enqueue_trial(fixed)
     found = suggest_parameters(
-        study.ask(), components, 24, make_directions(3), {}, HERETIC_20_RANGES
+        study.ask(), components, 24, unit_directions(3), {}, HERETIC_20_RANGES
     )
     kernel = found.kernels["mlp.down_proj"]
     assert [kernel.weight(index) for index in range(24)] == [0.0] * 24
@@ -405,7 +398,7 @@ def test_given_ranges_stand_before_those_of_heretic() -> None:
     }
     trial = optuna.create_study().ask()
     parameters = suggest_parameters(
-        trial, ["attn.o_proj", "mlp.down_proj"], 25, make_directions(2), space, HERETIC_20_RANGES
+        trial, ["attn.o_proj", "mlp.down_proj"], 25, unit_directions(2), space, HERETIC_20_RANGES
     )
     found = ranges(trial)
     assert found["attn.o_proj.max_weight"] == found["mlp.down_proj.max_weight"] == (0.1, 3.0)
@@ -418,7 +411,7 @@ def test_given_ranges_stand_before_those_of_heretic() -> None:
 
 def test_several_directions_reach_down_to_the_strength_of_one() -> None:
     trial = optuna.create_study().ask()
-    suggest_parameters(trial, ["attn.o_proj", "mlp.down_proj"], 24, make_directions(4))
+    suggest_parameters(trial, ["attn.o_proj", "mlp.down_proj"], 24, unit_directions(4))
     assert ranges(trial)["mlp.down_proj.max_weight"] == (0.4, 1.5)
     assert ranges(trial)["scale.class 3"] == (0.0, 1.0)
 

@@ -46,7 +46,7 @@ from heretic_contrast.report.sweep_report import (
     sweep_report,
 )
 from heretic_contrast.report.writing import to_csv, to_rich, write_report
-from tests.evaluation.test_capture import make_directions, random_tensor
+from tests.made_directions import make_directions, random_tensor
 
 WEIGHTS = (0.3, 0.5, 1.2)
 
