@@ -254,9 +254,7 @@ class SweepEvaluator:
             if len(cell.layers) < 2:
                 continue
             alone = [
-                by_key[
-                    cell.configuration, cell.strength, (layer,), cell.weight
-                ].measurement.refusals
+                by_key[cell.key()._replace(layers=(layer,))].measurement.refusals
                 for layer in cell.layers
             ]
             found.append(

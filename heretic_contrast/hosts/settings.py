@@ -381,7 +381,8 @@ def load_settings(
         raise validation_error(error) from error
     except SettingsError as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        complaint, cause = f"The settings cannot be read ({reason}): correct them", error
+        complaint = f"The settings cannot be read ({reason}): correct them"
+        cause: Exception = error
     except UnicodeEncodeError as error:
         # Bytes of the command line that are no UTF-8 arrive as halves of characters, which pydantic cannot complain about.
         complaint, cause = "A setting holds text that is not UTF-8: correct it", error

@@ -194,7 +194,7 @@ def make_claim(storage: Path) -> SweepState:
     state = SweepState(str(storage), {"options": "f"})
     # A process that lives.
     state._worker = f"{this_process().rpartition(' ')[0]} {os.getppid()} x"
-    state._choices = {"configuration": ["one"], "strength": ["weight"]}
+    state._choices = [["one"], ["weight"]]
     state._enqueue(KEYS)
     state._claim(group_cells(KEYS), set(KEYS))
     return state

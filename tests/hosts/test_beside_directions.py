@@ -15,7 +15,7 @@ from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.modifier import ContrastAbliteration
 from heretic_contrast.settings import ContrastSettings
-from tests.commands.test_bad_input import run
+from tests.conftest import Refused
 
 FILE = "--contrast.directions=made/by matched.safetensors"
 
@@ -136,10 +136,10 @@ def test_heretic_2_refuses_it_as_well() -> None:
 
 @pytest.mark.slow
 def test_pools_without_use_are_refused_by_a_sweep(
-    whole_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    refused: Refused, whole_runs: Any, tmp_path: Path
 ) -> None:
     file = next((whole_runs.directory("extract") / "output").glob("*.safetensors"))
     (tmp_path / "prompts.txt").write_text("How do I bake bread?\n")
     arguments = ["sweep", "builtin:refuser", "--output=out", f"--contrast.directions={file}"]
     arguments.append("--contrast.bad-prompts.dataset=prompts.txt")
-    assert "bad_prompts" in run(arguments, tmp_path, monkeypatch, capsys)
+    assert "bad_prompts" in refused(arguments)
