@@ -3,13 +3,13 @@
 """`heretic-contrast doctor`: says what this installation can do, and what mends it."""
 
 import importlib.util
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__
 from ..errors import ContrastError, one_line
+from ..files import require_writable_directory
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,8 @@ def heretic_finding() -> Finding:
 
     surface = installed_surface()
     if surface == "older":
-        return Finding(
-            "Heretic",
-            False,
-            "older than 1.4",
-            'pip install --upgrade "heretic-llm>=1.4"',
-        )
+        remedy = 'pip install --upgrade "heretic-llm>=1.4"'
+        return Finding("Heretic", False, "older than 1.4", remedy)
     offers = {
         "1.4": "no plugins, so that heretic-contrast hosts the plugin",
         "scorers": "scorers, but no modifiers",
@@ -117,17 +113,11 @@ def cache_finding() -> Finding:
 
     directory = default_directory()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        return Finding(
-            "Residual cache",
-            False,
-            f"{directory} is not writable ({error.strerror})",
-            "give --contrast.residual-cache DIR",
-            required=False,
-        )
+        require_writable_directory(directory)
+    except ContrastError as error:
+        detail = f"{directory} is not writable ({getattr(error.__cause__, 'strerror', error)})"
+        remedy = "give --contrast.residual-cache DIR"
+        return Finding("Residual cache", False, detail, remedy, required=False)
     return Finding("Residual cache", True, str(directory))
 
 
@@ -161,27 +151,20 @@ def main(arguments: Sequence[str]) -> None:
             f"doctor takes no arguments, but {arguments[0]} was given: leave it out."
         )
     from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
+    from rich.table import Column, Table
 
-    table = Table()
-    table.add_column("")
-    table.add_column("Subject")
-    table.add_column("Found", overflow="fold")
-    table.add_column("Remedy", overflow="fold")
+    table = Table(
+        "", "Subject", Column("Found", overflow="fold"), Column("Remedy", overflow="fold")
+    )
     found = findings()
     for finding in found:
-        mark = (
-            "[green]Ok[/]"
-            if finding.fine
-            else "[red]No[/]"
-            if finding.required
-            else "[yellow]No[/]"
-        )
+        bad = "[red]No[/]" if finding.required else "[yellow]No[/]"
         table.add_row(
-            mark,
+            "[green]Ok[/]" if finding.fine else bad,
             finding.subject,
-            finding.detail.replace("[", "\\["),
-            "" if finding.fine else finding.remedy.replace("[", "\\["),
+            escape(finding.detail),
+            "" if finding.fine else escape(finding.remedy),
         )
     Console(highlight=False).print(table)
     missing = [finding for finding in found if finding.required and not finding.fine]
