@@ -4,18 +4,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from rich.markup import escape
 
-from ..builtin import is_builtin, model_name, refuser_pool
+from ..builtin import model_name
 from ..errors import ContrastError
 from ..evaluation.plan_settings import SweepPlanSettings
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings, prompt_sources
-from ..settings import PromptSources, require_effect
+from ..settings import require_effect
 
 
 class SweepSettings(HostSettings, SweepPlanSettings):  # type: ignore[misc]
@@ -26,14 +26,6 @@ class SweepSettings(HostSettings, SweepPlanSettings):  # type: ignore[misc]
 
     output: str | None = Field(None, exclude=True)
     """Directory to write the report to."""
-
-
-def pool_source(settings: Any, name: str, pool: str) -> PromptSources:
-    """Returns where evaluation prompts come from: the built-in refuser's pools know their categories."""
-
-    if is_builtin(settings.model) and name not in settings.model_fields_set:
-        return refuser_pool(pool, "test")
-    return prompt_sources(getattr(settings, name))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -60,8 +52,8 @@ def main(arguments: Sequence[str]) -> None:
         settings,
         settings.contrast,
         SweepSources(
-            harmful=pool_source(settings, "bad_evaluation_prompts", "harmful"),
-            harmless=pool_source(settings, "good_evaluation_prompts", "harmless"),
+            harmful=prompt_sources(settings.bad_evaluation_prompts),
+            harmless=prompt_sources(settings.good_evaluation_prompts),
         ),
         output,
         model_name(settings.model),

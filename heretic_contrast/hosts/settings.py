@@ -224,8 +224,9 @@ class HostSettings(Settings):
             for name, value in data.items():
                 default = getattr(cls.model_fields.get(name), "default", None)
                 for item in default if isinstance(default, list) else [default]:
-                    if hasattr(item, "dataset"):
-                        check_dataset_keys(value, type(item).model_fields)
+                    known = getattr(type(item), "model_fields", {})
+                    if "dataset" in known:
+                        check_dataset_keys(value, known)
         return data
 
     @model_validator(mode="after")
@@ -337,8 +338,8 @@ class HostSettings(Settings):
         )
         for name in ("save_directions", "residual_cache"):
             content["contrast"].pop(name)
-        if self.response_prefix is not None:  # type: ignore[has-type]
-            content["response_prefix"] = self.response_prefix  # type: ignore[has-type]
+        if self.response_prefix is not None:
+            content["response_prefix"] = self.response_prefix
         # Where the trials are kept may lie within a folder of prompts.
         own = Path(self.study_checkpoint_dir)
         content["files"] = [path_digest(Path(self.model), MODEL_FILES)] + [
