@@ -26,13 +26,13 @@ from hypothesis import strategies as st
 
 from heretic_contrast.builtin import matched_pool, refuser_pool
 from heretic_contrast.commands import audit as audit_command
-from heretic_contrast.commands.sweep import SweepSettings, pool_source
+from heretic_contrast.commands.sweep import SweepSettings
 from heretic_contrast.directions.pools import load_pools
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import load_pairs
 from heretic_contrast.evaluation.plan import SweepSources, prepare_sweep
 from heretic_contrast.evaluation.results import Pair
-from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.hosts.settings import HostSettings, load_settings, prompt_sources
 from heretic_contrast.prompts import Prompt, load_pool, prompts_digest
 from heretic_contrast.prompts.audit import run_audit
 from heretic_contrast.prompts.categories import assign
@@ -327,8 +327,8 @@ def test_evaluation_pools_of_a_sweep(
     settings.n_harmful, settings.n_references = len(prompts), len(prompts) - 1
     settings.bad_evaluation_prompts.dataset = settings.good_evaluation_prompts.dataset = path
     sources = SweepSources(
-        harmful=pool_source(settings, "bad_evaluation_prompts", "harmful"),
-        harmless=pool_source(settings, "good_evaluation_prompts", "harmless"),
+        harmful=prompt_sources(settings.bad_evaluation_prompts),
+        harmless=prompt_sources(settings.good_evaluation_prompts),
     )
     plan = prepare_sweep(
         settings, settings.contrast, sources, tmp_path / "sweep", "builtin:refuser", "", print
