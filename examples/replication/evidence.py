@@ -61,6 +61,12 @@ class Study:
 
         return len(self.data["seeds"])
 
+    @property
+    def n_cells(self) -> int:
+        """The number of cells of all seeds."""
+
+        return sum(len(curve["weights"]) for seed in self.data["seeds"] for curve in seed["curves"])
+
     @cached_property
     def draws(self) -> Draws:
         """The bootstrap's draws, shared by all conditions."""

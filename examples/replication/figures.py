@@ -10,10 +10,10 @@ import numpy as np
 from heretic_contrast.files import write_bytes_atomically
 from heretic_contrast.report.plots import COLORS, MARKERS, _figure, _png, lines
 
+from .claims import MATCHED, SVD, UNMATCHED
 from .evidence import Study
-from .explanations import label
-from .rules import MATCHED, SVD, UNMATCHED
 from .statistics import divergences, share_at, shares
+from .wording import label
 
 CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (

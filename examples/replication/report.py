@@ -1,32 +1,55 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""The replication report as Markdown, made entirely from stored results."""
+"""
+The replication report, made entirely from stored results: its text is `report.md.jinja`, its tables and readings are here.
 
+Three explanations of the failure have controls that tell them apart, all on all layers at once, at equal weight, at equal effective
+weight and at equal divergence; and the paper's open question is asked of every baseline.
+"""
+
+import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
 
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.report.plots import can_plot
 
-from . import explanations
-from .claims import decide_all
+from . import claims, wording
 from .evidence import Study, load_studies
-from .hints import decide_hints
-from .rules import Claim, Finding
-from .statistics import CONFIDENCE, MARGIN, N_DRAWS
-from .wording import number, table
+from .statistics import Contrast, Interval, share_interval
+from .wording import NONE, label, percent, plain, ratio, reading, signed, small, table
 
-GPU_COMMAND = (
-    "heretic-contrast sweep Qwen/Qwen3.5-2B --contrast.preset paper-unmatched --contrast.preset paper-matched "
-    "--contrast.preset paper-matched-svd --strength both --n-harmful 10 "
-    "--kl-tokens 50 --synergy-weight 0.3 --output qwen3.5-2b"
+EQUAL_WEIGHT = (
+    "som unmatched, equal weight",
+    "som matched, equal weight",
+    "raw unmatched",
+    "raw matched",
+    "lengthened matched",
 )
-"""The paper's sweep on the paper's model, as one command."""
 
-GPU_LAYERS, GPU_PARAMETERS, GPU_WEIGHTS, GPU_CONFIGURATIONS, GPU_STRENGTHS = 24, 2e9, 5, 4, 2
-GPU_TOKENS_PER_REFERENCE, GPU_REFERENCES = 100, 100
-GPU_FLOPS = 3e13
-"""What a consumer GPU sustains in 16 bits, cautiously; an assumption of the estimate, not a measurement."""
+EQUAL_EFFECTIVE = (
+    "mean unmatched",
+    "mean matched",
+    "som unmatched",
+    "som matched",
+    "svd matched",
+    "svd1 matched",
+    "som random",
+)
+
+CAPTIONS = {
+    "sweep": "R by layer and weight, every layer alone",
+    "curves": "Share refused against KL, all layers at once, with bands",
+    "lengths": "Length of class directions over unmatched, by layer",
+    "capture": "Capture by layer",
+}
+
+GOOD = ("equal", "better")
+
+Pair = tuple[str, str, str, str | None]
+"""What is compared, a condition, its reference, and the condition whose judged prompts count."""
 
 
 def write_report(results: Path, output: Path) -> None:
@@ -48,279 +71,289 @@ def write_report(results: Path, output: Path) -> None:
 def render(studies: Sequence[Study], figures: dict[str, dict[str, str]]) -> str:
     """Returns the whole report."""
 
-    decided = decide_all(studies)
-    parts = [
-        _head(studies),
-        _summary(studies, decided),
-        _how(studies),
-        _claims(studies, decided, figures),
-        "## Why: three explanations",
-        "The paper explains the failure by the small magnitude of matched directions. Two other explanations fit its numbers: "
-        "that nearly parallel directions add up under a uniform weight, which SVD undoes, and that a matched baseline takes away a topic "
-        "that the ablation needs. Each has a control here. All layers at once.",
-        *(_explanations(study) for study in studies),
-        "## Hints from earlier trials",
-        "Before this measurement, single trials (one seed, 12 to 45 prompts) had suggested the following. Those that "
-        "concern the built-in refuser came from an earlier model of the same kind with fewer subjects.",
-        *(_hints(study) for study in studies),
-        "## The open question: magnitude and purity",
-        "The paper ends on the question whether some baseline has both the magnitude of the unmatched one and the purity of the matched "
-        f"one (section 6). Here a baseline has both if its directions are surely longer than {explanations.LONG} of the unmatched length, surely "
-        "lie closer to the differences of prompt pairs on the same subject (cosine) than the unmatched ones, and refusals at equal KL are equal "
-        "or better. It surely does not if one of these surely fails.",
-        *(_open_question(study) for study in studies),
-        _limits(studies),
-        _decide_elsewhere(),
-    ]
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
-
-
-def _head(studies: Sequence[Study]) -> str:
-    names = " and ".join(f"`{study.name}`" for study in studies)
-    return (
-        "# Which of the paper's claims appear\n\n"
-        "[arXiv:2603.22061](https://arxiv.org/abs/2603.22061) reports that topic-matched contrast baselines fail on Qwen 3.5 2B. This page "
-        f"says which of its claims appear on {names}, and what explains them there. It is made from the stored results in "
-        "[replication](replication) by\n\n"
-        "```sh\npython examples/replicate.py report --results docs/replication --output docs/replication.md\n```"
-    )
-
-
-def _summary(studies: Sequence[Study], decided: Sequence[tuple[Claim, list[Finding]]]) -> str:
-    rows = [
-        [claim.key, claim.title, *(finding.verdict for finding in findings)]
-        for claim, findings in decided
-    ]
-    lines = ["## Summary", table(["", "Claim", *(study.name for study in studies)], rows)]
-    for study in studies:
-        counts = {
-            verdict: sum(
-                findings[studies.index(study)].verdict == verdict for _, findings in decided
-            )
-            for verdict in ("appears", "does not appear", "cannot be decided here")
-        }
-        _, answer = explanations.open_question(study)
-        lines.append(
-            f"`{study.name}`: of {len(decided)} claims and tables {counts['appears']} appear, {counts['does not appear']} do not, "
-            f"{counts['cannot be decided here']} cannot be decided. Does any baseline have magnitude and purity? {answer}"
-        )
-    return "\n\n".join(lines)
-
-
-def _how(studies: Sequence[Study]) -> str:
-    rows = []
-    for study in studies:
-        data = study.data
-        prompts = data["n_prompts"]
-        rows.append(
-            [
-                study.name,
-                f"{data['n_parameters'] / 1e6:.3g} million",
-                str(data["n_layers"]),
-                f"{data['n_refused']['judged']} of {prompts['judged']}",
-                ", ".join(
-                    f"{prompts[name]} {name}"
-                    for name in prompts
-                    if name not in ("judged", "references")
-                ),
-                str(study.n_seeds),
-                f"{len(data['seeds'][0]['judged'])}, {data['options']['n_references']}",
-                str(sum(len(c["weights"]) for seed in data["seeds"] for c in seed["curves"])),
-            ]
-        )
-    return "\n\n".join(
-        [
-            "## What was measured",
-            table(
-                [
-                    "Model",
-                    "Parameters",
-                    "Layers",
-                    "Judged prompts that it refuses",
-                    "Prompts for directions",
-                    "Seeds",
-                    "Judged and reference prompts per seed",
-                    "Cells",
-                ],
-                rows,
-                right=[1, 2, 5, 6, 7],
-            ),
-            "**Sweep**: the paper's protocol. One set of directions from all prompts, every layer alone, weights 0.3 to 1.2 on every "
-            "direction; where it was run so, again at equal effective weight, and with random directions. "
-            + " ".join(_sweep_size(study) for study in studies),
-            "**Controls**: each seed draws its own two thirds of every pool, its own judged prompts among those that the unmodified model refuses, "
-            "its own reference prompts and its own maps. Conditions differ in one thing at a time. Directions have length 1 unless their length is "
-            "the question; lengths are then in units of the unmatched baseline's mean length in the same layer. *Effective weight* is "
-            "the largest amount of any unit direction that is removed, λ_max(Σ w v vᵀ).",
-            f"**Intervals** ({CONFIDENCE:.0%}) are bootstrapped over seeds and prompts at once ({N_DRAWS:,} draws, crossed, since seeds share a pool of "
-            "prompts; the same draws for all conditions, so that differences are paired). Single shares have the wider of this and Wilson's "
-            "interval. Means over layers or prompt pairs are bootstrapped over seeds and these. *Surely* means: the whole interval. "
-            "*Fresh prompts*: the best cell of the sweep, among those that were measured again, with other directions and prompts drawn anew.",
-            "**Equal KL**: the least share refused that is reached at a divergence of at most so much, interpolated in √KL between weights, at the "
-            "divergence at which the reference refuses half. *Worse* and *better*: the interval of the difference excludes 0 and the difference is at least "
-            f"{100 * MARGIN:.0f} points (one prompt in ten, the paper's resolution). *Equal*: the interval lies within {100 * MARGIN:.0f} points. Else "
-            "*undecided*.",
-        ]
-    )
-
-
-def _sweep_size(study: Study) -> str:
-    swept = study.data["sweep"]
-    references = swept.get("n_references")
-    return (
-        f"`{study.name}`: {len(study.cells)} cells, {study.sweep_prompts} judged prompts (R of the unmodified model {study.sweep_base}), "
-        f"KL over {swept.get('kl_tokens')} tokens of {references} reference prompts."
-    )
-
-
-def _claims(
-    studies: Sequence[Study],
-    decided: Sequence[tuple[Claim, list[Finding]]],
-    figures: dict[str, dict[str, str]],
-) -> str:
-    parts = ["## Claims of section 7, and Tables 1 to 4"]
-    for claim, findings in decided:
-        rows = [
-            [study.name, finding.measured, f"**{finding.verdict}**"]
-            for study, finding in zip(studies, findings, strict=True)
-        ]
-        parts.append(
-            f"### {claim.key}: {claim.title}\n\nThe paper: {claim.says}\n\nRule: {claim.rule}\n\n"
-            + table(["Model", "Measured", "Verdict"], rows)
-        )
-    captions = {
-        "sweep": "R by layer and weight, every layer alone",
-        "curves": "Share refused against KL, all layers at once, with bands",
-        "lengths": "Length of class directions over unmatched, by layer",
-        "capture": "Capture by layer",
+    decided = [(item, [item.decide(study) for study in studies]) for item in claims.CLAIMS]
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= globals() | vars(claims) | vars(wording)
+    environment.filters |= {
+        name: getattr(wording, name)
+        for name in ("at_equal", "layer_list", "percent", "plain", "signed")
     }
-    for study in studies:
-        for what, caption in captions.items():
-            if what in figures.get(study.name, {}):
-                parts.append(
-                    f"{caption}, `{study.name}`:\n\n![{caption}, {study.name}](images/{figures[study.name][what]})"
-                )
-    return "\n\n".join(parts)
-
-
-def _explanations(study: Study) -> str:
-    return "\n\n".join(
-        [
-            f"### {study.name}",
-            "Refused at **equal weight** of every direction:",
-            explanations.share_table(study, explanations.EQUAL_WEIGHT, "Weight"),
-            "Refused at **equal effective weight**:",
-            explanations.share_table(study, explanations.EQUAL_EFFECTIVE, "Effective weight"),
-            "At **equal KL**:",
-            explanations.contrast_table(study, _baseline_pairs(study)),
-            "**Small magnitude?**",
-            explanations.magnitude(study),
-            "**Parallel directions adding up?**",
-            explanations.compounding(study),
-            "**A lost topic?**",
-            explanations.topic(study),
-            "Incoherent responses by effective weight (they count as not refused):",
-            explanations.incoherence(study),
-        ]
+    environment.filters |= {"cell": lambda text: text.replace("|", "\\|"), "code": "`{}`".format}
+    template = Path(__file__).with_name("report.md.jinja").read_text(encoding="utf-8")
+    text = environment.from_string(template).render(
+        studies=studies,
+        figures=figures,
+        decided=decided,
+        findings_of=lambda index: [findings[index] for _, findings in decided],
+        captions=CAPTIONS,
     )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _baseline_pairs(study: Study) -> list[tuple[str, str, str, str | None]]:
-    pairs: list[tuple[str, str, str, str | None]] = []
+def share_table(study: Study, conditions: tuple[str, ...], weight_title: str) -> str:
+    """Returns the share of refusals by weight (rows) and condition (columns), with KL."""
+
+    found = {name: study.outcomes(name) for name in conditions}
+    present = {name: item for name, item in found.items() if item is not None}
+    rows = []
+    for weight in sorted({weight for item in present.values() for weight in item.weights}):
+        row = [f"{weight:g}"]
+        for item in present.values():
+            if weight not in item.weights:
+                row.append(NONE)
+                continue
+            index = item.weights.index(weight)
+            share = percent(share_interval(item, study.draws, index))
+            row.append(f"{share}, KL {small(float(item.kl[index].mean()))}")
+        rows.append(row)
+    return table([weight_title, *map(label, present)], rows, right=[0])
+
+
+def contrast_table(study: Study, pairs: Sequence[Pair]) -> str:
+    """Returns contrasts at equal divergence: what is compared, with its conditions."""
+
+    rows = []
+    for what, condition, reference, like in pairs:
+        found = study.contrast(condition, reference, like=like)
+        cells = [NONE, NONE, NONE, "not measured"]
+        if found is not None:
+            cells = [small(found.level), signed(found.difference), ratio(found.ratio)]
+            cells.append(reading(found))
+        rows.append([what, *cells])
+    header = "Compared|KL|Refused, difference in points|KL needed to halve refusals|Reading"
+    return table(header.split("|"), rows, right=[1, 2, 3])
+
+
+def baseline_pairs(study: Study) -> list[Pair]:
+    """Returns the comparisons of baselines and of what is made of class directions, as far as they were measured."""
+
+    pairs: list[Pair] = []
     for method, text in (("mean", "one mean direction"), ("som", "class directions")):
         for baseline in ("matched", "sensitive", "mixed", "nearest", "random"):
-            name = f"{method} {baseline}"
-            if study.outcomes(name) is not None:
-                pairs.append((f"{baseline} − unmatched, {text}", name, f"{method} unmatched", None))
-    for name, reference in (
-        ("svd unmatched", "som unmatched"),
-        ("svd1 unmatched", "som unmatched"),
-        ("svd matched", "som matched"),
-        ("svd1 matched", "som matched"),
-        ("som unmatched", "mean unmatched"),
-        ("som matched", "mean matched"),
-    ):
-        if study.outcomes(name) is not None:
-            pairs.append((f"{_plain_name(name)} − {_plain_name(reference)}", name, reference, None))
-    return pairs
-
-
-def _plain_name(name: str) -> str:
-    method, baseline = name.split(" ")
+            what = f"{baseline} − unmatched, {text}"
+            pairs.append((what, f"{method} {baseline}", f"{method} unmatched", None))
     words = {
         "som": "class directions",
         "mean": "mean direction",
         "svd": "SVD",
         "svd1": "first singular vector",
     }
-    return f"{baseline} {words[method]}"
+    for first, second, baselines in (
+        ("svd", "som", ("unmatched",)),
+        ("svd1", "som", ("unmatched",)),
+        ("svd", "som", ("matched",)),
+        ("svd1", "som", ("matched",)),
+        ("som", "mean", ("unmatched", "matched")),
+    ):
+        for baseline in baselines:
+            what = f"{baseline} {words[first]} − {baseline} {words[second]}"
+            pairs.append((what, f"{first} {baseline}", f"{second} {baseline}", None))
+    return [pair for pair in pairs if study.outcomes(pair[1]) is not None]
 
 
-def _hints(study: Study) -> str:
-    rows = [
-        [hint.says, finding.measured, f"**{finding.verdict}**", hint.rule]
-        for hint, finding in decide_hints(study)
+def topic_pairs(study: Study) -> list[Pair]:
+    """Without the topic's part, without the category that is judged, and with other matched pools."""
+
+    pairs: list[Pair] = [
+        ("residualized − unmatched, mean", "mean residualized", "mean unmatched", None),
+        ("residualized − unmatched, SOM", "som residualized", "som unmatched", None),
     ]
-    return f"### {study.name}\n\n" + table(["Hint", "Measured", "", "Rule"], rows)
+    for name in ("unmatched", "matched"):
+        what, left_out = f"{name} without the judged category − with it", f"som {name}, left out"
+        pairs.append((what, left_out, f"som {name}", left_out))
+    for what, condition in (
+        ("matched, filtered by behavior − unfiltered", "matched, filtered"),
+        ("XSTest safe as matched pool − shipped pool", "sensitive"),
+    ):
+        for method, text in (("mean", "mean"), ("som", "SOM")):
+            name = f"{method} {condition}"
+            pairs.append((f"{what}, {text}", name, f"{method} matched", None))
+    return [pair for pair in pairs if study.outcomes(pair[1]) is not None]
 
 
-def _open_question(study: Study) -> str:
-    text, answer = explanations.open_question(study)
-    return f"### {study.name}\n\n{text}\n\n{answer}"
+def widest(study: Study) -> tuple[float, Interval | None, Interval | None]:
+    """
+    Returns the weight at which matched directions of their own length differ most from unmatched ones.
+
+    With the differences in refusals of these, and of matched directions that were lengthened.
+    """
+
+    found = study.outcomes("raw matched")
+    best: tuple[float, Interval | None, Interval | None] = (0.0, None, None)
+    for weight in found.weights if found is not None else ():
+        difference = study.share_difference("raw matched", "raw unmatched", "all", weight)
+        if difference is not None and (best[1] is None or difference.value > best[1].value):
+            mended = study.share_difference("lengthened matched", "raw unmatched", "all", weight)
+            best = (weight, difference, mended)
+    return best
 
 
-def _limits(studies: Sequence[Study]) -> str:
-    largest = max(study.data["n_parameters"] for study in studies) / 1e6
-    prompts = ", ".join(f"{study.data['n_refused']['judged']} ({study.name})" for study in studies)
-    seeds = ", ".join(f"{study.n_seeds} ({study.name})" for study in studies)
-    pairs = ", ".join(
-        f"{study.data['n_pairs'][0]} of {study.data['n_pairs'][1]} ({study.name})"
-        for study in studies
+def magnitude_reading(unit: Contrast | None, own: Interval | None, mended: Interval | None) -> str:
+    """Is it the length of the directions? Directions of one length, their own, and the other baseline's."""
+
+    if unit is None or own is None or mended is None:
+        return "Not decided, a control is missing."
+    if unit.verdict == "worse":
+        part = "Length is not the cause: at equal length and equal KL matched directions are worse."
+    elif unit.verdict in GOOD:
+        part = "At equal length and equal KL matched directions are as good as unmatched ones."
+    else:
+        part = "Whether matched directions are worse at equal length and equal KL is not decided."
+    if not (own.low > 0 and own.value >= 0.1):
+        return (
+            f"{part} At equal weight their own length costs nothing that can be told from chance."
+        )
+    if mended.high < own.low:
+        return f"{part} At equal weight their own length does leave more refusals, and lengthening mends it: length decides how large a weight is needed."
+    if mended.low > 0:
+        return f"{part} At equal weight they leave more refusals with their own length, and still do when lengthened."
+    return f"{part} At equal weight they leave more refusals with their own length, and lengthening does not surely mend it."
+
+
+def compounding_reading(study: Study) -> str:
+    """Do parallel directions just add up? Equal weight against equal effective weight, SVD against none."""
+
+    everything = study.contrast("svd matched", "som matched")
+    first = study.contrast("svd1 matched", "som matched")
+    if everything is None or first is None:
+        return "Not decided, a control is missing."
+    presets = [
+        preset
+        for preset in (claims.UNMATCHED, claims.MATCHED)
+        if study.single_cells(preset, "effective")
+    ]
+    by_weight, by_effect = (
+        sum(len(study.successful(preset, strength)) for preset in presets)
+        for strength in ("weight", "effective")
     )
-    return "\n".join(
-        [
-            "## Limits",
-            "",
-            f"- The models are tiny (at most {number(largest, 0)} million parameters) and were taught to refuse by fine-tuning on a few hundred prompts with "
-            "few wordings. Such refusal is shallow: it may lie in fewer directions, and be easier to remove, than that of a model of billions. No "
-            "verdict here carries over to Qwen 3.5 2B by itself.",
-            "- The categories of prompts that have none come from a word list, and classes that are too small for a map are merged.",
-            f"- Judged prompts come from pools of {prompts}; seeds share them. Intervals say how much another draw from the same pools would change, "
-            f"not how much other pools would. With {seeds} seeds, intervals are somewhat too narrow.",
-            f"- Capture rests on the prompt pairs that behave as assumed: {pairs}.",
-            "- Refusals are told by rules about a response's form. Responses that are incoherent count as not refused, so that R = 0 at a large KL is no success.",
-            "- Many comparisons are made. Each interval covers its own value in 95 % of repetitions, not all of them together.",
-            "- The paper leaves the length of directions, the learning rate and the neighborhood of the maps open. This project's choice may differ.",
-        ]
+    strength = (
+        "What single layers achieve at equal weight rests on parallel directions adding up. "
+        if by_weight > 2 * by_effect
+        else ""
     )
+    if everything.verdict == "worse":
+        rest = "Lost strength is not all that SVD costs: at equal KL it is still worse, " + (
+            "while its first vector alone is as good or better. The other vectors cost divergence and remove no refusals."
+            if first.verdict in GOOD
+            else "and so is its first vector, or that is not decided."
+        )
+    elif everything.verdict in GOOD:
+        rest = "SVD costs strength alone: at equal KL it is as good."
+    else:
+        rest = "Whether SVD costs more than strength is not decided."
+    return strength + rest
 
 
-def gpu_minutes() -> float:
-    """Returns how long the forward passes of the command's divergences take, from operations and an assumed speed."""
+def topic_reading(study: Study) -> str:
+    """Is it the lost topic? Without the topic's part, without the category that is judged, other matched pools."""
 
-    cells = GPU_LAYERS * GPU_WEIGHTS * GPU_CONFIGURATIONS * GPU_STRENGTHS
-    # Layers below the ablated one are run once: half of them on average.
-    operations = cells * GPU_REFERENCES * GPU_TOKENS_PER_REFERENCE * 2 * GPU_PARAMETERS / 2
-    return operations / GPU_FLOPS / 60
-
-
-def _decide_elsewhere() -> str:
-    cells = GPU_LAYERS * GPU_WEIGHTS * GPU_CONFIGURATIONS * GPU_STRENGTHS
-    return "\n".join(
-        [
-            "## Deciding it on Qwen 3.5 2B",
-            "",
-            "On a machine with a GPU, this runs the paper's protocol on the paper's model, with the random control and equal effective weight beside it:",
-            "",
-            f"```sh\n{GPU_COMMAND}\n```",
-            "",
-            f"It has {cells} cells of single layers. By the number of operations ({GPU_REFERENCES} reference prompts of about {GPU_TOKENS_PER_REFERENCE} tokens "
-            f"per cell, half of the layers, {GPU_FLOPS / 1e12:.0f} TFLOP/s) the divergences take about {gpu_minutes():.0f} minutes; generation adds at most "
-            "as much again in most cases. This is an estimate: it was not measured. The sweep judges each cell on 10 prompts, as the paper does; "
-            "`--n-harmful 100` and several `--contrast.seed` give intervals that decide.",
-            "",
-            "The controls of this page run there, too, with `python examples/replicate.py measure --model Qwen/Qwen3.5-2B --prompts FILE.jsonl --name qwen3.5-2b "
-            "--sweep qwen3.5-2b/sweep.json --output docs/replication/qwen3.5-2b.json`, where the file has one object a line with text, label (harmful, harmless), split "
-            "(train, test) and source.",
-        ]
+    residualized = [study.contrast(f"{m} residualized", f"{m} unmatched") for m in ("mean", "som")]
+    verdicts = {item.verdict for item in residualized if item is not None}
+    if verdicts and verdicts <= set(GOOD):
+        readings = ["Directions work without what subjects alone contribute"]
+    elif "worse" in verdicts:
+        readings = ["Taking out what subjects alone contribute costs at equal KL"]
+    else:
+        readings = ["Whether directions need what subjects contribute is not decided"]
+    left_out = "som unmatched, left out"
+    without = study.contrast(left_out, "som unmatched", like=left_out)
+    if without is not None:
+        never = "on a category that they never saw"
+        readings.append(
+            f"they work {never}"
+            if without.verdict in GOOD
+            else f"they work less {never}"
+            if without.verdict == "worse"
+            else f"whether they work {never} is not decided"
+        )
+    filtered = study.contrast("som matched, filtered", "som matched") or study.contrast(
+        "mean matched, filtered", "mean matched"
     )
+    if filtered is not None:
+        texts = {
+            "better": "matched prompts that are refused do spoil the matched baseline",
+            "equal": "refused matched prompts are not what spoils the matched baseline",
+            "worse": "dropping refused matched prompts makes it worse",
+            "undecided": "whether refused matched prompts matter is not decided",
+        }
+        readings.append(texts[filtered.verdict])
+    return f"{'; '.join(readings)}."
+
+
+def incoherence_table(study: Study) -> str:
+    """Returns how many responses are incoherent at the strongest weights, where R no longer means much."""
+
+    rows = []
+    for condition in EQUAL_EFFECTIVE:
+        found = study.outcomes(condition)
+        if found is not None:
+            shares = (found.incoherent * found.judged).sum(axis=(1, 2)) / found.judged.sum()
+            pairs = zip(found.weights, shares, strict=True)
+            rows.append([label(condition), *(f"{100 * v:.0f} % at {w:g}" for w, v in pairs)])
+    width = max(map(len, rows), default=1)
+    padded = [row + [NONE] * (width - len(row)) for row in rows]
+    return table(["Condition", *[""] * (width - 1)], padded)
+
+
+LONG = 0.8
+"""From which share of the unmatched length on directions are long."""
+
+
+def open_question(study: Study) -> tuple[str, str]:
+    """
+    Returns the table of magnitude, purity and effect of every baseline, and the answer for this model.
+
+    Magnitude: norm over that of the unmatched baseline. Purity: cosine with the differences of prompt pairs on the same subject.
+    """
+
+    rows, winners, undecided = [], [], []
+    for method in ("mean", "som"):
+        for baseline in ("unmatched", "matched", "sensitive", "mixed", "nearest", "residualized"):
+            name, reference = f"{method} {baseline}", f"{method} unmatched"
+            length = study.shape_interval(name, "norm_ratio")
+            if length is None:
+                continue
+            gain = study.shape_difference(name, reference, "pair_max_cosine")
+            found = study.contrast(name, reference)
+            effect, minus = NONE, plain(gain, 3)
+            if baseline == "unmatched":
+                effect = minus = "reference"
+            elif gain is not None:
+                if found is not None:
+                    effect = f"{signed(found.difference)}: {reading(found)}"
+                fails = length.high < LONG or gain.high <= 0
+                has_both = length.low > LONG and gain.low > 0
+                verdict = "undecided" if found is None else found.verdict
+                if has_both and verdict in GOOD:
+                    winners.append(name)
+                elif not fails and verdict != "worse":
+                    undecided.append(name)
+            cosines = [
+                plain(study.shape_interval(name, what)) for what in ("cosine", "pair_max_cosine")
+            ]
+            rows.append([name, plain(length), *cosines, minus, effect])
+    header = "Directions|Length over unmatched|Cosine with unmatched|Cosine with pairs|minus unmatched|Refused at equal KL, points"
+    text = table(header.split("|"), rows, right=[1, 2, 3, 4])
+    if winners:
+        answer = f"**Yes, on this model**: {', '.join(winners)}."
+    elif undecided:
+        answer = f"**Not decided on this model**: {', '.join(undecided)} may have both."
+    else:
+        answer = "**No, not on this model**: every baseline surely lacks one of the three."
+    return text, f"{answer}{_premise(study)}"
+
+
+def _premise(study: Study) -> str:
+    """Returns where the matched baseline itself is not short, or not purer, so that there is nothing to reconcile."""
+
+    lacking = []
+    for method in ("mean", "som"):
+        length = study.shape_interval(f"{method} matched", "norm_ratio")
+        gain = study.shape_difference(f"{method} matched", f"{method} unmatched", "pair_max_cosine")
+        if length is not None and length.value > LONG:
+            lacking.append(f"{method} matched directions are not short ({length.value:.2f})")
+        if gain is not None and gain.low <= 0:
+            lacking.append(f"{method} matched directions are not surely purer")
+    if not lacking:
+        return ""
+    return f" What the question presupposes does not hold everywhere here: {'; '.join(lacking)}."

@@ -9,6 +9,23 @@ from .statistics import Contrast, Interval
 
 NONE = "–"
 
+LABELS = {
+    "raw unmatched": "unmatched, own length",
+    "raw matched": "matched, own length",
+    "lengthened matched": "matched, unmatched length",
+    "som unmatched, equal weight": "unmatched, length 1",
+    "som matched, equal weight": "matched, length 1",
+    "svd matched": "matched, SVD",
+    "svd1 matched": "matched, first singular vector",
+    "som random": "random",
+}
+
+
+def label(condition: str) -> str:
+    """Returns what a condition is called in the report."""
+
+    return LABELS.get(condition, condition.replace("som ", "").replace("mean ", "mean, "))
+
 
 def number(value: float | None, digits: int = 2) -> str:
     """Returns a number with so many decimals; a dash for none, a sign for infinity."""

@@ -14,16 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.replication.claims import CLAIMS
+from examples.replication import report
+from examples.replication.claims import (
+    ABSENT,
+    APPEARS,
+    CLAIMS,
+    CONFIRMED,
+    OPEN,
+    OVERTURNED,
+    decide_hints,
+    eliminates,
+    reduces,
+)
 from examples.replication.cli import main
 from examples.replication.conditions import all_layer_conditions, single_layer_conditions
 from examples.replication.evidence import Study
-from examples.replication.explanations import open_question
-from examples.replication.hints import CONFIRMED, OVERTURNED, decide_hints
 from examples.replication.measurement import FORMAT, StudyOptions, outcomes
 from examples.replication.pools import SENSITIVE, builtin_pools, draw, draw_evenly, file_pools
-from examples.replication.report import render
-from examples.replication.rules import ABSENT, APPEARS, OPEN, eliminates, reduces
+from examples.replication.report import open_question, render
 from examples.replication.statistics import (
     Draws,
     Interval,
@@ -523,12 +531,12 @@ def test_report_without_some_conditions_says_that_they_were_not_measured() -> No
 
 
 def test_command_for_a_gpu_has_options_that_exist() -> None:
-    from examples.replication.report import GPU_COMMAND
     from heretic_contrast.commands.sweep import SweepSettings
     from heretic_contrast.hosts.settings import load_settings
 
-    words = GPU_COMMAND.split()
-    assert words[:2] == ["heretic-contrast", "sweep"]
+    template = Path(report.__file__).with_name("report.md.jinja").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^heretic-contrast sweep .*$", template, re.MULTILINE)
+    words = command.split()
     settings = load_settings(SweepSettings, "heretic-contrast sweep", words[2:])
     assert settings.model == "Qwen/Qwen3.5-2B" and settings.n_references == 100
     assert list(settings.contrast.configurations()) == [
