@@ -9,22 +9,18 @@ between baselines, occupancy). Layers are decoder layers, counted from 0: layer 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
-from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..ablation.hooks import carries_samples, output_projections
+from ..ablation.hooks import carries_samples
 from ..ablation.operator import Operator, compose, effective_weight, weight_along
 from ..directions.directions import Directions
-from ..engine.fast.generation import end_tokens
-from ..greedy import plain_settings
+from ..engine.observation import observe_decoding
 from ..language_model import LanguageModel, Progress, batches
 from ..prompts import Prompt
 from ..vectors import unit_vectors
@@ -194,100 +190,34 @@ def observe_outputs(
     energy = torch.zeros(n_layers, dtype=torch.float64)
     variation = torch.zeros(n_layers, dtype=torch.float64)
     n_steps = 0
-    ends = torch.tensor(sorted(end_tokens(model)), dtype=torch.long)
     for batch in batches(len(prompts), model.batch_size):
-        inputs = model.tokenize(prompts[batch])
-        n_prompts, length = inputs["input_ids"].shape
-        sums = torch.zeros(n_prompts, n_layers, hidden_size, dtype=torch.float64)
-        squares = torch.zeros(n_prompts, n_layers, dtype=torch.float64)
-        counts = torch.zeros(n_prompts, dtype=torch.float64)
+        tokens = model.token_ids(prompts[batch])
+        sums = torch.zeros(len(tokens), n_layers, hidden_size, dtype=torch.float64)
+        squares = torch.zeros(len(tokens), n_layers, dtype=torch.float64)
+        counts = torch.zeros(len(tokens), dtype=torch.float64)
 
-        with plain_settings(model.model), _last_positions(model) as (outputs, states):
+        def add(
+            rows: Tensor,
+            y: Tensor,
+            h: Tensor,
+            sums: Tensor = sums,
+            squares: Tensor = squares,
+            counts: Tensor = counts,
+        ) -> None:
+            projections = torch.einsum("plh,lkh->plk", y, vectors)
+            second.add_(torch.einsum("plj,plk->ljk", projections, projections))
+            energy.add_((y**2).sum(dim=(0, 2)))
+            sums[rows] += h
+            squares[rows] += (h**2).sum(dim=2)
+            counts[rows] += 1
 
-            def step(
-                tokens: Tensor,
-                length: int = length,
-                sums: Tensor = sums,
-                squares: Tensor = squares,
-                counts: Tensor = counts,
-                outputs: dict[int, Tensor] = outputs,
-                states: dict[int, Tensor] = states,
-            ) -> None:
-                alive = ~torch.isin(tokens[:, length:].cpu(), ends).any(dim=1)
-                y = torch.stack([outputs[index].cpu() for index in range(n_layers)], dim=1)[alive]
-                h = torch.stack([states[index].cpu() for index in range(n_layers)], dim=1)[alive]
-                outputs.clear()
-                y, h = y.to(torch.float64), h.to(torch.float64)
-                projections = torch.einsum("plh,lkh->plk", y, vectors)
-                second.add_(torch.einsum("plj,plk->ljk", projections, projections))
-                energy.add_((y**2).sum(dim=(0, 2)))
-                sums[alive] += h
-                squares[alive] += (h**2).sum(dim=2)
-                counts[alive] += 1
-
-            model.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=model.pad_token_id(),
-                logits_processor=LogitsProcessorList([_EveryStep(step)]),
-            )
+        observe_decoding(model, tokens, max_new_tokens, add)
         deviation = squares - (sums**2).sum(dim=2) / counts[:, None]
         variation += deviation.clamp_min(0).sum(dim=0)
         n_steps += int(counts.sum())
         if progress is not None:
             progress(batch.stop, len(prompts))
     return OutputMoments(second / n_steps, energy / n_steps, variation / n_steps, n_steps)
-
-
-class _EveryStep(LogitsProcessor):
-    """Calls a function with the tokens so far after every step of a generation, and changes nothing."""
-
-    def __init__(self, step: Callable[[Tensor], None]) -> None:
-        self._step = step
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self._step(input_ids)
-        return scores
-
-
-@contextmanager
-def _last_positions(model: LanguageModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-    """
-    Collects, by layer, the sum of the outputs of its projections without biases, and the layer's own output.
-
-    Tensors of shape (batch, hidden_size), at the last position of the newest pass. Whoever reads the outputs clears
-    them, since the projections of one layer add up.
-    """
-
-    outputs: dict[int, Tensor] = {}
-    states: dict[int, Tensor] = {}
-
-    def add_output(layer: int) -> Callable[..., None]:
-        def hook(module: Module, args: Any, output: Tensor) -> None:
-            bias = getattr(module, "bias", None)
-            last = output[:, -1].float() if bias is None else (output[:, -1] - bias).float()
-            outputs[layer] = outputs[layer] + last if layer in outputs else last
-
-        return hook
-
-    def keep_state(layer: int) -> Callable[..., None]:
-        def hook(module: Module, args: Any, output: Any) -> None:
-            hidden_states = output[0] if isinstance(output, tuple) else output
-            states[layer] = hidden_states[:, -1].float()
-
-        return hook
-
-    handles = []
-    try:
-        for index, layer in enumerate(model.layers):
-            handles.append(layer.register_forward_hook(keep_state(index)))
-            for module in output_projections(model, index, None):
-                handles.append(module.register_forward_hook(add_output(index)))
-        yield outputs, states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def occupancy(second: Tensor, energy: Tensor, vectors: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.activations import ACT2FN
+
+from ..compat import ACT2FN
 
 
 def causal_convolution(

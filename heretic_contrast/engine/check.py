@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Which engine a model gets: the fast one where it gives what the plain one gives for a few prompts, and the plain one elsewhere."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ablation.hooks import Intervention
+from ..ablation.operator import Operator
+from ..errors import one_line, warn
+from ..greedy import is_plainly_greedy
+from ..language_model import LanguageModel
+from ..vectors import unit_vectors
+from .fast.engine import FastEngine
+from .interface import Continuations, Engine, Tokens
+from .plain import PlainEngine
+
+N_PROMPTS = 3
+N_TOKENS = 4
+
+TOLERANCES = {torch.float32: 5e-3, torch.float64: 5e-3}
+"""Relative difference of logits that rounding explains, by the data type of the model."""
+
+TOLERANCE = 0.1
+"""The same for data types with fewer digits."""
+
+
+def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> Engine:
+    """
+    Returns the fast engine, or the plain one where the fast one differs or fails on some of the prompts.
+
+    A warning says so. Whatever the plain engine raises is raised, and so is it when memory is exhausted.
+    """
+
+    # The shortest, and longer ones beside it.
+    distinct = sorted(set(prompts), key=lambda tokens: (len(tokens), tokens))
+    chosen = tuple(distinct[:: max(1, len(distinct) // N_PROMPTS)][:N_PROMPTS])
+    plain = PlainEngine(model)
+    known = Continuations(chosen, tuple(plain.generate(chosen, [N_TOKENS] * len(chosen))))
+    interventions = some_interventions(plain, known)
+    reason = ""
+    for has_prefix in (True, False):
+        try:
+            fast = FastEngine(model, has_prefix)
+            reason = reason_against(fast, plain, known, interventions)
+        except Exception as error:
+            # Every architecture fails in its own way.
+            if is_out_of_memory(error):
+                raise
+            reason = one_line(str(error)) or type(error).__name__
+        if not reason:
+            return FastEngine(model, has_prefix)
+    warn(
+        f"The fast engine does not work for {model.name} ({reason}), so the plain one runs it, which takes several times as long."
+    )
+    return plain
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that memory is exhausted, on a GPU or a CPU."""
+
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def some_interventions(plain: PlainEngine, known: Continuations) -> list[Intervention]:
+    """Returns a weak intervention on the lowest layer, and one on the upper half that is strong enough to change responses."""
+
+    model = plain.model
+    n_vectors = max(1, min(64, model.hidden_size // 2))
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(n_vectors, model.hidden_size, generator=generator)
+    vectors = unit_vectors(vectors)[0].float()
+    weak = Operator(vectors[:1], torch.full((1, 1), 0.5))
+    # As much is taken away as there is, and more where that is not enough.
+    strength = (model.hidden_size / n_vectors) ** 0.5
+    for _ in range(3):
+        strong = Operator(vectors, strength * torch.eye(n_vectors))
+        layers = range(model.n_layers // 2, model.n_layers)
+        intervention = Intervention(dict.fromkeys(layers, strong))
+        if plain.respond(known, N_TOKENS, [intervention])[0] != list(known.tokens):
+            break
+        strength *= 4
+    return [Intervention({0: weak}), intervention]
+
+
+def reason_against(
+    engine: Engine,
+    plain: PlainEngine,
+    known: Continuations,
+    interventions: Sequence[Intervention],
+) -> str:
+    """Returns in what an engine differs from the plain one by more than rounding explains; nothing where it does not."""
+
+    tolerance = TOLERANCES.get(plain.model.model.dtype, TOLERANCE)
+    for chosen in (None, interventions):
+        found, expected = (all_logits(item, known, chosen) for item in (engine, plain))
+        for own, right in zip(found, expected, strict=True):
+            if not same_logits(own, right, tolerance):
+                return "its logits differ"
+    responses = engine.respond(known, N_TOKENS, interventions)
+    expected_responses = plain.respond(known, N_TOKENS, interventions)
+    for index, (response, right) in enumerate(zip(responses, expected_responses, strict=True)):
+        if response == right:
+            continue
+        # Rounding decides between tokens that are equally likely.
+        own_choice = Continuations(known.prompts, tuple(response))
+        (logits,) = all_logits(plain, own_choice, [interventions[index]])
+        tokens = torch.tensor([token for row in response for token in row], device=logits.device)
+        missing = logits.amax(dim=1) - logits.gather(1, tokens[:, None])[:, 0]
+        scale = logits.amax(dim=1) - logits.mean(dim=1)
+        if not is_plainly_greedy(plain.model.model) or bool((missing > tolerance * scale).any()):
+            return "its responses differ"
+    return ""
+
+
+def all_logits(
+    engine: Engine, known: Continuations, interventions: Sequence[Intervention] | None
+) -> list[Tensor]:
+    """Returns the logits at all positions under each intervention, Tensors of shape (n_positions, vocabulary)."""
+
+    chunks = list(engine.logits(known, interventions))
+    positions, indices, values = (
+        torch.cat([getattr(chunk, name) for chunk in chunks])
+        for name in ("positions", "interventions", "values")
+    )
+    n_positions = sum(known.lengths)
+    order = (indices * n_positions + positions).argsort()
+    return list(values[order].split(n_positions))
+
+
+def same_logits(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Returns whether logits are the same but for rounding and for what adds to all of them."""
+
+    is_number = expected.isfinite()
+    if found.shape != expected.shape or not found.isfinite().equal(is_number):
+        return False
+    found, expected = (torch.where(is_number, item, 0) for item in (found, expected))
+    scale = (expected - expected.mean(dim=1, keepdim=True)).norm()
+    return bool((found - expected).norm() <= tolerance * scale)

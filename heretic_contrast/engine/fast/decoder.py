@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Passes of a model's decoder over known tokens that start at any layer, and the head that gives logits.
+
+An intervention changes nothing below the lowest layer that it ablates, so that a pass may start there, from what the
+unmodified model has computed.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ...language_model import LanguageModel, batches
+from ..compat import CACHE, Cache, shares_its_cache
+from ..cpu.layers import fast_on_cpu
+
+
+ELEMENTS = 2**21
+"""Logits that are held at the same time."""
+
+LEAST_POSITIONS = 256
+"""Positions whose logits are held at the same time in any case, elsewhere than on a CPU."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """
+    Known tokens: `input_ids` and `attention_mask`, integer tensors of shape (batch, length).
+
+    What follows the last token of a sample is masked. Tokens that a cache holds are not among them.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def repeat(self, count: int) -> "TokenBatch":
+        """Returns the batch `count` times, one after the other."""
+
+        return TokenBatch(self.input_ids.repeat(count, 1), self.attention_mask.repeat(count, 1))
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """
+    What enters a layer of the unmodified model.
+
+    `hidden_states`: Tensor of shape (batch, length, hidden_size), the output of the layer below `layer`. `n_outputs`: the
+    length of the tuple that layers return, with nothing after the hidden states; 0 where they return a tensor.
+    """
+
+    layer: int
+    hidden_states: Tensor
+    n_outputs: int = 0
+
+    def repeat(self, count: int) -> "LayerInput":
+        """Returns the batch `count` times, one after the other."""
+
+        return replace(self, hidden_states=self.hidden_states.repeat(count, 1, 1))
+
+    def select(self, samples: slice, length: int) -> "LayerInput":
+        """Returns the first tokens of some samples."""
+
+        return replace(self, hidden_states=self.hidden_states[samples, :length])
+
+
+class _Reached(Exception):
+    """Ends a pass where everything that was asked for is known."""
+
+
+class Decoder:
+    """A model's decoder and its head, as they are hooked at the moment of a call."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self._decoder: Any = model.decoder()
+        parameters = inspect.signature(self._decoder.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self._output_class: Any = None
+
+    @property
+    def config(self) -> Any:
+        """The decoder's configuration, which decides what caches it needs."""
+
+        return self._decoder.config
+
+    @cached_property
+    def highest_start(self) -> int:
+        """The lowest layer whose keys and values layers above it attend to, or the number of layers."""
+
+        shared = (index for index, layer in enumerate(self.model.layers) if shares_its_cache(layer))
+        return next(shared, self.model.n_layers)
+
+    @torch.no_grad()
+    def run(
+        self,
+        tokens: TokenBatch,
+        cache: Cache | None = None,
+        n_cached: int = 0,
+        start: LayerInput | None = None,
+    ) -> Tensor:
+        """
+        Returns the final (normalized) hidden states. Tensor of shape (batch, length, hidden_size).
+
+        `cache`: of `n_cached` tokens that every sample has read, to which those of the batch are added. `start`: the input of
+        the layer at which the pass starts.
+        """
+
+        mask = tokens.attention_mask
+        mask = torch.cat([mask.new_ones(len(mask), n_cached), mask], dim=1)
+        arguments: dict[str, Any] = {
+            "input_ids": tokens.input_ids,
+            "attention_mask": mask,
+            "use_cache": cache is not None,
+        }
+        if cache is not None:
+            arguments[CACHE] = cache
+        if self.takes_positions:
+            positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+            arguments["position_ids"] = positions[:, n_cached:]
+        with fast_on_cpu(self.model), self._started(start):
+            output = self._decoder(**arguments)
+        self._output_class = type(output)
+        hidden_states: Tensor = output.last_hidden_state
+        return hidden_states
+
+    def layer_input(
+        self,
+        tokens: TokenBatch,
+        layer: int,
+        cache: Cache | None = None,
+        n_cached: int = 0,
+        start: LayerInput | None = None,
+    ) -> LayerInput:
+        """
+        Returns the input of a layer, and computes nothing above it.
+
+        `start`: the input of a layer below, where it is known, so that nothing is computed below it either. Raises
+        `NotImplementedError` where layers pass on more than hidden states.
+        """
+
+        entered: list[Tensor] = []
+        n_outputs = 0
+
+        def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entered.append(args[0] if args else kwargs["hidden_states"])
+            raise _Reached
+
+        def leave(module: Module, args: Any, output: Any) -> None:
+            nonlocal n_outputs
+            if isinstance(output, tuple):
+                n_outputs = len(output)
+                if any(item is not None for item in output[1:]):
+                    raise NotImplementedError("its layers pass on more than hidden states")
+
+        with ExitStack() as stack:
+            layers = self.model.layers
+            hook = layers[layer].register_forward_pre_hook(enter, with_kwargs=True)
+            stack.callback(hook.remove)
+            if layer > 0:
+                stack.callback(layers[layer - 1].register_forward_hook(leave).remove)
+            stack.enter_context(suppress(_Reached))
+            self.run(tokens, cache, n_cached, start)
+        return LayerInput(layer, entered[0], n_outputs)
+
+    @torch.no_grad()
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """
+        Returns the logits of final hidden states, with whatever scaling or capping the model applies to them.
+
+        Tensor of shape (n_positions, hidden_size) to one of shape (n_positions, vocabulary), float32.
+        """
+
+        output = self._output_class(last_hidden_state=hidden_states[None])
+        token = torch.full(
+            (1, len(hidden_states)), self.model.pad_token_id(), device=hidden_states.device
+        )
+        with replaced_forwards([self._decoder], output):
+            logits: Tensor = self.model.model(input_ids=token, use_cache=False).logits
+        return logits[0].float()
+
+    def chunks(self, hidden_states: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the logits of final hidden states, no more at a time than is good, and which positions they are of."""
+
+        vocabulary = int(self.model.model.get_input_embeddings().weight.shape[0])
+        is_cpu = hidden_states.device.type == "cpu"
+        n_positions = max(1 if is_cpu else LEAST_POSITIONS, ELEMENTS // vocabulary)
+        for part in batches(len(hidden_states), n_positions):
+            yield part, self.logits(hidden_states[part])
+
+    def most_likely(self, hidden_states: Tensor) -> Tensor:
+        """Returns the most likely token of each position. Integer Tensor of shape (n_positions,)."""
+
+        return torch.cat([logits.argmax(dim=1) for _, logits in self.chunks(hidden_states)])
+
+    @contextmanager
+    def _started(self, start: LayerInput | None) -> Iterator[None]:
+        """Makes the layers below `start` pass on what is known already."""
+
+        if start is None:
+            yield
+            return
+        n = start.n_outputs
+        states = start.hidden_states
+        with replaced_forwards(
+            self.model.layers[: start.layer], (states, *[None] * (n - 1)) if n else states
+        ):
+            yield
+
+
+@contextmanager
+def replaced_forwards(modules: Any, output: Any) -> Iterator[None]:
+    """Makes modules return a given output, for as long as the context lasts. Their hooks go on to run."""
+
+    originals = [vars(module).get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = lambda *args, **kwargs: output
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            # That of their class is found again when nothing stands in front of it.
+            if original is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = original

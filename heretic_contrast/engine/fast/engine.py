@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The fast engine: what is known is not computed again."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ...ablation.hooks import Intervention
+from ...greedy import is_plainly_greedy
+from ...language_model import LanguageModel
+from ..cpu.layers import fast_on_cpu
+from ..interface import Continuations, Count, Logits, Tokens, no_count
+from ..plain import PlainEngine
+from .decoder import Decoder
+from .drafts import Drafts
+from .teacher_forcing import TeacherForcing
+
+
+class FastEngine(PlainEngine):
+    """
+    See `Engine`. Must give what the plain engine gives, but for rounding.
+
+    `has_prefix`: whether the KV cache of what all prompts begin with is shared. What is known of continuations is kept.
+    """
+
+    def __init__(self, model: LanguageModel, has_prefix: bool = True) -> None:
+        super().__init__(model)
+        self._decoder = Decoder(model)
+        self._has_prefix = has_prefix
+        self._forcings: dict[Continuations, TeacherForcing] = {}
+        self._drafts: dict[Continuations, Drafts] = {}
+
+    def generate(self, prompts: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
+        """See `Engine.generate`."""
+
+        with fast_on_cpu(self.model):
+            return super().generate(prompts, limits)
+
+    def respond(
+        self,
+        known: Continuations,
+        limit: int,
+        interventions: Sequence[Intervention],
+        count: Count = no_count,
+    ) -> list[list[Tokens]]:
+        """See `Engine.respond`."""
+
+        if not is_plainly_greedy(self.model.model):
+            # Looks at more than the next token: how a response began, how long it may become, or what else is in its batch.
+            return super().respond(known, limit, interventions, count)
+        if known not in self._drafts:
+            n_rows = self.model.batch_size
+            self._drafts[known] = Drafts(self._decoder, self._forcing(known), known, limit, n_rows)
+        return self._drafts[known].respond(interventions, count)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        known: Continuations,
+        interventions: Sequence[Intervention] | None = None,
+        count: Count = no_count,
+    ) -> Iterator[Logits]:
+        """See `Engine.logits`."""
+
+        forcing, starts, lengths = self._forcing(known), known.starts, known.lengths
+        passes = forcing.unmodified() if interventions is None else forcing.modified(interventions)
+        for item in passes:
+            device = item.hidden_states.device
+            places = [
+                torch.stack([torch.full((n,), index), torch.arange(n) + starts[prompt]])
+                for index, prompt in item.rows
+                for n in [lengths[prompt]]
+            ]
+            indices, positions = torch.cat(places, dim=1).to(device)
+            for part, values in self._decoder.chunks(item.hidden_states):
+                yield Logits(indices[part], positions[part], values)
+            count(len(item.rows))
+
+    def _forcing(self, known: Continuations) -> TeacherForcing:
+        if known not in self._forcings:
+            n_rows = self.model.batch_size
+            self._forcings[known] = TeacherForcing(self._decoder, known, n_rows, self._has_prefix)
+        return self._forcings[known]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What an engine does: all that the rest of the package asks of a running model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..ablation.hooks import Intervention
+from ..language_model import LanguageModel
+
+Tokens = tuple[int, ...]
+
+Count = Callable[[int], None]
+"""Is told how many more prompts are done, each under each intervention."""
+
+
+def no_count(n_prompts: int) -> None:
+    """Counts nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Continuations:
+    """
+    Prompts and the unmodified model's continuation of each, which ends with its end token or at a limit.
+
+    The positions that predict the continuations are counted through: first those of the first prompt, then those of the second.
+    """
+
+    prompts: tuple[Tokens, ...]
+    tokens: tuple[Tokens, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of positions of each prompt."""
+
+        return [len(tokens) for tokens in self.tokens]
+
+    @property
+    def starts(self) -> list[int]:
+        """The first position of each prompt."""
+
+        return [0, *accumulate(self.lengths)][:-1]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """
+    What a model predicts at some positions of continuations.
+
+    `interventions` and `positions`: integer Tensors of shape (n_positions,), under which intervention, and where: see
+    `Continuations`. `values`: Tensor of shape (n_positions, vocabulary), float32, to be overwritten by whoever gets it.
+    """
+
+    interventions: Tensor
+    positions: Tensor
+    values: Tensor
+
+
+class Engine(Protocol):
+    """
+    Runs a model under many interventions. `engine.plain` defines what is right; `engine.fast` must give the same.
+
+    Without an intervention the model is run as it is at that moment.
+    """
+
+    model: LanguageModel
+
+    def generate(self, prompts: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
+        """
+        Returns the greedy continuation of each prompt, at most `limits` tokens, up to and with the one that ends it.
+
+        It is what the model's own `generate` gives for the prompt alone, with the model's generation configuration. Raises
+        `ContrastError` when that does not work.
+        """
+
+    def respond(
+        self,
+        known: Continuations,
+        limit: int,
+        interventions: Sequence[Intervention],
+        count: Count = no_count,
+    ) -> list[list[Tokens]]:
+        """
+        Returns what `generate` gives for each prompt under each intervention.
+
+        `known`: with the unmodified model's responses of at most `limit` tokens.
+        """
+
+    def logits(
+        self,
+        known: Continuations,
+        interventions: Sequence[Intervention] | None = None,
+        count: Count = no_count,
+    ) -> Iterator[Logits]:
+        """
+        Yields what is predicted at all positions of continuations that the model reads, under each intervention.
+
+        With interventions, the unmodified model must be the same in all calls for the same continuations.
+        """
+
+
+def end_tokens(model: LanguageModel) -> frozenset[int]:
+    """Returns the tokens that end a response; none where the model's generation goes on to the limit."""
+
+    found = model.model.generation_config.eos_token_id
+    return frozenset([found] if isinstance(found, int) else found or [])
+
+
+def until_end(tokens: Tokens, limit: int, ends: frozenset[int]) -> Tokens:
+    """Returns at most `limit` tokens, up to and with the first that ends the response."""
+
+    tokens = tokens[:limit]
+    for index, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: index + 1]
+    return tokens
+
+
+def pad_right(
+    sequences: Sequence[Tokens], filler: int, width: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns tokens and attention mask, integer Tensors of shape (n_sequences, width) on the CPU."""
+
+    width = width or max(map(len, sequences))
+    tokens = torch.full((len(sequences), width), filler)
+    mask = torch.zeros_like(tokens)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, : len(sequence)] = 1
+    return tokens, mask

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What a model's layers write to the residual stream while it answers prompts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ..ablation.hooks import output_projections
+from ..greedy import plain_settings
+from ..language_model import LanguageModel
+from .interface import Tokens, end_tokens
+
+Observe = Callable[[Tensor, Tensor, Tensor], None]
+"""Is given what a step shows of the prompts whose response has not ended: see `observe_decoding`."""
+
+
+@torch.no_grad()
+def observe_decoding(
+    model: LanguageModel, prompts: Sequence[Tokens], max_new_tokens: int, observe: Observe
+) -> None:
+    """
+    Lets a model answer prompts, in one batch, by the most likely token, whatever its generation configuration asks for.
+
+    `observe` is called for each step, of which the first is the last position of the prompt, with `rows`: which prompts go
+    on, bool Tensor of shape (n_prompts,), and for these `outputs`: the sum of the outputs of each layer's projections without
+    biases, and `states`: the output of each layer, both Tensors of shape (n_rows, n_layers, hidden_size), float64, on the CPU.
+    """
+
+    inputs = model.pad(prompts)
+    length = inputs["input_ids"].shape[1]
+    ends = torch.tensor(sorted(end_tokens(model)), dtype=torch.long)
+    with plain_settings(model.model), _last_positions(model) as (outputs, states):
+
+        def step(tokens: Tensor) -> None:
+            rows = ~torch.isin(tokens[:, length:].cpu(), ends).any(dim=1)
+            found = [
+                torch.stack([kept[index].cpu() for index in range(model.n_layers)], dim=1)
+                for kept in (outputs, states)
+            ]
+            outputs.clear()
+            observe(rows, found[0][rows].double(), found[1][rows].double())
+
+        model.model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=model.pad_token_id(),
+            logits_processor=LogitsProcessorList([_EveryStep(step)]),
+        )
+
+
+class _EveryStep(LogitsProcessor):
+    """Calls a function with the tokens so far after every step of a generation, and changes nothing."""
+
+    def __init__(self, step: Callable[[Tensor], None]) -> None:
+        self._step = step
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._step(input_ids)
+        return scores
+
+
+@contextmanager
+def _last_positions(model: LanguageModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    """
+    Collects, by layer, the sum of the outputs of its projections without biases, and the layer's own output.
+
+    Tensors of shape (batch, hidden_size), at the last position of the newest pass. Whoever reads the outputs clears
+    them, since the projections of one layer add up.
+    """
+
+    outputs: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
+
+    def add_output(layer: int) -> Callable[..., None]:
+        def hook(module: Module, args: Any, output: Tensor) -> None:
+            bias = getattr(module, "bias", None)
+            last = output[:, -1].float() if bias is None else (output[:, -1] - bias).float()
+            outputs[layer] = outputs[layer] + last if layer in outputs else last
+
+        return hook
+
+    def keep_state(layer: int) -> Callable[..., None]:
+        def hook(module: Module, args: Any, output: Any) -> None:
+            hidden_states = output[0] if isinstance(output, tuple) else output
+            states[layer] = hidden_states[:, -1].float()
+
+        return hook
+
+    handles = []
+    try:
+        for index, layer in enumerate(model.layers):
+            handles.append(layer.register_forward_hook(keep_state(index)))
+            for module in output_projections(model, index, None):
+                handles.append(module.register_forward_hook(add_output(index)))
+        yield outputs, states
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The plain engine, the definition of right: hooks, the model's own `generate`, and whole forward passes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ..ablation.hooks import Intervention, ablated_samples
+from ..greedy import generation_batches
+from ..language_model import LanguageModel, batches
+from .compat import forget_images
+from .interface import (
+    Continuations,
+    Count,
+    Logits,
+    Tokens,
+    end_tokens,
+    no_count,
+    pad_right,
+    until_end,
+)
+
+ELEMENTS = 2**27
+"""Logits of one pass, half a gigabyte, that are allowed where it holds more than one sequence."""
+
+
+class PlainEngine:
+    """See `Engine`. One intervention after the other, the prompts of each in batches of the model's size."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+
+    def generate(self, prompts: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
+        """See `Engine.generate`."""
+
+        return self._generate(prompts, limits, lambda n_rows: nullcontext())
+
+    def respond(
+        self,
+        known: Continuations,
+        limit: int,
+        interventions: Sequence[Intervention],
+        count: Count = no_count,
+    ) -> list[list[Tokens]]:
+        """See `Engine.respond`."""
+
+        found = []
+        for intervention in interventions:
+            limits = [limit] * len(known.prompts)
+            found.append(self._generate(known.prompts, limits, self._ablated(intervention)))
+            count(len(known.prompts))
+        return found
+
+    @torch.no_grad()
+    def logits(
+        self,
+        known: Continuations,
+        interventions: Sequence[Intervention] | None = None,
+        count: Count = no_count,
+    ) -> Iterator[Logits]:
+        """See `Engine.logits`."""
+
+        # The last token predicts nothing.
+        sequences = [a + b[:-1] for a, b in zip(known.prompts, known.tokens, strict=True)]
+        longest = max(map(len, sequences), default=1)
+        n_rows = max(1, min(self.model.batch_size, ELEMENTS // (longest * self._vocabulary)))
+        for index, intervention in enumerate([None] if interventions is None else interventions):
+            for part in batches(len(sequences), n_rows):
+                tokens, mask = pad_right(sequences[part], self.model.pad_token_id())
+                forget_images(self.model.model)
+                with self._ablated(intervention)(len(tokens)):
+                    logits = self.model.model(
+                        input_ids=tokens.to(self.model.device),
+                        attention_mask=mask.to(self.model.device),
+                        use_cache=False,
+                    ).logits
+                yield _predictions(logits, known, index, part)
+                count(len(tokens))
+
+    def _generate(
+        self,
+        prompts: Sequence[Tokens],
+        limits: Sequence[int],
+        ablated: Callable[[int], AbstractContextManager[None]],
+    ) -> list[Tokens]:
+        """As `generate`. `ablated`: makes the context for a number of rows."""
+
+        found: list[Tokens] = [()] * len(prompts)
+        ends = end_tokens(self.model)
+        kinds = [(len(tokens), limit) for tokens, limit in zip(prompts, limits, strict=True)]
+        for batch in generation_batches(self.model.model, kinds, self.model.batch_size):
+            inputs = self.model.pad([prompts[index] for index in batch])
+            forget_images(self.model.model)
+            with ablated(len(batch)):
+                rows = self.model.continue_tokens(inputs, max(limits[index] for index in batch))
+            for index, row in zip(batch, rows.tolist(), strict=True):
+                found[index] = until_end(tuple(row), limits[index], ends)
+        return found
+
+    def _ablated(
+        self, intervention: Intervention | None
+    ) -> Callable[[int], AbstractContextManager[None]]:
+        if intervention is None:
+            return lambda n_rows: nullcontext()
+        return lambda n_rows: ablated_samples(self.model, [intervention] * n_rows)
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.model.get_input_embeddings().weight.shape[0])
+
+
+def _predictions(logits: Tensor, known: Continuations, intervention: int, part: slice) -> Logits:
+    """Returns the logits, of shape (n_sequences, length, vocabulary), of the positions that predict continuations."""
+
+    values, positions = [], []
+    for row, index in enumerate(range(*part.indices(len(known.prompts)))):
+        first, length = len(known.prompts[index]) - 1, len(known.tokens[index])
+        values.append(logits[row, first : first + length].float())
+        positions.append(torch.arange(length) + known.starts[index])
+    found = torch.cat(positions).to(logits.device)
+    return Logits(torch.full_like(found, intervention), found, torch.cat(values))
