@@ -35,7 +35,8 @@ from som import make_residuals, views
 from torch.utils.flop_counter import FlopCounterMode
 
 from heretic_contrast.directions.som import SomSettings, train_maps
-from heretic_contrast.engine.fast.head import CHUNK
+from heretic_contrast.engine.fast.decoder import LEAST_POSITIONS
+from heretic_contrast.engine.fast.teacher_forcing import common_prefix
 from heretic_contrast.evaluation.plan import SweepOptions
 from heretic_contrast.evaluation.sweep import SweepEvaluator
 from heretic_contrast.files import write_text_atomically
@@ -177,7 +178,7 @@ class Model:
         """Seconds to compute logits at positions, and what is wanted of them."""
 
         shape, machine = self.shape, self.machine
-        chunks = -(-positions // CHUNK)
+        chunks = -(-positions // LEAST_POSITIONS)
         n_bytes = chunks * shape.head_parameters * machine.number_bytes
         n_bytes += logit_passes * 4 * positions * shape.vocabulary
         return machine.seconds(2 * positions * shape.head_parameters, n_bytes, chunks)
@@ -389,7 +390,8 @@ class GenerationRecord:
             rows, length = arguments["input_ids"].shape
             # The first generation is that of the prompts alone.
             self.prompt_tokens = self.prompt_tokens or length
-            self.tokens += rows * (output.sequences.shape[1] - length)
+            sequences = getattr(output, "sequences", output)
+            self.tokens += rows * (sequences.shape[1] - length)
             return output
 
         network.generate = generate
@@ -421,12 +423,12 @@ def check(layers: list[int], references: int) -> dict[str, Any]:
     cells = evaluator.evaluate(evaluator.grid())
     finished = time.process_time()
     generated, generation_seconds = record.tokens, record.seconds
-    unmodified = evaluator._responder.base_responses()
+    harmful, canaries = evaluator._split(evaluator._known.tokens)
     departed = sum(
         response != base
         for cell in cells
         for response, base in zip(
-            (*cell.responses, *cell.canary_responses), unmodified, strict=True
+            (*cell.responses, *cell.canary_responses), (*harmful, *canaries), strict=True
         )
     )
     after = measure_machine(shape.hidden_size, shape.intermediate_size)
@@ -453,7 +455,7 @@ def check(layers: list[int], references: int) -> dict[str, Any]:
         rows=rows,
         departing=departed / (judged * len(cells)),
         departing_tokens=round(generated / departed),
-        common_tokens=evaluator._references._known.n_common,
+        common_tokens=len(common_prefix(evaluator.references.known.prompts)),
     )
     parts = sweep_parts(Model(shape, machine, rows), job, layers)
     # On a machine that makes one operation per second and moves bytes at once, seconds are operations.

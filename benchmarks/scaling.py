@@ -43,7 +43,7 @@ from heretic_contrast.ablation.operator import compose
 from heretic_contrast.directions.extraction import extract_directions
 from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.directions.som import SomSettings, train_maps
-from heretic_contrast.engine.fast.head import CHUNK
+from heretic_contrast.engine.fast.engine import FastEngine
 from heretic_contrast.evaluation.cells import CellKey
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.sweep import SweepEvaluator
@@ -52,6 +52,9 @@ from heretic_contrast.prompts import Prompt
 from heretic_contrast.report.plots import COLORS, MARKERS
 from heretic_contrast.settings import ContrastSettings, RowNormalization
 from heretic_contrast.tiers.responses import Tier
+
+CHUNK = 256
+"""Positions whose logits are a measure of memory."""
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 VOCABULARY = 248_320
@@ -156,6 +159,7 @@ def make_evaluator(
             options,
         ),
         classify=lambda prompt, response: Tier.REFUSE,
+        engine=FastEngine(model),
     )
 
 

@@ -8,16 +8,19 @@ model again after an export. So nothing here keeps a model, and every score look
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import Field, PositiveInt
 
 from heretic_contrast.builtin import is_builtin, model_name, with_refuser_pools
-from heretic_contrast.engine.fast.interventions import TeacherForcing
+from heretic_contrast.engine.check import checked_engine
+from heretic_contrast.engine.interface import Continuations, Engine
 from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.divergence import References
 from heretic_contrast.evaluation.plan import RANDOM, PreparedSweep, SweepSources, prepare_sweep
 from heretic_contrast.evaluation.plan_settings import SweepPlanSettings
-from heretic_contrast.evaluation.sweep import References, run_prepared
+from heretic_contrast.evaluation.sweep import run_prepared
 from heretic_contrast.hosts.surface import (
     Context,
     Score,
@@ -27,6 +30,7 @@ from heretic_contrast.hosts.surface import (
     require_model_access,
     scorer_entries,
 )
+from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.response_scorers import DEFAULT_POOL, ContrastScorer
 from heretic_contrast.settings import ContrastSettings, PromptSources, Table
 
@@ -81,6 +85,7 @@ class TeacherForcedDivergence(ContrastScorer):
     settings_class = TeacherForcedDivergenceSettings
     settings: TeacherForcedDivergenceSettings
     references: References
+    engine: Callable[[LanguageModel], Engine]
 
     def init(self, ctx: Context) -> None:
         """
@@ -94,21 +99,19 @@ class TeacherForcedDivergence(ContrastScorer):
         prompts = self.load(ctx, self.settings.prompts, "harmless")
         log("* Obtaining the continuations of the unmodified model...")
         model = language_model(ctx, self.heretic_settings)
-        self.references = References(
-            TeacherForcing(model),
-            prompts,
-            self.settings.n_tokens,
-            self.settings.top_k,
-            model.batch_size,
-        )
+        tokens = model.token_ids(prompts)
+        engine = checked_engine(model, tokens)
+        continuations = engine.generate(tokens, [self.settings.n_tokens] * len(tokens))
+        known = Continuations(tuple(tokens), tuple(continuations))
+        self.references = References(engine, known, self.settings.top_k)
         # An export loads the model again, and two of them may not fit into memory.
-        self.references.release_model()
+        self.engine = engine.kind
 
     def get_score(self, ctx: Context) -> Score:
         """Measures the model as it is; the value is in nats per token."""
 
-        forcing = TeacherForcing(language_model(ctx, self.heretic_settings))
-        mean, error = self.references.measure_model(forcing)
+        engine = self.engine(language_model(ctx, self.heretic_settings))
+        ((mean, error),) = self.references.measure(engine)
         # A single prompt has no standard error.
         shown = "" if math.isnan(error) else f" ± {error:.4f}"
         return Score(

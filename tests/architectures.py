@@ -436,6 +436,24 @@ FAMILIES = {
         text("FalconH1Config", mamba_d_ssm=64, **MAMBA),
         "Attention and Mamba side by side; neither the output of Mamba nor `feed_forward.down_proj` found.",
     ),
+    "Bamba": Family(
+        "BambaForCausalLM",
+        text("BambaConfig", attn_layer_indices=[0, 1, 2, 3], **MAMBA),
+        "With attention in all layers.",
+    ),
+    "GLM-5": Family(
+        "GlmMoeDsaForCausalLM",
+        text(
+            "GlmMoeDsaConfig",
+            q_lora_rank=16,
+            index_topk=8,
+            index_head_dim=16,
+            index_n_heads=2,
+            **LATENT_ATTENTION,
+            **DENSE_FIRST,
+        ),
+        "Sparse latent attention, whose choice of tokens layers pass on.",
+    ),
     "LLaVA": Family(
         "LlavaForConditionalGeneration",
         with_vision(

@@ -40,18 +40,15 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> Engine:
     plain = PlainEngine(model)
     known = Continuations(chosen, tuple(plain.generate(chosen, [N_TOKENS] * len(chosen))))
     interventions = some_interventions(plain, known)
-    reason = ""
-    for has_prefix in (True, False):
-        try:
-            fast = FastEngine(model, has_prefix)
-            reason = reason_against(fast, plain, known, interventions)
-        except Exception as error:
-            # Every architecture fails in its own way.
-            if is_out_of_memory(error):
-                raise
-            reason = one_line(str(error)) or type(error).__name__
-        if not reason:
-            return FastEngine(model, has_prefix)
+    try:
+        reason = reason_against(FastEngine(model), plain, known, interventions)
+    except Exception as error:
+        # Every architecture fails in its own way.
+        if is_out_of_memory(error):
+            raise
+        reason = one_line(str(error)) or type(error).__name__
+    if not reason:
+        return FastEngine(model)
     warn(
         f"The fast engine does not work for {model.name} ({reason}), so the plain one runs it, which takes several times as long."
     )
@@ -96,21 +93,19 @@ def reason_against(
 
     tolerance = TOLERANCES.get(plain.model.model.dtype, TOLERANCE)
     for chosen in (None, interventions):
-        found, expected = (all_logits(item, known, chosen) for item in (engine, plain))
-        for own, right in zip(found, expected, strict=True):
-            if not same_logits(own, right, tolerance):
-                return "its logits differ"
-    responses = engine.respond(known, N_TOKENS, interventions)
-    expected_responses = plain.respond(known, N_TOKENS, interventions)
-    for index, (response, right) in enumerate(zip(responses, expected_responses, strict=True)):
-        if response == right:
+        found, right = (all_logits(item, known, chosen) for item in (engine, plain))
+        if not all(same_logits(a, b, tolerance) for a, b in zip(found, right, strict=True)):
+            return "its logits differ"
+    responses = [item.respond(known, N_TOKENS, interventions) for item in (engine, plain)]
+    for index, (response, expected) in enumerate(zip(*responses, strict=True)):
+        if response == expected:
             continue
         # Rounding decides between tokens that are equally likely.
         own_choice = Continuations(known.prompts, tuple(response))
-        (logits,) = all_logits(plain, own_choice, [interventions[index]])
-        tokens = torch.tensor([token for row in response for token in row], device=logits.device)
-        missing = logits.amax(dim=1) - logits.gather(1, tokens[:, None])[:, 0]
-        scale = logits.amax(dim=1) - logits.mean(dim=1)
+        (values,) = all_logits(plain, own_choice, [interventions[index]])
+        tokens = torch.tensor([token for row in response for token in row], device=values.device)
+        missing = values.amax(dim=1) - values.gather(1, tokens[:, None])[:, 0]
+        scale = values.amax(dim=1) - values.mean(dim=1)
         if not is_plainly_greedy(plain.model.model) or bool((missing > tolerance * scale).any()):
             return "its responses differ"
     return ""

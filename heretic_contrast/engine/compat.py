@@ -97,7 +97,8 @@ def concatenate(caches: Sequence[Cache]) -> Cache:
 
     layers = []
     # Layers that attend to the keys and values of another one keep none themselves.
-    kept = [layer for cache in caches for layer in cache.layers if layer.is_initialized]
+    kept: list[Any] = [item for cache in caches for item in cache.layers]
+    kept = [layer for layer in kept if layer.is_initialized]
     longest = max((layer.keys.shape[2] for layer in kept), default=0)
     for parts in zip(*(cache.layers for cache in caches), strict=True):
         layer = _copied(parts[0])

@@ -70,6 +70,10 @@ class Engine(Protocol):
 
     model: LanguageModel
 
+    @property
+    def kind(self) -> "Callable[[LanguageModel], Engine]":
+        """What makes the same engine for another model, and keeps none."""
+
     def generate(self, prompts: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
         """
         Returns the greedy continuation of each prompt, at most `limits` tokens, up to and with the one that ends it.

@@ -15,6 +15,7 @@ from .compat import forget_images
 from .interface import (
     Continuations,
     Count,
+    Engine,
     Logits,
     Tokens,
     end_tokens,
@@ -32,6 +33,12 @@ class PlainEngine:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
+
+    @property
+    def kind(self) -> Callable[[LanguageModel], Engine]:
+        """See `Engine.kind`."""
+
+        return type(self)
 
     def generate(self, prompts: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
         """See `Engine.generate`."""
@@ -115,10 +122,10 @@ class PlainEngine:
 def _predictions(logits: Tensor, known: Continuations, intervention: int, part: slice) -> Logits:
     """Returns the logits, of shape (n_sequences, length, vocabulary), of the positions that predict continuations."""
 
-    values, positions = [], []
+    values, positions, starts = [], [], known.starts
     for row, index in enumerate(range(*part.indices(len(known.prompts)))):
         first, length = len(known.prompts[index]) - 1, len(known.tokens[index])
         values.append(logits[row, first : first + length].float())
-        positions.append(torch.arange(length) + known.starts[index])
+        positions.append(torch.arange(length) + starts[index])
     found = torch.cat(positions).to(logits.device)
     return Logits(torch.full_like(found, intervention), found, torch.cat(values))

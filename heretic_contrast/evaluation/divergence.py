@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..engine.fast.head import Head
+from ..ablation.hooks import Intervention
+from ..engine.interface import Continuations, Count, Engine, no_count
 from ..errors import ContrastError
 
 
@@ -40,50 +41,25 @@ class SparseLogProbabilities:
             for tensor in (self.tokens, self.values, self.tails)
         )
 
-    def split(self, lengths: Sequence[int]) -> list["SparseLogProbabilities"]:
-        """Returns runs of positions of the given lengths, one after the other."""
+    def at(self, positions: Tensor) -> "SparseLogProbabilities":
+        """Returns what is kept of some positions, in a new order. `positions`: integer Tensor of shape (n_positions,)."""
 
-        columns = (tensor.split(list(lengths)) for tensor in (self.tokens, self.values, self.tails))
-        return [SparseLogProbabilities(*parts) for parts in zip(*columns, strict=True)]
+        return SparseLogProbabilities(
+            self.tokens[positions], self.values[positions], self.tails[positions]
+        )
 
 
-def _keep(head: Head, hidden_states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _keep(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Returns the log-probabilities of `tokens`, and that of all others together.
+    Returns the log-probabilities of `tokens`, and that of all others together. Overwrites the logits.
 
     The others are summed by themselves, since 1 − Σ p would cancel.
     """
 
-    parts = head.parts(len(tokens))
-    if len(parts) == 1:
-        # Nothing to be sorted by part, for which a device would have to be waited for.
-        logits = head.logits(hidden_states)
-        kept = logits.gather(1, tokens)
-        rest = _logsumexp_in_place(logits.scatter_(1, tokens, -math.inf))
-    else:
-        kept, rest = _keep_by_part(head, hidden_states, tokens, parts)
+    kept = logits.gather(1, tokens)
+    rest = _logsumexp_in_place(logits.scatter_(1, tokens, -math.inf))
     total = torch.logaddexp(kept.logsumexp(dim=1), rest)
     return kept - total[:, None], rest - total
-
-
-def _keep_by_part(
-    head: Head, hidden_states: Tensor, tokens: Tensor, parts: Sequence[slice]
-) -> tuple[Tensor, Tensor]:
-    """Returns the logits of `tokens`, and the logarithm of Σ exp of all others. All parts but the last have the same size."""
-
-    flat = tokens.flatten()
-    numbers = flat // parts[0].stop
-    places = numbers.argsort(stable=True).split(numbers.bincount(minlength=len(parts)).tolist())
-    kept = torch.empty(flat.shape, device=flat.device)
-    rest = torch.full((len(tokens),), -math.inf, device=flat.device)
-    for part, inside in zip(parts, places, strict=True):
-        logits = head.logits(hidden_states, part).contiguous()
-        rows, columns = inside // tokens.shape[1], flat[inside] - part.start
-        indices = rows * logits.shape[1] + columns
-        kept[inside] = logits.take(indices)
-        logits.view(-1).index_fill_(0, indices, -math.inf)
-        rest = torch.logaddexp(rest, _logsumexp_in_place(logits))
-    return kept.view(tokens.shape), rest
 
 
 def _logsumexp_in_place(logits: Tensor) -> Tensor:
@@ -94,49 +70,36 @@ def _logsumexp_in_place(logits: Tensor) -> Tensor:
     return logits.sub_(largest).exp_().sum(dim=1).log_().add_(largest[:, 0])
 
 
-def base_statistics(
-    head: Head, hidden_states: Tensor, top_k: int, chunk: int | None = None
-) -> SparseLogProbabilities:
+def base_statistics(logits: Tensor, top_k: int) -> SparseLogProbabilities:
     """
-    Returns what is kept of the unmodified model's distributions.
+    Returns what is kept of the unmodified model's distributions. Overwrites the logits.
 
-    `hidden_states`: final hidden states, Tensor of shape (n_positions, hidden_size). No more than `chunk` positions'
-    logits exist at the same time, by default as many as the head says.
-
-    Raises `ContrastError` when the unmodified model gives no probabilities, because its outputs are infinite or not numbers.
+    `logits`: Tensor of shape (n_positions, vocabulary), float32. Raises `ContrastError` when the unmodified model gives no
+    probabilities, because its outputs are infinite or not numbers.
     """
 
-    parts = []
-    for piece in hidden_states.split(chunk or head.n_positions):
-        tokens = head.largest(piece, top_k)
-        values, tails = _keep(head, piece, tokens)
-        if bool(values.isnan().any()):
-            raise ContrastError(
-                "The outputs of the unmodified model are infinite or not numbers, so nothing can be measured: load the model "
-                "with another dtype, for example --dtypes float32."
-            )
-        parts.append((tokens.int(), values, tails))
-    tokens, values, tails = (torch.cat(column) for column in zip(*parts, strict=True))
-    return SparseLogProbabilities(tokens, values, tails)
+    tokens = logits.topk(min(top_k, logits.shape[1]), dim=1).indices
+    values, tails = _keep(logits, tokens)
+    if bool(values.isnan().any()):
+        raise ContrastError(
+            "The outputs of the unmodified model are infinite or not numbers, so nothing can be measured: load the model "
+            "with another dtype, for example --dtypes float32."
+        )
+    return SparseLogProbabilities(tokens.int(), values, tails)
 
 
-def divergences(
-    head: Head, base: SparseLogProbabilities, hidden_states: Tensor, chunk: int | None = None
-) -> Tensor:
+def divergences(base: SparseLogProbabilities, logits: Tensor) -> Tensor:
     """
     Returns the KL divergence at each position, in nats: Σ p (log p − log q) over the kept tokens and the tail (paper, section 3.3).
 
-    `hidden_states`: final hidden states of the ablated model, Tensor of shape (n_positions, hidden_size).
+    `logits`: of the ablated model, Tensor of shape (n_positions, vocabulary), float32, which are overwritten.
     Tensor of shape (n_positions,), float64; infinite where the ablated model rules out what the unmodified one does not, or
     where it is so broken that its outputs are no numbers.
     """
 
-    pieces = hidden_states.split(chunk or head.n_positions)
-    tokens = base.tokens.long().split([len(piece) for piece in pieces])
-    kept = [_keep(head, piece, part) for piece, part in zip(pieces, tokens, strict=True)]
-    modified, modified_tails = (torch.cat(part).double() for part in zip(*kept, strict=True))
-    values = _terms(base.values.double(), modified).sum(dim=1)
-    values += _terms(base.tails.double(), modified_tails)
+    modified, modified_tails = _keep(logits, base.tokens.long())
+    values = _terms(base.values.double(), modified.double()).sum(dim=1)
+    values += _terms(base.tails.double(), modified_tails.double())
     return values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
 
@@ -163,3 +126,51 @@ def mean_with_standard_error(sums: Sequence[float], counts: Sequence[int]) -> tu
         (value - mean * count) ** 2 for value, count in zip(sums, counts, strict=True)
     )
     return mean, math.sqrt(n_prompts / (n_prompts - 1) * squares) / total
+
+
+class References:
+    """
+    Reference prompts with the unmodified model's continuations, and what is kept of its distributions.
+
+    `engine`: runs the unmodified model, and is not kept. `top_k`: how many log-probabilities are kept of each position.
+    """
+
+    def __init__(self, engine: Engine, known: Continuations, top_k: int) -> None:
+        self.known = known
+        chunks = [
+            (chunk.positions, base_statistics(chunk.values, top_k))
+            for chunk in engine.logits(known)
+        ]
+        parts = [(item.tokens, item.values, item.tails) for _, item in chunks]
+        statistics = (torch.cat(column) for column in zip(*parts, strict=True))
+        self._base = SparseLogProbabilities(*statistics).at(
+            torch.cat([positions for positions, _ in chunks]).argsort()
+        )
+
+    def n_bytes(self) -> int:
+        """Returns the memory that the unmodified model's statistics take."""
+
+        return self._base.n_bytes()
+
+    def measure(
+        self,
+        engine: Engine,
+        interventions: Sequence[Intervention] | None = None,
+        count: Count = no_count,
+    ) -> list[tuple[float, float]]:
+        """
+        Returns the KL divergence and its standard error under each intervention.
+
+        Without interventions, that of the engine's model as it is at this moment. `count`: told of each prompt.
+        """
+
+        lengths = self.known.lengths
+        shape = (1 if interventions is None else len(interventions), sum(lengths))
+        found = torch.zeros(shape, dtype=torch.float64, device=self._base.tails.device)
+        for chunk in engine.logits(self.known, interventions, count):
+            values = divergences(self._base.at(chunk.positions), chunk.values)
+            found[chunk.interventions, chunk.positions] = values
+        return [
+            mean_with_standard_error([float(part.sum()) for part in row.split(lengths)], lengths)
+            for row in found.cpu()
+        ]

@@ -9,9 +9,9 @@ successful, and at what cost. Interventions are forward hooks, so the model is l
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, islice
+from itertools import combinations
 
 import torch
 
@@ -19,9 +19,8 @@ from ..ablation.hooks import Intervention, output_projections
 from ..ablation.operator import Operator, effective_weight, weight_along
 from ..directions.pools import Log
 from ..directions.sources import ShowProgress
-from ..engine.fast.generation import Responder, generate_tokens
-from ..engine.fast.interventions import TeacherForcing, require_layers
-from ..engine.fast.known_sequences import Count, KnownSequences, Piece, Tokens
+from ..engine.check import checked_engine
+from ..engine.interface import Continuations, Engine, Tokens
 from ..errors import ContrastError
 from ..identity import Identity, identify, program_digest
 from ..language_model import LanguageModel, Progress
@@ -30,12 +29,7 @@ from ..tiers import coherence, responses, rules, text
 from ..tiers.coherence import is_coherent, normalized_bigram_entropy
 from ..tiers.responses import Tier, classify_response
 from .cells import Cell, CellKey, Measurement, SweepResult, Synergy, Verdict
-from .divergence import (
-    SparseLogProbabilities,
-    base_statistics,
-    divergences,
-    mean_with_standard_error,
-)
+from .divergence import References
 from .extraction import measure_directions
 from .plan import Configurations, PreparedSweep, SweepOptions, SweepPlan, plan_sweep
 from .plan_settings import check_weights
@@ -48,104 +42,19 @@ Classifier = Callable[[str, str], Tier]
 """Returns the tier of a response to a prompt."""
 
 
-class References:
-    """
-    The reference prompts with the unmodified model's continuations, and what is kept of its distributions.
-
-    `continuations`: their tokens, where they are known.
-    """
-
-    def __init__(
-        self,
-        forcing: TeacherForcing,
-        prompts: Sequence[Prompt],
-        kl_tokens: int,
-        top_k: int,
-        n_rows: int,
-        continuations: Sequence[Tokens] | None = None,
-    ) -> None:
-        self._forcing: TeacherForcing | None = forcing
-        tokens = forcing.model.token_ids(prompts)
-        if continuations is None:
-            limits = [kl_tokens] * len(tokens)
-            continuations = generate_tokens(forcing.head, tokens, limits, n_rows=n_rows)
-        self._known = KnownSequences(forcing, tokens, continuations, n_rows)
-        self._base: list[SparseLogProbabilities] = []
-        for piece in self._known.unmodified(forcing):
-            statistics = base_statistics(forcing.head, piece.hidden_states, top_k)
-            self._base += statistics.split(self._known.lengths[piece.sequences])
-
-    @property
-    def counts(self) -> list[int]:
-        """The number of positions of each prompt, up to and with the one that predicts the end."""
-
-        return self._known.lengths
-
-    def n_bytes(self) -> int:
-        """Returns the memory that the unmodified model's statistics take."""
-
-        return sum(statistics.n_bytes() for statistics in self._base)
-
-    def release_model(self) -> None:
-        """Lets go of the unmodified model, after which only `measure_model` can be used."""
-
-        self._forcing = None
-
-    def measure(
-        self, interventions: Sequence[Intervention], count: Count = lambda n_sequences: None
-    ) -> list[tuple[float, float]]:
-        """Returns the KL divergence and its standard error under each intervention. `count`: told of each prompt."""
-
-        forcing = self._forcing
-        assert forcing is not None
-        return self._divergences(
-            forcing, self._known.modified(forcing, interventions), len(interventions), count
-        )
-
-    def measure_model(self, forcing: TeacherForcing) -> tuple[float, float]:
-        """Returns the KL divergence of a model as it is at this moment, and its standard error."""
-
-        return self._divergences(forcing, self._known.unmodified(forcing), 1)[0]
-
-    def _divergences(
-        self,
-        forcing: TeacherForcing,
-        pieces: Iterable[Piece],
-        n_interventions: int,
-        count: Count = lambda n_sequences: None,
-    ) -> list[tuple[float, float]]:
-        """Returns the mean of the divergences at all positions, and its standard error, by intervention."""
-
-        sums: list[list[float]] = [[] for _ in range(n_interventions)]
-        for piece in pieces:
-            base = _concatenate(self._base[piece.sequences] * len(piece.interventions))
-            # Taken over from the device at once: a sum of its own for every sequence takes longer than the few positions.
-            values = iter(divergences(forcing.head, base, piece.hidden_states).tolist())
-            for index in piece.interventions:
-                lengths = self._known.lengths[piece.sequences]
-                sums[index] += [sum(islice(values, length)) for length in lengths]
-                count(len(lengths))
-        return [mean_with_standard_error(values, self.counts) for values in sums]
-
-
-def _concatenate(parts: Sequence[SparseLogProbabilities]) -> SparseLogProbabilities:
-    """Returns the statistics of several prompts as one."""
-
-    return SparseLogProbabilities(
-        torch.cat([part.tokens for part in parts]),
-        torch.cat([part.values for part in parts]),
-        torch.cat([part.tails for part in parts]),
-    )
-
-
 class SweepEvaluator:
-    """Measures cells on a loaded model. The unmodified model is run once, when the evaluator is made (paper, section 3.3)."""
+    """
+    Measures cells on a loaded model. The unmodified model is run once, when the evaluator is made (paper, section 3.3).
+
+    `engine`: runs the model; the fast one if not given, where it does not differ from the plain one.
+    """
 
     def __init__(
         self,
         model: LanguageModel,
         plan: SweepPlan,
         classify: Classifier = classify_response,
+        engine: Engine | None = None,
     ) -> None:
         # Its weights are read once.
         model = model.identified()
@@ -156,27 +65,21 @@ class SweepEvaluator:
         self.options = options = plan.options
         self._classify = classify
         harmful, canaries, references = plan.harmful, plan.canaries, plan.references
-        forcing = TeacherForcing(model)
-        n_rows = model.batch_size
         # Both are answered in the same passes.
         answered = (*harmful, *canaries)
+        tokens = tuple(model.token_ids((*answered, *references)))
+        self._engine = checked_engine(model, tokens) if engine is None else engine
         # The unmodified model answers everything in one go, since a step takes hardly longer for more rows.
-        generated = generate_tokens(
-            forcing.head,
-            model.token_ids((*answered, *references)),
-            [options.max_new_tokens] * len(answered) + [options.kl_tokens] * len(references),
-            n_rows=n_rows,
+        generated = tuple(
+            self._engine.generate(
+                tokens,
+                [options.max_new_tokens] * len(answered) + [options.kl_tokens] * len(references),
+            )
         )
-        self._responder = Responder(
-            forcing, answered, options.max_new_tokens, n_rows, generated[: len(answered)]
-        )
-        self._references = References(
-            forcing,
-            references,
-            options.kl_tokens,
-            options.top_k,
-            n_rows,
-            generated[len(answered) :],
+        n = len(answered)
+        self._known = Continuations(tokens[:n], generated[:n])
+        self.references = References(
+            self._engine, Continuations(tokens[n:], generated[n:]), options.top_k
         )
         self.baseline = self._baseline()
         if self.baseline.refusals == 0:
@@ -189,7 +92,7 @@ class SweepEvaluator:
     def base_responses(self) -> tuple[str, ...]:
         """The unmodified model's responses to the harmful prompts."""
 
-        return self._split(self._responder.base_responses())[0]
+        return self._split(self._known.tokens)[0]
 
     def layers(self) -> list[int]:
         """Returns the layers that are swept."""
@@ -279,7 +182,7 @@ class SweepEvaluator:
         """
 
         n_read = 0
-        n_sequences = len(self._responder.prompts) + len(self._references.counts)
+        n_sequences = len(self._known.prompts) + len(self.references.known.prompts)
 
         def count(n_more: int) -> None:
             nonlocal n_read
@@ -297,8 +200,10 @@ class SweepEvaluator:
             for key in keys
         ]
         interventions = [Intervention(item, self.options.components) for item in operators]
-        responses = self._responder.respond(interventions, count)
-        kl = self._references.measure(interventions, count)
+        responses = self._engine.respond(
+            self._known, self.options.max_new_tokens, interventions, count
+        )
+        kl = self.references.measure(self._engine, interventions, count)
         cells = []
         for index, key in enumerate(keys):
             directions = self.configurations[key.configuration].directions
@@ -334,16 +239,18 @@ class SweepEvaluator:
             {0: Operator(torch.zeros(1, self.model.hidden_size), torch.zeros(1, 1))},
             self.options.components,
         )
-        harmful_responses, canary_responses = self._split(self._responder.base_responses())
+        harmful_responses, canary_responses = self._split(self._known.tokens)
         return measure(
             self._verdicts(self.plan.harmful, harmful_responses),
             self._verdicts(self.plan.canaries, canary_responses),
-            self._references.measure([nothing])[0],
+            self.references.measure(self._engine, [nothing])[0],
         )
 
-    def _split(self, responses: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _split(self, tokens: Sequence[Tokens]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Returns the responses to harmful prompts, and those to canaries."""
 
+        rows = [list(row) for row in tokens]
+        responses = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
         n_harmful = len(self.plan.harmful)
         return tuple(responses[:n_harmful]), tuple(responses[n_harmful:])
 
@@ -444,7 +351,11 @@ def check_plan(model: LanguageModel, plan: SweepPlan) -> None:
             "A sweep needs harmful prompts and harmless reference prompts: give pools with prompts."
         )
     if options.layers is not None:
-        require_layers(model, options.layers)
+        for layer in options.layers:
+            if not 0 <= layer < model.n_layers:
+                raise ContrastError(
+                    f"Layer {layer} is out of range: {model.name} has layers 0 to {model.n_layers - 1}."
+                )
         if not options.layers:
             raise ContrastError("No layer is given to sweep: leave the layers out for all of them.")
     check_weights(options.weights)

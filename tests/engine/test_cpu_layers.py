@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.integrations import sdpa_attention
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from heretic_contrast.engine.compat import grouped_attention
 from heretic_contrast.engine.cpu.causal_convolution import (
     causal_convolution,
     next_causal_convolution,
 )
 from heretic_contrast.engine.cpu.gated_delta_rule import gated_delta_rule
-from heretic_contrast.engine.cpu.layers import FUNCTIONS, fast_linear_attention, grouped_attention
-from heretic_contrast.engine.fast.generation import generate_tokens
-from heretic_contrast.engine.fast.head import Head
-from heretic_contrast.engine.fast.interventions import TeacherForcing, TokenBatch
+from heretic_contrast.engine.cpu.layers import FUNCTIONS, fast_on_cpu
+from heretic_contrast.engine.fast.decoder import Decoder, TokenBatch
+from heretic_contrast.engine.fast.engine import FastEngine
 from heretic_contrast.language_model import LanguageModel
 from tests.tiny_models import make_model
 
@@ -163,11 +163,11 @@ def test_functions_are_replaced_in_passes_only(
         expected = network(input_ids=ids).logits
         n_layers = len(calls)
         assert n_layers > 0
-        with fast_linear_attention(tiny_hybrid):
+        with fast_on_cpu(tiny_hybrid):
             found = network(input_ids=ids).logits
         assert len(calls) == n_layers
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(RuntimeError, match="stop"), fast_linear_attention(tiny_hybrid):
+    with pytest.raises(RuntimeError, match="stop"), fast_on_cpu(tiny_hybrid):
         # The compiled recurrence has no gradient, and Heretic switches gradients off for good.
         with torch.enable_grad():
             network(input_ids=ids)
@@ -186,7 +186,7 @@ def test_functions_with_other_arguments_are_left_alone(
 
     monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", of_a_library)
     monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_update", None)
-    with torch.no_grad(), fast_linear_attention(tiny_hybrid):
+    with torch.no_grad(), fast_on_cpu(tiny_hybrid):
         called = modeling_qwen3_5.causal_conv1d_fn(x=torch.ones(1), weight=torch.ones(1))
         assert called == torch.full((1,), 2.0)
         assert modeling_qwen3_5.causal_conv1d_update is None
@@ -202,33 +202,32 @@ def test_passes_and_generation_use_the_fast_functions(
     for name in FUNCTIONS:
         monkeypatch.setattr(modeling_qwen3_5, name, unwanted)
     ids = torch.arange(3, 33).view(2, 15)
-    hidden_states = TeacherForcing(tiny_hybrid).unmodified(TokenBatch(ids, torch.ones_like(ids)))
+    hidden_states = Decoder(tiny_hybrid).run(TokenBatch(ids, torch.ones_like(ids)))
     assert hidden_states.isfinite().all()
-    assert len(generate_tokens(Head(tiny_hybrid), [(3, 4, 5)], [2])[0]) > 0
+    assert len(FastEngine(tiny_hybrid).generate([(3, 4, 5)], [2])[0]) > 0
 
 
-def test_grouped_attention_is_the_same_to_the_last_bit() -> None:
+def test_grouped_attention_is_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     network = make_model("llama", num_attention_heads=4, num_key_value_heads=2)
     ids = torch.arange(3, 21).view(3, 6)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    original = sdpa_attention.repeat_kv
     calls = []
 
-    def counting(*args: Any, **arguments: Any) -> Any:
+    def counting(*args: Any) -> Tensor:
         calls.append(1)
-        return original(*args, **arguments)
+        return original(*args)
 
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", counting)
     with torch.no_grad():
         expected = network(input_ids=ids, attention_mask=mask).logits
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = counting
-        try:
-            with grouped_attention():
-                found = network(input_ids=ids, attention_mask=mask).logits
-            assert calls == []
-            with pytest.raises(RuntimeError, match="stop"), grouped_attention():
-                raise RuntimeError("stop")
-            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is counting
-        finally:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+        assert len(calls) == 2 * network.config.num_hidden_layers
+        with grouped_attention():
+            found = network(input_ids=ids, attention_mask=mask).logits
+        assert len(calls) == 2 * network.config.num_hidden_layers
+        with pytest.raises(RuntimeError, match="stop"), grouped_attention():
+            raise RuntimeError("stop")
+        network(input_ids=ids, attention_mask=mask)
+    assert len(calls) == 4 * network.config.num_hidden_layers
     assert torch.equal(found, expected)

@@ -5,6 +5,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from heretic_contrast.ablation.hooks import Intervention
 from heretic_contrast.ablation.operator import compose
-from heretic_contrast.engine.fast.generation import Responder, generate_tokens
-from heretic_contrast.engine.fast.head import Head
-from heretic_contrast.engine.fast.interventions import TeacherForcing
+from heretic_contrast.engine.fast.engine import FastEngine
+from heretic_contrast.engine.interface import Continuations
+from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.geometry import observe_outputs
 from heretic_contrast.greedy import is_plainly_greedy, plain_settings
@@ -154,19 +155,20 @@ def check(model: LanguageModel) -> None:
     texts = model.tokenizer.batch_decode([list(row) for row in expected], skip_special_tokens=True)
     assert model.generate(PROMPTS, LIMIT) == texts
     expected[0] = alone(model, sequences[0], 3)
-    assert generate_tokens(Head(model), sequences, [3, LIMIT, LIMIT], n_rows=2) == expected
+    engines = [FastEngine(replace(model, batch_size=size)) for size in (2, 5)]
+    assert engines[0].generate(sequences, [3, LIMIT, LIMIT]) == expected
     # An ablated model answers as one whose weights were changed.
     layer = model.n_layers // 2
     vectors = random_directions(model, 2, 0).tensor[layer + 1]
     weights = torch.tensor([0.9, 0.4])
     intervention = Intervention({layer: compose(vectors, weights)})
-    responder = Responder(TeacherForcing(model), PROMPTS, LIMIT, 5)
-    assert responder.base_responses() == texts
-    (responses,) = responder.respond([intervention])
+    tokens = engines[1].generate(sequences, [LIMIT] * 3)
+    known = Continuations(tuple(sequences), tuple(tokens))
+    found = [engine.respond(known, LIMIT, [intervention])[0] for engine in engines]
     change = vectors.double().T @ (weights.double()[:, None] * vectors.double())
     with changed_weights(model, layer, change):
-        rows = [list(alone(model, tokens, LIMIT)) for tokens in sequences]
-    assert responses == model.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        changed = [alone(model, row, LIMIT) for row in sequences]
+    assert found == [changed, changed]
 
 
 @pytest.mark.parametrize("chosen", named(PLAIN))
@@ -251,7 +253,7 @@ def test_settings_under_adapters(llama: LanguageModel) -> None:
             assert not is_plainly_greedy(adapted)
             sequences = model.token_ids(PROMPTS)
             expected = [alone(model, tokens, LIMIT) for tokens in sequences]
-            assert generate_tokens(Head(model), sequences, [LIMIT] * 3) == expected
+            assert FastEngine(model).generate(sequences, [LIMIT] * 3) == expected
             with plain_settings(adapted):
                 plain = [alone(model, tokens, LIMIT) for tokens in sequences]
             assert plain != expected
@@ -291,7 +293,7 @@ def test_settings_that_do_not_work_are_named(llama: LanguageModel, chosen: dict[
         with pytest.raises(ContrastError, match=rf"(?s)tiny cannot generate .*{name}.*json\."):
             llama.generate(PROMPTS, LIMIT)
         with pytest.raises(ContrastError, match=name):
-            generate_tokens(Head(llama), [(3, 4, 5)], [LIMIT])
+            PlainEngine(llama).generate([(3, 4, 5)], [LIMIT])
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from benchmarks.measuring import LiveBytes
-from heretic_contrast.engine.fast.head import CPU_CHUNK, CPU_ELEMENTS
-from heretic_contrast.engine.fast.interventions import TeacherForcing, TokenBatch
+from heretic_contrast.engine.fast.decoder import ELEMENTS, Decoder, TokenBatch
 from heretic_contrast.evaluation.cells import CellKey
 from heretic_contrast.evaluation.divergence import base_statistics, divergences
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
@@ -90,10 +89,8 @@ def test_residuals_hold_one_batch() -> None:
 
 
 def test_stored_statistics_of_a_position() -> None:
-    forcing = TeacherForcing(large_vocabulary())
-    tokens = torch.tensor([[5, 6, 7]])
-    hidden_states = forcing.unmodified(TokenBatch(tokens, torch.ones_like(tokens)))[0]
-    stored = base_statistics(forcing.head, hidden_states, top_k=100).n_bytes() / len(hidden_states)
+    logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    stored = base_statistics(logits, top_k=100).n_bytes() / len(logits)
     assert stored == 804
     assert stored <= VOCABULARY * FLOAT / 200
 
@@ -124,10 +121,10 @@ def sweep_memory(n_references: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_sweep_holds_the_logits_of_one_part_of_the_vocabulary() -> None:
+def test_sweep_holds_the_logits_of_a_few_positions() -> None:
     few = sweep_memory(16)
     many = sweep_memory(64)
-    assert 16 * KL_TOKENS >= CPU_CHUNK and 64 * KL_TOKENS >= 2 * CPU_CHUNK
+    assert 16 * KL_TOKENS >= 20 * ELEMENTS // VOCABULARY
     position = VOCABULARY * FLOAT
     # Where all logits of 256 positions would be held: beside those of a part, what is kept of each position.
     assert many["cell"] <= 0.06 * 256 * position
@@ -139,13 +136,14 @@ def test_sweep_holds_the_logits_of_one_part_of_the_vocabulary() -> None:
     assert per_position <= VOCABULARY * FLOAT / 200
 
 
-def test_generation_and_divergence_hold_a_part_of_the_vocabulary() -> None:
-    head = TeacherForcing(large_vocabulary()).head
+def test_generation_and_divergence_hold_the_logits_of_a_few_positions() -> None:
+    decoder = Decoder(large_vocabulary())
+    tokens = torch.tensor([[5, 6, 7]])
+    decoder.run(TokenBatch(tokens, torch.ones_like(tokens)))
     states = torch.randn(600, 32, generator=torch.Generator().manual_seed(0))
-    base = base_statistics(head, states, 100)
     with LiveBytes() as memory:
-        head.most_likely(states)
-        divergences(head, base, states)
-    # What is kept of a position: values and tokens of several widths.
-    assert memory.peak <= 3 * CPU_ELEMENTS * FLOAT + 600 * 100 * 8 * FLOAT
+        decoder.most_likely(states)
+        for _, logits in decoder.chunks(states):
+            divergences(base_statistics(logits.clone(), 100), logits)
+    assert memory.peak <= 3 * ELEMENTS * FLOAT
     assert memory.peak < 600 * VOCABULARY * FLOAT / 20

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from heretic_contrast.ablation.hooks import BatchOperator, ablated, output_projections
 from heretic_contrast.ablation.operator import Operator, compose
-from heretic_contrast.engine.fast.caches import CACHE
-from heretic_contrast.engine.fast.head import Head
+from heretic_contrast.engine.compat import CACHE
+from heretic_contrast.engine.fast import decoder as decoder_module
+from heretic_contrast.engine.fast.decoder import Decoder, TokenBatch
 from heretic_contrast.evaluation.divergence import SparseLogProbabilities, divergences
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
@@ -203,21 +204,29 @@ def test_generation_reads_back_as_often_with_hooks_as_without(
     assert waits(some_operators(kind, 3)) == plain
 
 
-def test_chunks_of_the_divergence_do_not_wait(on_device: LanguageModel) -> None:
-    n_positions, top_k, chunk = 20, 10, 8
+def test_chunks_of_the_divergence_do_not_wait(
+    on_device: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_positions, top_k = 20, 10
+    monkeypatch.setattr(decoder_module, "LEAST_POSITIONS", 8)
+    monkeypatch.setattr(decoder_module, "ELEMENTS", 1)
     base = SparseLogProbabilities(
         torch.zeros(n_positions, top_k, dtype=torch.int32, device="meta"),
         torch.zeros(n_positions, top_k, device="meta"),
         torch.zeros(n_positions, device="meta"),
     )
     hidden_states = torch.zeros(n_positions, HIDDEN, device="meta")
-    head = Head(on_device)
+    positions = torch.arange(n_positions, device="meta")
+    decoder = Decoder(on_device)
+    tokens = torch.ones(1, 3, dtype=torch.long, device="meta")
     with recorded():
-        # The first logits come with a pass of the decoder.
-        head.logits(hidden_states[:1])
+        decoder.run(TokenBatch(tokens, tokens))
+    lengths = []
     with recorded() as recorder:
-        values = divergences(head, base, hidden_states, chunk)
-    assert values.shape == (n_positions,) and values.device.type == "meta"
+        for part, logits in decoder.chunks(hidden_states):
+            values = divergences(base.at(positions[part]), logits)
+            lengths.append(len(values))
+    assert lengths == [8, 8, 4] and values.device.type == "meta"
     assert recorder.waits == []
 
 

@@ -12,8 +12,7 @@ from scipy.linalg import subspace_angles
 
 from heretic_contrast.ablation.hooks import output_projections
 from heretic_contrast.ablation.operator import compose
-from heretic_contrast.engine.fast.generation import generate_tokens
-from heretic_contrast.engine.fast.head import Head
+from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.evaluation.geometry import (
     angle,
     compare,
@@ -114,7 +113,7 @@ def reference_steps(
     """
 
     tokens = model.token_ids([prompt])[0]
-    continuation = generate_tokens(Head(model), [tokens], [n_tokens])[0]
+    continuation = PlainEngine(model).generate([tokens], [n_tokens])[0]
     written: dict[int, list[torch.Tensor]] = {index: [] for index in range(model.n_layers)}
     states: dict[int, torch.Tensor] = {}
     handles = []

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from itertools import pairwise
 from statistics import stdev
-from typing import cast
 
 import numpy as np
 import pytest
@@ -17,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from heretic_contrast.ablation.operator import Composition, compose
-from heretic_contrast.engine.fast.head import Head
 from heretic_contrast.errors import LONGEST_SENTENCE, ContrastError, one_line
 from heretic_contrast.evaluation.capture import max_cosine, span_basis, subspace_capture
 from heretic_contrast.evaluation.divergence import (
+    SparseLogProbabilities,
     base_statistics,
     divergences,
     mean_with_standard_error,
@@ -34,7 +33,6 @@ from heretic_contrast.evaluation.geometry import (
 )
 from heretic_contrast.evaluation.plan_settings import parse_layers
 from heretic_contrast.evaluation.statistics import wilson_interval
-from heretic_contrast.language_model import batches
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.prompts.sampling import split_harmless, stratified_sample
 from heretic_contrast.tiers.coherence import (
@@ -102,30 +100,12 @@ def test_words_that_never_repeat_are_coherent(n: int) -> None:
     assert is_coherent(" ".join(f"w{index}x{index * index}" for index in range(n)))
 
 
-class Given:
-    """A head that takes logits themselves for hidden states, so that a test can choose them."""
-
-    most_likely = Head.most_likely
-    largest = Head.largest
-
-    def __init__(self, vocabulary: int, width: int, n_positions: int) -> None:
-        self._parts = list(batches(vocabulary, width))
-        self.n_positions = n_positions
-        self.counts: list[int] = []
-
-    def parts(self, n_positions: int) -> list[slice]:
-        return self._parts
-
-    def logits(self, hidden_states: Tensor, part: slice | None = None) -> Tensor:
-        self.counts.append(len(hidden_states))
-        logits = hidden_states if part is None else hidden_states[:, part]
-        return logits.float().clone()
+def statistics(logits: Tensor, top_k: int) -> SparseLogProbabilities:
+    return base_statistics(logits.float().clone(), top_k)
 
 
-def given_head(logits: Tensor, width: int = 50, n_positions: int = 256) -> Head:
-    """A head that gives these or as many logits, in parts of a width."""
-
-    return cast(Head, Given(logits.shape[1], width, n_positions))
+def divergence(base: SparseLogProbabilities, logits: Tensor) -> Tensor:
+    return divergences(base, logits.float().clone())
 
 
 @st.composite
@@ -151,65 +131,33 @@ def full_divergence(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(dim=1)
 
 
-@given(logit_pairs(), st.integers(1, 45), st.integers(1, 6), st.integers(1, 50))
-def test_divergence_is_a_bound_of_the_full_one(
-    pair: tuple[Tensor, Tensor], top_k: int, chunk: int, width: int
-) -> None:
+@given(logit_pairs(), st.integers(1, 45))
+def test_divergence_is_a_bound_of_the_full_one(pair: tuple[Tensor, Tensor], top_k: int) -> None:
     first, second = pair
-    head = given_head(first, width)
     full = full_divergence(first, second)
     tolerance = 1e-5 * (1 + float(full.max()))
-    base = base_statistics(head, first, top_k, chunk)
+    base = statistics(first, top_k)
     values = first.double().log_softmax(dim=1).gather(1, base.tokens.long())
     torch.testing.assert_close(base.values.double(), values, rtol=1e-4, atol=1e-4)
-    found = divergences(head, base, second, chunk)
+    found = divergence(base, second)
     assert found.shape == (len(first),) and found.dtype == torch.float64
     assert bool((found >= -tolerance).all())
     assert bool((found <= full + tolerance).all())
     if top_k >= first.shape[1]:
         assert torch.allclose(found, full, atol=tolerance)
     # What is kept of more tokens can only bring the bound nearer.
-    more = divergences(head, base_statistics(head, first, top_k + 3), second)
+    more = divergence(statistics(first, top_k + 3), second)
     assert bool((found <= more + tolerance).all())
-    assert float(divergences(head, base, first).abs().max()) < 1e-5
-
-
-@given(logit_pairs(), st.integers(1, 45), st.integers(1, 50))
-def test_parts_of_the_vocabulary_have_its_most_likely_tokens(
-    pair: tuple[Tensor, Tensor], count: int, width: int
-) -> None:
-    # Rounded, so that some are equal.
-    logits = pair[0].round(decimals=1)
-    head = given_head(logits, width, n_positions=2)
-    assert head.most_likely(logits).equal(logits.argmax(dim=1))
-    tokens = head.largest(logits, count)
-    assert tokens.shape == (len(logits), min(count, logits.shape[1]))
-    assert all(len(set(row)) == len(row) for row in tokens.tolist())
-    assert logits.gather(1, tokens).equal(logits.topk(tokens.shape[1], dim=1).values)
-
-
-def test_what_is_no_number_is_the_most_likely_as_in_the_whole_vocabulary() -> None:
-    logits = normal(4, 12, seed=0)
-    logits[1, 7] = logits[2, 2] = logits[2, 9] = math.nan
-    logits[3, 4] = math.inf
-    for width in (1, 3, 5, 12):
-        assert given_head(logits, width).most_likely(logits).equal(logits.argmax(dim=1))
-
-
-def test_positions_are_taken_in_chunks() -> None:
-    first, second = normal(700, 5, seed=1), normal(700, 5, seed=2)
-    head = given_head(first, n_positions=300)
-    found = divergences(head, base_statistics(head, first, 5), second)
-    torch.testing.assert_close(found, full_divergence(first, second), rtol=1e-4, atol=1e-5)
-    # Of the unmodified model once for the tokens that are kept, and once for what is kept of them.
-    assert cast(Given, head).counts == [300, 300, 300, 300, 100, 100, 300, 300, 100]
+    assert float(divergence(base, first).abs().max()) < 1e-5
+    some = torch.arange(len(first)).flip(0)[:2]
+    assert divergence(base.at(some), second[some]).equal(found[some])
 
 
 @given(seeds, st.integers(1, 8))
 def test_divergence_from_what_is_ruled_out_is_infinite(seed: int, top_k: int) -> None:
     first, second = normal(2, 8, seed=seed), normal(2, 8, seed=seed + 1)
     second[1, int(first[1].argmax())] = -math.inf
-    found = divergences(given_head(first), base_statistics(given_head(first), first, top_k), second)
+    found = divergence(statistics(first, top_k), second)
     assert math.isfinite(float(found[0])) and float(found[1]) == math.inf
 
 
@@ -217,10 +165,10 @@ def test_divergence_from_what_is_ruled_out_is_infinite(seed: int, top_k: int) ->
 def test_broken_outputs(value: float) -> None:
     first, broken = normal(2, 8, seed=0), normal(2, 8, seed=1)
     broken[1, 3] = value
-    found = divergences(given_head(first), base_statistics(given_head(first), first, 4), broken)
+    found = divergence(statistics(first, 4), broken)
     assert math.isfinite(float(found[0])) and float(found[1]) == math.inf
     with pytest.raises(ContrastError, match=r"^The outputs of the unmodified model .*\.$"):
-        base_statistics(given_head(first), broken, 4)
+        statistics(broken, 4)
 
 
 @given(

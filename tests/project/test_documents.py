@@ -96,7 +96,6 @@ NOT_RUN = {
         "trains for minutes on two cores; test_refuser.py makes the pools with it"
     ),
     "python benchmarks/estimate.py --check --layers 8 --references 20": RANDOM_MODEL,
-    "python benchmarks/generation.py": RANDOM_MODEL,
     "python benchmarks/som.py --repeats 5": (
         "takes a minute, mostly compiling: tests/directions/test_som.py compares the same maps with MiniSom's"
     ),

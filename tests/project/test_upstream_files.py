@@ -19,7 +19,7 @@ TABLES: list[dict[str, str]] = [LIST[name] for name in ("MATHEMATICS", "SUPPORT"
 OPTIONAL = TABLES[-1]
 FILES = {**TABLES[0], **TABLES[1]}
 
-ENGINE = {"interventions", "generation", "caches", "sweep", "cpu_layers", "known_sequences", "head"}
+ENGINE = {"compat", "plain", "decoder", "drafts", "teacher_forcing", "layers", "sweep"}
 HEAVY = {"numba", "matplotlib", "minisom"}
 FOLDERS = {"/__init__.py"} | {
     path.relative_to(PACKAGE).as_posix()

@@ -22,7 +22,6 @@ from ...language_model import LanguageModel, batches
 from ..compat import CACHE, Cache, shares_its_cache
 from ..cpu.layers import fast_on_cpu
 
-
 ELEMENTS = 2**21
 """Logits that are held at the same time."""
 

@@ -101,7 +101,9 @@ class Drafts:
         for sample, (index, prompt) in enumerate(item.rows):
             draft = self._known.tokens[prompt]
             own, predicted = predicted[: len(draft)], predicted[len(draft) :]
-            agreed = next((n for n, (a, b) in enumerate(zip(own, draft, strict=True)) if a != b), len(draft))
+            agreed = next(
+                (n for n, (a, b) in enumerate(zip(own, draft, strict=True)) if a != b), len(draft)
+            )
             # Where the response departs, the prediction there is the right next token.
             found[index][prompt] = until_end(tuple(own[: agreed + 1]), self._limit, self._ends)
             if not self._has_ended(found[index][prompt]):

@@ -19,15 +19,12 @@ from .teacher_forcing import TeacherForcing
 
 class FastEngine(PlainEngine):
     """
-    See `Engine`. Must give what the plain engine gives, but for rounding.
-
-    `has_prefix`: whether the KV cache of what all prompts begin with is shared. What is known of continuations is kept.
+    See `Engine`. Must give what the plain engine gives, but for rounding. What is known of continuations is kept.
     """
 
-    def __init__(self, model: LanguageModel, has_prefix: bool = True) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__(model)
         self._decoder = Decoder(model)
-        self._has_prefix = has_prefix
         self._forcings: dict[Continuations, TeacherForcing] = {}
         self._drafts: dict[Continuations, Drafts] = {}
 
@@ -80,5 +77,5 @@ class FastEngine(PlainEngine):
     def _forcing(self, known: Continuations) -> TeacherForcing:
         if known not in self._forcings:
             n_rows = self.model.batch_size
-            self._forcings[known] = TeacherForcing(self._decoder, known, n_rows, self._has_prefix)
+            self._forcings[known] = TeacherForcing(self._decoder, known, n_rows)
         return self._forcings[known]

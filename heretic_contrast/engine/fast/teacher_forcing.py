@@ -52,15 +52,15 @@ class TeacherForcing:
     all prompts begin with, at most all but the last of a prompt.
     """
 
-    def __init__(
-        self, decoder: Decoder, known: Continuations, n_rows: int, has_prefix: bool
-    ) -> None:
+    def __init__(self, decoder: Decoder, known: Continuations, n_rows: int) -> None:
         self._decoder = decoder
         self._known = known
         # The last token of a continuation predicts nothing.
         sequences = [a + b[:-1] for a, b in zip(known.prompts, known.tokens, strict=True)]
-        self._order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), index))
-        self.prefix = common_prefix(known.prompts) if has_prefix else ()
+        self._order = sorted(
+            range(len(sequences)), key=lambda index: (len(sequences[index]), index)
+        )
+        self.prefix = common_prefix(known.prompts)
         self._sequences = [sequences[index][len(self.prefix) :] for index in self._order]
         self._width = max(map(len, self._sequences), default=0)
         if decoder.model.device.type == "cpu":

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""The plain engine is right, and taken wherever the fast one is not."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from heretic_contrast.ablation.hooks import Intervention
+from heretic_contrast.ablation.operator import compose
+from heretic_contrast.engine.check import checked_engine
+from heretic_contrast.engine.fast.decoder import Decoder
+from heretic_contrast.engine.fast.drafts import Drafts
+from heretic_contrast.engine.fast.engine import FastEngine
+from heretic_contrast.engine.interface import Continuations, Tokens
+from heretic_contrast.engine.plain import PlainEngine
+from heretic_contrast.errors import ContrastWarning
+from heretic_contrast.hosts.surface import wrap
+from heretic_contrast.language_model import LanguageModel
+from tests.architectures import FAMILIES
+from tests.evaluation.test_sweep import HARMFUL, changed_weights, random_directions
+from tests.tiny_models import make_model, make_tokenizer
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_hybrid"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def greedy(model: LanguageModel, tokens: Tokens, limit: int) -> tuple[Tokens, Tensor]:
+    """Decodes by hand, the whole sequence for every token; with the logits of each step."""
+
+    found: Tokens = ()
+    logits = []
+    while len(found) < limit and found[-1:] != (model.model.generation_config.eos_token_id,):
+        ids = torch.tensor([tokens + found])
+        logits.append(model.model(input_ids=ids, use_cache=False).logits[0, -1])
+        found += (int(logits[-1].argmax()),)
+    return found, torch.stack(logits)
+
+
+def test_the_plain_engine_equals_changed_weights(model: LanguageModel) -> None:
+    prompts = model.token_ids(HARMFUL[:3])
+    plain = PlainEngine(replace(model, batch_size=2))
+    limits = [9, 4, 9]
+    expected = [greedy(model, tokens, n) for tokens, n in zip(prompts, limits, strict=True)]
+    assert plain.generate(prompts, limits) == [tokens for tokens, _ in expected]
+    known = Continuations(tuple(prompts), tuple(tokens for tokens, _ in expected))
+    logits = torch.cat([item for _, item in expected])
+    vectors = random_directions(model, 2, 0).tensor[2]
+    weights = torch.tensor([0.9, 0.4])
+    intervention = Intervention({1: compose(vectors, weights)})
+    change = vectors.double().T @ (weights.double()[:, None] * vectors.double())
+    with changed_weights(model, 1, change):
+        changed = [greedy(model, tokens, 9)[0] for tokens in prompts]
+        again = PlainEngine(model).logits(known)
+        expected_logits = torch.cat([item.values for item in again])
+    assert plain.respond(known, 9, [intervention]) == [changed]
+    assert changed != plain.generate(prompts, [9] * 3)
+    for chosen, values in ((None, logits), ([intervention], expected_logits)):
+        counts: list[int] = []
+        found = list(plain.logits(known, chosen, counts.append))
+        assert sum(counts) == 3
+        assert torch.cat([item.positions for item in found]).equal(torch.arange(len(values)))
+        torch.testing.assert_close(
+            torch.cat([item.values for item in found]), values, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_the_fast_engine_is_taken_where_it_is_right(model: LanguageModel) -> None:
+    assert type(checked_engine(model, model.token_ids(HARMFUL))) is FastEngine
+    assert type(checked_engine(model, model.token_ids(HARMFUL[:1]))) is FastEngine
+
+
+@pytest.mark.parametrize("name", ["Llama, bfloat16", "Llama, float16", "Gemma 4, shared keys"])
+def test_rounding_and_shared_keys_are_no_reason_against_it(name: str) -> None:
+    network = wrap(FAMILIES[name].make_model(), FAMILIES[name].make_tokenizer(), name)
+    assert type(checked_engine(network, network.token_ids(HARMFUL))) is FastEngine
+
+
+def test_the_plain_engine_is_taken_where_layers_pass_on_more_than_hidden_states() -> None:
+    family = FAMILIES["GLM-5"]
+    network = wrap(family.make_model(), family.make_tokenizer(), "tiny-glm")
+    with pytest.warns(ContrastWarning, match=r"tiny-glm \(its (layers pass on more|logits differ)"):
+        assert type(checked_engine(network, network.token_ids(HARMFUL))) is PlainEngine
+
+
+def wrong_logits(patch: pytest.MonkeyPatch) -> None:
+    original = Decoder.run
+
+    def run(self: Decoder, *args: Any, **options: Any) -> Tensor:
+        return (
+            1.1 * original(self, *args, **options)[:, [0, *range(args[0].input_ids.shape[1] - 1)]]
+        )
+
+    patch.setattr(Decoder, "run", run)
+
+
+def wrong_responses(patch: pytest.MonkeyPatch) -> None:
+    original = Drafts.respond
+
+    def respond(self: Drafts, chosen: Sequence[Intervention], *args: Any) -> list[list[Tokens]]:
+        # Each one that of the other intervention.
+        return original(self, chosen, *args)[::-1]
+
+    patch.setattr(Drafts, "respond", respond)
+
+
+def failing(patch: pytest.MonkeyPatch) -> None:
+    def logits(self: Decoder, hidden_states: Tensor) -> Tensor:
+        raise AttributeError("no such thing")
+
+    patch.setattr(Decoder, "logits", logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (wrong_logits, "its logits differ"),
+        (wrong_responses, "its responses differ"),
+        (failing, "no such thing"),
+    ],
+)
+def test_the_plain_engine_is_taken_where_the_fast_one_is_wrong(
+    tiny_llama: LanguageModel, change: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(monkeypatch)
+    with pytest.warns(ContrastWarning, match=rf"tiny-llama \({reason}\)"):
+        engine = checked_engine(tiny_llama, tiny_llama.token_ids(HARMFUL))
+    assert type(engine) is PlainEngine
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_exhausted_memory_is_no_reason_to_go_on(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = wrap(make_model("llama"), make_tokenizer(), "tiny", batch_size=4)
+
+    def logits(self: Decoder, hidden_states: Tensor) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(Decoder, "logits", logits)
+    with pytest.raises(type(error)):
+        checked_engine(network, network.token_ids(HARMFUL))
