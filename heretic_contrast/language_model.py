@@ -27,6 +27,19 @@ Progress = Callable[[int, int], None]
 """Called with the number of finished steps and the number of all steps."""
 
 
+Tokens = tuple[int, ...]
+
+
+def until_end(tokens: Tokens, limit: int, ends: frozenset[int]) -> Tokens:
+    """Returns at most `limit` tokens, up to and with the first that ends the response."""
+
+    tokens = tokens[:limit]
+    for index, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: index + 1]
+    return tokens
+
+
 def batches(n_items: int, batch_size: int) -> Iterator[slice]:
     """Yields the slices that cut `n_items` items into batches of at most `batch_size`."""
 
@@ -146,36 +159,46 @@ class LanguageModel:
         Raises `ContrastError` when the model's generation configuration does not work.
         """
 
-        sequences = self.token_ids(prompts)
-        lengths = [len(sequence) for sequence in sequences]
-        responses = [""] * len(sequences)
-        for batch in generation_batches(self.model, lengths, self.batch_size):
-            inputs = self.pad([sequences[index] for index in batch])
-            tokens = self.continue_tokens(inputs, max_new_tokens)
-            decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=not special_tokens)
-            for index, response in zip(batch, decoded, strict=True):
-                responses[index] = response
-        return responses
+        limits = [max_new_tokens] * len(prompts)
+        found = self.generate_tokens(self.token_ids(prompts), limits)
+        texts: list[str] = self.tokenizer.batch_decode(
+            [list(tokens) for tokens in found], skip_special_tokens=not special_tokens
+        )
+        return texts
 
     @torch.no_grad()
-    def continue_tokens(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
+    def generate_tokens(self, sequences: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
         """
-        Returns what the model's own `generate` makes of tokens without sampling: see `greedy`.
+        Returns what the model's own `generate` makes of each sequence without sampling: see `greedy`.
 
-        `inputs`: as `tokenize` gives them. Integer Tensor of shape (n_texts, n_new_tokens), at most `max_new_tokens`, padded
-        on the right. Raises `ContrastError` when the model's generation configuration does not work.
+        At most `limits` tokens, up to and with the one that ends the response. Raises `ContrastError` when the model's generation
+        configuration does not work.
         """
 
-        with explained_settings(self.model, self.name):
-            outputs: Tensor = self.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_return_sequences=1,
-                return_dict_in_generate=False,
-                pad_token_id=self.pad_token_id(),
-            )
-        return outputs[:, inputs["input_ids"].shape[1] :]
+        found: list[Tokens] = [()] * len(sequences)
+        ends = self.end_tokens()
+        kinds = [(len(tokens), limit) for tokens, limit in zip(sequences, limits, strict=True)]
+        for batch in generation_batches(self.model, kinds, self.batch_size):
+            inputs = self.pad([sequences[index] for index in batch])
+            with explained_settings(self.model, self.name):
+                outputs: Tensor = self.model.generate(
+                    **inputs,
+                    max_new_tokens=max(limits[index] for index in batch),
+                    do_sample=False,
+                    num_return_sequences=1,
+                    return_dict_in_generate=False,
+                    pad_token_id=self.pad_token_id(),
+                )
+            rows = outputs[:, inputs["input_ids"].shape[1] :].tolist()
+            for index, row in zip(batch, rows, strict=True):
+                found[index] = until_end(tuple(row), limits[index], ends)
+        return found
+
+    def end_tokens(self) -> frozenset[int]:
+        """Returns the tokens that end a response; none where the model's generation goes on to the limit."""
+
+        found = self.model.generation_config.eos_token_id
+        return frozenset([found] if isinstance(found, int) else found or [])
 
     @torch.no_grad()
     def residuals(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> Tensor:

@@ -446,7 +446,7 @@ FAMILIES = {
         text(
             "GlmMoeDsaConfig",
             q_lora_rank=16,
-            index_topk=8,
+            index_topk=512,
             index_head_dim=16,
             index_n_heads=2,
             **LATENT_ATTENTION,

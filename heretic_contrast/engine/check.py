@@ -11,10 +11,10 @@ from ..ablation.hooks import Intervention
 from ..ablation.operator import Operator
 from ..errors import one_line, warn
 from ..greedy import is_plainly_greedy
-from ..language_model import LanguageModel
+from ..language_model import LanguageModel, Tokens
 from ..vectors import unit_vectors
 from .fast.engine import FastEngine
-from .interface import Continuations, Engine, Tokens
+from .interface import Continuations, Engine
 from .plain import PlainEngine
 
 N_PROMPTS = 3

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ablation.hooks import Intervention
-from ..language_model import LanguageModel
-
-Tokens = tuple[int, ...]
+from ..language_model import LanguageModel, Tokens
 
 Count = Callable[[int], None]
 """Is told how many more prompts are done, each under each intervention."""
@@ -106,23 +104,6 @@ class Engine(Protocol):
 
         With interventions, the unmodified model must be the same in all calls for the same continuations.
         """
-
-
-def end_tokens(model: LanguageModel) -> frozenset[int]:
-    """Returns the tokens that end a response; none where the model's generation goes on to the limit."""
-
-    found = model.model.generation_config.eos_token_id
-    return frozenset([found] if isinstance(found, int) else found or [])
-
-
-def until_end(tokens: Tokens, limit: int, ends: frozenset[int]) -> Tokens:
-    """Returns at most `limit` tokens, up to and with the first that ends the response."""
-
-    tokens = tokens[:limit]
-    for index, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: index + 1]
-    return tokens
 
 
 def pad_right(

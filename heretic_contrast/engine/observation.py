@@ -13,8 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..ablation.hooks import output_projections
 from ..greedy import plain_settings
-from ..language_model import LanguageModel
-from .interface import Tokens, end_tokens
+from ..language_model import LanguageModel, Tokens
 
 Observe = Callable[[Tensor, Tensor, Tensor], None]
 """Is given what a step shows of the prompts whose response has not ended: see `observe_decoding`."""
@@ -34,7 +33,7 @@ def observe_decoding(
 
     inputs = model.pad(prompts)
     length = inputs["input_ids"].shape[1]
-    ends = torch.tensor(sorted(end_tokens(model)), dtype=torch.long)
+    ends = torch.tensor(sorted(model.end_tokens()), dtype=torch.long)
     with plain_settings(model.model), _last_positions(model) as (outputs, states):
 
         def step(tokens: Tensor) -> None:

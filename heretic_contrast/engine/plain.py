@@ -9,20 +9,9 @@ import torch
 from torch import Tensor
 
 from ..ablation.hooks import Intervention, ablated_samples
-from ..greedy import generation_batches
-from ..language_model import LanguageModel, batches
+from ..language_model import LanguageModel, Tokens, batches
 from .compat import forget_images
-from .interface import (
-    Continuations,
-    Count,
-    Engine,
-    Logits,
-    Tokens,
-    end_tokens,
-    no_count,
-    pad_right,
-    until_end,
-)
+from .interface import Continuations, Count, Engine, Logits, no_count, pad_right
 
 ELEMENTS = 2**27
 """Logits of one pass, half a gigabyte, that are allowed where it holds more than one sequence."""
@@ -43,7 +32,8 @@ class PlainEngine:
     def generate(self, prompts: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
         """See `Engine.generate`."""
 
-        return self._generate(prompts, limits, lambda n_rows: nullcontext())
+        forget_images(self.model.model)
+        return self.model.generate_tokens(prompts, limits)
 
     def respond(
         self,
@@ -56,8 +46,10 @@ class PlainEngine:
 
         found = []
         for intervention in interventions:
-            limits = [limit] * len(known.prompts)
-            found.append(self._generate(known.prompts, limits, self._ablated(intervention)))
+            with self._ablated(intervention):
+                found.append(
+                    PlainEngine.generate(self, known.prompts, [limit] * len(known.prompts))
+                )
             count(len(known.prompts))
         return found
 
@@ -73,12 +65,13 @@ class PlainEngine:
         # The last token predicts nothing.
         sequences = [a + b[:-1] for a, b in zip(known.prompts, known.tokens, strict=True)]
         longest = max(map(len, sequences), default=1)
-        n_rows = max(1, min(self.model.batch_size, ELEMENTS // (longest * self._vocabulary)))
+        vocabulary = int(self.model.model.get_input_embeddings().weight.shape[0])
+        n_rows = max(1, min(self.model.batch_size, ELEMENTS // (longest * vocabulary)))
         for index, intervention in enumerate([None] if interventions is None else interventions):
             for part in batches(len(sequences), n_rows):
                 tokens, mask = pad_right(sequences[part], self.model.pad_token_id())
                 forget_images(self.model.model)
-                with self._ablated(intervention)(len(tokens)):
+                with self._ablated(intervention):
                     logits = self.model.model(
                         input_ids=tokens.to(self.model.device),
                         attention_mask=mask.to(self.model.device),
@@ -87,36 +80,10 @@ class PlainEngine:
                 yield _predictions(logits, known, index, part)
                 count(len(tokens))
 
-    def _generate(
-        self,
-        prompts: Sequence[Tokens],
-        limits: Sequence[int],
-        ablated: Callable[[int], AbstractContextManager[None]],
-    ) -> list[Tokens]:
-        """As `generate`. `ablated`: makes the context for a number of rows."""
-
-        found: list[Tokens] = [()] * len(prompts)
-        ends = end_tokens(self.model)
-        kinds = [(len(tokens), limit) for tokens, limit in zip(prompts, limits, strict=True)]
-        for batch in generation_batches(self.model.model, kinds, self.model.batch_size):
-            inputs = self.model.pad([prompts[index] for index in batch])
-            forget_images(self.model.model)
-            with ablated(len(batch)):
-                rows = self.model.continue_tokens(inputs, max(limits[index] for index in batch))
-            for index, row in zip(batch, rows.tolist(), strict=True):
-                found[index] = until_end(tuple(row), limits[index], ends)
-        return found
-
-    def _ablated(
-        self, intervention: Intervention | None
-    ) -> Callable[[int], AbstractContextManager[None]]:
+    def _ablated(self, intervention: Intervention | None) -> AbstractContextManager[None]:
         if intervention is None:
-            return lambda n_rows: nullcontext()
-        return lambda n_rows: ablated_samples(self.model, [intervention] * n_rows)
-
-    @property
-    def _vocabulary(self) -> int:
-        return int(self.model.model.get_input_embeddings().weight.shape[0])
+            return nullcontext()
+        return ablated_samples(self.model, [intervention])
 
 
 def _predictions(logits: Tensor, known: Continuations, intervention: int, part: slice) -> Logits:

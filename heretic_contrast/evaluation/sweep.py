@@ -20,10 +20,10 @@ from ..ablation.operator import Operator, effective_weight, weight_along
 from ..directions.pools import Log
 from ..directions.sources import ShowProgress
 from ..engine.check import checked_engine
-from ..engine.interface import Continuations, Engine, Tokens
+from ..engine.interface import Continuations, Engine
 from ..errors import ContrastError
 from ..identity import Identity, identify, program_digest
-from ..language_model import LanguageModel, Progress
+from ..language_model import LanguageModel, Progress, Tokens
 from ..prompts import Prompt, prompts_digest
 from ..tiers import coherence, responses, rules, text
 from ..tiers.coherence import is_coherent, normalized_bigram_entropy

@@ -16,11 +16,11 @@ from heretic_contrast.engine.check import checked_engine
 from heretic_contrast.engine.fast.decoder import Decoder
 from heretic_contrast.engine.fast.drafts import Drafts
 from heretic_contrast.engine.fast.engine import FastEngine
-from heretic_contrast.engine.interface import Continuations, Tokens
+from heretic_contrast.engine.interface import Continuations
 from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.errors import ContrastWarning
 from heretic_contrast.hosts.surface import wrap
-from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.language_model import LanguageModel, Tokens
 from tests.architectures import FAMILIES
 from tests.evaluation.test_sweep import HARMFUL, changed_weights, random_directions
 from tests.tiny_models import make_model, make_tokenizer

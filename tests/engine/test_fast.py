@@ -21,10 +21,10 @@ from heretic_contrast.engine.fast import teacher_forcing
 from heretic_contrast.engine.fast.decoder import Decoder, TokenBatch
 from heretic_contrast.engine.fast.engine import FastEngine
 from heretic_contrast.engine.fast.teacher_forcing import TeacherForcing, common_prefix
-from heretic_contrast.engine.interface import Continuations, Tokens
+from heretic_contrast.engine.interface import Continuations
 from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.hosts.surface import wrap
-from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.language_model import LanguageModel, Tokens
 from heretic_contrast.prompts import Prompt
 from tests.evaluation.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
 from tests.tiny_models import SIZES, build, make_model, make_tokenizer

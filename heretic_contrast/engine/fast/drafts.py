@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ablation.hooks import Intervention, ablated_samples
+from ...language_model import Tokens, until_end
 from ..compat import (
     CACHE,
     Cache,
@@ -26,7 +27,7 @@ from ..compat import (
     select_rows,
 )
 from ..cpu.layers import fast_on_cpu
-from ..interface import Continuations, Count, Tokens, end_tokens, pad_right, until_end
+from ..interface import Continuations, Count, pad_right
 from .decoder import Decoder
 from .teacher_forcing import Pass, TeacherForcing
 
@@ -66,7 +67,7 @@ class Drafts:
         self._known = known
         self._limit = limit
         self._n_rows = n_rows
-        self._ends = end_tokens(self._model)
+        self._ends = self._model.end_tokens()
         self._unmodified, self._places = self._unmodified_cache()
 
     def respond(self, interventions: Sequence[Intervention], count: Count) -> list[list[Tokens]]:

@@ -8,9 +8,9 @@ import torch
 
 from ...ablation.hooks import Intervention
 from ...greedy import is_plainly_greedy
-from ...language_model import LanguageModel
+from ...language_model import LanguageModel, Tokens
 from ..cpu.layers import fast_on_cpu
-from ..interface import Continuations, Count, Logits, Tokens, no_count
+from ..interface import Continuations, Count, Logits, no_count
 from ..plain import PlainEngine
 from .decoder import Decoder
 from .drafts import Drafts

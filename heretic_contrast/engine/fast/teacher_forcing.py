@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...ablation.hooks import Intervention, ablated_samples, carries_samples
-from ...language_model import batches
+from ...language_model import Tokens, batches
 from ..compat import Cache, join, new_cache, select_rows
-from ..interface import Continuations, Tokens, pad_right
+from ..interface import Continuations, pad_right
 from .decoder import Decoder, LayerInput, TokenBatch
 
 CPU_ELEMENTS_PER_PASS = 2**19
