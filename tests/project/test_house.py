@@ -89,7 +89,14 @@ def test_arrows_point_down(module: str) -> None:
     assert not [name for name in libraries if room(module) in KEPT_OUT.get(name, ())]
 
 
-INSIDES = ["past_key_values", "rope_deltas", "store_full_length_kv", "conv_states", "recurrent_states", "is_initialized"]
+INSIDES = [
+    "past_key_values",
+    "rope_deltas",
+    "store_full_length_kv",
+    "conv_states",
+    "recurrent_states",
+    "is_initialized",
+]
 """Names of what a release of transformers may change."""
 
 
