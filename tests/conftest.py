@@ -3,8 +3,10 @@
 """Fixtures that several test files share."""
 
 import gc
+import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,22 @@ def private_cache(
     directory = tmp_path_factory.getbasetemp() / "cache"
     directory.mkdir(exist_ok=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
+
+
+def small_pool(directory: Path, pool: str, split: str, per_category: int) -> str:
+    """Writes a JSON Lines file with a few prompts of each category."""
+
+    seen: Counter[str] = Counter()
+    lines = []
+    source = DATA / "refuser_prompts" / pool / f"{split}.jsonl"
+    for line in source.read_text(encoding="utf-8").splitlines():
+        category = json.loads(line).get("category") or ""
+        seen[category] += 1
+        if seen[category] <= per_category:
+            lines.append(line)
+    path = directory / f"{pool}-{split}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
 
 
 Refused = Callable[[Sequence[str]], str]

@@ -11,6 +11,7 @@ import difflib
 import sys
 from argparse import Action
 from collections.abc import Sequence
+from functools import cache
 
 from pydantic_settings import BaseSettings, CliSettingsSource, InitSettingsSource
 
@@ -26,6 +27,7 @@ SWITCH_VALUES = {
 """What may stand behind an option that is on or off."""
 
 
+@cache
 def command_line_options(settings_class: type[BaseSettings]) -> dict[str, Action]:
     """Returns the options that the parser of a settings class knows, by each of their names."""
 

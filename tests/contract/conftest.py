@@ -2,32 +2,13 @@
 
 """One run of the stand-in that several tests share, on small pools of the built-in refuser."""
 
-import json
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import DATA
+from tests.conftest import DATA, small_pool
 
 MODEL = str(DATA / "refuser")
-
-
-def small_pool(directory: Path, pool: str, split: str, per_category: int) -> str:
-    """Writes a JSON Lines file with a few prompts of each category."""
-
-    seen: Counter[str] = Counter()
-    lines = []
-    source = DATA / "refuser_prompts" / pool / f"{split}.jsonl"
-    for line in source.read_text(encoding="utf-8").splitlines():
-        category = json.loads(line).get("category") or ""
-        seen[category] += 1
-        if seen[category] <= per_category:
-            lines.append(line)
-    path = directory / f"{pool}-{split}.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -2,45 +2,22 @@
 
 """The plugin inside the real Heretic 1.4, from the command line."""
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pexpect
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
-from tests.conftest import DATA
+from tests.conftest import DATA, small_pool
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
 pytestmark = pytest.mark.slow
-
-POOLS = DATA / "refuser_prompts"
-
-
-def small_pool(directory: Path, pool: str, split: str, per_category: int) -> str:
-    """Writes a plain text file with a few prompts of each category."""
-
-    seen: dict[str, int] = {}
-    lines = []
-    for line in (POOLS / pool / f"{split}.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        category = row.get("category") or ""
-        seen[category] = seen.get(category, 0) + 1
-        if seen[category] <= per_category:
-            lines.append(row["text"])
-    path = directory / f"{pool}-{split}.txt"
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
 
 
 def arguments(directory: Path, n_trials: int) -> list[str]:
@@ -72,72 +49,6 @@ def environment(directory: Path) -> dict[str, str]:
 
 def command(*extra: str) -> list[str]:
     return [sys.executable, "-c", "from heretic_contrast.cli import main; main()", *extra]
-
-
-def finished_trials(directory: Path) -> list[dict[str, Any]]:
-    """The parameters and values of all trials, without times."""
-
-    (path,) = directory.glob("checkpoints/contrast-*/*.jsonl")
-    study = optuna.load_study(
-        study_name="heretic", storage=JournalStorage(JournalFileBackend(str(path)))
-    )
-    return [
-        {
-            "number": trial.number,
-            "state": trial.state.name,
-            "params": trial.params,
-            "values": trial.values,
-            "contrast": trial.user_attrs.get("contrast"),
-        }
-        for trial in study.trials
-    ]
-
-
-def test_killed_run_resumes_to_the_same_study(tmp_path: Path) -> None:
-    studies = []
-    headless = ["--trial-index=0", "--model-action=save", "--export-strategy=merge"]
-    for name in ("whole", "killed"):
-        directory = tmp_path / name
-        directory.mkdir()
-        options = [
-            *arguments(directory, 4),
-            *headless,
-            f"--save-directory={directory / 'saved'}",
-            "--model=builtin:refuser",
-        ]
-        log = (directory / "log.txt").open("w")
-        if name == "killed":
-            process = subprocess.Popen(
-                command(*options), cwd=directory, env=environment(directory), stdout=log, stderr=log
-            )
-            deadline = time.monotonic() + 240
-            while "Running trial 3" not in (directory / "log.txt").read_text():
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.05)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            states = [trial["state"] for trial in finished_trials(directory)]
-            assert states.count("COMPLETE") == 2
-            options.insert(0, "--checkpoint-action=continue")
-        completed = subprocess.run(
-            command(*options),
-            cwd=directory,
-            env=environment(directory),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=400,
-        )
-        assert completed.returncode == 0, (directory / "log.txt").read_text()[-3000:]
-        studies.append(finished_trials(directory))
-        assert (directory / "saved" / "config.json").exists()
-    assert studies[0] == studies[1]
-    assert [trial["state"] for trial in studies[0]] == ["COMPLETE"] * 4
-    # Restoring a trial is exact: the saved weights are the same.
-    whole, killed = (
-        (tmp_path / name / "saved" / "model.safetensors").read_bytes()
-        for name in ("whole", "killed")
-    )
-    assert whole == killed
 
 
 def terminal(directory: Path, *options: str) -> Any:

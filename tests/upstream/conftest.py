@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.conftest import small_pool
+from tests.conftest import small_pool
 from tests.upstream.checkout import Checkout
 
 FOLDER = "tests/upstream/"
