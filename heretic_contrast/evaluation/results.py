@@ -3,7 +3,7 @@
 """What is measured of directions, as typed results that a report shows; this module imports no PyTorch."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from numpy.typing import NDArray
 
@@ -14,12 +14,15 @@ MAX_RESPONSE_LENGTH = 50
 """Decoding steps of an extraction, as in the paper's divergence, and tokens that show whether a prompt is refused."""
 
 
-class _OfLayer(Protocol):
-    @property
-    def configuration(self) -> str: ...
+@dataclass(frozen=True)
+class AtLayer:
+    """What is measured of one configuration at the output of one decoder layer."""
+
+    configuration: str
+    layer: int
 
 
-Layer = TypeVar("Layer", bound=_OfLayer)
+Layer = TypeVar("Layer", bound=AtLayer)
 
 
 class ByConfiguration(Generic[Layer]):
@@ -62,7 +65,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class LayerCapture:
+class LayerCapture(AtLayer):
     """
     Capture at the output of one decoder layer, averaged over pairs, with standard errors over pairs.
 
@@ -70,8 +73,6 @@ class LayerCapture:
     random directions capture. Averages are None where no pair has a difference; errors where fewer than two have.
     """
 
-    configuration: str
-    layer: int
     subspace: float | None
     subspace_error: float | None
     max_cosine: float | None
@@ -90,7 +91,7 @@ class CaptureResult(ByConfiguration[LayerCapture]):
 
 
 @dataclass(frozen=True)
-class LayerGeometry:
+class LayerGeometry(AtLayer):
     """
     The directions of one configuration at one decoder layer.
 
@@ -100,8 +101,6 @@ class LayerGeometry:
     weight 1; `weight_along_mean` is r̂ᵀ (Σ v vᵀ) r̂ for the mean direction r̂.
     """
 
-    configuration: str
-    layer: int
     norms: tuple[float, ...]
     cosines: tuple[tuple[float, ...], ...]
     mean_cosine: float | None
@@ -143,7 +142,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Activity:
+class Activity(AtLayer):
     """
     What a model's activations have to do with one configuration's directions at one decoder layer.
 
@@ -154,8 +153,6 @@ class Activity:
     model's natural variation, the paper's noise floor (section 5.1).
     """
 
-    configuration: str
-    layer: int
     occupancy_harmful: tuple[float, ...]
     occupancy_harmless: tuple[float, ...]
     natural_variation: float

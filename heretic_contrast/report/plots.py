@@ -64,14 +64,14 @@ def heat_map(
     row_title: str,
     column_title: str,
     value_title: str,
-    limits: tuple[float, float] | None = None,
-    annotate: str | None = "{:.0f}",
+    limits: tuple[float, float],
+    annotate: str = "{:.0f}",
 ) -> bytes:
     """
     Returns a heat map.
 
-    `values`: array of shape (n_rows, n_columns); NaN leaves a cell blank. `annotate` formats the value that is
-    written into each cell; None, or more than 32 columns, leaves cells without.
+    `values`: array of shape (n_rows, n_columns); NaN leaves a cell blank. `limits`: the values at the ends of the color map.
+    `annotate` formats the value that is written into each cell, unless there are more than 32 columns or 64 rows.
     """
 
     n_rows, n_columns = values.shape
@@ -79,12 +79,7 @@ def heat_map(
         max(4.4, min(8.0, 1.9 + 0.5 * n_columns)), max(2.8, min(11.0, 1.3 + 0.31 * n_rows))
     )
     axes = figure.subplots()
-    finite = values[np.isfinite(values)]
-    low, high = limits or (
-        (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    )
-    if low == high:
-        high = low + 1
+    low, high = limits
     image = axes.imshow(
         np.ma.masked_invalid(values), aspect="auto", cmap="cividis", vmin=low, vmax=high
     )
@@ -97,7 +92,7 @@ def heat_map(
             label.set_rotation_mode("anchor")
     axes.set_xlabel(column_title)
     axes.set_ylabel(row_title)
-    if annotate is not None and n_columns <= 32 and n_rows <= 64:
+    if n_columns <= 32 and n_rows <= 64:
         _write_values(axes, values, low, high, annotate)
     figure.colorbar(image, ax=axes, label=value_title, fraction=0.06)
     return _png(figure)

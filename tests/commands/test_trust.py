@@ -44,33 +44,18 @@ from heretic_contrast.settings import (
 PACKAGE = Path(heretic_contrast.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-FORBIDDEN_MODULES = {
-    "cloudpickle",
-    "code",
-    "codeop",
-    "dill",
-    "imp",
-    "joblib",
-    "marshal",
-    "pickle",
-    "runpy",
-    "shelve",
-    "subprocess",
-    "yaml",
-}
+FORBIDDEN_MODULES = set(
+    """
+    cloudpickle code codeop dill imp joblib marshal pickle runpy shelve subprocess yaml
+    """.split()
+)
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "breakpoint"}
-FORBIDDEN_ATTRIBUTES = {
-    ("torch", "load"),
-    ("torch.hub", "load"),
-    ("torch.serialization", "load"),
-    ("np", "load"),
-    ("numpy", "load"),
-    ("np", "loadtxt"),
-    ("os", "system"),
-    ("os", "popen"),
-    ("pandas", "read_pickle"),
-    ("pd", "read_pickle"),
-}
+FORBIDDEN_ATTRIBUTES = set(
+    """
+    torch.load torch.hub.load torch.serialization.load np.load numpy.load np.loadtxt os.system
+    os.popen pandas.read_pickle pd.read_pickle
+    """.split()
+)
 # Names that are looked up while the program runs, of parts of the own package, for a fast start.
 DYNAMIC_IMPORTS = {"__init__.py", "cli.py"}
 ENTRY_POINTS = {"directions/baselines.py"}
@@ -97,7 +82,7 @@ def complaints(source: str, name: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             modules = [node.module or ""]
             for alias in node.names:
-                if (node.module, alias.name) in FORBIDDEN_ATTRIBUTES:
+                if f"{node.module}.{alias.name}" in FORBIDDEN_ATTRIBUTES:
                     found.append(f"from {node.module} import {alias.name}")
         found += [module for module in modules if module.split(".")[0] in FORBIDDEN_MODULES]
         if isinstance(node, ast.Call):
@@ -105,7 +90,7 @@ def complaints(source: str, name: str) -> list[str]:
             owner, _, attribute = function.rpartition(".")
             if isinstance(node.func, ast.Name) and attribute in FORBIDDEN_CALLS:
                 found.append(function)
-            if (owner, attribute) in FORBIDDEN_ATTRIBUTES:
+            if function in FORBIDDEN_ATTRIBUTES:
                 found.append(function)
             if attribute == "import_module" and name not in DYNAMIC_IMPORTS:
                 found.append(function)
@@ -186,16 +171,13 @@ watching = False
 print(json.dumps(events))
 """
 
-HARMLESS_EVENTS = {
-    # How Python hands over calls and objects, and PyTorch its tensors' memory.
-    "object.__getattr__",
-    "object.__setattr__",
-    "array.__new__",
-    "sys._getframe",
-    "builtins.id",
-    "gc.get_referrers",
-    "ctypes.create_string_buffer",
-}
+# How Python hands over calls and objects, and PyTorch its tensors' memory.
+HARMLESS_EVENTS = set(
+    """
+    object.__getattr__ object.__setattr__ array.__new__ sys._getframe builtins.id
+    gc.get_referrers ctypes.create_string_buffer
+    """.split()
+)
 
 IN_OPEN = 0x20
 IN_NONBLOCK = 0o4000
@@ -401,15 +383,10 @@ class Attack:
         return os.mkdir, ("ran",)
 
 
-POOLS = {
-    "good_prompts": "[modifier.ContrastAbliteration.good_prompts]\n",
-    "bad_prompts": "[modifier.ContrastAbliteration.bad_prompts]\n",
-    "matched_prompts": "[modifier.ContrastAbliteration.matched_prompts]\n",
-    "Heretic's good prompts": "[good_prompts]\n",
-    "Heretic's bad prompts": "[bad_prompts]\n",
-    "good evaluation prompts": "[good_evaluation_prompts]\n",
-    "bad evaluation prompts": "[bad_evaluation_prompts]\n",
-}
+POOLS = [
+    *(f"modifier.ContrastAbliteration.{kind}_prompts" for kind in ("good", "bad", "matched")),
+    *"good_prompts bad_prompts good_evaluation_prompts bad_evaluation_prompts".split(),
+]
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -424,7 +401,7 @@ def test_a_file_format_is_no_dataset(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     Path("config.toml").write_text(
-        f'{POOLS[pool]}dataset = "{name}"\nsplit = "train"\ncolumn = "text"\n'
+        f'[{pool}]\ndataset = "{name}"\nsplit = "train"\ncolumn = "text"\n'
     )
     with pytest.raises(ContrastError, match=f'"{name}" is the name of a file format'):
         load_settings(HostSettings, "heretic-contrast", ["--model", "builtin:refuser"])
