@@ -824,7 +824,7 @@ def test_lists_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ),
         ('{"split": "train"}', "bad-prompts.dataset is required", '"bad_prompts.dataset" in ['),
         ('{"dataset": 3}', "bad-prompts.dataset does not", '"bad_prompts.dataset" in ['),
-        ('[{"dataset": "a", "colum": "b"}]', "bad-prompts.0.colum", '"bad_prompts.0.colum" in ['),
+        ('[{"dataset": "a", "colum": "b"}]', '"colum" of a dataset', '"colum" of a dataset'),
         (
             '[{"dataset": "csv"}]',
             '"csv" is the name of a file format',
