@@ -336,8 +336,6 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Returns the versions of what computes."""
-
     found = {"heretic-contrast": __version__}
     for name in LIBRARIES:
         try:

@@ -92,8 +92,6 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
-        """The number of decoder layers."""
-
         return len(self.layers)
 
     @property

@@ -17,8 +17,6 @@ CPU = torch.device("cpu")
 
 
 def _hooks(module: Module) -> list[Any]:
-    """Returns accelerate's hooks of a module."""
-
     hook = getattr(module, "_hf_hook", None)
     return list(getattr(hook, "hooks", [] if hook is None else [hook]))
 

@@ -23,8 +23,6 @@ DEFAULT_POOL = "unset for Heretic's default, or for the built-in refuser its own
 
 
 class RefusalTiersSettings(Table):
-    """Settings of `RefusalTiers`."""
-
     score_name: str = "Refusal tiers"
     """Name of the score."""
 
@@ -46,8 +44,6 @@ class RefusalTiersSettings(Table):
 
 
 class FalseRefusalsSettings(Table):
-    """Settings of `FalseRefusals`."""
-
     score_name: str = "False refusals"
     """Name of the score."""
 

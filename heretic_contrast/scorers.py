@@ -36,8 +36,6 @@ from heretic_contrast.settings import ContrastSettings, PromptSources, Table
 
 
 class TeacherForcedDivergenceSettings(Table):
-    """Settings of `TeacherForcedDivergence`."""
-
     score_name: str = "Teacher-forced KL divergence"
     """Name of the score."""
 
@@ -54,8 +52,6 @@ class TeacherForcedDivergenceSettings(Table):
 
 
 class FixedWeightSweepSettings(Table, SweepPlanSettings):
-    """Settings of `FixedWeightSweep`."""
-
     score_name: str = "Fixed-weight sweep"
     """Name of the score."""
 

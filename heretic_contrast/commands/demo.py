@@ -153,8 +153,6 @@ def judge(
 
 
 def show(summary: dict[str, Any], output: Path) -> None:
-    """Prints the comparison as a table."""
-
     from rich.table import Table
 
     from ..hosts.surface import log

@@ -24,8 +24,6 @@ class Finding:
 
 
 def heretic_finding() -> Finding:
-    """Looks at the installed Heretic and its plugin surface."""
-
     try:
         installed = version("heretic-llm")
     except PackageNotFoundError:
@@ -84,8 +82,6 @@ def command_findings() -> list[Finding]:
 
 
 def torch_finding() -> Finding:
-    """Looks at PyTorch and its device."""
-
     try:
         import torch
     except ImportError:
@@ -100,15 +96,11 @@ def torch_finding() -> Finding:
 
 
 def module_finding(module: str, purpose: str, remedy: str, required: bool = True) -> Finding:
-    """Looks for an importable module."""
-
     present = importlib.util.find_spec(module) is not None
     return Finding(purpose, present, module if present else "not installed", remedy, required)
 
 
 def cache_finding() -> Finding:
-    """Looks at the folder where residuals are cached."""
-
     from ..directions.residuals import default_directory
 
     directory = default_directory()
@@ -122,8 +114,6 @@ def cache_finding() -> Finding:
 
 
 def findings() -> list[Finding]:
-    """Looks at everything."""
-
     needed = [heretic_finding(), torch_finding()]
     return [
         Finding("heretic-contrast", True, __version__),

@@ -31,18 +31,12 @@ class ByConfiguration(Generic[Layer]):
     layers: tuple[Layer, ...]
 
     def configurations(self) -> list[str]:
-        """Returns the names of the configurations, in order."""
-
         return list(dict.fromkeys(layer.configuration for layer in self.layers))
 
     def of(self, configuration: str) -> list[Layer]:
-        """Returns the layers of one configuration."""
-
         return [layer for layer in self.layers if layer.configuration == configuration]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values."""
-
         return asdict(self)  # type: ignore[call-overload]
 
 
@@ -111,8 +105,6 @@ class LayerGeometry(AtLayer):
 
     @property
     def mean_norm(self) -> float:
-        """The mean norm of the class directions."""
-
         return sum(self.norms) / len(self.norms)
 
 

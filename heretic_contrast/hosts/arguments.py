@@ -114,8 +114,6 @@ def is_number(word: str) -> bool:
 
 
 def is_switch_value(word: str) -> bool:
-    """Returns whether a word says that something is on or off."""
-
     return word.lower() in SWITCH_VALUES
 
 
@@ -137,16 +135,12 @@ def switch(name: str, value: str) -> str:
 
 
 def unknown_option(name: str, options: dict[str, Action]) -> str:
-    """Returns the sentence about an option that does not exist."""
-
     nearest = difflib.get_close_matches(name, options, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"see {PROGRAM} --help."
     return f"There is no option {name}: {hint}"
 
 
 def superfluous(words: Sequence[str], model_is_named: bool, has_model: bool) -> str:
-    """Returns the sentence about words that belong to no option."""
-
     quoted = ", ".join(f'"{word}"' for word in words)
     verb = "belongs" if len(words) == 1 else "belong"
     if not has_model:

@@ -30,8 +30,6 @@ Parameters = TypeVar("Parameters", bound=Serializable)
 
 
 class Plugin:
-    """A plugin with settings."""
-
     settings: Any
     heretic_settings: Any
 
@@ -44,8 +42,6 @@ class Plugin:
 
 
 class Modifier(Plugin, ABC, Generic[Parameters]):
-    """A plugin that modifies the model in each trial."""
-
     @abstractmethod
     def suggest_parameters(self, ctx: Any, trial: Trial) -> Parameters: ...
 
@@ -66,8 +62,6 @@ class Score:
 
 
 class Scorer(Plugin, ABC):
-    """A plugin that scores the model."""
-
     @abstractmethod
     def get_score(self, ctx: Any) -> Score: ...
 

@@ -179,8 +179,6 @@ class Host:
                 )
 
     def model_class(host) -> type[HostModel]:
-        """Returns the class that stands in for Heretic's model."""
-
         class Model(HostModel):
             def get_residuals_mean(self, prompts: list[Any]) -> Tensor:
                 # Heretic's own direction is never used, so its forward passes are saved.
@@ -228,8 +226,6 @@ class Host:
         return self.parameters.to_presentation_dict()
 
     def make_sampler(self, *args: Any, seed: int, n_startup_trials: int, **kwargs: Any) -> Any:
-        """Returns the study's sampler."""
-
         assert self.modifier is not None
         contrast = self.modifier.settings
         # Heretic samples these itself; where they have no meaning they are kept out of the search.

@@ -109,14 +109,10 @@ class ChatModel(Model):
         self._tokenizer = tokenizer
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As Heretic's."""
-
         with self._asking():
             return super().generate(*args, **kwargs)
 
     def stream_chat_response(self, *args: Any, **kwargs: Any) -> Any:
-        """As Heretic's."""
-
         with self._asking():
             return super().stream_chat_response(*args, **kwargs)
 
@@ -175,13 +171,9 @@ class LoadedContext:
         self._model = model
 
     def get_model(self) -> Any:
-        """Returns Heretic's model."""
-
         return self._model
 
     def get_responses(self, prompts: list[Any]) -> list[str]:
-        """Returns the model's responses."""
-
         return self._model.get_responses_batched(prompts, skip_special_tokens=True)
 
 

@@ -147,8 +147,6 @@ def find_components(
 
 
 def architecture(heretic_model: Any) -> str:
-    """Returns the class of Heretic's model, with LoRA adapters looked through."""
-
     model = heretic_model.model
     return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
 

@@ -18,8 +18,6 @@ Formatter = Callable[[Any], str]
 
 
 def number(digits: int) -> Formatter:
-    """Returns a formatter to a fixed number of decimals."""
-
     return lambda value: f"{value:.{digits}f}"
 
 
@@ -36,14 +34,10 @@ def significant(digits: int) -> Formatter:
 
 
 def thousands(value: float) -> str:
-    """Formats a large number without decimals."""
-
     return f"{value:,.0f}"
 
 
 def percent(value: float) -> str:
-    """Formats a share in percent."""
-
     return f"{100 * value:.1f} %"
 
 
@@ -84,16 +78,12 @@ class Column:
     essential: bool = True
 
     def text(self, value: Any) -> str:
-        """Returns how a value is shown."""
-
         return MISSING if value is None else self.form(value)
 
 
 def text_column(
     header: str, value: str | Callable[[Any], Any] = "", essential: bool = True
 ) -> Column:
-    """Returns a column of text."""
-
     return Column(header, value, numeric=False, essential=essential)
 
 
@@ -132,8 +122,6 @@ class Table:
         return cls(name, title, columns, rows, note, n_keys)
 
     def texts(self) -> list[list[str]]:
-        """Returns all values as they are shown."""
-
         return [
             [column.text(value) for column, value in zip(self.columns, row, strict=True)]
             for row in self.rows
@@ -165,8 +153,6 @@ class Figure:
 
     @cached_property
     def png(self) -> bytes:
-        """The plot, drawn once."""
-
         return self.draw()
 
 
@@ -194,11 +180,7 @@ class Report:
     sections: tuple[Section, ...] = ()
 
     def figures(self) -> list[Figure]:
-        """Returns all figures."""
-
         return [figure for section in self.sections for figure in section.figures]
 
     def tables(self) -> list[Table]:
-        """Returns all tables."""
-
         return [table for section in self.sections for table in section.tables]

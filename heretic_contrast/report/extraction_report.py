@@ -64,8 +64,6 @@ def write_extraction_report(
 
 
 def extraction_report(extraction: Extraction) -> Report:
-    """Returns the report of an extraction."""
-
     capture, geometry = extraction.capture, extraction.geometry
     names = list(extraction.directions)
     sections = [
@@ -210,8 +208,6 @@ def classes_section(extraction: Extraction, layer: int) -> Section:
 
 
 def cosine_figure(name: str, classes: tuple[str, ...], measured: LayerGeometry) -> Figure:
-    """Returns the heat map of cosines between classes."""
-
     return Figure.of(
         f"class-cosines-{slug(name)}",
         f"Cosines between classes: {name}, layer {measured.layer}",

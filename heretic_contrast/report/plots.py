@@ -211,8 +211,6 @@ def _write_values(axes: Any, values: NDArray[Any], low: float, high: float, form
 
 
 def _style(index: int) -> dict[str, Any]:
-    """Returns the look of a series."""
-
     return {
         "color": COLORS[index % len(COLORS)],
         "marker": MARKERS[index % len(MARKERS)],

@@ -116,8 +116,6 @@ def write_sweep_report(
 def sweep_report(
     result: SweepResult, capture: CaptureResult | None = None, geometry: Geometry | None = None
 ) -> Report:
-    """Returns the report of a sweep."""
-
     sections = [overview_section(result), *refusal_sections(result), divergence_section(result)]
     if result.synergies:
         sections.append(synergy_section(result))
@@ -324,8 +322,6 @@ def refusal_sections(result: SweepResult) -> list[Section]:
 
 
 def refusal_figure(result: SweepResult, configuration: str, strength: str) -> Figure:
-    """Returns the heat map of R over layer and weight."""
-
     layers, weights = _grid(result, configuration, strength)
     values = np.full((len(layers), len(weights)), math.nan)
     for cell in result.single_cells(configuration, strength):
@@ -481,8 +477,6 @@ def synergy_section(result: SweepResult) -> Section:
 
 
 def cells_section(result: SweepResult) -> Section:
-    """Returns every cell."""
-
     table = Table.of(
         result.cells,
         "cells",
@@ -509,8 +503,6 @@ def cells_section(result: SweepResult) -> Section:
 
 
 def reading_section(result: SweepResult) -> Section:
-    """Returns how to read the figures."""
-
     return Section(
         "How to read this",
         (

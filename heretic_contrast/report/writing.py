@@ -76,8 +76,6 @@ def to_json(value: Any) -> str:
 
 
 def table_files(tables: Iterable[Table]) -> dict[str, str]:
-    """Returns tables as CSV text, by file name."""
-
     return {f"{table.name}.csv": to_csv(table) for table in tables}
 
 
