@@ -42,6 +42,10 @@ from tests.test_files import limited_file_size
 CELLS = [make_cell(key) for key in KEYS]
 
 
+def opened(storage: Path) -> SweepState:
+    return SweepState(str(storage), {"options": "f"})
+
+
 @pytest.fixture(autouse=True)
 def small_claims(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a process take three cells at a time."""
@@ -71,7 +75,7 @@ def dead_process() -> str:
 @pytest.mark.slow
 def test_flipped_bits_of_a_journal_change_no_cell(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
-    SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator())
+    opened(storage).run(KEYS, Evaluator())
     content = storage.read_bytes()
     generator = random.Random(0)
     n_named = 0
@@ -79,7 +83,7 @@ def test_flipped_bits_of_a_journal_change_no_cell(tmp_path: Path) -> None:
         damaged = flipped(content, position, generator)
         storage.write_bytes(damaged)
         try:
-            cells = SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator())
+            cells = opened(storage).run(KEYS, Evaluator())
         except ContrastError as error:
             n_named += 1
             number = damaged[: len(content)].count(b"\n", 0, position) + 1
@@ -88,7 +92,7 @@ def test_flipped_bits_of_a_journal_change_no_cell(tmp_path: Path) -> None:
             # What the sentence says works.
             kept = damaged.split(b"\n")[: number - 1]
             storage.write_bytes(b"".join(line + b"\n" for line in kept))
-            cells = SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator())
+            cells = opened(storage).run(KEYS, Evaluator())
         assert cells == CELLS
     assert n_named >= 95
 
@@ -96,14 +100,12 @@ def test_flipped_bits_of_a_journal_change_no_cell(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_journal_that_was_cut_off_is_completed(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
-    SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator())
+    opened(storage).run(KEYS, Evaluator())
     content = storage.read_bytes()
     for position in random.Random(0).sample(range(len(content)), 20):
         storage.write_bytes(content[:position])
-        assert SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator()) == CELLS
-        assert (
-            SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator(stop_after=0)) == CELLS
-        )
+        assert opened(storage).run(KEYS, Evaluator()) == CELLS
+        assert opened(storage).run(KEYS, Evaluator(stop_after=0)) == CELLS
 
 
 def test_half_a_line_of_another_process_harms_nobody(tmp_path: Path) -> None:
@@ -115,31 +117,31 @@ def test_half_a_line_of_another_process_harms_nobody(tmp_path: Path) -> None:
             file.write(b'{"op_code":8,"worker_id":"half a li')
         return [make_cell(key) for key in keys]
 
-    assert SweepState(str(storage), {"options": "f"}).run(KEYS, evaluate) == CELLS
-    assert SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator(stop_after=0)) == CELLS
+    assert opened(storage).run(KEYS, evaluate) == CELLS
+    assert opened(storage).run(KEYS, Evaluator(stop_after=0)) == CELLS
 
 
 def test_a_journal_survives_a_full_disk(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
     with pytest.raises(KeyboardInterrupt):
-        SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator(stop_after=3))
+        opened(storage).run(KEYS, Evaluator(stop_after=3))
     for room in (300, 1_500):
         limit = storage.stat().st_size + room
         with (
             limited_file_size(limit),
             pytest.raises(ContrastError, match=r"sweep\.journal could not be written"),
         ):
-            SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator())
+            opened(storage).run(KEYS, Evaluator())
         assert storage.read_bytes().endswith(b"}\n")
     evaluator = Evaluator()
-    assert SweepState(str(storage), {"options": "f"}).run(KEYS, evaluator) == CELLS
+    assert opened(storage).run(KEYS, evaluator) == CELLS
     assert not set(KEYS[:3]) & set(evaluator.computed)
     assert not list(tmp_path.glob("*.lock*"))
 
 
 def test_a_storage_that_is_a_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(ContrastError, match=r"directory"):
-        SweepState(str(tmp_path), {"options": "f"})
+        opened(tmp_path)
 
 
 def test_optuna_and_the_journal_read_each_other(tmp_path: Path) -> None:
@@ -191,7 +193,7 @@ def test_only_processes_of_this_machine_are_known_to_be_dead() -> None:
 def make_claim(storage: Path) -> SweepState:
     """A state that has claimed the cells of one layer."""
 
-    state = SweepState(str(storage), {"options": "f"})
+    state = opened(storage)
     # A process that lives.
     state._worker = f"{this_process().rpartition(' ')[0]} {os.getppid()} x"
     state._choices = [["one"], ["weight"]]
@@ -220,14 +222,12 @@ def test_cells_that_a_dying_process_gave_back_are_not_lost(
     found: list[list[Cell]] = []
 
     def work() -> None:
-        found.append(
-            SweepState(str(tmp_path / "sweep.journal"), {"options": "f"}).run(KEYS, Evaluator())
-        )
+        found.append(opened(tmp_path / "sweep.journal").run(KEYS, Evaluator()))
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     # The worker has done the rest, and waits for the cells that the other process holds.
-    while len(SweepState(str(tmp_path / "sweep.journal"), {"options": "f"})._done()) < 6:
+    while len(opened(tmp_path / "sweep.journal")._done()) < 6:
         time.sleep(0.05)
     # The other process is killed after it has given up its cells, and before it has enqueued them again.
     for trial in running(other):
@@ -249,7 +249,7 @@ def test_a_storage_that_fails_in_the_background_is_not_shown(
             time.sleep(0.3)
         return [make_cell(key) for key in keys]
 
-    assert SweepState(str(storage), {"options": "f"}).run(KEYS, evaluate) == CELLS
+    assert opened(storage).run(KEYS, evaluate) == CELLS
     assert shown == []
 
 

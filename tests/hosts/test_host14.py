@@ -20,12 +20,12 @@ pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 pytestmark = pytest.mark.slow
 
 
-def arguments(directory: Path, n_trials: int) -> list[str]:
+def arguments(directory: Path) -> list[str]:
     """A headless run that is as small as it can be."""
 
     return [
         "--seed=3",
-        f"--n-trials={n_trials}",
+        "--n-trials=2",
         "--n-startup-trials=2",
         "--batch-size=32",
         "--max-response-length=8",
@@ -83,7 +83,7 @@ def test_a_study_without_a_terminal_goes_on_in_one(
     tmp_path: Path, command_server: Any, refuser_folder: Path
 ) -> None:
     options = [
-        *arguments(tmp_path, 2),
+        *arguments(tmp_path),
         f"--bad-prompts.dataset={small_pool(tmp_path, 'harmful', 'train', 3)}",
         f"--good-prompts.dataset={small_pool(tmp_path, 'harmless', 'train', 12)}",
         "--contrast.method=mean",
