@@ -8,6 +8,7 @@ This module imports neither PyTorch nor Heretic, so that `--help` stays fast.
 """
 
 import difflib
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from importlib.metadata import EntryPoints, entry_points
@@ -171,6 +172,15 @@ PROMPT_COLUMNS = ("text", "prompt", "instruction", "question", "goal", "messages
 
 CATEGORY_COLUMN = "category"
 """Where categories are looked for when no column is named."""
+
+
+
+def category_name(text: str) -> str:
+    """Returns the name of a category: without capitals, and 1 for 1.0, as tables write numbers where some are missing."""
+
+    name = " ".join(text.lower().split())
+    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", name)
+
 
 
 def check_dataset_keys(value: Any, known: Collection[str]) -> None:
@@ -606,6 +616,11 @@ class ContrastSettings(Table):
                     "give values between 0 and 1."
                 )
         return value
+
+    @field_validator("exclude_categories")
+    @classmethod
+    def name_categories(cls, value: list[str]) -> list[str]:
+        return [category_name(name) for name in value]
 
     @field_validator("baseline")
     @classmethod

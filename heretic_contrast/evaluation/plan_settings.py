@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, field_validator
 
 from ..errors import ContrastError
-from ..settings import Described
+from ..settings import Described, category_name
 
 WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
 """The paper's weights (paper, section 3.3)."""
@@ -138,6 +138,13 @@ class SweepPlanSettings(PairsSettings):
 
     sweep_batch_size: PositiveInt = 128
     """Number of samples in one pass of the sweep; several cells share a pass."""
+
+    @field_validator("evaluate_categories")
+    @classmethod
+    def name_categories(cls, value: list[str]) -> list[str]:
+        """Names categories as those of prompts are."""
+
+        return [category_name(name) for name in value]
 
     @field_validator("layers", mode="before")
     @classmethod

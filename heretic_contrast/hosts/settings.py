@@ -222,7 +222,7 @@ class HostSettings(Settings):
         if isinstance(data, dict):
             check_text(data)
             for name, value in data.items():
-                default = getattr(cls.model_fields.get(name), "default", None)
+                default: Any = getattr(cls.model_fields.get(name), "default", None)
                 for item in default if isinstance(default, list) else [default]:
                     known = getattr(type(item), "model_fields", {})
                     if "dataset" in known:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ContrastError
-from ..settings import CATEGORY_COLUMN, PROMPT_COLUMNS, PromptSource
+from ..settings import CATEGORY_COLUMN, PROMPT_COLUMNS, PromptSource, category_name
 from .reading import Rows, Setting, read_rows
 
 
@@ -93,7 +93,7 @@ def _prompts(rows: Rows, source: PromptSource, setting: Setting) -> list[Prompt]
         if not is_text(category):
             if source.category_column is not None:
                 raise ContrastError(
-                    f'{row.place} has a "{category_column}" that is neither text nor a whole number: correct it.'
+                    f'{row.place} has a "{category_column}" that is neither text nor a whole number, or true or false: correct it.'
                 )
             # Nobody has asked for what stands in a column that is called like one of categories.
             category = None
@@ -144,20 +144,35 @@ def _turns(messages: Sequence[Any]) -> tuple[Any, Any]:
     for message in messages:
         if isinstance(message, Mapping):
             turns.setdefault(str(message.get("role")), message.get("content"))
-    return turns.get("user"), turns.get("system")
+    return _content(turns.get("user")), _content(turns.get("system"))
+
+
+def _content(value: Any) -> Any:
+    """Returns the text of a message whose content stands in parts; anything else unchanged."""
+
+    if isinstance(value, list) and all(
+        isinstance(part, Mapping) and part.get("type", "text") == "text" for part in value
+    ):
+        texts = [part.get("text") for part in value]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else value
+    return value
 
 
 def _category(value: Any, labels: Sequence[str]) -> Any:
-    """Returns a category as text: empty where there is none, and unchanged what cannot be one."""
+    """Returns the name of a category: empty where there is none, and unchanged what cannot be one."""
 
     if labels and str(value).isdecimal() and int(value) < len(labels):
-        return labels[int(value)]
+        return category_name(labels[int(value)])
     if value is None or value != value or (labels and value == -1):
         # Missing, also as tables write it: not a number, or no label.
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip() if isinstance(value, int | str) else value
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return value
+    name = category_name(str(value))
+    # What is true or false is an answer to a question that the name of the column may ask, and no category.
+    return name == "true" if name in ("true", "false") else name
 
 
 def is_text(value: object) -> bool:

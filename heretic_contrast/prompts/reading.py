@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ContrastError
-from ..settings import PromptSource
+from ..settings import CATEGORY_COLUMN, PROMPT_COLUMNS, PromptSource
 
 if TYPE_CHECKING:
     import pyarrow
@@ -35,6 +35,11 @@ CSV_DELIMITERS = {".csv": ANY_DELIMITER, ".tsv": "\t", ".tab": "\t"}
 TEXT_SUFFIXES = (".txt", ".text")
 ARROW_SUFFIXES = (".parquet", ".arrow")
 PICKLE_SUFFIXES = (".pkl", ".pickle")
+TEXT_FORMATS = frozenset(
+    ".bib .cfg .conf .htm .html .ini .ipynb .js .log .markdown .md .org .py .rst .rtf .sql .tex .toml .xhtml .xml .yaml .yml".split()
+)
+"""Names of formats of text whose lines are no prompts."""
+
 FILE_SUFFIXES = {
     *JSON_SUFFIXES,
     *CSV_DELIMITERS,
@@ -60,11 +65,24 @@ BYTE_ORDER_MARKS = {
 
 JSON_START = re.compile(r'\s*(\[\s*["{\]]|\{\s*["}])')
 NO_PROMPTS = {
-    "a web page": re.compile(r"\s*<(!doctype|html|\?xml)", re.IGNORECASE),
+    "a web page or XML": re.compile(
+        r"\s*<(!doctype|html|\?xml)|\s*<(\w+)[^>]*>\s*\n.*</\2>\s*\Z", re.IGNORECASE | re.DOTALL
+    ),
     "a pointer of Git LFS": re.compile(r"version https://git-lfs"),
     "a pickle": re.compile(r"\([a-z]p\d+\r?\n"),
 }
 """What text may be that is no prompts, by how it starts."""
+
+NO_PROMPT = re.compile(
+    # Punctuation alone, such as the rules of a table; keys and tables of YAML, TOML and the like; rows of a Markdown table.
+    r"[!-/:-@\[-`{-~\s]+|[\w-]+:|\[[\w .-]+\]|\w+ *= *[\"'\[{].*|\|.*\|"
+    rf"|(- )?[\"']?({'|'.join(PROMPT_COLUMNS)})[\"']?: .*"
+)
+"""A line of a file that is no text with one prompt per line."""
+
+TABLE_RULE = re.compile(r"[\s:-]*-[\s:-]*")
+LIST_MARKER = re.compile(r"([-*•]|\(?\d{1,4}[.)])\s+")
+ONE_PER_LINE = "give text with one prompt per line and nothing else, JSON Lines, CSV or Parquet"
 
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 LINE_END = re.compile(r"\r\n|\r|\n")
@@ -305,6 +323,8 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
         raise ContrastError(
             f"{path} is named like a pickle, which can run any code: save the prompts as JSON Lines."
         )
+    if suffix in TEXT_FORMATS:
+        raise ContrastError(f"{path} has a format that no prompts are read from: {ONE_PER_LINE}.")
     try:
         content = path.read_bytes()
         for start, decompress in COMPRESSIONS.values():
@@ -319,7 +339,7 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
         if beginning.match(text):
             raise ContrastError(f"{path} holds {what} instead of prompts: give the file itself.")
     if suffix in JSON_SUFFIXES:
-        return _read_json(text, path)
+        return _read_json(text, path, columns)
     if suffix in CSV_DELIMITERS:
         return _read_csv(text, path, columns, CSV_DELIMITERS[suffix])
     found = ""
@@ -335,16 +355,27 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
             f"{f', such as {path.stem}{found}' if found else ''}."
         )
     if found:
-        return _read_json(text, path) if found == ".jsonl" else _read_csv(text, path, columns)
-    return Rows(
-        str(path),
-        [
-            Row(f"Line {number} of {path}", {"text": line.strip()})
-            for number, line in enumerate(LINE_END.split(text), 1)
-            if line.strip()
-        ],
-        None,
-    )
+        return _read_json(text, path, columns) if found == ".jsonl" else _read_csv(text, path, columns)
+    return _read_text(text, path)
+
+
+def _read_text(text: str, path: Path) -> Rows:
+    """Returns the lines of a text. Raises `ContrastError` when they are no prompts."""
+
+    rows = [
+        Row(f"Line {number} of {path}", {"text": line.strip()})
+        for number, line in enumerate(LINE_END.split(text), 1)
+        if line.strip()
+    ]
+    for place, cells in rows:
+        if NO_PROMPT.fullmatch(cells["text"]):
+            raise ContrastError(f'{place} is no prompt ("{cells["text"][:50]}"): {ONE_PER_LINE}.')
+    marked = [row.place for row in rows if LIST_MARKER.match(row.cells["text"])]
+    if len(marked) > 1 and len(marked) >= 0.9 * len(rows):
+        raise ContrastError(
+            f"{marked[0]} begins with the mark of a list, as most lines do, which would be part of the prompts: remove the marks."
+        )
+    return Rows(str(path), rows, None)
 
 
 def _decoded(content: bytes, path: Path) -> str:
@@ -396,14 +427,14 @@ def _read_arrow(content: bytes, path: Path, columns: Collection[str]) -> Rows:
     return _arrow_rows(table, tuple(names), Features.from_arrow_schema(table.schema), str(path))
 
 
-def _read_json(text: str, path: Path) -> Rows:
+def _read_json(text: str, path: Path, columns: Collection[str]) -> Rows:
     """
-    Returns the rows of JSON: objects or texts one after the other (JSON Lines, say), or one list of them.
+    Returns the rows of JSON: objects or texts one after the other (JSON Lines, say), one list of them, or an object of columns.
 
     Raises `ContrastError` when the text is not that.
     """
 
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     values: list[tuple[str, Any]] = []
     line = 1
     start, end = 0, 0
@@ -414,11 +445,13 @@ def _read_json(text: str, path: Path) -> Rows:
             value, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", line)
-            reason = getattr(error, "msg", "") or type(error).__name__
+            reason = getattr(error, "msg", str(error))
             raise ContrastError(
                 f"Line {line} of {path} is not JSON ({reason}): correct it, or name the file after what it holds."
             ) from error
         values.append((f"Line {line} of {path}", value))
+    if len(values) == 1 and isinstance(values[0][1], dict):
+        values = [(values[0][0], _rows_of_columns(values[0][1], path, columns))]
     if len(values) == 1 and isinstance(values[0][1], list):
         values = [
             (f"Item {number} of {path}", value) for number, value in enumerate(values[0][1], 1)
@@ -431,6 +464,51 @@ def _read_json(text: str, path: Path) -> Rows:
             )
         rows.append(Row(place, {"text": value} if isinstance(value, str) else value))
     return Rows(str(path), rows, tuple(dict.fromkeys(name for row in rows for name in row.cells)))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object. Raises `ValueError` where a key stands twice, of which one value would be lost."""
+
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'an object has the key "{twice}" twice')
+    return found
+
+
+def _rows_of_columns(
+    table: dict[str, Any], path: Path, columns: Collection[str]
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """
+    Returns the rows of an object of columns, each a list, or an object of values by row as pandas writes it; another object
+    is a row.
+
+    Raises `ContrastError` when columns differ in length, or the object holds prompts in a way that is not read.
+    """
+
+    values = {
+        # The turns of one conversation are no column.
+        name: list(value.values()) if isinstance(value, dict) else value
+        for name, value in table.items()
+        if isinstance(value, dict)
+        or (isinstance(value, list) and not any(isinstance(item, dict) for item in value))
+    }
+    if not (set(columns) - {CATEGORY_COLUMN}).isdisjoint(values):
+        rows = {tuple(value) if isinstance(value, dict) else len(value) for value in table.values()}
+        if len(values) < len(table) or len(rows) > 1:
+            raise ContrastError(f"{path} is an object of columns that differ in length: correct it.")
+        return [
+            dict(zip(values, cells, strict=True)) for cells in zip(*values.values(), strict=True)
+        ]
+    if set(columns).isdisjoint(table) and any(
+        isinstance(value, list | dict) for value in table.values()
+    ):
+        raise ContrastError(
+            f"{path} is one object with {', '.join(table)} instead of prompts: give one list of objects or texts, JSON Lines, or an "
+            "object of columns; splits as a file each."
+        )
+    return table
 
 
 def _delimiter(text: str, delimiters: str) -> str:
@@ -480,4 +558,6 @@ def _read_csv(
             line = reader.line_num + 1
     except csv.Error as error:
         raise ContrastError(f"Line {line} of {path} is not CSV ({error}): correct it.") from error
+    if rows[1:] and delimiter == "|" and TABLE_RULE.fullmatch("".join(rows[1].cells.values())):
+        raise ContrastError(f"{path} is a table of Markdown: {ONE_PER_LINE}.")
     return Rows(str(path), rows[1:], tuple(header))

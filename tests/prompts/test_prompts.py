@@ -47,7 +47,7 @@ ROWS = [
     ('She said "no, thanks"; then\tleft | right', "drugs"),
     ("One line\u2028another line\u2029a paragraph\x0ca page\x85and the end", None),
     ("First line\nsecond line\r\nthird line", "fraud"),
-    ("NA", "None"),
+    ("NA", "null"),
     ("007", "7"),
     (" café 🙂 ", "self-harm"),
 ]
@@ -525,8 +525,32 @@ REFUSALS: dict[str, tuple[str, str | bytes, str]] = {
     "a broken list without an ending": ("pool", '[\n{"text": "a"},\n"b', "Line 3 of {} is not"),
     "brackets": ("pool.json", "[" * 100_000, "Line 1 of {} is not JSON"),
     "a long number": ("pool.json", "[" + "9" * 10_000 + "]", "{}"),
-    "an object": ("pool.json", '{"version": 1, "prompts": ["a"]}', "columns are version, prompts)"),
-    "columns of lists": ("pool.json", '{"text": ["a", "b"]}', 'Line 1 of {} has a "text" that is'),
+    "an object": ("pool.json", '{"version": 1, "prompts": ["a"]}', "{} is one object with version, prompts"),
+    "columns of two lengths": ("pool.json", '{"text": ["a", "b"], "c": ["d"]}', "differ in length"),
+    "splits in an object": ("pool.json", '{"train": ["a"], "test": ["b"]}', "with train, test instead"),
+    "a list in an object": ("pool.json", '{"data": [{"text": "a"}]}', "with data instead"),
+    "rows by name": ("pool.json", '{"a": {"text": "b"}, "c": {"text": "d"}}', "with a, c instead"),
+    "a key twice": ("pool.jsonl", '{"text": "a"}\n{"text": "a", "text": "b"}', 'Line 2 of {} is not JSON (an object has the key "text" twice)'),
+    "YAML": ("pool.yaml", "prompts:\n  - How?\n", "{} has a format that no prompts are read from"),
+    "YAML called text": ("pool.txt", "prompts:\n  - How?\n", 'Line 1 of {} is no prompt ("prompts:")'),
+    "YAML without an ending": ("pool", "- text: How?\n  category: a\n", "Line 1 of {} is no prompt"),
+    "TOML": ("pool.toml", 'prompts = ["How?"]\n', "{} has a format"),
+    "TOML called text": ("pool.txt", 'prompts = [\n  "How?",\n]\n', "Line 1 of {} is no prompt"),
+    "a table of TOML": ("pool", "[prompts]\na = 'How?'\n", "Line 1 of {} is no prompt"),
+    "XML": ("pool.xml", "<a>How?</a>", "{} has a format"),
+    "XML called text": ("pool.txt", "<prompts>\n<p>How?</p>\n</prompts>\n", "{} holds a web page or XML"),
+    "Markdown": ("pool.md", "# Prompts\n\nHow?\n", "{} has a format"),
+    "a table called text": ("pool.txt", "| How? |\n| --- |\n| What? |\n", "Line 1 of {} is no prompt"),
+    "a table called CSV": ("pool.csv", "| text |\n| --- |\n| What? |\n", "{} is a table of Markdown"),
+    "a table with rules": ("pool", "+----+\n| a |\n+----+\n", "Line 1 of {} is no prompt"),
+    "a table without an ending": ("pool", "|text|category|\n|:--|--:|\n|How?|a|\n", "{} is a table of Markdown"),
+    "a numbered list": ("pool.txt", "1. How?\n2. What?\n", "Line 1 of {} begins with the mark of a list"),
+    "a list": ("pool", "\n* How?\n* What?\n", "Line 2 of {} begins with the mark of a list"),
+    "a picture in a message": (
+        "pool.json",
+        '[{"messages": [{"role": "user", "content": [{"type": "image", "text": "a"}]}]}]',
+        "no conversation with a text",
+    ),
     "numbers in a list": ("pool.json", '["a", 3]', "Item 2 of {} is neither a JSON object nor"),
     "lists in a list": ("pool.json", '[["a"]]', "Item 1 of {} is neither a JSON object nor"),
     "no JSON": ("pool.jsonl", "", "is empty"),
@@ -671,6 +695,38 @@ def test_refused_places(
 # Columns.
 
 
+def test_forms_of_json(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    expected = [Prompt("How?", "a"), Prompt("What?", "b")]
+    table = {"text": ["How?", "What?"], "category": ["a", "b"]}
+    turns = [
+        [{"role": "user", "content": [{"type": "text", "text": "Ho"}, {"type": "text", "text": "w?"}]}],
+        [{"role": "user", "content": "What?"}],
+    ]
+    forms = [
+        json.dumps(table),
+        pandas.DataFrame(table).to_json(),
+        pandas.DataFrame(table, index=["x", "y"]).to_json(orient="columns"),
+        pandas.DataFrame(table).to_json(orient="records", lines=True),
+        json.dumps({"category": ["a", "b"], "messages": turns}),
+        "\n".join(
+            json.dumps({"messages": messages, "category": category})
+            for messages, category in zip(turns, "ab", strict=True)
+        ),
+    ]
+    for number, form in enumerate(forms):
+        path = write(tmp_path / f"{number}.json", form)
+        assert load_pool(PromptSource(dataset=str(path)), "harmful") == expected, form
+    # One conversation is a row, and a few marks are no list.
+    path = write(tmp_path / "one.json", json.dumps({"messages": turns[0]}))
+    assert load_pool(PromptSource(dataset=str(path)), "harmful") == [Prompt("How?")]
+    text = "- 2 and 3 are which numbers?\nWhy: because?\n3.5 is what?\nWhat is a|b, <b>, x = 3?\n"
+    path = write(tmp_path / "text", text)
+    assert [prompt.text for prompt in load_pool(PromptSource(dataset=str(path)), "harmful")] == (
+        text.splitlines()
+    )
+
+
 def test_columns_are_found_by_name(tmp_path: Path) -> None:
     path = write(
         tmp_path / "pool.csv",
@@ -699,6 +755,32 @@ def test_column_that_only_looks_like_categories(tmp_path: Path) -> None:
     assert load_pool(PromptSource(dataset=str(path)), "harmful") == [Prompt("a")]
 
 
+def test_spellings_of_a_category(tmp_path: Path) -> None:
+    spellings = {
+        "drugs": ["Drugs", "drugs ", "DRUGS"],
+        "hate speech": ["Hate  speech", "hate Speech"],
+        "1": [1, 1.0, "1", "1.0"],
+        "-2": [-2, "-2.0"],
+        "1.5 %": ["1.5 %"],
+    }
+    rows = [(name, value) for name, values in spellings.items() for value in values]
+    objects = [{"text": name, "category": value} for name, value in rows]
+    write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in objects))
+    write(tmp_path / "b.csv", "text;category\n" + "".join(f"{a};{b}\n" for a, b in rows))
+    for path in tmp_path.iterdir():
+        found = load_pool(PromptSource(dataset=str(path)), "harmful")
+        assert all(prompt.category == prompt.text for prompt in found) and len(found) == len(rows)
+    assert ContrastSettings(exclude_categories=["Drugs", "1.0"]).exclude_categories == ["drugs", "1"]
+
+
+@pytest.mark.parametrize("value", ["true", "False", '"True"', '"false"'])
+def test_true_and_false_are_no_categories(value: str, tmp_path: Path) -> None:
+    content = f'{{"text": "How?", "category": {value.lower() if value[0] != chr(34) else value}}}'
+    path = str(write(tmp_path / "a.jsonl", content))
+    assert load_pool(PromptSource(dataset=path), "harmful") == [Prompt("How?")]
+    assert "true or false" in refusal(PromptSource(dataset=path, category_column="category"))
+
+
 def test_gaps_in_a_column_of_categories(tmp_path: Path) -> None:
     numbers = pyarrow.table({"text": ["a", "b", "c"], "kind": [2.0, float("nan"), None]})
     pyarrow.parquet.write_table(numbers, tmp_path / "pool.parquet")
@@ -717,6 +799,10 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 )
 def test_any_texts(tmp_path: Path, rows: list[tuple[str, str | None]]) -> None:
     objects = [{"text": text, "category": category} for text, category in rows]
+    expected = [
+        Prompt(text, None if category is None else " ".join(category.lower().split()) or None)
+        for text, category in rows
+    ]
     write(
         tmp_path / "a.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in objects)
     )
@@ -730,7 +816,7 @@ def test_any_texts(tmp_path: Path, rows: list[tuple[str, str | None]]) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "f.parquet")
     for path in tmp_path.glob("?.*"):
         found = load_pool(PromptSource(dataset=str(path)), "harmful")
-        assert found == [Prompt(*row) for row in rows], path
+        assert found == expected, path
 
 
 # The Hub.
