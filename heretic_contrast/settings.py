@@ -174,13 +174,11 @@ CATEGORY_COLUMN = "category"
 """Where categories are looked for when no column is named."""
 
 
-
 def category_name(text: str) -> str:
     """Returns the name of a category: without capitals, and 1 for 1.0, as tables write numbers where some are missing."""
 
     name = " ".join(text.lower().split())
     return re.sub(r"^([+-]?\d+)\.0*$", r"\1", name)
-
 
 
 def check_dataset_keys(value: Any, known: Collection[str]) -> None:

@@ -355,7 +355,9 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
             f"{f', such as {path.stem}{found}' if found else ''}."
         )
     if found:
-        return _read_json(text, path, columns) if found == ".jsonl" else _read_csv(text, path, columns)
+        return (
+            _read_json(text, path, columns) if found == ".jsonl" else _read_csv(text, path, columns)
+        )
     return _read_text(text, path)
 
 
@@ -497,7 +499,9 @@ def _rows_of_columns(
     if not (set(columns) - {CATEGORY_COLUMN}).isdisjoint(values):
         rows = {tuple(value) if isinstance(value, dict) else len(value) for value in table.values()}
         if len(values) < len(table) or len(rows) > 1:
-            raise ContrastError(f"{path} is an object of columns that differ in length: correct it.")
+            raise ContrastError(
+                f"{path} is an object of columns that differ in length: correct it."
+            )
         return [
             dict(zip(values, cells, strict=True)) for cells in zip(*values.values(), strict=True)
         ]

@@ -525,26 +525,66 @@ REFUSALS: dict[str, tuple[str, str | bytes, str]] = {
     "a broken list without an ending": ("pool", '[\n{"text": "a"},\n"b', "Line 3 of {} is not"),
     "brackets": ("pool.json", "[" * 100_000, "Line 1 of {} is not JSON"),
     "a long number": ("pool.json", "[" + "9" * 10_000 + "]", "{}"),
-    "an object": ("pool.json", '{"version": 1, "prompts": ["a"]}', "{} is one object with version, prompts"),
+    "an object": (
+        "pool.json",
+        '{"version": 1, "prompts": ["a"]}',
+        "{} is one object with version, prompts",
+    ),
     "columns of two lengths": ("pool.json", '{"text": ["a", "b"], "c": ["d"]}', "differ in length"),
-    "splits in an object": ("pool.json", '{"train": ["a"], "test": ["b"]}', "with train, test instead"),
+    "splits in an object": (
+        "pool.json",
+        '{"train": ["a"], "test": ["b"]}',
+        "with train, test instead",
+    ),
     "a list in an object": ("pool.json", '{"data": [{"text": "a"}]}', "with data instead"),
     "rows by name": ("pool.json", '{"a": {"text": "b"}, "c": {"text": "d"}}', "with a, c instead"),
-    "a key twice": ("pool.jsonl", '{"text": "a"}\n{"text": "a", "text": "b"}', 'Line 2 of {} is not JSON (an object has the key "text" twice)'),
+    "a key twice": (
+        "pool.jsonl",
+        '{"text": "a"}\n{"text": "a", "text": "b"}',
+        'Line 2 of {} is not JSON (an object has the key "text" twice)',
+    ),
     "YAML": ("pool.yaml", "prompts:\n  - How?\n", "{} has a format that no prompts are read from"),
-    "YAML called text": ("pool.txt", "prompts:\n  - How?\n", 'Line 1 of {} is no prompt ("prompts:")'),
-    "YAML without an ending": ("pool", "- text: How?\n  category: a\n", "Line 1 of {} is no prompt"),
+    "YAML called text": (
+        "pool.txt",
+        "prompts:\n  - How?\n",
+        'Line 1 of {} is no prompt ("prompts:")',
+    ),
+    "YAML without an ending": (
+        "pool",
+        "- text: How?\n  category: a\n",
+        "Line 1 of {} is no prompt",
+    ),
     "TOML": ("pool.toml", 'prompts = ["How?"]\n', "{} has a format"),
     "TOML called text": ("pool.txt", 'prompts = [\n  "How?",\n]\n', "Line 1 of {} is no prompt"),
     "a table of TOML": ("pool", "[prompts]\na = 'How?'\n", "Line 1 of {} is no prompt"),
     "XML": ("pool.xml", "<a>How?</a>", "{} has a format"),
-    "XML called text": ("pool.txt", "<prompts>\n<p>How?</p>\n</prompts>\n", "{} holds a web page or XML"),
+    "XML called text": (
+        "pool.txt",
+        "<prompts>\n<p>How?</p>\n</prompts>\n",
+        "{} holds a web page or XML",
+    ),
     "Markdown": ("pool.md", "# Prompts\n\nHow?\n", "{} has a format"),
-    "a table called text": ("pool.txt", "| How? |\n| --- |\n| What? |\n", "Line 1 of {} is no prompt"),
-    "a table called CSV": ("pool.csv", "| text |\n| --- |\n| What? |\n", "{} is a table of Markdown"),
+    "a table called text": (
+        "pool.txt",
+        "| How? |\n| --- |\n| What? |\n",
+        "Line 1 of {} is no prompt",
+    ),
+    "a table called CSV": (
+        "pool.csv",
+        "| text |\n| --- |\n| What? |\n",
+        "{} is a table of Markdown",
+    ),
     "a table with rules": ("pool", "+----+\n| a |\n+----+\n", "Line 1 of {} is no prompt"),
-    "a table without an ending": ("pool", "|text|category|\n|:--|--:|\n|How?|a|\n", "{} is a table of Markdown"),
-    "a numbered list": ("pool.txt", "1. How?\n2. What?\n", "Line 1 of {} begins with the mark of a list"),
+    "a table without an ending": (
+        "pool",
+        "|text|category|\n|:--|--:|\n|How?|a|\n",
+        "{} is a table of Markdown",
+    ),
+    "a numbered list": (
+        "pool.txt",
+        "1. How?\n2. What?\n",
+        "Line 1 of {} begins with the mark of a list",
+    ),
     "a list": ("pool", "\n* How?\n* What?\n", "Line 2 of {} begins with the mark of a list"),
     "a picture in a message": (
         "pool.json",
@@ -700,7 +740,12 @@ def test_forms_of_json(tmp_path: Path) -> None:
     expected = [Prompt("How?", "a"), Prompt("What?", "b")]
     table = {"text": ["How?", "What?"], "category": ["a", "b"]}
     turns = [
-        [{"role": "user", "content": [{"type": "text", "text": "Ho"}, {"type": "text", "text": "w?"}]}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "Ho"}, {"type": "text", "text": "w?"}],
+            }
+        ],
         [{"role": "user", "content": "What?"}],
     ]
     forms = [
@@ -770,7 +815,10 @@ def test_spellings_of_a_category(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         found = load_pool(PromptSource(dataset=str(path)), "harmful")
         assert all(prompt.category == prompt.text for prompt in found) and len(found) == len(rows)
-    assert ContrastSettings(exclude_categories=["Drugs", "1.0"]).exclude_categories == ["drugs", "1"]
+    assert ContrastSettings(exclude_categories=["Drugs", "1.0"]).exclude_categories == [
+        "drugs",
+        "1",
+    ]
 
 
 @pytest.mark.parametrize("value", ["true", "False", '"True"', '"false"'])
