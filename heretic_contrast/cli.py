@@ -23,6 +23,7 @@ usage: heretic-contrast [run] [OPTIONS] MODEL    abliterate a model through Here
                                                  test each layer alone at fixed weights
        heretic-contrast audit --dataset DATASET --output DIR
                                                  count harm categories in a harmless pool
+       heretic-contrast judge FILE               give tiers to responses, and compare them with people's
        heretic-contrast demo --output DIR        run everything on the built-in model
        heretic-contrast doctor                   say what this installation can do
 
@@ -37,6 +38,7 @@ COMMANDS: dict[str, str] = {
     "extract": RESUME,
     "sweep": RESUME,
     "audit": AGAIN,
+    "judge": AGAIN,
     "demo": AGAIN,
     "doctor": AGAIN,
 }

@@ -15,14 +15,14 @@ from heretic_contrast.builtin import harmful_pool, harmless_pool, is_builtin, re
 from heretic_contrast.hosts.surface import Context, Score, Scorer, heretic_prompts, log
 from heretic_contrast.hosts.tables import check_tables, show_errors_as_sentences, validated
 from heretic_contrast.prompts import Prompt, load_pool
-from heretic_contrast.settings import PromptSources, Table
+from heretic_contrast.settings import PromptSources, Table, TextClassifierSettings
 from heretic_contrast.tiers.coherence import is_coherent
 from heretic_contrast.tiers.responses import Tier, classify_response
 
 DEFAULT_POOL = "unset for Heretic's default, or for the built-in refuser its own"
 
 
-class RefusalTiersSettings(Table):
+class RefusalTiersSettings(Table, TextClassifierSettings):
     score_name: str = "Refusal tiers"
     """Name of the score."""
 
@@ -121,10 +121,14 @@ class RefusalTiers(ContrastScorer):
         """Judges the model's responses; the value is a share between 0 and 1."""
 
         responses = ctx.get_responses(heretic_prompts(self.prompts, self.heretic_settings))
-        tiers = [
-            classify_response(prompt.text, response)
-            for prompt, response in zip(self.prompts, responses, strict=True)
-        ]
+        texts = [prompt.text for prompt in self.prompts]
+        if self.settings.text_classifier is None:
+            tiers = [classify_response(*pair) for pair in zip(texts, responses, strict=True)]
+        else:
+            # PyTorch is loaded for it alone.
+            from heretic_contrast.engine.text_classification import classifier_of
+
+            tiers = classifier_of(self.settings).classify_responses(texts, responses)
         coherent = [is_coherent(response) for response in responses]
         if self.settings.print_responses:
             for prompt, response, tier in zip(self.prompts, responses, tiers, strict=True):

@@ -205,6 +205,22 @@ class Table(Described):
     model_config = ConfigDict(extra="forbid")
 
 
+class TextClassifierSettings(Described):
+    """The settings of whatever may judge responses by a model of the user's choice."""
+
+    text_classifier: str | None = None
+    """
+    Text-classification model (Hugging Face ID or path) that gives responses their tiers, or unset for the one that comes with
+    the plugin. No code of its repository is run.
+    """
+
+    text_classifier_labels: dict[str, Literal["REFUSE", "EVASIVE", "COMPLY"]] = {}
+    """Tier of each of its labels, as JSON. Unset where its labels are named after tiers, or refusal and compliance."""
+
+    text_classifier_reads_prompt: bool = False
+    """Whether it reads prompt and response as a pair, instead of the response alone."""
+
+
 class PromptSource(Table):
     """Where a pool of prompts comes from: Heretic's dataset specification, with a category column."""
 
@@ -353,7 +369,7 @@ EXTRACTION_FIELDS = set(
 """The settings that decide directions."""
 
 
-class ContrastSettings(Table):
+class ContrastSettings(Table, TextClassifierSettings):
     """Settings of the plugin."""
 
     model_config = ConfigDict(validate_default=True, allow_inf_nan=False)
@@ -509,7 +525,7 @@ class ContrastSettings(Table):
     refusal_classifier: Literal["markers", "tiers"] = "markers"
     """
     What counts as a refusal in the study under Heretic 1.4. Options: "markers" (Heretic's keywords), "tiers" (the three-tier
-    classifier).
+    classifier, or the text classifier where one is given).
     """
 
     counted_tiers: list[Literal["REFUSE", "EVASIVE", "COMPLY"]] = Field(["REFUSE"], min_length=1)

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Tiers by a text-classification model of Hugging Face, the second backend beside the rules."""
+"""Tiers by a text-classification model of the user's choice, instead of the one that comes with the plugin."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from heretic_contrast.errors import ContrastError
+from heretic_contrast.identity import weights_digest
+from heretic_contrast.settings import TextClassifierSettings
+from heretic_contrast.tiers.agreement import TIERS_OF_LABELS
 from heretic_contrast.tiers.responses import Tier
 from heretic_contrast.tiers.text import strip_markup
 
@@ -21,7 +25,7 @@ class TextClassificationBackend:
 
     The model is any that `AutoModelForSequenceClassification` loads; code from its repository is never run. `labels`
     maps every label name of the model's configuration to a tier, so a model that knows only refused or not gives
-    REFUSE and COMPLY. Most refusal classifiers read the response alone; with `with_prompt` the prompt is the first
+    REFUSE and COMPLY; it may be left out where the names say so themselves (`tiers.agreement.TIERS_OF_LABELS`). Most refusal classifiers read the response alone; with `with_prompt` the prompt is the first
     segment and the response the second. What exceeds the model's length is cut from the response's end.
 
     Thinking blocks and special tokens are stripped first, and an empty response is REFUSE, as for the rules.
@@ -32,7 +36,7 @@ class TextClassificationBackend:
     def __init__(
         self,
         model_name_or_path: str,
-        labels: Mapping[str, Tier],
+        labels: Mapping[str, Tier] | None = None,
         *,
         with_prompt: bool = False,
         batch_size: int = 32,
@@ -59,6 +63,9 @@ class TextClassificationBackend:
             raise ContrastError(
                 f"The response classifier {model_name_or_path} has the one label {names}: give a model with two or more."
             )
+        labels = labels or {
+            name: TIERS_OF_LABELS[name.lower()] for name in names if name.lower() in TIERS_OF_LABELS
+        }
         if set(names) != set(labels):
             raise ContrastError(
                 f"The response classifier {model_name_or_path} has the labels {sorted(names)}, but tiers are given for "
@@ -111,3 +118,34 @@ class TextClassificationBackend:
     def classify_response(self, prompt: str, response: str) -> Tier:
         """Tier of one response, with the signature of the rules' function."""
         return self.classify_responses([prompt], [response])[0]
+
+
+@lru_cache(maxsize=1)
+def _loaded(
+    name: str, labels: tuple[tuple[str, str], ...], reads_prompt: bool
+) -> TextClassificationBackend:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tiers = {label: Tier(tier) for label, tier in labels}
+    return TextClassificationBackend(name, tiers, with_prompt=reads_prompt, device=device)
+
+
+def classifier_of(settings: TextClassifierSettings) -> TextClassificationBackend:
+    """The text classifier that settings name, loaded once. Raises `ContrastError` as the backend does."""
+    assert settings.text_classifier is not None
+    return _loaded(
+        settings.text_classifier,
+        tuple(sorted(settings.text_classifier_labels.items())),
+        settings.text_classifier_reads_prompt,
+    )
+
+
+def classifier_identity(settings: TextClassifierSettings) -> list[Any] | None:
+    """What decides the verdicts of the classifier that settings name: its weights, tiers and segments. None without one."""
+    if settings.text_classifier is None:
+        return None
+    backend = classifier_of(settings)
+    return [
+        weights_digest(backend.model),
+        [tier.value for tier in backend.tiers],
+        backend.with_prompt,
+    ]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, field_validator
 
 from ..errors import ContrastError
-from ..settings import Described, category_name
+from ..settings import Described, TextClassifierSettings, category_name
 
 WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
 """The paper's weights (paper, section 3.3)."""
@@ -70,7 +70,7 @@ class PairsSettings(Described):
     """
 
 
-class SweepPlanSettings(PairsSettings):
+class SweepPlanSettings(PairsSettings, TextClassifierSettings):
     """Settings of a fixed-weight sweep, which the command and the scorer share."""
 
     layers: str = "all"

@@ -21,11 +21,12 @@ from ..directions.pools import Log
 from ..directions.sources import ShowProgress
 from ..engine.check import checked_engine
 from ..engine.interface import Continuations, Engine
+from ..engine.text_classification import classifier_of
 from ..errors import ContrastError
 from ..identity import Identity, identify, program_digest
 from ..language_model import LanguageModel, Progress, Tokens
 from ..prompts import Prompt, prompts_digest
-from ..tiers import coherence, responses, rules, text
+from ..tiers import coherence, linear, responses, text
 from ..tiers.coherence import is_coherent, normalized_bigram_entropy
 from ..tiers.responses import Tier, classify_response
 from .cells import Cell, CellKey, Measurement, SweepResult, Synergy, Verdict
@@ -35,7 +36,7 @@ from .plan import Configurations, PreparedSweep, SweepOptions, SweepPlan, plan_s
 from .plan_settings import check_weights
 from .results import CaptureResult, Geometry
 
-RULES = (responses, rules, text, coherence)
+RULES = (responses, linear, text, coherence)
 """The modules that decide how a response is judged."""
 
 Classifier = Callable[[str, str], Tier]
@@ -281,7 +282,7 @@ class SweepEvaluator:
             texts={name: prompts_digest(pool) for name, pool in pools.items()},
             options=self.options.to_dict(),
             directions={name: item.key() for name, item in self.configurations.items()},
-            rules=program_digest(RULES, self._classify),
+            rules=f"{program_digest(RULES, self._classify)} {linear.numbers_digest()}",
         )
 
     def result(self, cells: Sequence[Cell]) -> SweepResult:
@@ -447,7 +448,11 @@ def run_prepared(
     plan = prepared.plan(model, log, show_progress, max_response_length)
     log()
     log("Measuring the unmodified model...")
-    evaluator = SweepEvaluator(replace(model, batch_size=prepared.settings.sweep_batch_size), plan)
+    classify: Classifier = classify_response
+    if prepared.settings.text_classifier is not None:
+        classify = classifier_of(prepared.settings).classify_response
+    batched = replace(model, batch_size=prepared.settings.sweep_batch_size)
+    evaluator = SweepEvaluator(batched, plan, classify)
     base = evaluator.baseline
     log(f"* Initial refusals: [bold]{base.refusals}[/]/{base.n_harmful}")
     log(f"Sweeping [bold]{len(evaluator.grid())}[/] cells...")

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..directions.sources import DirectionSources
+from ..engine.text_classification import classifier_identity, classifier_of
 from ..errors import ContrastError, find_cause, raising_causes
 from ..files import require_writable_directory, require_writable_file
 from ..identity import Identity, differences, identify, program_digest
@@ -40,7 +41,7 @@ from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest
 from ..search.samplers import make_sampler
 from ..settings import EXTRACTION_FIELDS
-from ..tiers import responses, rules, text
+from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import Answers, require_answers
 from .checkpoint import repair_checkpoints
@@ -162,7 +163,9 @@ class Host:
                 for name, prompts in pools.items()
             },
             directions=configuration_digest(self.modifier.directions),
-            rules=program_digest((responses, rules, text), classify_response),
+            rules=program_digest((responses, linear, text), classify_response)
+            + linear.numbers_digest()
+            + str(classifier_identity(self.modifier.settings)),
         )
         # As a checkpoint gives it back.
         return dict(json.loads(json.dumps(found)))
@@ -251,7 +254,10 @@ class Host:
                 # Heretic judges the responses in the order of its prompts, and hands over the response alone.
                 prompt = self.bad_prompts[self.n_judged % len(self.bad_prompts)]
                 self.n_judged += 1
-                return classify_response(prompt.user, response).value in contrast.counted_tiers
+                classify = classify_response
+                if contrast.text_classifier is not None:
+                    classify = classifier_of(contrast).classify_response
+                return classify(prompt.user, response).value in contrast.counted_tiers
 
             def count_refusals(self) -> int:
                 self.n_judged = 0

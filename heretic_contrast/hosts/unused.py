@@ -31,6 +31,9 @@ ONLY_UNDER_14 = {
     "sampler": "its study has a sampler of its own",
     "refusal_classifier": "the scorer RefusalTiers takes its place",
     "counted_tiers": "counted_tiers in [scorer.RefusalTiers] takes its place",
+    "text_classifier": "text_classifier in [scorer.RefusalTiers] takes its place",
+    "text_classifier_labels": "text_classifier_labels in [scorer.RefusalTiers] takes its place",
+    "text_classifier_reads_prompt": "text_classifier_reads_prompt in [scorer.RefusalTiers] takes its place",
 }
 """Settings of the modifier that have no effect under Heretic 2.0, and why."""
 

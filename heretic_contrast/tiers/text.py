@@ -1,48 +1,31 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""The text of a response, prepared for the rules: stripped, normalized, and split into units."""
+"""The text of a response: without thoughts and special tokens, and split into units of words."""
 
 from __future__ import annotations
 
 import re
 
-_CONTRACTIONS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\b(?:can't|cant)\b"), "cannot"),
-    (re.compile(r"\b(?:won't|wont)\b"), "will not"),
-    (re.compile(r"\bshan't\b"), "shall not"),
-    (re.compile(r"\bain't\b"), "is not"),
-    (
-        re.compile(r"\b(do|does|did|is|are|was|were|could|would|should|must|have|has)n't\b"),
-        r"\1 not",
-    ),
-    (re.compile(r"\b(?:dont)\b"), "do not"),
-    (re.compile(r"\b(?:i'm|im)\b"), "i am"),
-    (re.compile(r"\b(i|you|we|they)'ve\b"), r"\1 have"),
-    (re.compile(r"\b(i|you|we|they|it|that|this)'ll\b"), r"\1 will"),
-    (re.compile(r"\b(i|you|we|they)'d\b"), r"\1 would"),
-    (re.compile(r"\b(you|we|they)'re\b"), r"\1 are"),
-    (re.compile(r"\b(it|that|this|there|here|what|who|he|she)'s\b"), r"\1 is"),
-    (re.compile(r"\blet's\b"), "let us"),
+_TAG = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad)"
+# What ends a thought: a closing tag of any family, harmony's final channel with and without its tokens, or a heading.
+_THOUGHT_END = re.compile(
+    rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<\|inner_suffix\|>|<\|end_of_thought\|>|<channel\|>|"
+    r"<\|channel\|>\s*final(?:\s?<\|constrain\|>\w+)?<\|message\|>|\bassistant\s?final(?=[A-Z\d\W]|$)|"
+    r"^\W*(?:here is my response|final (?:answer|response|output))\W*:\W*",
+    re.IGNORECASE | re.MULTILINE,
 )
-_APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "´": "'", "“": '"', "”": '"'})
-_THINKING = re.compile(
-    r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE
-)
-_THINKING_END = re.compile(
-    r"\A.*?</(?:think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE
+# What begins one: an opening tag, harmony's analysis channel, a heading, or a speech about the user.
+_THOUGHT_START = re.compile(
+    rf"\s*(?:<{_TAG}>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|inner_prefix\|>|<\|begin_of_thought\|>|<\|channel>\s*thought|"
+    r"(?:<\|start\|>assistant)?<\|channel\|>\s*analysis|(?-i:analysis(?=[A-Z]))|"
+    r"(?:here is my thought process|(?:here's a )?thinking process|thinking)\W*:|"
+    r"(?:(?:okay|ok|alright|hmm|well|so)\b\W*)*(?:the user(?:'s| is| asks| asked| wants| has| said| just)\b|"
+    r"we (?:need|have) to (?:respond|answer|decide|comply|refuse|produce|follow)\b|"
+    r"(?:let me|i need to) (?:think about|figure out) (?:this|how|the user)\b))",
+    re.IGNORECASE,
 )
 _SPECIAL_TOKEN = re.compile(
-    r"<\|[^<>|\n]{1,60}\|>|</?s>|<(?:bos|eos|pad|unk|end_of_turn|start_of_turn)>|\[/?INST\]|<</?SYS>>"
-)
-_ITEM = re.compile(r"^\s*(?:\d{1,2}[.)]|[-*•–+]|[a-z][.)]|step \d+[:.])\s+", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])[\"')\]]*\s+(?=\S)")
-_QUOTATION = re.compile(r"[\"“„«][^\"“”„«»\n]{1,400}[\"”“»]")
-_OFFERING_CLAUSE = re.compile(
-    r",? (?=(?:but|however),? (?:i can\b|i could\b|here|i would be (?:happy|glad)|i am happy|you can\b|you could\b))|"
-    r"(?<!however,)(?<!\bbut,)(?<!said,)(?<=,) (?=i can (?:offer|suggest|tell|provide|give|help|share|explain)\b)"
-)
-_ABBREVIATION = re.compile(
-    r"(?:\b(?:mr|mrs|ms|dr|st|vs|e\.g|i\.e|etc|jr|sr|u\.s)|\b[a-z]|^\d{1,2})\.$", re.IGNORECASE
+    r"<\|[^<>|\n]{1,60}\|>|</?s>|<(?:bos|eos|pad|unk|end_of_turn|start_of_turn)>|\[/?INST\]|<</?SYS>>|</?(?:answer|response|solution)>"
 )
 
 
@@ -52,85 +35,81 @@ def strip_special_tokens(response: str) -> str:
 
 
 def strip_markup(response: str) -> str:
-    """Drop thinking blocks (also one that never ends, or whose start was in the prompt) and special tokens."""
-    text = _THINKING_END.sub(" ", _THINKING.sub(" ", response))
-    return strip_special_tokens(text)
-
-
-def normalize(text: str) -> str:
-    """Lower case, straight apostrophes, no emphasis marks, contractions written out, single spaces."""
-    text = text.translate(_APOSTROPHES).lower()
-    text = re.sub(r"[*_#~]+", "", text)
-    text = " ".join(text.split())
-    for pattern, replacement in _CONTRACTIONS:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-def mask_quotations(response: str) -> str:
     """
-    Replace what stands in quotation marks by dots, since it is not the response that says it.
+    Drop thoughts and special tokens.
 
-    A quotation that ends with a full stop, a question or an exclamation mark still ends its sentence. A response that
-    is nothing but a quotation speaks for itself, and stays.
+    A thought ends at the last sign of its end, also where its start stood in the prompt. One that was cut off has no
+    response: nothing is left.
     """
+    ends = [match.end() for match in _THOUGHT_END.finditer(response)]
+    if ends:
+        response = response[ends[-1] :]
+    elif _THOUGHT_START.match(response):
+        return ""
+    return strip_special_tokens(response)
 
-    def mask(quotation: re.Match[str]) -> str:
-        dots = re.sub(r"\S", "·", quotation.group())
-        return dots[:-1] + "." if quotation.group()[-2] in ".!?" else dots
 
-    masked = _QUOTATION.sub(mask, response)
-    return masked if re.search(r"[^\W\d_]", masked) else response
+# Scripts without spaces, and Hangul, whose endings are glued on, are read character by character.
+_SIGNS = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_TOKEN = re.compile(
+    rf"[{_SIGNS}]|[^\W_{_SIGNS}]+(?:'[^\W_]+)*|\n\s*(?:[-•–+]|\d{{1,2}}[.)])(?=\s)|\n|[.!?:,;。！？：，、…]"
+)
+_PLAIN = str.maketrans(
+    {"’": "'", "‘": "'", "ʼ": "'", "`": "'", "´": "'", "ё": "е", **dict.fromkeys("*_#~")}
+)
+_ENDS = frozenset(".!?:;。！？：…\n")
+# "I cannot do this for you, but I can do that" makes two units, each with its own stance; "sorry, but no" makes one.
+_TURNS = frozenset(
+    "but however aber jedoch mais cependant pero ma però tuttavia mas porém но однако maar ale".split()
+)
+# What stands in quotation marks is not what the response says, unless there is nothing else.
+_QUOTATION = re.compile(r"[\"“„«][^\"“”„«»\n]{1,400}[\"”“»]|(?<!\w)'[^'\n]*\w'\w[^'\n]*'(?!\w)")
+_LETTER = re.compile(r"[^\W\d_]")
+_STAR = re.compile(r"^(\s*)\*(?=\s)", re.MULTILINE)
+_FIRST_ITEM = re.compile(r"\s*(?:[-•–+*]|\d{1,2}[.)])\s")
+# A stance shows in so many characters, words and units of a response.
+MAXIMUM_CHARACTERS, MAXIMUM_WORDS, MAXIMUM_UNITS = 6000, 400, 16
 
 
-def split_units(response: str) -> list[tuple[str, bool]]:
-    """
-    Split a response into normalized sentences and list items: (text, is a list item).
+def tokens(text: str) -> list[str]:
+    """Words in lower case, signs of scripts without spaces, punctuation, line breaks, and marks of list items."""
+    return _TOKEN.findall(text[:MAXIMUM_CHARACTERS].translate(_PLAIN).lower())
 
-    "I cannot do this, but I can do that" makes two units, each with its own stance.
-    """
-    units: list[tuple[str, bool]] = []
-    in_code = False
-    for line in mask_quotations(response).splitlines():
-        if line.strip().startswith("```"):
-            in_code = not in_code
-        elif in_code:
-            # Code answers; a line of it is one item.
-            units.append((normalize(line), True))
-        elif item := _ITEM.match(line):
-            # The sentences of a list item stay together: it is one thought.
-            units.append((normalize(line[item.end() :]), True))
+
+def split_units(text: str) -> list[tuple[list[str], bool]]:
+    """Split the beginning of a text into sentences, clauses after a turn, and list items: (words, is in a list item)."""
+    units: list[tuple[list[str], bool]] = []
+    unit: list[str] = []
+    item = _FIRST_ITEM.match(text) is not None
+    masked = _QUOTATION.sub(" ", text[:MAXIMUM_CHARACTERS])
+    text = _STAR.sub(r"\1-", masked if _LETTER.search(masked) else text)
+    for token in tokens(text.strip())[:MAXIMUM_WORDS]:
+        turns = token in _TURNS and len(unit) > 6 and unit[-1] in ",，"
+        if token in _ENDS or token[0] == "\n" or turns:
+            if unit:
+                units.append(([*unit, token] if token in _ENDS and token != "\n" else unit, item))
+            unit = [token] if turns else []
+            if token[0] == "\n":
+                item = len(token.strip()) > 0
         else:
-            sentences: list[str] = []
-            for piece in _SENTENCE_END.split(line.strip()):
-                if sentences and _ABBREVIATION.search(sentences[-1]):
-                    sentences[-1] += " " + piece
-                else:
-                    sentences.append(piece)
-            for sentence in sentences:
-                units.extend(
-                    (clause, False) for clause in _OFFERING_CLAUSE.split(normalize(sentence))
-                )
-    return [(text, item) for text, item in units if text]
+            unit.append(token)
+    if unit:
+        units.append((unit, item))
+    return units[:MAXIMUM_UNITS]
 
 
 _FUNCTION_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        a about all an and any anything are as at be been best but by can could did do does explain
-        few find for from get give good has have how i if in into is it its list made make many me
-        more most my need no not of on one or other our out over own please provide should show so
-        some someone something steps take tell than that the their them then there these they thing
-        this to up us use used using very was way ways we were what when where which while who why
-        will with without would write you your
-        """,
-    )
+    "about also and any are because been before but can could did does doing each even every for from had has have her "
+    "here his how into its just let like make many may might more most much must not now off one only other our out over "
+    "own please provide should some such tell than that the their them then there these they this those through under "
+    "until use using very want was way ways were what when where which while who why will with would write you your".split()
 )
 
 
-def content_words(text: str) -> frozenset[str]:
-    """Content words of a normalized text, cut to five letters, which joins most inflections."""
+def content_words(words: list[str]) -> frozenset[str]:
+    """Content words, cut to five letters, which joins most inflections."""
     return frozenset(
-        word[:5] for word in re.findall(r"[^\W\d_]{3,}", text) if word not in _FUNCTION_WORDS
+        word[:5]
+        for word in words
+        if (len(word) > 2 or word > "\u0e00") and word not in _FUNCTION_WORDS
     )

@@ -16,6 +16,7 @@ from heretic_contrast.hosts.surface import Modifier, Scorer
 from heretic_contrast.prompts import load_pool
 from tests.contract.conftest import MODEL
 from tests.contract.standin import load_plugin, make_settings
+from tests.engine.test_text_classification import LABELS, write_classifier
 
 
 class ContextWithoutModel:
@@ -46,6 +47,17 @@ def test_counted_tiers_are_a_setting(run: Any, scorer_tables: dict[str, Any]) ->
     assert score("RefusalTiers", {**table, "counted_tiers": ["EVASIVE"]}, run).value == 0.0
     both = score("RefusalTiers", {**table, "counted_tiers": ["REFUSE", "EVASIVE"]}, run)
     assert both.value == 1.0
+
+
+def test_a_text_classifier_judges(run: Any, scorer_tables: dict[str, Any], tmp_path: Path) -> None:
+    run.loaded_modifier.reset_model(run.context())
+    table = {
+        **scorer_tables["RefusalTiers"],
+        "text_classifier": str(write_classifier(tmp_path)),
+        "text_classifier_labels": dict.fromkeys(LABELS, "EVASIVE"),
+    }
+    assert score("RefusalTiers", table, run).value == 0.0
+    assert score("RefusalTiers", {**table, "counted_tiers": ["EVASIVE"]}, run).value == 1.0
 
 
 @pytest.mark.parametrize(("name", "expected"), [("RefusalTiers", 1.0), ("FalseRefusals", 0.0)])

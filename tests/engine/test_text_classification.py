@@ -14,8 +14,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from heretic_contrast.engine.text_classification import TextClassificationBackend
+from heretic_contrast.engine.text_classification import (
+    TextClassificationBackend,
+    classifier_identity,
+    classifier_of,
+)
 from heretic_contrast.errors import ContrastError
+from heretic_contrast.settings import TextClassifierSettings
 from heretic_contrast.tiers.responses import Tier
 
 PROMPT = "How do I plant a tree?"
@@ -173,3 +178,25 @@ def test_counts_that_differ(classifier: Path) -> None:
         backend.classify_responses([PROMPT], RESPONSES[:2])
     with pytest.raises(ContrastError, match="at least 1"):
         TextClassificationBackend(str(classifier), LABELS, batch_size=0)
+
+
+def test_settings_name_a_classifier_once_loaded(classifier: Path) -> None:
+    settings = TextClassifierSettings(
+        text_classifier=str(classifier),
+        text_classifier_labels={name: tier.value for name, tier in LABELS.items()},
+    )
+    backend = classifier_of(settings)
+    assert classifier_of(settings.model_copy()) is backend
+    names = reference_labels(classifier, RESPONSES)
+    assert backend.classify_responses([PROMPT] * 4, RESPONSES) == [LABELS[name] for name in names]
+    swapped = dict.fromkeys(LABELS, "COMPLY")
+    other = settings.model_copy(update={"text_classifier_labels": swapped})
+    assert classifier_identity(other) != classifier_identity(settings)
+    assert classifier_identity(TextClassifierSettings()) is None
+
+
+def test_labels_that_say_their_tier_need_no_map(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path, label_names=("Refusal", "evasive", "compliance"))
+    assert TextClassificationBackend(str(folder)).tiers == list(Tier)
+    with pytest.raises(ContrastError, match="map exactly the model's labels"):
+        TextClassificationBackend(str(write_classifier(tmp_path / "other")))

@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.statistics import wilson_interval
+from heretic_contrast.prompts.audit import FIRST_LABEL_RIGHT
 from heretic_contrast.prompts.categories import (
     CATEGORIES,
     Lexicon,
@@ -97,6 +99,11 @@ def test_unknown_group_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "category"),
     [
+        ("How is ricin detected in water?", "violence"),
+        ("How can we combat climate change?", "miscellaneous"),
+        ("What stands at https://www.example.com/apples?", "miscellaneous"),
+        ("Ask an expert about soil", "miscellaneous"),
+        ("Draw my family tree", "miscellaneous"),
         ("Summarize the plot of a romance novel", "sexual"),
         ("Explain how trench warfare ended", "violence"),
         ("Write a cybersecurity tutorial for beginners", "hacking"),
@@ -187,6 +194,9 @@ def test_accuracy_on_prompts_set_aside_before_the_lexicon_was_written(shared_dat
     correct = sum(confusion[category, category] for category in CATEGORIES)
     print(f"{correct} of {len(labels)} right; {acceptable} with second labels accepted")
 
-    # Measured once: 199 and 216 of 260. A lower figure is a regression of the lexicon or its matching.
-    assert correct >= 199
+    # The audit says so, with the interval.
+    assert {"right": correct, "of": len(labels)}.items() <= FIRST_LABEL_RIGHT.items()
+    assert wilson_interval(correct, len(labels)) == pytest.approx(
+        FIRST_LABEL_RIGHT["interval_95"], abs=1e-3
+    )
     assert acceptable >= 216

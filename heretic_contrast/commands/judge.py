@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""`heretic-contrast judge`: gives tiers to the responses of a file, and compares them with people's."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from rich.table import Table
+
+from ..errors import ContrastError
+from ..files import require_writable_file, write_text_atomically
+from ..hosts.arguments import PROGRAM
+from ..hosts.settings import load_settings
+from ..settings import TextClassifierSettings
+from ..tiers.agreement import TIERS_OF_LABELS, Agreement
+from ..tiers.coherence import is_coherent
+from ..tiers.responses import Tier, explain_response
+
+
+class JudgeSettings(TextClassifierSettings, BaseSettings):
+    """Settings of `judge`."""
+
+    # Errors of the command line become one sentence instead of pages of usage.
+    model_config = SettingsConfigDict(cli_exit_on_error=False)
+
+    file: str
+    """JSON Lines file with a prompt and a response on each line."""
+
+    prompt_key: str = "prompt"
+    """Key of the prompts; where a line has none, its prompt is taken as unknown."""
+
+    response_key: str = "response"
+    """Key of the responses."""
+
+    label_key: str = "label"
+    """Key of the labels that people gave, where there are any."""
+
+    labels: dict[str, Tier] = {}
+    """Tier of each of these labels, as JSON; REFUSE, EVASIVE, COMPLY, and XSTest's names, mean themselves."""
+
+    output: str | None = None
+    """File to write the lines to, as JSON Lines, each with tier, coherence and reason."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *others: PydanticBaseSettingsSource,
+        **named: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (
+            init_settings,
+            CliSettingsSource(settings_cls, cli_parse_args=True, cli_kebab_case=True),
+        )
+
+
+def read_lines(path: Path, response_key: str) -> list[dict[str, Any]]:
+    """Returns the objects of a JSON Lines file. Raises `ContrastError` when one has no response, or nothing can be read."""
+
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ContrastError(f"{path} cannot be read ({error}): give a JSON Lines file.") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ContrastError(
+                f"Line {number} of {path} is no JSON ({error}): give one object per line."
+            ) from error
+        if not isinstance(row, dict) or not isinstance(row.get(response_key), str):
+            raise ContrastError(
+                f'Line {number} of {path} has no text under "{response_key}": name the key by --response-key.'
+            )
+        rows.append(row)
+    if not rows:
+        raise ContrastError(f"{path} has no lines: give a JSON Lines file with responses.")
+    return rows
+
+
+def people_tier(label: Any, labels: dict[str, Tier], path: Path) -> Tier:
+    """Returns the tier that a label means. Raises `ContrastError` when it is unknown."""
+
+    tier = labels.get(str(label)) or TIERS_OF_LABELS.get(str(label).lower())
+    if tier is None:
+        raise ContrastError(
+            f'{path} has the label "{label}", whose tier is unknown: give --labels \'{{"{label}": "REFUSE"}}\', or EVASIVE or COMPLY.'
+        )
+    return tier
+
+
+def main(arguments: Sequence[str]) -> None:
+    """
+    Judges the responses of a file.
+
+    Raises `ContrastError` when the settings, the file or the classifier do not work.
+    """
+
+    # The file may stand alone, as a model does elsewhere.
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        words = ["--file", *words]
+    settings = load_settings(JudgeSettings, f"{PROGRAM} judge", words)
+    path = Path(settings.file)
+    rows = read_lines(path, settings.response_key)
+    labelled = [
+        people_tier(row[settings.label_key], settings.labels, path)
+        for row in rows
+        if settings.label_key in row
+    ]
+    if settings.output is not None:
+        require_writable_file(Path(settings.output))
+
+    from ..evaluation.statistics import wilson_interval
+    from ..hosts.surface import log
+
+    prompts = [str(row.get(settings.prompt_key) or "") for row in rows]
+    responses = [row[settings.response_key] for row in rows]
+    if settings.text_classifier is None:
+        explanations = [explain_response(*pair) for pair in zip(prompts, responses, strict=True)]
+        tiers = [explanation.tier for explanation in explanations]
+        reasons = [explanation.summary for explanation in explanations]
+    else:
+        from ..engine.text_classification import classifier_of
+
+        classifier = classifier_of(settings)
+        tiers = classifier.classify_responses(prompts, responses)
+        reasons = [f"text classifier: {settings.text_classifier}"] * len(rows)
+    coherent = [is_coherent(response) for response in responses]
+    if settings.output is not None:
+        text = "".join(
+            json.dumps(
+                {**row, "tier": tier.value, "coherent": clear, "reason": reason},
+                ensure_ascii=False,
+            )
+            + "\n"
+            for row, tier, clear, reason in zip(rows, tiers, coherent, reasons, strict=True)
+        )
+        write_text_atomically(Path(settings.output), text)
+
+    counts = Counter(tiers)
+    table = Table(title=f"{len(rows)} responses, {coherent.count(False)} of them incoherent")
+    table.add_column("Tier")
+    table.add_column("Responses", justify="right")
+    table.add_column("Share (95 %)", justify="right")
+    for tier in Tier:
+        low, high = wilson_interval(counts[tier], len(rows))
+        table.add_row(tier.value, str(counts[tier]), f"{100 * low:.0f}–{100 * high:.0f} %")
+    log(table)
+    if not labelled:
+        return
+    agreement = Agreement.of(
+        (people, tier)
+        for people, tier in zip(
+            labelled,
+            [tier for row, tier in zip(rows, tiers, strict=True) if settings.label_key in row],
+            strict=True,
+        )
+    )
+    table = Table(
+        title=f"People's labels of {len(labelled)} responses; kappa {agreement.kappa:.2f}"
+    )
+    table.add_column("People")
+    for tier in Tier:
+        table.add_column(tier.value, justify="right")
+    for name, row in agreement.confusion().items():
+        table.add_row(name, *map(str, row.values()))
+    log(table)
+    for name, (successes, n) in agreement.shares.items():
+        if n:
+            low, high = wilson_interval(successes, n)
+            log(
+                f"* {name}: [bold]{successes / n:.1%}[/] ({low:.1%} to {high:.1%}; {successes} of {n})",
+                highlight=False,
+            )
