@@ -50,7 +50,7 @@ SUPPORT = {
 OPTIONAL = {
     "hosts/base.py": "the bases of plugins, where Heretic 1.4 has none",
     "tiers/responses.py": "the tiers of a response, for `drop_misbehaving`",
-    "tiers/rules.py": "their rules",
+    "tiers/linear.py": "the linear models behind them",
     "tiers/text.py": "the text that they look at",
 }
 """What one of those files imports only where it is asked for, and a default plugin can do without."""
