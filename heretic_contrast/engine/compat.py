@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
-from transformers.activations import ACT2FN
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -38,7 +37,7 @@ from transformers.cache_utils import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations import sdpa_attention
 
-__all__ = ["ACT2FN", "Cache"]
+__all__ = ["Cache"]
 
 CACHE = (
     "cache"

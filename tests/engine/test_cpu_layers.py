@@ -11,10 +11,6 @@ from transformers.integrations import sdpa_attention
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from heretic_contrast.engine.compat import grouped_attention
-from heretic_contrast.engine.cpu.causal_convolution import (
-    causal_convolution,
-    next_causal_convolution,
-)
 from heretic_contrast.engine.cpu.gated_delta_rule import gated_delta_rule
 from heretic_contrast.engine.cpu.layers import FUNCTIONS, fast_on_cpu
 from heretic_contrast.engine.fast.decoder import Decoder, TokenBatch
@@ -111,42 +107,7 @@ def test_delta_rule_of_half_precision_and_of_nothing() -> None:
     assert gated_delta_rule(**empty)[0].shape == (0, 3, 2, 7)
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("activation", ["silu", None])
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 30])
-def test_convolution_equals_that_of_transformers(
-    length: int, activation: str | None, with_bias: bool
-) -> None:
-    generator = torch.Generator().manual_seed(length)
-    hidden_states, state, weight, bias = (
-        torch.randn(*shape, generator=generator)
-        for shape in ((3, 6, length), (3, 6, 4), (6, 4), (6,))
-    )
-    options = {"bias": bias if with_bias else None, "activation": activation}
-    before = hidden_states.clone()
-    found = causal_convolution(hidden_states, weight, **options)
-    expected = ORIGINALS["causal_conv1d_fn"](hidden_states, weight, **options)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(hidden_states, before)
-    # And after other tokens, which are remembered.
-    states = [state.clone(), state.clone()]
-    found = next_causal_convolution(hidden_states, states[0], weight, **options)
-    expected = ORIGINALS["causal_conv1d_update"](hidden_states, states[1], weight, **options)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(states[0], states[1])
-
-
-def test_convolution_by_its_formula() -> None:
-    hidden_states = torch.tensor([[[1.0, 10.0, 100.0]]])
-    weight = torch.tensor([[2.0, 3.0]])
-    expected = torch.tensor([[[3.0, 2.0 + 30.0, 20.0 + 300.0]]])
-    assert torch.equal(causal_convolution(hidden_states, weight), expected)
-    halves = causal_convolution(hidden_states.bfloat16(), weight.bfloat16())
-    assert halves.dtype == torch.bfloat16
-    torch.testing.assert_close(halves.float(), expected, rtol=1e-2, atol=0)
-
-
-@pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule", "causal_conv1d_fn"])
+@pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule"])
 def test_functions_are_replaced_in_passes_only(
     tiny_hybrid: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -184,13 +145,14 @@ def test_functions_with_other_arguments_are_left_alone(
     def of_a_library(x: Tensor, weight: Tensor) -> Tensor:
         return x + weight
 
-    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", of_a_library)
-    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_update", None)
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", of_a_library)
+    monkeypatch.setattr(modeling_qwen3_5, "torch_recurrent_gated_delta_rule", None)
     with torch.no_grad(), fast_on_cpu(tiny_hybrid):
-        called = modeling_qwen3_5.causal_conv1d_fn(x=torch.ones(1), weight=torch.ones(1))
+        called = modeling_qwen3_5.torch_chunk_gated_delta_rule(
+            x=torch.ones(1), weight=torch.ones(1)
+        )
         assert called == torch.full((1,), 2.0)
-        assert modeling_qwen3_5.causal_conv1d_update is None
-        assert modeling_qwen3_5.torch_chunk_gated_delta_rule is not CHUNKS
+        assert modeling_qwen3_5.torch_recurrent_gated_delta_rule is None
 
 
 def test_passes_and_generation_use_the_fast_functions(

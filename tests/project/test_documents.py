@@ -99,7 +99,7 @@ NOT_RUN = {
     "python benchmarks/som.py --repeats 5": (
         "takes a minute, mostly compiling: tests/directions/test_som.py compares the same maps with MiniSom's"
     ),
-    "python benchmarks/sweep.py --random-llama --layers 2 6 10 --reference-cells 2": RANDOM_MODEL,
+    "python benchmarks/sweep.py --smollm2-shape --layers 4 12 20 28 --references 20 --reference-cells 2": RANDOM_MODEL,
     "python examples/replicate.py measure --model builtin:refuser --output docs/replication/refuser.json --seeds 5": (
         "takes hours: tests/project/test_replication.py measures less of the same"
     ),

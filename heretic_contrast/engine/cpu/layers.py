@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...language_model import LanguageModel
 from ..compat import grouped_attention, replaced_functions
-from .causal_convolution import causal_convolution, next_causal_convolution
 
 
 def delta_rule(query: Tensor, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -22,10 +21,7 @@ def delta_rule(query: Tensor, *inputs: Any, **options: Any) -> tuple[Tensor, Ten
     return gated_delta_rule(query, *inputs, **options)
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "causal_conv1d_fn": causal_convolution,
-    "causal_conv1d_update": next_causal_convolution,
-}
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """What replaces transformers' functions for CPUs, for many tokens and for one."""
 
 if find_spec("numba") is not None:
