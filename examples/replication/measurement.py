@@ -30,6 +30,7 @@ from heretic_contrast.identity import identify, program_digest
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt, prompts_digest, text_digest
 from heretic_contrast.tiers.coherence import is_coherent
+from heretic_contrast.tiers.linear import numbers_digest
 from heretic_contrast.tiers.responses import Tier, classify_response
 
 from .conditions import (
@@ -128,7 +129,11 @@ def measure_study(
     model = model.identified()
     fingerprint = {
         "format": FORMAT,
-        "model": identify(model, _all_pools(pools), rules=program_digest(RULES, classify_response)),
+        "model": identify(
+            model,
+            _all_pools(pools),
+            rules=program_digest(RULES, classify_response) + numbers_digest(),
+        ),
         "options": json.loads(json.dumps(asdict(replace(options, seeds=0)))),
         "pools": {key: prompts_digest(prompts) for key, prompts in _all_pools(pools).items()},
         "versions": {key: version(key) for key in ("numpy", "torch", "transformers", "minisom")},
