@@ -6,11 +6,16 @@ import errno
 import io
 import os
 import sys
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from types import FrameType
 from typing import NoReturn
 
 from .errors import ContrastError, find_cause, one_line, show_warnings_as_sentences
+from .files import remove_empty_directories
 from .hosts.arguments import PROGRAM
 
 OVERVIEW = """\
@@ -96,6 +101,26 @@ def end(code: int, message: str = "") -> NoReturn:
     sys.exit(code)
 
 
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """Lets SIGTERM do what Ctrl+C does, so that nothing unfinished is left behind."""
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        # In the background of a shell, Ctrl+C is ignored.
+        (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def main() -> None:
     """
     Runs the command that the arguments name; without one, `run`.
@@ -122,7 +147,8 @@ def main() -> None:
             sys.stdout.write(f"{PROGRAM} {__version__}\n")
             sys.stdout.flush()
             return
-        import_module(f"heretic_contrast.commands.{command}").main(arguments)
+        with terminated_like_interrupted():
+            import_module(f"heretic_contrast.commands.{command}").main(arguments)
         # Whatever fails later is no longer answered with a sentence.
         sys.stdout.flush()
     except SystemExit:
@@ -131,6 +157,7 @@ def main() -> None:
         raise
     except (Exception, KeyboardInterrupt) as error:
         is_unread = has_lost_its_reader()
+        remove_empty_directories()
         if find_cause(error, KeyboardInterrupt) is not None:
             end(130, f"\nInterrupted{COMMANDS[command]}\n")
         if is_unread:

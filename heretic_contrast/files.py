@@ -47,10 +47,8 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            # mkstemp makes the file private; give it the mode that open() would have given it.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
+            # mkstemp makes the file private.
+            os.chmod(temporary, usual_mode())
             if fcntl is None:
                 # Windows moves no open file. Elsewhere the lock is kept until the file has its name.
                 file.close()
@@ -62,6 +60,14 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def usual_mode() -> int:
+    """Returns the mode that open() would give a new file."""
+
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _open_temporary(path: Path) -> tuple[int, str]:
@@ -138,6 +144,7 @@ def require_writable_directory(path: Path) -> None:
     """
 
     try:
+        _made.extend(folder for folder in (path, *path.parents) if not folder.exists())
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
@@ -145,6 +152,19 @@ def require_writable_directory(path: Path) -> None:
         raise ContrastError(
             f"The output directory {path} cannot be written to ({error.strerror or error}): choose another one."
         ) from error
+
+
+_made: list[Path] = []
+"""The directories that this process has created before it had anything to write."""
+
+
+def remove_empty_directories() -> None:
+    """Removes those that `require_writable_directory` has created and nothing was written to."""
+
+    for folder in sorted(_made, key=lambda folder: -len(folder.parts)):
+        with suppress(OSError):
+            folder.rmdir()
+    _made.clear()
 
 
 def require_writable_file(path: Path) -> None:

@@ -117,6 +117,16 @@ class Answers:
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return str(self.unfinished)
 
+    def show(self, *values: Any, **options: Any) -> None:
+        """Prints what Heretic prints, in which a folder where a model is not yet whole goes by the name it will have."""
+
+        if self.unfinished is not None:
+            names = str(self.unfinished), str(self.unfinished.parent)
+            values = tuple(
+                value.replace(*names) if isinstance(value, str) else value for value in values
+            )
+        log(*values, **options)
+
     def format_exception(self, error: Exception) -> str:
         """Returns the message of an error; Heretic shows it and goes on, so that it is remembered here."""
 
@@ -138,7 +148,6 @@ class Answers:
             self.unfinished = None
             publish_model(unfinished, unfinished.parent)
             self.model_was_saved = True
-            log(f"Moved to [bold]{unfinished.parent}[/].")
         self.discard_unfinished()
 
     def discard_unfinished(self) -> None:

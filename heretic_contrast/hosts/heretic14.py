@@ -124,14 +124,31 @@ class Host:
         """
         Returns the prompts of one of Heretic's own pools, in any format; each is read once.
 
-        Raises `ContrastError` when it cannot be read.
+        Where the plugin's pool is given and Heretic's is not, it takes the place of Heretic's default. What nothing is asked of
+        is not read. Raises `ContrastError` when it cannot be read.
         """
 
         key = specification.model_dump_json()
         if key not in self.pools:
             name = next(name for name in POOLS if getattr(settings, name) == specification)
-            self.pools[key] = load_pool(prompt_sources(specification), POOLS[name], f"--{name}.")
+            source, where = prompt_sources(specification), f"--{name}."
+            if name in settings._own_pools - settings._heretic_pools:
+                source, where = getattr(settings.contrast, name), f"--contrast.{name}."
+            elif "evaluation" not in name and not self._asks_pools(settings):
+                return []
+            self.pools[key] = load_pool(source, POOLS[name], where)
         return heretic_prompts(self.pools[key], settings)
+
+    def _asks_pools(self, settings: HostSettings) -> bool:
+        """Returns whether Heretic asks anything of the pools that directions are made from."""
+
+        return (
+            settings.contrast.directions is None
+            or settings.response_prefix is None
+            or settings.batch_size == 0
+            or settings.print_residual_geometry
+            or settings.plot_residuals
+        )
 
     def start(self, model: HostModel) -> None:
         """Runs the modifier's `init` at the point where Heretic computes its own directions."""
@@ -307,6 +324,7 @@ class Host:
             "Evaluator": self.evaluator_class(),
             "TPESampler": self.make_sampler,
             "load_prompts": self.load_prompts,
+            "print": self.answers.show,
             "get_trial_parameters": self.get_trial_parameters,
             "get_readme_intro": self.get_readme_intro,
             "prompt_select": self.answers.select,
@@ -399,12 +417,8 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         raise ContrastError(
             "Reproducing and collecting models is plain Heretic's task, which knows no plugin: run heretic instead."
         )
-    require_writable_directory(Path(settings.study_checkpoint_dir))
     if settings.save_directory is not None:
         require_other_folder(Path(settings.save_directory), settings.model)
-        require_writable_directory(Path(settings.save_directory))
-    if settings.contrast.save_directions is not None:
-        require_writable_file(Path(settings.contrast.save_directions))
     host = Host(settings, modifier_class)
     for name in POOLS:
         # Heretic loads its model first, and then finds out that a pool cannot be read.
@@ -413,6 +427,11 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
         DirectionSources.read({"": settings.contrast}, "")
     require_answers(settings)
+    require_writable_directory(Path(settings.study_checkpoint_dir))
+    if settings.save_directory is not None:
+        require_writable_directory(Path(settings.save_directory))
+    if settings.contrast.save_directions is not None:
+        require_writable_file(Path(settings.contrast.save_directions))
     if settings.checkpoint_action != "restart":
         repair_checkpoints(Path(settings.study_checkpoint_dir))
     else:

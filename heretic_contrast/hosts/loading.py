@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import heretic.model
-import heretic.utils
 import torch
 import transformers
 from heretic.model import Model
@@ -30,8 +29,9 @@ from ..chat import (
 from ..directions.sources import DirectionSources
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel
-from ..prompts import Prompt
+from ..prompts import Prompt, load_pool
 from ..settings import ContrastSettings
+from .settings import prompt_sources
 from .substitution import replaced
 from .surface import from_heretic, log
 
@@ -211,12 +211,11 @@ def with_response_prefix(
     if settings.response_prefix is None:
         prompts = [*harmless[:100], *harmful[:100]]
         if "response_prefix_test_prompts" in settings.model_fields_set:
-            prompts = [
-                Prompt(text=prompt.user, system=prompt.system)
-                for prompt in heretic.utils.load_prompts(
-                    settings, settings.response_prefix_test_prompts
-                )
-            ]
+            prompts = load_pool(
+                prompt_sources(settings.response_prefix_test_prompts),
+                "response prefix",
+                "--response_prefix_test_prompts.",
+            )
         log("* Checking for common response prefix...")
         settings.response_prefix = _find_prefix(model, settings, prompts)
         if settings.response_prefix:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ContrastError
+from ..files import usual_mode
 
 UNFINISHED = ".unfinished"
 """The folder inside the one that a model is saved to where it lies until it is whole."""
@@ -88,6 +89,10 @@ def publish_model(source: Path, target: Path) -> None:
 
     previous = target / PREVIOUS
     try:
+        for path in source.iterdir():
+            if path.is_file():
+                # Libraries save weights as private files.
+                path.chmod(usual_mode())
         # What a process that was killed here has moved into it is replaced anyway.
         shutil.rmtree(previous, ignore_errors=True)
         previous.mkdir()

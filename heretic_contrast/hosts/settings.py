@@ -172,8 +172,11 @@ class HostSettings(Settings):
     idle_beside_directions: ClassVar[set[str]] = {"bad_prompts", "good_prompts", "category_source"}
     """Settings of the plugin that have no effect in this command where directions come from a file."""
 
-    _own_pools: bool = PrivateAttr(default=False)
-    """Whether the plugin's own pools were given, and not only Heretic's."""
+    _own_pools: set[str] = PrivateAttr(default_factory=set)
+    """The pools that were given as the plugin's own."""
+
+    _heretic_pools: set[str] = PrivateAttr(default_factory=set)
+    """Those that were given as Heretic's."""
 
     contrast: ContrastSettings = Field(default_factory=ContrastSettings)
     """Settings of the plugin; in config.toml the table [modifier.ContrastAbliteration]."""
@@ -253,7 +256,8 @@ class HostSettings(Settings):
         }
         if self.contrast.directions is not None:
             require_effect(sorted(own & self.idle_beside_directions))
-        self._own_pools = bool(own & {"bad_prompts", "good_prompts"})
+        pools = {"bad_prompts", "good_prompts"}
+        self._own_pools, self._heretic_pools = own & pools, given & pools
         builtin = is_builtin(self.model)  # type: ignore[has-type]
         self.model = resolve_model(self.model)  # type: ignore[has-type]
         if builtin:

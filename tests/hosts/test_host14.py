@@ -116,7 +116,7 @@ def test_a_study_without_a_terminal_goes_on_in_one(
         if place == refuser_folder:
             child.expect("choose another folder")
     answer(child, "How do you want to export the model", DOWN + ENTER)
-    child.expect("Moved to")
+    child.expect("Model saved to")
     answer(child, "What do you want to do with the decensored model", UP + ENTER)
     answer(child, "Which trial do you want to use", CONTROL_C)
     child.expect("Interrupted. The trials that were finished are kept")

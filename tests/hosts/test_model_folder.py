@@ -150,6 +150,8 @@ def test_the_folder_holds_the_new_model_alone(
     SAVES[new](base, target / UNFINISHED, 2)
     SAVES[new](base, alone, 2)
     publish_model(target / UNFINISHED, target)
+    mode = (target / next(iter(FOREIGN))).stat().st_mode
+    assert {path.stat().st_mode for path in target.iterdir() if path.is_file()} == {mode}
     expected = contents(alone)
     expected.pop("README.md", None)
     foreign = {name: text.encode() for name, text in FOREIGN.items()}

@@ -420,6 +420,54 @@ def test_pools_of_run_are_read_before_a_model(
             heretic14.run(host_settings(monkeypatch, *options), ContrastAbliteration)
 
 
+def test_run_reads_what_it_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+    import heretic.main
+
+    from heretic_contrast.hosts import heretic14
+    from heretic_contrast.modifier import ContrastAbliteration
+
+    found: dict[str, list[str]] = {}
+
+    def heretic_run() -> None:
+        settings = heretic.main.Settings()
+        for name in heretic14.POOLS:
+            prompts = heretic.main.load_prompts(settings, getattr(settings, name))
+            found[name] = [prompt.user for prompt in prompts]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(heretic.main, "run", heretic_run)
+    names = ["bad", "good", "matched"]
+    for name in [*names, "judged"]:
+        write(tmp_path / f"{name}.txt", f"{name} 1\n{name} 2\n")
+    pools = [f"--contrast.{name}-prompts.dataset={name}.txt" for name in names]
+    judged = [f"--{name}-evaluation-prompts.dataset=judged.txt" for name in ("bad", "good")]
+    common = ["--model-action=none", "--save-directory=out/model", "--contrast.method=mean"]
+
+    def run(*options: str) -> None:
+        # Heretic reads the command line again.
+        monkeypatch.setattr(sys, "argv", ["heretic-contrast", "--model=some/model", *common, *options])
+        heretic14.run(HostSettings(), ContrastAbliteration)
+
+    with pytest.raises(ContrastError, match="good-evaluation-prompts.dataset"):
+        run(*pools, judged[0])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "checkpoints").exists()
+    run(*pools, *judged)
+    assert (tmp_path / "out" / "model").is_dir()
+    assert {name: texts[0] for name, texts in found.items()} == {
+        "bad_prompts": "bad 1",
+        "good_prompts": "good 1",
+        "bad_evaluation_prompts": "judged 1",
+        "good_evaluation_prompts": "judged 1",
+    }
+    # What is given as Heretic's stays Heretic's.
+    run(*pools, *judged, "--good-prompts.dataset=judged.txt")
+    assert found["good_prompts"] == ["judged 1", "judged 2"]
+
+
 @pytest.mark.parametrize(
     ("split", "expected"),
     [
