@@ -5,8 +5,8 @@
 import errno
 import io
 import os
-import sys
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

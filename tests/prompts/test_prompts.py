@@ -420,9 +420,7 @@ def test_pools_of_run_are_read_before_a_model(
             heretic14.run(host_settings(monkeypatch, *options), ContrastAbliteration)
 
 
-def test_run_reads_what_it_uses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_reads_what_it_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
     import heretic.main
 
@@ -449,10 +447,12 @@ def test_run_reads_what_it_uses(
 
     def run(*options: str) -> None:
         # Heretic reads the command line again.
-        monkeypatch.setattr(sys, "argv", ["heretic-contrast", "--model=some/model", *common, *options])
+        monkeypatch.setattr(
+            sys, "argv", ["heretic-contrast", "--model=some/model", *common, *options]
+        )
         heretic14.run(HostSettings(), ContrastAbliteration)
 
-    with pytest.raises(ContrastError, match="good-evaluation-prompts.dataset"):
+    with pytest.raises(ContrastError, match=r"good-evaluation-prompts\.dataset"):
         run(*pools, judged[0])
     assert not (tmp_path / "out").exists() and not (tmp_path / "checkpoints").exists()
     run(*pools, *judged)
