@@ -9,24 +9,11 @@ Heretic 1.4. They are not a copy of Heretic's: loading by import path and valida
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-from optuna import Trial
 from pydantic import BaseModel
 
-
-class Serializable(Protocol):
-    """Parameters that a trial can store and show."""
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-    def to_presentation_dict(self) -> dict[str, str]: ...
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Serializable": ...
-
-
-Parameters = TypeVar("Parameters", bound=Serializable)
+Parameters = TypeVar("Parameters")
 
 
 class Plugin:
@@ -41,15 +28,8 @@ class Plugin:
         """Runs once, before anything else."""
 
 
-class Modifier(Plugin, ABC, Generic[Parameters]):
-    @abstractmethod
-    def suggest_parameters(self, ctx: Any, trial: Trial) -> Parameters: ...
-
-    @abstractmethod
-    def modify_model(self, ctx: Any, parameters: Parameters) -> None: ...
-
-    @abstractmethod
-    def reset_model(self, ctx: Any) -> None: ...
+class Modifier(Plugin, Generic[Parameters]):
+    """A plugin that modifies the model in each trial, by `suggest_parameters`, `modify_model` and `reset_model`."""
 
 
 @dataclass
@@ -62,6 +42,8 @@ class Score:
 
 
 class Scorer(Plugin, ABC):
+    """A plugin that scores the model."""
+
     @abstractmethod
     def get_score(self, ctx: Any) -> Score: ...
 
