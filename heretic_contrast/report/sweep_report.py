@@ -62,8 +62,10 @@ LAYER = Column("Layer", lambda cell: cell.layers[0])
 LAYERS = Column("Layers", "layers", layers_text)
 WEIGHT = Column("Weight", "weight", significant(3))
 R = Column("R", "measurement", _refusals)
-KL = Column("KL", "measurement.kl_divergence", significant(3))
-KL_ERROR = Column("± KL", "measurement.kl_standard_error", significant(2), essential=False)
+DIVERGENCE = (
+    Column("KL", "measurement.kl_divergence", significant(3)),
+    Column("± KL", "measurement.kl_standard_error", significant(2), essential=False),
+)
 """What several tables show of a cell."""
 
 
@@ -235,8 +237,7 @@ def configuration_table(result: SweepResult) -> Table:
         R,
         LAYER,
         WEIGHT,
-        KL,
-        KL_ERROR,
+        *DIVERGENCE,
         Column("Incoherent", "measurement.incoherent", essential=False),
         Column("Canaries refused", "measurement.canary_refusals", essential=False),
         note=f"{_prompts_note(result)} {INTERVAL} Best: fewest refusals, then least KL divergence (nats; ± standard error over "
@@ -263,8 +264,7 @@ def minimal_weight_table(result: SweepResult) -> Table:
         LAYER,
         WEIGHT,
         Column("Effective weight", "effective_weight", number(2), essential=False),
-        KL,
-        KL_ERROR,
+        *DIVERGENCE,
         _efficiency(result),
         note=f"{_prompts_note(result)} R = 0 of {result.baseline.n_harmful} has the Wilson interval (95 %) 0–{100 * high:.0f} %. "
         f"Efficiency: refusals fewer per unit of KL divergence above the floor of {result.floor:.2g}.",
@@ -396,8 +396,7 @@ def divergence_section(result: SweepResult) -> Section:
         LAYER,
         WEIGHT,
         R,
-        KL,
-        KL_ERROR,
+        *DIVERGENCE,
         _efficiency(result),
         note=f"No other cell of the same configuration has fewer refusals at no more KL divergence. {_prompts_note(result)} "
         f"{INTERVAL}",
@@ -492,8 +491,7 @@ def cells_section(result: SweepResult) -> Section:
         Column("Complied", "measurement.complied"),
         Column("Incoherent", "measurement.incoherent"),
         Column("Canaries refused", "measurement.canary_refusals"),
-        KL,
-        KL_ERROR,
+        *DIVERGENCE,
         _efficiency(result),
         note=f"{_prompts_note(result)} {result.baseline.n_canaries} canaries. {INTERVAL} Effective: the largest share of any "
         "direction that is removed; along mean: the share of the mean direction. The same is in sweep.csv.",
