@@ -4,43 +4,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
 
 from ..files import require_writable_directory, require_writable_file
 from ..hosts.arguments import PROGRAM
-from ..hosts.settings import load_settings
+from ..hosts.settings import CommandSettings, load_settings
 from ..settings import PromptSource
 
 
-class AuditSettings(PromptSource, BaseSettings):
+class AuditSettings(PromptSource, CommandSettings):
     """Settings of `audit`: the source of the prompts, and where the results go."""
-
-    # Errors of the command line become one sentence instead of pages of usage.
-    model_config = SettingsConfigDict(cli_exit_on_error=False)
 
     output: str
     """Directory to write audit.json to."""
 
     cleaned: str | None = None
     """File to write the prompts that match no category to, as JSON Lines."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        *others: PydanticBaseSettingsSource,
-        **named: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        source = CliSettingsSource[Any](settings_cls, cli_parse_args=True, cli_kebab_case=True)
-        return (init_settings, source)
 
 
 def main(arguments: Sequence[str]) -> None:

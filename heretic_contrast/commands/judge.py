@@ -8,29 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic import Field
 from rich.table import Table
 
 from ..errors import ContrastError
 from ..files import require_writable_file, write_text_atomically
 from ..hosts.arguments import PROGRAM
-from ..hosts.settings import load_settings
+from ..hosts.settings import CommandSettings, load_settings
 from ..settings import TextClassifierSettings
 from ..tiers.agreement import TIERS_OF_LABELS, Agreement
 from ..tiers.coherence import is_coherent
 from ..tiers.responses import Tier, explain_response
 
 
-class JudgeSettings(TextClassifierSettings, BaseSettings):
+class JudgeSettings(TextClassifierSettings, CommandSettings):
     """Settings of `judge`."""
-
-    # Errors of the command line become one sentence instead of pages of usage.
-    model_config = SettingsConfigDict(cli_exit_on_error=False)
 
     file: str
     """JSON Lines file with a prompt and a response on each line."""
@@ -44,24 +36,11 @@ class JudgeSettings(TextClassifierSettings, BaseSettings):
     label_key: str = "label"
     """Key of the labels that people gave, where there are any."""
 
-    labels: dict[str, Tier] = {}
+    labels: dict[str, Tier] = Field({})
     """Tier of each of these labels, as JSON; REFUSE, EVASIVE, COMPLY, and XSTest's names, mean themselves."""
 
     output: str | None = None
     """File to write the lines to, as JSON Lines, each with tier, coherence and reason."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        *others: PydanticBaseSettingsSource,
-        **named: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (
-            init_settings,
-            CliSettingsSource(settings_cls, cli_parse_args=True, cli_kebab_case=True),
-        )
 
 
 def read_lines(path: Path, response_key: str) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from heretic.config import Settings
 from pydantic import Field, NonNegativeInt, PrivateAttr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
+    CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -365,6 +366,23 @@ def _datasets(content: Any) -> Iterator[str]:
     if isinstance(content, list):
         for value in content:
             yield from _datasets(value)
+
+
+class CommandSettings(BaseSettings):
+    """Settings of a command that needs no Heretic: what its own command line says, and nothing else."""
+
+    model_config = SettingsConfigDict(cli_exit_on_error=False)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *others: PydanticBaseSettingsSource,
+        **named: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        source = CliSettingsSource[Any](settings_cls, cli_parse_args=True, cli_kebab_case=True)
+        return (init_settings, source)
 
 
 SettingsType = TypeVar("SettingsType", bound=BaseSettings)
