@@ -11,7 +11,7 @@ from ..hosts.settings import CommandSettings, load_settings
 from ..settings import PromptSource
 
 
-class AuditSettings(PromptSource, CommandSettings):
+class AuditSettings(PromptSource, CommandSettings):  # type: ignore[misc]
     """Settings of `audit`: the source of the prompts, and where the results go."""
 
     output: str

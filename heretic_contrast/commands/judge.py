@@ -21,7 +21,7 @@ from ..tiers.coherence import is_coherent
 from ..tiers.responses import Tier, explain_response
 
 
-class JudgeSettings(TextClassifierSettings, CommandSettings):
+class JudgeSettings(TextClassifierSettings, CommandSettings):  # type: ignore[misc]
     """Settings of `judge`."""
 
     file: str
