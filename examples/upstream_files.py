@@ -18,6 +18,9 @@ MATHEMATICS = {
     "directions/som.py": "self-organizing maps in the span of their samples",
     "directions/som_kernel.py": "their compiled training; imported when a map is trained, and needs Numba",
     "ablation/operator.py": "the ablation operator and its compositions",
+    "ablation/writers.py": "what adds to the residual stream",
+    "ablation/hooks.py": "ablation by hooks",
+    "ablation/changes.py": "what adapters do not carry",
     "ablation/lora.py": "its exact LoRA factors",
     "vectors.py": "unit vectors",
 }

@@ -52,6 +52,7 @@ NAMES = {
     "rules": "rules for tiers",
     "directions": "directions",
     "options": "options",
+    "writers": "writers of the residual stream",
 }
 """What the parts are called in messages."""
 

@@ -10,11 +10,11 @@ output projections that Heretic found in each layer.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, ModuleList
 
 from .chat import chat_texts, pad_left, token_ids
 from .errors import ContrastError
@@ -22,6 +22,9 @@ from .greedy import explained_settings, generation_batches, plain_settings
 from .identity import Identity, model_identity
 from .offloading import input_device
 from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from .ablation.writers import Writer
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished steps and the number of all steps."""
@@ -65,8 +68,8 @@ class LanguageModel:
     """
     A causal language model with its chat format.
 
-    `layers` are the decoder layers in order. `components[i]` maps a component's name (Heretic's:
-    "attn.o_proj", "mlp.down_proj") to the modules of layer i that write into the residual stream.
+    `layers` are the decoder layers in order. `writers[i]` is what layer i adds to the residual stream with, each with the name
+    of a component (as Heretic's "attn.o_proj", "mlp.down_proj"): see `ablation.writers`.
     `name` and `revision` say which model it is; they are recorded, never looked up. `own_adapter` is the name of a LoRA
     adapter that is an intervention and no part of the model. `known_identity`: see `identified`.
     """
@@ -74,7 +77,7 @@ class LanguageModel:
     model: Any
     tokenizer: Any
     layers: tuple[Module, ...]
-    components: tuple[dict[str, list[Module]], ...]
+    writers: tuple[tuple["Writer", ...], ...]
     name: str
     revision: str | None = None
     system_prompt: str = "You are a helpful assistant."
@@ -104,7 +107,7 @@ class LanguageModel:
     def component_names(self) -> list[str]:
         """The names of all components, sorted, as Heretic lists them."""
 
-        return sorted({name for modules in self.components for name in modules})
+        return sorted({writer.component for writers in self.writers for writer in writers})
 
     def chat_texts(self, prompts: Sequence[Prompt]) -> list[str]:
         """Returns the prompts in the model's chat format, up to and with the common response prefix."""
@@ -289,13 +292,9 @@ class LanguageModel:
         """
 
         for module in self.model.modules():
-            children = getattr(module, "layers", None)
-            if (
-                children is not None
-                and len(children) == self.n_layers
-                and all(child is layer for child, layer in zip(children, self.layers, strict=True))
-            ):
-                return cast(Module, module)
+            for children in module.children():
+                if isinstance(children, ModuleList) and tuple(children) == self.layers:
+                    return cast(Module, module)
         raise ContrastError(
             f"The layers of {self.name} could not be found inside the model: its architecture is not supported."
         )

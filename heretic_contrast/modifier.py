@@ -6,6 +6,7 @@ The plugin itself: a Heretic 2.0 modifier, which the host for Heretic 1.4 runs a
 Imports are absolute in files of plugins, since Heretic can load one by its path, outside of any package.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,19 +14,26 @@ from optuna import Trial
 from peft.tuners.lora.layer import LoraLayer
 from rich.markup import escape
 
+from heretic_contrast.ablation.changes import (
+    Changes,
+    beyond_adapters,
+    require_known_writers,
+    takes_adapter,
+)
 from heretic_contrast.ablation.lora import (
     lora_factors,
     require_no_adapters,
     set_factors,
     zero_factors,
 )
-from heretic_contrast.ablation.operator import compose, equalize
+from heretic_contrast.ablation.operator import Operator, compose, equalize
+from heretic_contrast.ablation.writers import Writer
 from heretic_contrast.builtin import is_builtin, with_refuser_pools
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract
 from heretic_contrast.directions.pools import load_pools
 from heretic_contrast.errors import ContrastError, one_line
-from heretic_contrast.hosts.lora_targets import adapters_on_named_modules
+from heretic_contrast.hosts.lora_targets import adapters_on_writers
 from heretic_contrast.hosts.surface import (
     HAS_PLUGIN_SURFACE,
     Context,
@@ -36,6 +44,7 @@ from heretic_contrast.hosts.surface import (
 )
 from heretic_contrast.hosts.tables import check_tables, show_errors_as_sentences, validated
 from heretic_contrast.identity import Identity
+from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.search.parameters import (
     HERETIC_20_RANGES,
     Parameters,
@@ -44,7 +53,7 @@ from heretic_contrast.search.parameters import (
     suggest_parameters,
 )
 from heretic_contrast.settings import ContrastSettings, RowNormalization, require_effect
-from heretic_contrast.weights import base_weight, require_known
+from heretic_contrast.weights import base_weight
 
 TABLE = "ContrastAbliteration"
 """The plugin's table in `config.toml`, below `modifier`."""
@@ -60,6 +69,12 @@ class ContrastAbliteration(Modifier[Parameters]):
     settings: ContrastSettings
     directions: Directions
     identity: Identity
+
+    @cached_property
+    def changes(self) -> Changes:
+        """What a trial changes beside the adapters."""
+
+        return Changes()
 
     @property
     def modifier_name(self) -> str:
@@ -115,13 +130,10 @@ class ContrastAbliteration(Modifier[Parameters]):
             require_effect(sorted(idle & self.settings.model_fields_set))
         if is_builtin(self.heretic_settings.model):
             self.settings = with_refuser_pools(self.settings)
-        model = language_model(ctx, self.heretic_settings, self.settings.batch_size).identified()
+        model = self._model(ctx, self.settings.batch_size).identified()
         require_no_adapters(model.model, model.name)
         # Hours before they are modified.
-        for components in model.components:
-            for modules in components.values():
-                for module in modules:
-                    require_known(module)
+        self._require_changeable(model)
         self.identity = model.identity()
         space = self.settings.search_space
         require_ranges(space, "component", model.component_names)
@@ -150,14 +162,49 @@ class ContrastAbliteration(Modifier[Parameters]):
             )
         names = escape(one_line(", ".join(self.directions.names)))
         log(f"* Directions: [bold]{self.directions.n_directions}[/] per layer ({names})")
+        self._apply_lora(ctx)
+
+    def _model(self, ctx: Context, batch_size: int | None = None) -> LanguageModel:
+        """Returns the wrapper around the model that is loaded at this moment."""
+
+        return language_model(ctx, self.heretic_settings, batch_size, self.settings.writers)
+
+    def _apply_lora(self, ctx: Context) -> None:
         heretic_model = ctx.get_model()
-        with adapters_on_named_modules(heretic_model):
+        # The host for Heretic 1.4 applies adapters by itself after it has loaded the model again.
+        heretic_model.changes = self.changes
+        heretic_model.writers = self.settings.writers
+        with adapters_on_writers(heretic_model, self._model(ctx), self.changes):
             heretic_model.apply_lora(self.lora_rank)
+
+    def _require_changeable(self, model: LanguageModel) -> None:
+        """Raises `ContrastError` when not all writers of a model can be changed, or saved, as the settings say."""
+
+        quantization = getattr(self.heretic_settings, "quantization", None)
+        require_known_writers(model, getattr(quantization, "value", quantization) == "bnb_4bit")
+        beyond = beyond_adapters(model)
+        strategy = getattr(self.heretic_settings, "export_strategy", None)
+        if beyond and getattr(strategy, "value", strategy) == "adapter":
+            raise ContrastError(
+                f"No LoRA adapter carries {', '.join(beyond)} of {model.name}: give --export-strategy merge, or leave them as "
+                "they are with writers = heretic."
+            )
+        fixed = {
+            writer.component
+            for writers in model.writers
+            for writer in writers
+            if not takes_adapter(writer)
+        }
+        if fixed and self.settings.row_normalization is not RowNormalization.NONE:
+            raise ContrastError(
+                f"The rows of {', '.join(sorted(fixed))} cannot be normalized: leave row normalization out, or leave them as they are "
+                "with writers = heretic."
+            )
 
     def suggest_parameters(self, ctx: Context, trial: Trial) -> Parameters:
         """Samples the parameters of a trial: see `search.suggest_parameters`."""
 
-        model = language_model(ctx, self.heretic_settings)
+        model = self._model(ctx)
         return suggest_parameters(
             trial,
             model.component_names,
@@ -178,42 +225,56 @@ class ContrastAbliteration(Modifier[Parameters]):
         the same parameters must give the same factors after any history.
         """
 
-        model = language_model(ctx, self.heretic_settings)
+        model = self._model(ctx)
         parameters.require_fit(self.directions, model.component_names)
         scales = torch.tensor(
             [parameters.scales[name] for name in self.directions.names], dtype=torch.float64
         )
-        for layer_index, components in enumerate(model.components):
+        self.changes.undo()
+        for layer_index, writers in enumerate(model.writers):
             vectors = layer_vectors(
                 self.directions, parameters.direction_index, layer_index, self.directions.scale
             )
-            for component, modules in components.items():
-                weights = scales * parameters.kernels[component].weight(layer_index)
-                if self.settings.equal_effective_weight:
-                    weights = equalize(vectors, weights)
-                operator = compose(vectors, weights, self.settings.composition)
-                for module in modules:
-                    if not isinstance(module, LoraLayer):
-                        raise ContrastError(
-                            f"The {component} of layer {layer_index} carries no LoRA adapter, so it cannot be modified: "
-                            "this architecture, or this version of Heretic, is not supported."
-                        )
-                    if not bool(weights.any()):
-                        zero_factors(module)
-                        continue
-                    new_a, new_b = lora_factors(
-                        operator,
-                        base_weight(module),
-                        self.settings.row_normalization,
-                        self.lora_rank,
-                        self.settings.seed,
-                    )
-                    set_factors(module, new_a, new_b)
+            operators: dict[str, Operator | None] = {}
+            for writer in writers:
+                component = writer.component
+                if component not in operators:
+                    weights = scales * parameters.kernels[component].weight(layer_index)
+                    if self.settings.equal_effective_weight:
+                        weights = equalize(vectors, weights)
+                    operator = compose(vectors, weights, self.settings.composition)
+                    operators[component] = operator if bool(weights.any()) else None
+                self._change(layer_index, writer, operators[component])
+
+    def _change(self, layer_index: int, writer: Writer, operator: Operator | None) -> None:
+        """Changes a writer, or leaves it as it was."""
+
+        if takes_adapter(writer):
+            module = writer.module
+            if not isinstance(module, LoraLayer):
+                raise ContrastError(
+                    f"The {writer.component} of layer {layer_index} carries no LoRA adapter, so it cannot be modified: "
+                    "this architecture, or this version of Heretic, is not supported."
+                )
+            if operator is None:
+                zero_factors(module)
+            else:
+                factors = lora_factors(
+                    writer.operator(operator),
+                    base_weight(module),
+                    self.settings.row_normalization,
+                    self.lora_rank,
+                    self.settings.seed,
+                )
+                set_factors(module, *factors)
+        if operator is not None:
+            self.changes.add(layer_index, writer, operator)
 
     def reset_model(self, ctx: Context) -> None:
         """Undoes the modification; after an export, the reloaded model gets its LoRA adapters anew."""
 
+        self.changes.undo()
         heretic_model = ctx.get_model()
-        with adapters_on_named_modules(heretic_model):
-            if not heretic_model.reset_model():
-                heretic_model.apply_lora(self.lora_rank)
+        # Under Heretic 1.4 the model itself applies the adapters after it has been loaded again.
+        if not heretic_model.reset_model():
+            self._apply_lora(ctx)

@@ -77,6 +77,13 @@ class RowNormalization(str, Enum):
     FULL = "full"
 
 
+class Writers(str, Enum):
+    """What is ablated."""
+
+    ALL = "all"
+    HERETIC = "heretic"
+
+
 class Sampler(str, Enum):
     """The sampler of the study."""
 
@@ -484,6 +491,12 @@ class ContrastSettings(Table, TextClassifierSettings):
     """
     Whether to drop harmful prompts that the model answers and harmless prompts that it refuses before directions are fitted
     (Arditi et al., 2024). They are counted either way when this is set.
+    """
+
+    writers: Writers = Writers.ALL
+    """
+    What is ablated. Options: "all" (everything that adds to the residual stream: experts and recurrent layers too, with biases,
+    and with regard to norms behind it), "heretic" (the output projections that Heretic finds, as Heretic ablates them).
     """
 
     composition: Literal["sum", "sequential", "capped"] = "sum"

@@ -40,7 +40,7 @@ def base_weight(module: Module) -> Tensor:
     with loaded(layer, None):
         weight = layer.weight
         if is_plain(layer):
-            found = weight.T if isinstance(layer, Conv1D) else weight
+            found = weight.T if is_transposed(layer) else weight
         elif is_fp8(layer):
             found = scaled_blocks(weight, layer.weight_scale_inv, layer.block_size)
         elif type(weight).__name__ == "Int8Params":
@@ -63,18 +63,45 @@ def require_known(module: Module) -> None:
         )
 
 
+def is_projection(layer: Module) -> bool:
+    """Returns whether a module multiplies by one matrix, however that is kept."""
+
+    return isinstance(layer, Linear | Conv1D)
+
+
+def is_transposed(layer: Module) -> bool:
+    """Returns whether a module keeps its weight as (in_features, hidden_size)."""
+
+    return isinstance(layer, Conv1D)
+
+
 def is_plain(layer: Module) -> bool:
     """Returns whether a module multiplies by its weight as it is, and does nothing else but add a bias."""
 
     names = {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())}
     weight: Any = getattr(layer, "weight", None)
     return (
-        type(layer).forward in (Linear.forward, Conv1D.forward)
+        (type(layer).forward in (Linear.forward, Conv1D.forward) or _is_linear(layer))
         and ("forward" not in vars(layer) or is_hooked(layer))
         and type(weight) in (Parameter, Tensor)
         and weight.dtype in FULL_PRECISION
         and names <= {"weight", "bias"}
     )
+
+
+def _is_linear(layer: Any) -> bool:
+    """Returns whether a kind of `Linear` with a forward of its own, as Falcon's, multiplies by its weight all the same."""
+
+    if not isinstance(layer, Linear):
+        return False
+    with torch.no_grad(), loaded(layer, None):
+        weight = layer.weight
+        if weight.device.type == "meta" or weight.dtype not in FULL_PRECISION:
+            return False
+        inputs = torch.linspace(-3, 5, 3 * weight.shape[1]).sin().view(3, -1).to(weight) * 20
+        found, expected = layer(inputs), Linear.forward(layer, inputs)
+        difference = float((found - expected).float().norm())
+        return found.shape == expected.shape and difference <= 0.01 * float(expected.float().norm())
 
 
 def is_bitsandbytes(layer: Any) -> bool:

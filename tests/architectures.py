@@ -47,9 +47,15 @@ class Family:
         return make_tokenizer(self.special_tokens)
 
     def make_model(self) -> Any:
-        """Returns the model in memory."""
+        """Returns the model in memory, with random gains and biases, since equal ones hide what a norm does."""
 
-        return build(self.model, self.configuration(), dtype=self.dtype)
+        model = build(self.model, self.configuration())
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1 or name.endswith("bias"):
+                    parameter += 0.6 * torch.randn(parameter.shape, generator=generator)
+        return model.to(self.dtype)
 
     def save(self, folder: Path) -> None:
         """Saves the model with its tokenizer, and its processor when it has one, as published ones are."""
@@ -205,7 +211,6 @@ def gemma_processor(tokenizer: Any) -> Any:
 QWEN_VISION: dict[str, Any] = {"special_tokens": QWEN_TOKENS, "processor": qwen_processor}
 IMAGE_TOKEN = {"image_token": "<image>"}
 
-ROUTED = "Routed experts not found."
 IMAGES_ALONE = "Loaded with a processor of images alone."
 
 FAMILIES = {
@@ -232,7 +237,6 @@ FAMILIES = {
             **HEADS,
             **LOCAL_EXPERTS,
         ),
-        f"{ROUTED} Nor the shared one, nor `feed_forward.down_proj` of dense layers.",
     ),
     "Mistral": Family(
         "MistralForCausalLM", text("MistralConfig", sliding_window=16), "Sliding window."
@@ -250,12 +254,11 @@ FAMILIES = {
         special_tokens={"image_token": "[IMG]"},
         processor=pixtral_processor,
     ),
-    "Mixtral": Family("MixtralForCausalLM", text("MixtralConfig", **LOCAL_EXPERTS), ROUTED),
+    "Mixtral": Family("MixtralForCausalLM", text("MixtralConfig", **LOCAL_EXPERTS)),
     "Qwen2": Family("Qwen2ForCausalLM", text("Qwen2Config"), "Biases before attention."),
     "Qwen2 MoE": Family(
         "Qwen2MoeForCausalLM",
         text("Qwen2MoeConfig", **EXPERTS, **SHARED_EXPERT),
-        f"{ROUTED} Nor the shared one.",
     ),
     "Qwen2.5 with vision": Family(
         "Qwen2_5_VLForConditionalGeneration",
@@ -264,11 +267,10 @@ FAMILIES = {
         **QWEN_VISION,
     ),
     "Qwen3": Family("Qwen3ForCausalLM", text("Qwen3Config", **HEADS)),
-    "Qwen3 MoE": Family("Qwen3MoeForCausalLM", text("Qwen3MoeConfig", **HEADS, **EXPERTS), ROUTED),
+    "Qwen3 MoE": Family("Qwen3MoeForCausalLM", text("Qwen3MoeConfig", **HEADS, **EXPERTS)),
     "Qwen3 MoE, one dense layer": Family(
         "Qwen3MoeForCausalLM",
         text("Qwen3MoeConfig", mlp_only_layers=[0], **HEADS, **EXPERTS),
-        ROUTED,
     ),
     "Qwen3 with vision": Family(
         "Qwen3VLForConditionalGeneration",
@@ -283,7 +285,7 @@ FAMILIES = {
     "Qwen3-Next": Family(
         "Qwen3NextForCausalLM",
         text("Qwen3NextConfig", **LINEAR_ATTENTION, **EXPERTS, **SHARED_EXPERT),
-        f"Linear and full attention. {ROUTED} Nor the shared one.",
+        "Linear and full attention.",
     ),
     "Qwen3.5": Family(
         "Qwen3_5ForCausalLM",
@@ -293,7 +295,7 @@ FAMILIES = {
     "Qwen3.5 MoE": Family(
         "Qwen3_5MoeForCausalLM",
         text("Qwen3_5MoeTextConfig", **LINEAR_ATTENTION, **EXPERTS, **SHARED_EXPERT),
-        f"Linear and full attention. {ROUTED} Nor the shared one.",
+        "Linear and full attention.",
     ),
     "Qwen3.5 with vision": Family(
         "Qwen3_5ForConditionalGeneration",
@@ -341,15 +343,27 @@ FAMILIES = {
         text("Gemma4TextConfig", num_kv_shared_layers=2, **GEMMA_4),
         "As E2B and E4B: the upper layers use keys and values of lower ones.",
     ),
+    "Gemma 4 MoE": Family(
+        "Gemma4ForCausalLM",
+        text(
+            "Gemma4TextConfig",
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=16,
+            **GEMMA_4,
+        ),
+        "As 26B-A4B: two norms in a row behind experts and feed-forward.",
+    ),
     "Phi-3": Family("Phi3ForCausalLM", text("Phi3Config"), "Fused input projections."),
     "Phi-3.5 MoE": Family(
-        "PhimoeForCausalLM", text("PhimoeConfig", num_local_experts=4, attention_bias=True), ROUTED
+        "PhimoeForCausalLM",
+        text("PhimoeConfig", num_local_experts=4, attention_bias=True),
     ),
     "LFM2": Family("Lfm2ForCausalLM", text("Lfm2Config", **CONVOLUTIONS), "Convolution layers."),
     "LFM2 MoE": Family(
         "Lfm2MoeForCausalLM",
         text("Lfm2MoeConfig", num_dense_layers=1, **CONVOLUTIONS, **EXPERTS),
-        ROUTED,
     ),
     "Granite": Family(
         "GraniteForCausalLM",
@@ -369,7 +383,6 @@ FAMILIES = {
             **LOCAL_EXPERTS,
             **MAMBA,
         ),
-        f"{ROUTED} Nor the output of Mamba layers.",
     ),
     "SmolLM3": Family("SmolLM3ForCausalLM", text("SmolLM3Config"), "Layers without positions."),
     "OLMo 2": Family(
@@ -383,7 +396,8 @@ FAMILIES = {
         "Norms between the projections and the residual stream.",
     ),
     "OLMoE": Family(
-        "OlmoeForCausalLM", text("OlmoeConfig", num_experts=4, num_experts_per_tok=2), ROUTED
+        "OlmoeForCausalLM",
+        text("OlmoeConfig", num_experts=4, num_experts_per_tok=2),
     ),
     "GLM-4": Family(
         "Glm4ForCausalLM",
@@ -393,22 +407,21 @@ FAMILIES = {
     "GLM-4 MoE": Family(
         "Glm4MoeForCausalLM",
         text("Glm4MoeConfig", **HEADS, **DENSE_FIRST),
-        f"{ROUTED} Nor the shared one.",
     ),
     "gpt-oss": Family(
         "GptOssForCausalLM",
         text("GptOssConfig", **WINDOW, **LOCAL_EXPERTS),
-        f"Biases after attention. {ROUTED}",
+        "Biases after attention.",
     ),
     "DeepSeek V2": Family(
         "DeepseekV2ForCausalLM",
         text("DeepseekV2Config", q_lora_rank=None, **LATENT_ATTENTION, **DENSE_FIRST),
-        f"Latent attention. {ROUTED} Nor the shared one.",
+        "Latent attention.",
     ),
     "DeepSeek V3": Family(
         "DeepseekV3ForCausalLM",
         text("DeepseekV3Config", q_lora_rank=16, **LATENT_ATTENTION, **DENSE_FIRST),
-        f"Latent attention. {ROUTED} Nor the shared one.",
+        "Latent attention.",
     ),
     "Command R7B": Family(
         "Cohere2ForCausalLM",
@@ -418,7 +431,7 @@ FAMILIES = {
     "StarCoder2": Family(
         "Starcoder2ForCausalLM",
         text("Starcoder2Config"),
-        "Biases after the projections; `mlp.c_proj` not found.",
+        "Biases after the projections.",
     ),
     "StableLM": Family("StableLmForCausalLM", text("StableLmConfig"), "Layer norms with biases."),
     "EXAONE 4": Family(
@@ -434,7 +447,7 @@ FAMILIES = {
     "Falcon-H1": Family(
         "FalconH1ForCausalLM",
         text("FalconH1Config", mamba_d_ssm=64, **MAMBA),
-        "Attention and Mamba side by side; neither the output of Mamba nor `feed_forward.down_proj` found.",
+        "Attention and Mamba side by side.",
     ),
     "Bamba": Family(
         "BambaForCausalLM",
@@ -478,66 +491,60 @@ FAMILIES = {
         special_tokens=IMAGE_TOKEN,
         processor=clip_processor,
     ),
+    "Phi-1, Phi-2": Family(
+        "PhiForCausalLM", text("PhiConfig"), "Attention and feed-forward side by side; biases."
+    ),
+    "GPT-2": Family(
+        "GPT2LMHeadModel",
+        lambda: transformers.GPT2Config(
+            vocab_size=320, n_embd=32, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=2
+        ),
+        "Transposed weights; biases.",
+    ),
+    "GPT-NeoX": Family("GPTNeoXForCausalLM", text("GPTNeoXConfig"), "Biases."),
+    "Falcon": Family("FalconForCausalLM", text("FalconConfig")),
+    "Mamba": Family("MambaForCausalLM", text("MambaConfig", state_size=4)),
+    "Jamba": Family(
+        "JambaForCausalLM",
+        text(
+            "JambaConfig",
+            num_experts=4,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            use_mamba_kernels=False,
+        ),
+        "Mamba layers.",
+    ),
+    "Nemotron-H": Family(
+        "NemotronHForCausalLM",
+        text(
+            "NemotronHConfig",
+            layers_block_type=["mamba", "attention", "mlp", "mamba"],
+            mamba_num_heads=8,
+            mamba_head_dim=8,
+            ssm_state_size=8,
+            n_groups=1,
+            chunk_size=16,
+            **HEADS,
+        ),
+        "Mamba layers.",
+    ),
+    "SmolVLM": Family(
+        "SmolVLMForConditionalGeneration",
+        with_vision(
+            "SmolVLMConfig",
+            text("LlamaConfig"),
+            EYE,
+            image_token_id=FIRST_SPECIAL,
+            scale_factor=2,
+        ),
+        "Llama with vision, loaded with LLaVA's processor.",
+        special_tokens=IMAGE_TOKEN,
+        processor=clip_processor,
+    ),
 }
 
-TRANSFORMER_H = "Heretic 1.4 looks for the layers in `model.layers`, not in `transformer.h`."
-
 UNSUPPORTED = {
-    "Phi-1, Phi-2": (
-        Family("PhiForCausalLM", text("PhiConfig")),
-        "Heretic 1.4 knows neither of its output projections, `dense` and `fc2`.",
-    ),
-    "GPT-2": (
-        Family(
-            "GPT2LMHeadModel",
-            lambda: transformers.GPT2Config(
-                vocab_size=320, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
-            ),
-        ),
-        TRANSFORMER_H,
-    ),
-    "GPT-NeoX": (
-        Family("GPTNeoXForCausalLM", text("GPTNeoXConfig")),
-        "Heretic 1.4 looks for the layers in `model.layers`, not in `gpt_neox.layers`.",
-    ),
-    "Falcon": (Family("FalconForCausalLM", text("FalconConfig")), TRANSFORMER_H),
-    "Mamba": (
-        Family("MambaForCausalLM", text("MambaConfig", state_size=4)),
-        "Heretic 1.4 looks for the layers in `model.layers`, not in `backbone.layers`.",
-    ),
-    "Jamba": (
-        Family("JambaForCausalLM", text("JambaConfig", num_experts=4, use_mamba_kernels=False)),
-        "Heretic 1.4 finds nothing to ablate in Mamba layers, and stops.",
-    ),
-    "Nemotron-H": (
-        Family(
-            "NemotronHForCausalLM",
-            text(
-                "NemotronHConfig",
-                layers_block_type=["mamba", "attention", "mlp", "mamba"],
-                mamba_num_heads=8,
-                mamba_head_dim=8,
-                ssm_state_size=8,
-                n_groups=1,
-                chunk_size=16,
-                **HEADS,
-            ),
-        ),
-        "Heretic 1.4 finds nothing to ablate in Mamba layers, and stops.",
-    ),
-    "SmolVLM": (
-        Family(
-            "SmolVLMForConditionalGeneration",
-            with_vision(
-                "SmolVLMConfig",
-                text("LlamaConfig"),
-                EYE,
-                image_token_id=FIRST_SPECIAL,
-                scale_factor=2,
-            ),
-        ),
-        "Heretic 1.4 looks for the layers in `model.layers`, not in `model.text_model.layers`.",
-    ),
     "Gemma 3n": (
         Family(
             "Gemma3nForCausalLM",

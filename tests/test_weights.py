@@ -246,12 +246,7 @@ def with_adapters(model: LanguageModel) -> Any:
     """A model with LoRA adapters as Heretic applies them, without effect yet."""
 
     named = {id(module): name for name, module in model.model.named_modules()}
-    targets = [
-        named[id(module)]
-        for components in model.components
-        for modules in components.values()
-        for module in modules
-    ]
+    targets = [named[id(writer.module)] for writers in model.writers for writer in writers]
     configuration = LoraConfig(r=2, lora_alpha=2, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model.model, configuration)
 

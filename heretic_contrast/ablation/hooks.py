@@ -4,7 +4,7 @@
 Ablation by forward hooks: of all samples of a batch in one way, or of each in its own.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +16,7 @@ from torch.nn import Module
 from ..language_model import LanguageModel
 from ..offloading import loaded
 from .operator import Operator
+from .writers import Writer, some_tokens
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,23 @@ class BatchOperator:
         """
         Returns C y for outputs y of every sample.
 
-        Tensor of shape (batch, length, hidden_size) to one of the same shape and dtype.
+        Tensor of shape (batch, length, hidden_size), or (batch · length, hidden_size) as experts give it, to one of the same
+        shape and dtype.
         """
 
-        coefficients = torch.bmm(output.float(), self.vectors.transpose(1, 2))
-        return torch.bmm(coefficients, self.mixed_vectors).to(output.dtype)
+        outputs = output.reshape(len(self.vectors), -1, output.shape[-1]).float()
+        coefficients = torch.bmm(outputs, self.vectors.transpose(1, 2))
+        return torch.bmm(coefficients, self.mixed_vectors).to(output.dtype).view_as(output)
 
 
 @contextmanager
-def ablated(modules: Iterable[Module], operator: Operator | BatchOperator) -> Iterator[None]:
+def ablated(
+    modules: Iterable[Module], operator: Operator | BatchOperator, with_bias: bool = False
+) -> Iterator[None]:
     """
-    Ablates the outputs of output projections with forward hooks for as long as the context lasts.
+    Ablates the outputs of modules with forward hooks for as long as the context lasts.
 
-    Does what changing their weights to W − C W does: a bias is not ablated. The operator is moved to the modules' devices
+    Does what changing their weights to W − C W does: a bias is ablated on request alone. The operator is moved to the modules' devices
     here, once, so that no call copies between devices or waits for one. Only where a module computes elsewhere than its
     parameters are kept, as with offloading, its first call does.
     """
@@ -85,7 +90,9 @@ def ablated(modules: Iterable[Module], operator: Operator | BatchOperator) -> It
             moved[device] = operator.to(device)
         return moved[device]
 
-    def hook(module: Module, args: Any, output: Tensor) -> Tensor:
+    def hook(module: Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (hook(module, args, output[0]), *output[1:])
         bias = biases.get(module)
         return output - on(output.device).apply(output if bias is None else output - bias)
 
@@ -93,7 +100,7 @@ def ablated(modules: Iterable[Module], operator: Operator | BatchOperator) -> It
     try:
         for module in modules:
             on(next(module.parameters()).device)
-            if getattr(module, "bias", None) is not None:
+            if not with_bias and getattr(module, "bias", None) is not None:
                 # An offloaded bias is gone again when the hook runs.
                 with loaded(module, None):
                     biases[module] = cast(Tensor, module.bias)
@@ -131,12 +138,46 @@ def output_projections(
     A layer of a hybrid model may lack a component, and then contributes nothing to it.
     """
 
+    return [writer.module for writer in writers_of(model, layer, components)]
+
+
+def writers_of(
+    model: LanguageModel, layer: int, components: tuple[str, ...] | None
+) -> list[Writer]:
+    """As `output_projections`, with all that is known about them."""
+
     return [
-        module
-        for name, modules in model.components[layer].items()
-        if components is None or name in components
-        for module in modules
+        writer
+        for writer in model.writers[layer]
+        if components is None or writer.component in components
     ]
+
+
+def contributions(model: LanguageModel, layer: int) -> dict[Module, bool]:
+    """
+    Returns the modules whose outputs a layer adds to the residual stream, and whether their biases are ablated.
+
+    Behind norms it is the last of these, which several writers may share. What multiplies an output is left out.
+    """
+
+    return {
+        model.layers[layer].get_submodule(writer.norms[0]) if writer.norms else writer.module: (
+            writer.with_bias
+        )
+        for writer in model.writers[layer]
+    }
+
+
+@contextmanager
+def ablated_writers(writers: Iterable[Writer], operator: Operator) -> Iterator[None]:
+    """Removes the operator from the contributions of writers, with forward hooks, for as long as the context lasts."""
+
+    with ExitStack() as stack:
+        for writer in writers:
+            stack.enter_context(
+                ablated([writer.module], writer.operator(operator), writer.with_bias)
+            )
+        yield
 
 
 @contextmanager
@@ -155,40 +196,115 @@ def ablated_samples(model: LanguageModel, interventions: Sequence[Intervention])
     layers = sorted({layer for item in unique.values() for layer in item.operators})
     with ExitStack() as stack:
         for layer in layers:
-            modules = output_projections(model, layer, interventions[0].components)
-            operators = [item.operators.get(layer) for item in unique.values()]
-            operator: Operator | BatchOperator
-            if len(operators) == 1 and operators[0] is not None:
-                operator = operators[0].to(device)
-            else:
-                operator = BatchOperator.stack(operators, model.hidden_size).to(device).select(rows)
-            stack.enter_context(ablated(modules, operator))
+            originals = [item.operators.get(layer) for item in unique.values()]
+            # Most writers have no norm behind them, and share what is on the device.
+            shared: Operator | BatchOperator | None = None
+            for writer in writers_of(model, layer, interventions[0].components):
+                operator = shared if writer.gain is None else None
+                if operator is None:
+                    operators = [item and writer.operator(item) for item in originals]
+                    if len(operators) == 1 and operators[0] is not None:
+                        operator = operators[0].to(device)
+                    else:
+                        operator = BatchOperator.stack(operators, model.hidden_size)
+                        operator = operator.to(device).select(rows)
+                shared = operator if writer.gain is None else shared
+                stack.enter_context(ablated([writer.module], operator, writer.with_bias))
         yield
 
 
 @torch.no_grad()
 def carries_samples(model: LanguageModel) -> bool:
     """
-    Returns whether the outputs of all output projections keep the batch dimension.
+    Returns whether the outputs of all output projections keep the tokens of all samples in their order.
 
-    The experts of a mixture see the tokens of all samples in one list, so that a hook cannot tell them apart.
+    Some mixtures hand the tokens of all samples to their experts in one list of another order, in which a hook cannot tell
+    them apart.
     """
 
-    kept = True
+    seen: list[Tensor] = []
 
-    def check(module: Module, args: Any, output: Tensor) -> None:
-        nonlocal kept
-        kept = kept and output.ndim == 3 and output.shape[0] == 2
+    def see(module: Module, args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        kept = (output.ndim == 3 and output.shape[0] == 2) or (
+            output.ndim == 2 and len(output) == 6
+        )
+        seen.append(output.reshape(2, 3, -1) if kept else output)
 
-    handles = [
-        module.register_forward_hook(check)
+    modules = [
+        module
         for layer in range(model.n_layers)
         for module in output_projections(model, layer, None)
     ]
+    paths = [writer.path for writers in model.writers for writer in writers]
+    if any(part.isdigit() for path in paths for part in path.split(".")):
+        # Each expert of a list sees the tokens that are its own.
+        return False
+    handles = [module.register_forward_hook(see) for module in modules]
     try:
-        token = torch.full((2, 3), model.pad_token_id(), device=model.device)
-        model.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
+        vocabulary = int(model.model.get_input_embeddings().weight.shape[0])
+        tokens = (torch.arange(3, 9, device=model.device) % vocabulary).view(2, 3)
+        for batch in (tokens, tokens.flip(0)):
+            model.model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return kept
+    pairs = zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True)
+    return all(
+        first.ndim == 3
+        and first.shape == second.shape
+        and bool((first - second.flip(0)).float().norm() <= 0.1 * first.float().norm())
+        for first, second in pairs
+    )
+
+
+@torch.no_grad()
+def missed_shares(model: LanguageModel, tolerance: float | None = None) -> dict[int, float]:
+    """
+    Returns the layers that add more of a direction than rounding explains while all writers are ablated, and how much.
+
+    In each layer the direction is what the layer adds to a token, at weight 1, so that nothing of it should be left. The share
+    is of the length of what is added. A layer may multiply the whole stream by a number.
+    """
+
+    if tolerance is None:
+        tolerance = 1e-3 if model.model.dtype in (torch.float32, torch.float64) else 0.1
+    states: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def enter(layer: int) -> Callable[..., None]:
+        def hook(
+            module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            if before.shape == after.shape and before.ndim == 3:
+                size = before.shape[-1]
+                states[layer] = (
+                    before.reshape(-1, size).double().cpu(),
+                    after.reshape(-1, size).double().cpu(),
+                )
+
+        return hook
+
+    decoder, tokens = model.decoder(), some_tokens(model)
+    with ExitStack() as stack:
+        for index, module in enumerate(model.layers):
+            stack.callback(module.register_forward_hook(enter(index), with_kwargs=True).remove)
+        decoder(input_ids=tokens, use_cache=False)
+        directions = {
+            layer: torch.nn.functional.normalize((after - before)[-1], dim=0)
+            for layer, (before, after) in states.items()
+        }
+        states.clear()
+        for layer, direction in directions.items():
+            operator = Operator(direction.float()[None], torch.ones(1, 1))
+            stack.enter_context(ablated_writers(model.writers[layer], operator))
+        decoder(input_ids=tokens, use_cache=False)
+    shares = {}
+    for layer, (before, after) in states.items():
+        first, second = before @ directions[layer], after @ directions[layer]
+        factor = float(first @ second) / max(float(first @ first), 1e-30)
+        left = (second - factor * first).norm() / (after - before).norm().clamp_min(1e-30)
+        if not float(left) <= tolerance:
+            shares[layer] = float(left)
+    return shares

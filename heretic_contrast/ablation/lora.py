@@ -107,7 +107,7 @@ def lora_factors(
         # The rows are scaled on the small side: Vᵀ Ŵ = (Vᵀ diag(1 / ρ)) W.
         vectors = operator.vectors.to(weight.device)
         factor_a = rows_times(vectors / norms.clamp_min(1e-12).T, weight)
-        factor_b = -(vectors.T @ operator.kernel.to(weight.device)) * norms
+        factor_b = -operator.mixed_vectors.T.to(weight.device) * norms
         return factor_a, factor_b
 
     change = RenormalizedChange.build(operator, weight, norms)
@@ -140,7 +140,7 @@ class RenormalizedChange:
         vectors = operator.vectors.to(weight.device)
         safe_norms = norms.clamp_min(1e-12)
         factor_a = rows_times(vectors / safe_norms.T, weight)
-        factor_b = -(vectors.T @ operator.kernel.to(weight.device))
+        factor_b = -operator.mixed_vectors.T.to(weight.device)
         normalized_lengths = (norms / safe_norms).square()
         cross = (weight @ factor_a.T) / safe_norms
         gram = factor_a @ factor_a.T

@@ -25,6 +25,9 @@ STRONGEST = 1e33
 """The largest element of K, times the square of the longest direction: below it nothing in C y overflows float32."""
 
 
+DAMPING = 0.1
+"""Below which share of their mean square the squares of a norm's gains are not divided by: see docs/writers.md."""
+
 CPU_PARTS = 8
 """How many parts a weight is read in on a CPU; not the number of cores, on which no result may depend."""
 
@@ -50,16 +53,45 @@ class Operator:
     `vectors`: Tensor of shape (n_directions, hidden_size), float32, the columns of V as rows: the directions, or under
     `capped` an orthonormal basis of their span.
     `kernel`: Tensor of shape (n_directions, n_directions), float32, the matrix K.
+    `written`: what stands in the place of the first V, as rows, behind norms; None for V itself. See `behind`.
     """
 
     vectors: Tensor
     kernel: Tensor
+    written: Tensor | None = None
 
     @cached_property
     def mixed_vectors(self) -> Tensor:
         """The columns of V K as rows, computed once. Tensor of shape (n_directions, hidden_size)."""
 
-        return self.kernel.T @ self.vectors
+        return self.kernel.T @ (self.vectors if self.written is None else self.written)
+
+    def behind(self, gain: Tensor) -> "Operator":
+        """
+        Returns the operator on x that removes C from the contribution g ∘ x / rms(x): see docs/writers.md.
+
+        With an orthonormal basis B of the span of V (columns) and a damped inverse D = g / (g² + DAMPING · mean g²), it is
+        A (Bᵀ C B) (G B)ᵀ with A = D B (Bᵀ G D B)⁻¹, so that Bᵀ G (I − C′) x = Bᵀ (I − C) G x: exact for any C, but for the norm's
+        own division. Equal gains give C itself.
+
+        `gain`: Tensor of shape (hidden_size,).
+        """
+
+        gain = gain.to(torch.float64).cpu()
+        scale = gain.square().mean().sqrt()
+        if not float(scale) > 0:
+            return self
+        gain = gain / scale
+        vectors = self.vectors.to(torch.float64).cpu()
+        _, sizes, basis = torch.linalg.svd(vectors, full_matrices=False)
+        basis = basis[sizes > 1e-6 * sizes.max().clamp_min(1e-30)] if len(sizes) else basis
+        inverse = gain / (gain.square() + DAMPING)
+        damped = torch.linalg.solve((basis * (gain * inverse)) @ basis.T, basis * inverse)
+        return Operator(
+            (vectors * gain).to(self.vectors),
+            self.kernel,
+            (vectors @ basis.T @ damped).to(self.vectors),
+        )
 
     def apply(self, output: Tensor) -> Tensor:
         """
@@ -80,14 +112,15 @@ class Operator:
         """
 
         vectors = self.vectors.to(weight.device)
-        return rows_times(vectors, weight), -(vectors.T @ self.kernel.to(weight.device))
+        return rows_times(vectors, weight), -self.mixed_vectors.T.to(weight.device)
 
     def to(self, device: torch.device) -> "Operator":
         """Returns the operator on a device: itself where it is there already."""
 
         if self.vectors.device == device:
             return self
-        return Operator(self.vectors.to(device), self.kernel.to(device))
+        written = None if self.written is None else self.written.to(device)
+        return Operator(self.vectors.to(device), self.kernel.to(device), written)
 
 
 def rows_times(vectors: Tensor, weight: Tensor) -> Tensor:

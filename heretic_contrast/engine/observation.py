@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..ablation.hooks import output_projections
+from ..ablation.hooks import contributions
 from ..greedy import plain_settings
 from ..language_model import LanguageModel, Tokens
 
@@ -68,7 +68,7 @@ class _EveryStep(LogitsProcessor):
 @contextmanager
 def _last_positions(model: LanguageModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
     """
-    Collects, by layer, the sum of the outputs of its projections without biases, and the layer's own output.
+    Collects, by layer, the sum of what its writers contribute, and the layer's own output.
 
     Tensors of shape (batch, hidden_size), at the last position of the newest pass. Whoever reads the outputs clears
     them, since the projections of one layer add up.
@@ -77,10 +77,19 @@ def _last_positions(model: LanguageModel) -> Iterator[tuple[dict[int, Tensor], d
     outputs: dict[int, Tensor] = {}
     states: dict[int, Tensor] = {}
 
-    def add_output(layer: int) -> Callable[..., None]:
-        def hook(module: Module, args: Any, output: Tensor) -> None:
-            bias = getattr(module, "bias", None)
-            last = output[:, -1].float() if bias is None else (output[:, -1] - bias).float()
+    n_samples = 0
+
+    def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal n_samples
+        n_samples = len(args[0] if args else kwargs["hidden_states"])
+
+    def add_output(layer: int, with_bias: bool) -> Callable[..., None]:
+        def hook(module: Module, args: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            bias = None if with_bias else getattr(module, "bias", None)
+            # Experts give the tokens of all samples in one list.
+            last = output.reshape(n_samples, -1, output.shape[-1])[:, -1]
+            last = (last if bias is None else last - bias).float()
             outputs[layer] = outputs[layer] + last if layer in outputs else last
 
         return hook
@@ -96,8 +105,9 @@ def _last_positions(model: LanguageModel) -> Iterator[tuple[dict[int, Tensor], d
     try:
         for index, layer in enumerate(model.layers):
             handles.append(layer.register_forward_hook(keep_state(index)))
-            for module in output_projections(model, index, None):
-                handles.append(module.register_forward_hook(add_output(index)))
+            handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            for module, with_bias in contributions(model, index).items():
+                handles.append(module.register_forward_hook(add_output(index, with_bias)))
         yield outputs, states
     finally:
         for handle in handles:

@@ -259,7 +259,7 @@ def measure_activities(
     """
     Measures occupancy and perturbation of every configuration and decoder layer, in one run of the model (paper, section 5.1).
 
-    Empty for a mixture of experts, whose projections see the tokens of all prompts in one list.
+    Empty for a mixture of experts that see the tokens of all prompts in a list of another order.
     """
 
     if not configurations or not carries_samples(model):

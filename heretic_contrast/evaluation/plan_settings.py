@@ -79,8 +79,8 @@ class SweepPlanSettings(PairsSettings, TextClassifierSettings):
     weights: list[float] = Field(list(WEIGHTS))
     """Weights to test, increasing (the paper's by default)."""
 
-    components: list[Literal["attn.o_proj", "mlp.down_proj"]] | None = None
-    """Components to ablate, or unset for all that the model has."""
+    components: list[str] | None = None
+    """Components to ablate, such as "attn.o_proj", or unset for all that the model has."""
 
     strength: Literal["weight", "effective", "both"] = "both"
     """

@@ -17,6 +17,7 @@ import torch
 
 from ..ablation.hooks import Intervention, output_projections
 from ..ablation.operator import Operator, effective_weight, weight_along
+from ..ablation.writers import writers_digest
 from ..directions.pools import Log
 from ..directions.sources import ShowProgress
 from ..engine.check import checked_engine
@@ -283,6 +284,7 @@ class SweepEvaluator:
             options=self.options.to_dict(),
             directions={name: item.key() for name, item in self.configurations.items()},
             rules=f"{program_digest(RULES, self._classify)} {linear.numbers_digest()}",
+            writers=writers_digest(self.model),
         )
 
     def result(self, cells: Sequence[Cell]) -> SweepResult:

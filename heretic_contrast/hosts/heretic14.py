@@ -31,6 +31,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from .. import __version__
+from ..ablation.writers import writers_digest
 from ..directions.sources import DirectionSources
 from ..engine.text_classification import classifier_identity, classifier_of
 from ..errors import ContrastError, find_cause, raising_causes
@@ -183,6 +184,7 @@ class Host:
             rules=program_digest((responses, linear, text), classify_response)
             + linear.numbers_digest()
             + str(classifier_identity(self.modifier.settings)),
+            writers=writers_digest(model),
         )
         # As a checkpoint gives it back.
         return dict(json.loads(json.dumps(found)))

@@ -6,15 +6,20 @@ from typing import Any
 
 from heretic.config import ExportStrategy, RowNormalization
 
+from ..ablation.changes import Changes
 from ..ablation.lora import require_mergeable
+from ..settings import Writers
 from .loading import ChatModel
-from .lora_targets import adapters_on_named_modules
+from .lora_targets import adapters_on_writers
+from .surface import from_heretic
 
 
 class HostModel(ChatModel):
     """Heretic 1.4's model, with LoRA adapters on request, as in Heretic 2.0."""
 
     lora_rank: int | None = None
+    changes: Changes | None = None
+    writers: Writers | None = None
 
     def apply_lora(self, rank: int) -> None:
         """Applies LoRA adapters of a rank, now and after every reload."""
@@ -37,8 +42,9 @@ class HostModel(ChatModel):
                 "full_normalization_lora_rank": self.lora_rank,
             }
         )
+        model = from_heretic(self, settings, writers=self.writers)
         try:
-            with adapters_on_named_modules(self):
+            with adapters_on_writers(self, model, self.changes):
                 super()._apply_lora()
         finally:
             self.settings = settings
@@ -56,5 +62,7 @@ class HostModel(ChatModel):
     def reset_model(self) -> bool:
         """Resets the model; the adapters are in place afterwards, which Heretic 2.0 reports as True."""
 
+        if self.changes is not None:
+            self.changes.undo()
         super().reset_model()
         return True

@@ -16,6 +16,7 @@ import torch
 import transformers
 from heretic.model import Model
 from rich.markup import escape
+from torch.nn import Module
 
 from ..builtin import model_name
 from ..chat import (
@@ -33,7 +34,7 @@ from ..prompts import Prompt, load_pool
 from ..settings import ContrastSettings
 from .settings import prompt_sources
 from .substitution import replaced
-from .surface import from_heretic, log
+from .surface import find_layers, from_heretic, log
 
 
 class Inputs(dict[str, torch.Tensor]):
@@ -107,6 +108,22 @@ class ChatModel(Model):
         if not has_system_role(tokenizer):
             log(NO_SYSTEM_ROLE)
         self._tokenizer = tokenizer
+
+    heretic_get_layers = Model.get_layers
+    heretic_get_layer_modules = Model.get_layer_modules
+
+    def get_layers(self) -> Any:
+        """Returns the decoder layers, also where Heretic finds none."""
+
+        return find_layers(self)
+
+    def get_layer_modules(self, layer_index: int) -> dict[str, list[Module]]:
+        """Returns the writers of a layer by component."""
+
+        components: dict[str, list[Module]] = {}
+        for writer in from_heretic(self, self.settings).writers[layer_index]:
+            components.setdefault(writer.component, []).append(writer.module)
+        return components
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         with self._asking():

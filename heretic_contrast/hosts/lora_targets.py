@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
 """
-LoRA adapters on just the modules that Heretic names.
+LoRA adapters on just the writers that can carry them, whatever Heretic finds.
 
 PEFT takes the targets of a mixture of experts for names of transformers 4, where every expert was a module. Heretic's
 "model.layers.0.mlp.down_proj", a dense layer of the loaded model, becomes the routed experts of all layers, and the
@@ -13,18 +13,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
+from unittest.mock import patch
 
+from peft.tuners import tuners_utils
 from peft.utils import transformers_weight_conversion
+from torch.nn import Module
 
+from ..ablation.changes import Changes, beyond_adapters, takes_adapter
 from ..errors import ContrastError
+from ..language_model import LanguageModel
+from .surface import find_layers, layers_of
 
 
 @contextmanager
 def literal_targets() -> Iterator[list[str]]:
     """
-    Makes PEFT take the names of LoRA targets literally, for as long as the context lasts.
+    Makes PEFT take the names of LoRA targets literally, for as long as the context lasts, and allow for Mamba.
 
-    Yields a list, which then holds the targets that PEFT would have misread.
+    PEFT refuses the outputs of Mamba, since a kernel for training would pass by the adapter. Yields a list, which then holds the targets that PEFT would have misread.
     """
 
     original = transformers_weight_conversion.convert_peft_config_for_transformers
@@ -37,44 +43,67 @@ def literal_targets() -> Iterator[list[str]]:
         original(converted, **kwargs)
         misread.extend(sorted(set(configuration.target_modules) - set(converted.target_modules)))
 
-    transformers_weight_conversion.convert_peft_config_for_transformers = keep
-    try:
+    with (
+        patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", keep),
+        patch.object(tuners_utils, "_check_lora_target_modules_mamba", lambda *args: None),
+    ):
         yield misread
-    finally:
-        transformers_weight_conversion.convert_peft_config_for_transformers = original
 
 
-def refuse_saving_adapter(*args: Any, **kwargs: Any) -> NoReturn:
+def refuse_saving_adapter(reason: str, *args: Any, **kwargs: Any) -> NoReturn:
     """
-    Stands in for saving an adapter that PEFT would apply to other modules when it is loaded.
+    Stands in for saving an adapter that would not hold the whole change, or be applied to other modules when it is loaded.
 
     Raises `ContrastError`.
     """
 
     raise ContrastError(
-        "The adapter of this mixture of experts cannot be saved by itself, since PEFT would put what belongs to the "
-        "dense layers into the experts: merge it, and save the full model."
+        f"The adapter of this model cannot be saved by itself, since {reason}: merge it, and save the full model "
+        "(--export-strategy merge)."
     )
 
 
+MISREAD = "PEFT would put what belongs to the dense layers into the experts"
+
+
 @contextmanager
-def adapters_on_named_modules(heretic_model: Any) -> Iterator[None]:
+def adapters_on_writers(
+    heretic_model: Any, model: LanguageModel, changes: Changes | None = None
+) -> Iterator[None]:
     """
-    Lets Heretic apply LoRA adapters to just the modules that it names, for as long as the context lasts.
+    Lets Heretic apply LoRA adapters to just the writers that can carry them, for as long as the context lasts.
 
-    Where PEFT would have misread the names, it is kept from doing so afterwards: in a merge, which applies the adapters
-    of a quantized model anew, and by an adapter that is saved by itself.
+    `model`: the wrapper around what Heretic has loaded. `changes`: what a trial changes besides, which a merge then changes as
+    well. An adapter that would not hold everything cannot be saved by itself afterwards. Where PEFT would have misread the names,
+    it is kept from doing so in a merge, too, which applies the adapters of a quantized model anew.
     """
 
-    with literal_targets() as misread:
+    def layer_modules(index: int) -> dict[str, list[Module]]:
+        return {
+            writer.path: [writer.module] for writer in model.writers[index] if takes_adapter(writer)
+        }
+
+    beyond = beyond_adapters(model)
+    with (
+        patch.object(heretic_model, "get_layer_modules", layer_modules),
+        literal_targets() as misread,
+    ):
         yield
-    if misread:
-        heretic_model.model.save_pretrained = refuse_saving_adapter
-        heretic_model.get_merged_model = partial(merge, heretic_model)
+    if beyond or misread:
+        reason = f"no LoRA adapter carries {', '.join(beyond)}" if beyond else MISREAD
+        heretic_model.model.save_pretrained = partial(refuse_saving_adapter, reason)
+        heretic_model.get_merged_model = partial(merge, heretic_model, changes)
 
 
-def merge(heretic_model: Any) -> Any:
-    """Merges the adapters as Heretic's model does, with the names of targets taken literally."""
+def merge(heretic_model: Any, changes: Changes | None) -> Any:
+    """Merges the adapters as Heretic's model does, with the names of targets taken literally, and all other changes."""
 
+    layers = find_layers(heretic_model)
     with literal_targets():
-        return type(heretic_model).get_merged_model(heretic_model)
+        merged = type(heretic_model).get_merged_model(heretic_model)
+    if changes is not None:
+        found = layers_of(merged)
+        changes.write(found)
+        if found[0] is layers[0]:
+            changes.undo()
+    return merged

@@ -9,6 +9,7 @@ Importing this module imports Heretic and PyTorch.
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import heretic.config
@@ -16,14 +17,17 @@ import heretic.utils
 from heretic.utils import print as log
 from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.nn import Module
+from torch.nn import Module, ModuleList
 
+from ..ablation.hooks import missed_shares
+from ..ablation.writers import are_found, find_writers, named_writers
 from ..builtin import model_name
 from ..chat import require_chat
 from ..errors import ContrastError
 from ..language_model import LanguageModel
 from ..language_model import Progress as ProgressCallback
 from ..prompts import Prompt
+from ..settings import Writers
 
 try:
     # Present in Heretic 2.0 alone.
@@ -76,11 +80,14 @@ def require_model_access(ctx: Context, plugin: str) -> None:
 
 
 def language_model(
-    ctx: Context, heretic_settings: Any, batch_size: int | None = None
+    ctx: Context,
+    heretic_settings: Any,
+    batch_size: int | None = None,
+    writers: Writers | None = None,
 ) -> LanguageModel:
     """Returns the wrapper around the model that Heretic has loaded at this moment."""
 
-    return from_heretic(ctx.get_model(), heretic_settings, batch_size)
+    return from_heretic(ctx.get_model(), heretic_settings, batch_size, writers)
 
 
 def scorer_entries(heretic_settings: Any, name: str) -> list[Any]:
@@ -94,22 +101,24 @@ def scorer_entries(heretic_settings: Any, name: str) -> list[Any]:
 
 
 def from_heretic(
-    heretic_model: Any, heretic_settings: Any, batch_size: int | None = None
+    heretic_model: Any,
+    heretic_settings: Any,
+    batch_size: int | None = None,
+    writers: Writers | None = None,
 ) -> LanguageModel:
     """
-    Returns the wrapper around a Heretic model: its layers, its components and its chat format are Heretic's.
+    Returns the wrapper around a Heretic model, with Heretic's chat format.
 
-    Made anew for every use, because Heretic loads the model again after an export.
+    `writers`: as the plugin's setting of this name, which is taken from Heretic's settings under 1.4. Made anew for every use,
+    because Heretic loads the model again after an export.
     """
 
-    name = model_name(heretic_settings.model)
-    layers, components = find_components(heretic_model, name)
-    return LanguageModel(
+    model = LanguageModel(
         model=heretic_model.model,
         tokenizer=heretic_model.tokenizer,
-        layers=layers,
-        components=components,
-        name=name,
+        layers=(),
+        writers=(),
+        name=model_name(heretic_settings.model),
         # Heretic never loads a model with adapters around it, so that these are its own.
         own_adapter="default" if isinstance(heretic_model.model, PeftModel) else None,
         revision=heretic_settings.model_commit,
@@ -117,6 +126,83 @@ def from_heretic(
         response_prefix=heretic_settings.response_prefix or "",
         batch_size=batch_size or heretic_settings.batch_size or 32,
     )
+    if writers is None:
+        contrast = getattr(heretic_settings, "contrast", None)
+        writers = Writers.ALL if contrast is None else contrast.writers
+    return with_writers(model, heretic_model, writers)
+
+
+def with_writers(model: LanguageModel, heretic_model: Any, writers: Writers) -> LanguageModel:
+    """
+    Returns the wrapper with the layers of its model, and with their writers.
+
+    Raises `ContrastError` when no layers are found, or nothing that can be ablated.
+    """
+
+    if writers is Writers.HERETIC:
+        layers, names = find_components(heretic_model, model.name)
+        return replace(model, layers=layers, writers=named_writers(names, layers))
+    layers = find_layers(heretic_model)
+    if not layers:
+        raise ContrastError(
+            f"No layers were found in {model.name} ({architecture(heretic_model)}): its architecture is not supported."
+        )
+    known: list[dict[str, list[Module]]] = []
+    for index in range(len(layers)):
+        try:
+            known.append(own(heretic_model, "get_layer_modules")(index))
+        except (AssertionError, AttributeError):
+            # Heretic knows nothing by name here.
+            known.append({})
+    model = replace(model, layers=layers)
+    is_new = not are_found(model)
+    model = replace(model, writers=find_writers(model, known))
+    missed = missed_shares(model) if is_new else {}
+    if missed:
+        log(
+            f"[yellow]Layers {', '.join(map(str, missed))} of {model.name} have writers that were not found, so that up to "
+            f"{max(missed.values()):.0%} of a direction stays in what a layer adds.[/]"
+        )
+    return model
+
+
+def own(heretic_model: Any, method: str) -> Any:
+    """Returns a method as Heretic has it, where the host for 1.4 has put another before it."""
+
+    return getattr(heretic_model, f"heretic_{method}", getattr(heretic_model, method))
+
+
+def find_layers(heretic_model: Any) -> tuple[Module, ...]:
+    """Returns the decoder layers: those that Heretic finds, or a list of as many modules as the configuration says."""
+
+    try:
+        return tuple(own(heretic_model, "get_layers")())
+    except AttributeError:
+        model: Any = heretic_model.model
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        n_layers = model.config.get_text_config().num_hidden_layers
+        lists = (
+            module
+            for module in model.get_decoder().modules()
+            if isinstance(module, ModuleList) and len(module) == n_layers
+        )
+        return tuple(next(lists, ()))
+
+
+def layers_of(model: Any) -> tuple[Module, ...]:
+    """Returns the decoder layers of a plain transformers model."""
+
+    return find_layers(shell(model))
+
+
+def shell(model: Any) -> Any:
+    """Returns a Heretic model around a plain transformers model, whose constructor would load one."""
+
+    from heretic.model import Model
+
+    made = Model.__new__(Model)
+    made.model = model
+    return made
 
 
 def find_components(
@@ -129,7 +215,7 @@ def find_components(
     """
 
     try:
-        layers = tuple(heretic_model.get_layers())
+        layers = tuple(own(heretic_model, "get_layers")())
     except AttributeError as error:
         raise ContrastError(
             f"Heretic finds no layers in {name} ({architecture(heretic_model)}): its architecture is not supported."
@@ -137,7 +223,7 @@ def find_components(
     components = []
     for index in range(len(layers)):
         try:
-            components.append(heretic_model.get_layer_modules(index))
+            components.append(own(heretic_model, "get_layer_modules")(index))
         except AssertionError as error:
             raise ContrastError(
                 f"Heretic finds nothing to ablate in layer {index} of {name} ({architecture(heretic_model)}): "
@@ -157,33 +243,29 @@ def wrap(
     name: str,
     system_prompt: str = "You are a helpful assistant.",
     batch_size: int = 32,
+    writers: Writers = Writers.ALL,
 ) -> LanguageModel:
     """
-    Returns the wrapper around a plain transformers model, with the components that Heretic finds in it.
+    Returns the wrapper around a plain transformers model, with all writers, or those that Heretic finds in it.
 
-    `name` is recorded in results. Raises `ContrastError` as `find_components`, and where the tokenizer has no chat template, or
+    `name` is recorded in results. Raises `ContrastError` as `with_writers`, and where the tokenizer has no chat template, or
     neither a padding nor an end-of-sequence token.
     """
-
-    from heretic.model import Model
 
     require_chat(tokenizer, name)
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # Heretic's constructor loads a model; finding components needs only the attribute.
-    shell = Model.__new__(Model)
-    shell.model = model
-    layers, components = find_components(shell, name)
-    return LanguageModel(
+    wrapped = LanguageModel(
         model=model,
         tokenizer=tokenizer,
-        layers=layers,
-        components=components,
+        layers=(),
+        writers=(),
         name=name,
         system_prompt=system_prompt,
         batch_size=batch_size,
     )
+    return with_writers(wrapped, shell(model), writers)
 
 
 def heretic_prompts(prompts: Sequence[Prompt], heretic_settings: Any) -> list[Any]:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
-from heretic_contrast.ablation.hooks import output_projections
+from heretic_contrast.ablation.hooks import writers_of
 from heretic_contrast.ablation.operator import compose, effective_weight
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.evaluation.cells import SweepResult, efficiency
@@ -24,7 +25,6 @@ from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.tiers.coherence import is_coherent
 from heretic_contrast.tiers.responses import Tier, classify_response
-from heretic_contrast.weights import base_weight
 from tests.made_directions import make_directions
 
 HARMFUL = [
@@ -59,23 +59,59 @@ def always_refuse_at_base(model: LanguageModel, prompts: list[Prompt]) -> Any:
     return classify
 
 
+def before_norms(change: Tensor, gain: Tensor | None) -> Tensor:
+    """Returns the dense matrix on x that takes C from g ∘ x: A (Bᵀ C B) (G B)ᵀ with A = D B (Bᵀ G D B)⁻¹."""
+
+    if gain is None:
+        return change
+    values, basis = torch.linalg.eigh(change)
+    basis = basis[:, values.abs() > 1e-6 * values.abs().max()]
+    gains = torch.diag(gain / gain.square().mean().sqrt())
+    damped = gains @ torch.linalg.inv(gains @ gains + 0.1 * torch.eye(len(gain)))
+    written = damped @ basis @ torch.linalg.inv(basis.T @ gains @ damped @ basis)
+    return written @ (basis.T @ change @ basis) @ (gains @ basis).T
+
+
 @contextmanager
 def changed_weights(
     model: LanguageModel, layer: int, change: Tensor, components: tuple[str, ...] | None = None
 ) -> Iterator[None]:
-    """Changes the weights of a layer's output projections to W − C W."""
+    """Changes all weights with which a layer writes to W − C W, by dense algebra. `change`: C, symmetric, in float64."""
 
-    modules = output_projections(model, layer, components)
-    originals = [module.weight.data for module in modules]
+    originals: list[tuple[torch.nn.Parameter, Tensor]] = []
+
+    def replace_by(parameter: torch.nn.Parameter, changed: Tensor) -> None:
+        originals.append((parameter, parameter.data))
+        parameter.data = changed.to(parameter.dtype)
+
     try:
-        for module in modules:
-            module.weight.data = (
-                base_weight(module).double() - change @ base_weight(module).double()
-            ).float()
+        for writer in writers_of(model, layer, components):
+            matrix = before_norms(change, writer.gain)
+            rest = torch.eye(len(matrix), dtype=torch.float64) - matrix
+            module = writer.module
+            if hasattr(module, "down_proj"):
+                weights = module.down_proj
+                transposed = weights.shape[2] == len(matrix)
+                experts = weights.data.double()
+                # Each expert by itself.
+                replace_by(
+                    weights,
+                    torch.stack(
+                        [expert @ rest.T if transposed else rest @ expert for expert in experts]
+                    ),
+                )
+                bias = getattr(module, "down_proj_bias", None)
+            else:
+                weight = module.weight.data.double()
+                transposed = isinstance(module, Conv1D)
+                replace_by(module.weight, weight @ rest.T if transposed else rest @ weight)
+                bias = getattr(module, "bias", None)
+            if bias is not None and writer.with_bias:
+                replace_by(bias, bias.data.double() @ rest.T)
         yield
     finally:
-        for module, original in zip(modules, originals, strict=True):
-            module.weight.data = original
+        for parameter, original in originals:
+            parameter.data = original
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+What is changed of a model where LoRA adapters cannot reach: experts in one tensor, and biases.
+
+While a study runs, hooks on the modules do it, which costs no memory and leaves every weight as it is. Where a model is to be
+saved, the weights are changed once. docs/writers.md says why.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..errors import ContrastError
+from ..language_model import LanguageModel
+from ..weights import FULL_PRECISION, is_plain, is_projection, is_transposed, require_known
+from .hooks import ablated
+from .operator import Operator
+from .writers import Writer
+
+
+def takes_adapter(writer: Writer) -> bool:
+    """Returns whether a LoRA adapter can be put on a writer."""
+
+    return is_projection(writer.layer)
+
+
+def beyond_adapters(model: LanguageModel) -> list[str]:
+    """
+    Returns what of a model's writers no LoRA adapter carries that can be saved by itself, sorted, in words.
+
+    PEFT loads none onto Mamba, whose kernels for training read the weight of the output by themselves.
+    """
+
+    return sorted(
+        {
+            f"the bias of {writer.component}" if writer.bias is not None else writer.component
+            for writers in model.writers
+            for writer in writers
+            if not takes_adapter(writer)
+            or writer.bias is not None
+            or writer.component.startswith("mamba.")
+        }
+    )
+
+
+def require_known_writers(model: LanguageModel, is_reloaded: bool) -> None:
+    """
+    Checks that the weights of all writers can be changed, so far as adapters or hooks do not do it.
+
+    `is_reloaded`: whether they are exported from a model that is loaded anew in full precision. Raises `ContrastError`.
+    """
+
+    for writers in model.writers:
+        for writer in writers:
+            if takes_adapter(writer):
+                require_known(writer.module)
+            elif not is_reloaded:
+                require_editable(writer)
+
+
+def require_editable(writer: Writer) -> None:
+    """Raises `ContrastError` when a writer's weights cannot be changed in place."""
+
+    layer = writer.layer
+    if writer.is_fused:
+        tensor = _expert_tensor(layer)
+        known = tensor is not None and tensor.dtype in FULL_PRECISION
+    else:
+        known = is_plain(layer)
+    if not known:
+        raise ContrastError(
+            f"It is not known how {type(layer).__name__} ({writer.component}) keeps its weights, so that they cannot be "
+            "changed: use the model in full precision, or leave them as they are with writers = heretic."
+        )
+
+
+def _expert_tensor(layer: Module) -> Tensor | None:
+    """Returns the tensor of the experts' output projections, as modules of transformers call it."""
+
+    found: Any = getattr(layer, "down_proj", getattr(layer, "weight", None))
+    return found if isinstance(found, Tensor) and found.ndim == 3 else None
+
+
+def expert_matrices(layer: Module, hidden_size: int) -> Tensor:
+    """Returns a view of the output projections of experts. Tensor of shape (n_experts, hidden_size, in_features)."""
+
+    tensor = _expert_tensor(layer)
+    assert tensor is not None
+    _, first, second = tensor.shape
+    transposed = getattr(layer, "is_transposed", None)
+    if first != second:
+        transposed = second == hidden_size
+    elif transposed is None:
+        # The other matrices of the experts read the hidden state.
+        transposed = getattr(layer, "gate_up_proj", tensor).shape[-1] != hidden_size
+    return tensor.data.transpose(1, 2) if transposed else tensor.data
+
+
+@torch.no_grad()
+def subtract(writer: Writer, operator: Operator, weight: bool = True) -> None:
+    """
+    Changes the weights of a writer to W − C W, and its biases, where they are ablated, to b − C b.
+
+    `operator`: what is to be removed from the writer's contribution. `weight`: whether the weight is changed, or the bias alone.
+    """
+
+    operator = writer.operator(operator)
+    layer: Any = writer.layer
+
+    def remove(vectors: Tensor) -> None:
+        """Ablates rows of shape (..., hidden_size) in place."""
+
+        moved = operator.to(vectors.device)
+        vectors -= moved.apply(vectors.float()).to(vectors.dtype)
+
+    if writer.is_fused:
+        for matrix in expert_matrices(layer, operator.vectors.shape[1]):
+            remove(matrix.T)
+        bias = getattr(layer, "down_proj_bias", None)
+        if bias is not None and writer.with_bias:
+            remove(bias.data)
+        return
+    if weight:
+        remove(layer.weight.data if is_transposed(layer) else layer.weight.data.T)
+    if writer.bias is not None:
+        remove(layer.bias.data)
+
+
+class Changes:
+    """The changes of a trial that no adapter carries: hooks until `undo`, and new weights by `write`."""
+
+    def __init__(self) -> None:
+        self._hooks = ExitStack()
+        self._kept: list[tuple[int, Writer, Operator, bool]] = []
+
+    def undo(self) -> None:
+        """Takes the hooks away, which leaves the model as it was."""
+
+        self._hooks.close()
+        self._kept.clear()
+
+    def add(self, layer: int, writer: Writer, operator: Operator) -> None:
+        """Ablates what adapters do not: a writer, or its bias alone where it carries an adapter."""
+
+        is_adapted = hasattr(writer.module, "base_layer")
+        bias = writer.bias
+        if is_adapted and bias is None:
+            return
+        self._kept.append((layer, writer, operator, is_adapted))
+        changed = writer.operator(operator)
+        if not is_adapted or bias is None:
+            self._hooks.enter_context(ablated([writer.module], changed, writer.with_bias))
+            return
+        constant = changed.to(bias.device).apply(bias.float())
+
+        def hook(module: Module, args: Any, output: Tensor) -> Tensor:
+            return output - constant.to(output.device, output.dtype)
+
+        self._hooks.callback(writer.module.register_forward_hook(hook).remove)
+
+    def write(self, layers: Sequence[Module]) -> None:
+        """Changes the weights of the layers of a model whose adapters have been merged. The hooks stay where they are."""
+
+        for layer, writer, operator, is_adapted in self._kept:
+            module = layers[layer].get_submodule(writer.path)
+            subtract(replace(writer, module=module), operator, not is_adapted)

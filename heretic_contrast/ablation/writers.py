@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+Writers (design, section 5): whatever adds its output to the residual stream.
+
+They are found in one pass over a few tokens, by walking back from what a layer returns, through sums, products and norms, to the
+modules that hold matrices. No family of models is known here; names only decide what a component is called.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import Module, ModuleList
+
+from ..errors import ContrastError
+from ..identity import digest
+from ..language_model import LanguageModel
+from ..offloading import loaded
+from .operator import Operator
+
+Names = Sequence[Mapping[str, Sequence[Module]]]
+"""The modules of each layer that have a component's name already."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """
+    A module whose output is added to the residual stream, perhaps times something, and behind norms.
+
+    `component`: what it is called, as "attn.o_proj", "mlp.experts". `path`: the module's name inside its layer. `norms`: the
+    paths of the norms behind it, the last one first. `gain`: what these multiply it by, float64 Tensor of shape
+    (hidden_size,), or None. `with_bias`: whether its bias is ablated as well; Heretic leaves it.
+    """
+
+    component: str
+    path: str
+    module: Module
+    norms: tuple[str, ...] = ()
+    gain: Tensor | None = None
+    with_bias: bool = True
+
+    def operator(self, operator: Operator) -> Operator:
+        """Returns what removes from the module's output what `operator` would remove from its contribution."""
+
+        return operator if self.gain is None else operator.behind(self.gain)
+
+    @property
+    def layer(self) -> Module:
+        """The matrix's own module, with LoRA looked through."""
+
+        found: Module = getattr(self.module, "base_layer", self.module)
+        return found
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it holds the matrices of several experts in one tensor, so that it is no module that LoRA knows."""
+
+        return is_fused(self.layer)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of an output projection, on the device that it computes on, if it has one and that is ablated."""
+
+        if self.is_fused or not self.with_bias or getattr(self.layer, "bias", None) is None:
+            return None
+        with loaded(self.layer, None):
+            return cast(Tensor, self.layer.bias).detach()
+
+
+def is_fused(module: Module) -> bool:
+    """Returns whether a module holds experts in one tensor, in whatever data type."""
+
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(tensor.ndim > 2 for tensor in own)
+
+
+def writers_digest(model: LanguageModel) -> str:
+    """Returns a digest of which writers are ablated, and how, for a model's identity."""
+
+    return digest(
+        [
+            [(writer.component, writer.path, *writer.norms, writer.with_bias) for writer in writers]
+            for writers in model.writers
+        ]
+    )
+
+
+def named_writers(names: Names, layers: Sequence[Module]) -> tuple[tuple[Writer, ...], ...]:
+    """Returns just the modules that have names, ablated without their biases and without regard to norms: as Heretic."""
+
+    found = []
+    for layer, components in zip(layers, names, strict=True):
+        paths = {id(module): path for path, module in layer.named_modules()}
+        found.append(
+            tuple(
+                Writer(component, paths.get(id(module), ""), module, with_bias=False)
+                for component, modules in components.items()
+                for module in modules
+            )
+        )
+    return tuple(found)
+
+
+_FOUND: WeakKeyDictionary[Module, tuple[tuple[Writer, ...], ...]] = WeakKeyDictionary()
+"""The writers of each model that is loaded, by its first layer, which adapters leave in its place; `module` is not used."""
+
+
+def are_found(model: LanguageModel) -> bool:
+    """Returns whether the writers of a model are known already."""
+
+    return model.layers[0] in _FOUND
+
+
+def find_writers(model: LanguageModel, names: Names) -> tuple[tuple[Writer, ...], ...]:
+    """
+    Returns the writers of each layer, in the order that they run in.
+
+    A model's writers are found once. `names`: the modules of each layer that have a component's name already.
+
+    Raises `ContrastError` when nothing writes that can be ablated.
+    """
+
+    first = model.layers[0]
+    if first not in _FOUND:
+        traces = _trace(model)
+        found = tuple(
+            tuple(_complete(layer, trace, components))
+            for layer, trace, components in zip(model.layers, traces, names, strict=True)
+        )
+        if not any(found):
+            raise ContrastError(
+                f"Nothing was found in {model.name} that writes into the residual stream, and could be ablated: its "
+                "architecture is not supported."
+            )
+        _FOUND[first] = tuple(
+            tuple(_placeholder(writer) for writer in writers) for writers in found
+        )
+    return _resolved(model, _FOUND[first])
+
+
+def _placeholder(writer: Writer) -> Writer:
+    # A weak dictionary whose values hold its keys would never lose them.
+    return Writer(writer.component, writer.path, Module(), writer.norms, writer.gain)
+
+
+def _resolved(
+    model: LanguageModel, found: tuple[tuple[Writer, ...], ...]
+) -> tuple[tuple[Writer, ...], ...]:
+    return tuple(
+        tuple(
+            Writer(
+                writer.component,
+                writer.path,
+                layer.get_submodule(writer.path),
+                writer.norms,
+                writer.gain,
+            )
+            for writer in writers
+        )
+        for layer, writers in zip(model.layers, found, strict=True)
+    )
+
+
+def _complete(
+    layer: Module, trace: "_Trace", components: Mapping[str, Sequence[Module]]
+) -> Iterator[Writer]:
+    """Yields the writers that a trace has found, with names and gains, and the experts beside one that ran."""
+
+    known = {
+        id(module): component for component, modules in components.items() for module in modules
+    }
+    seen: set[str] = set()
+    for found, norms in trace.found.items():
+        for path in _siblings(layer, found):
+            if path in seen:
+                continue
+            seen.add(path)
+            module = layer.get_submodule(path)
+            name = known.get(id(module)) or _component(layer, path)
+            gain = _gain([layer.get_submodule(norm) for norm in norms], trace.hidden_size)
+            yield Writer(name, path, module, norms, gain)
+
+
+def _siblings(layer: Module, path: str) -> list[str]:
+    """Returns the path of every expert where one is of a list of modules, since few tokens reach only a few experts."""
+
+    parts = path.split(".")
+    for index in range(len(parts)):
+        parent = layer.get_submodule(".".join(parts[:index]))
+        if isinstance(parent, ModuleList):
+            return [".".join([*parts[:index], key, *parts[index + 1 :]]) for key in parent._modules]
+    return [path]
+
+
+def _component(layer: Module, path: str) -> str:
+    """Returns what a writer is called that Heretic has no name for."""
+
+    parts = path.split(".")
+    parents = [layer.get_submodule(".".join(parts[:index])) for index in range(1, len(parts))]
+    words = [*parts[:-1], *(type(parent).__name__ for parent in parents)]
+    text = " ".join(words).lower()
+    module = layer.get_submodule(path)
+    if is_fused(getattr(module, "base_layer", module)) or any(
+        isinstance(parent, ModuleList) for parent in parents
+    ):
+        return "mlp.experts"
+    if "shared" in text:
+        return "mlp.shared_expert"
+    if "mamba" in text:
+        return f"mamba.{parts[-1]}"
+    if "attn" in text or "attention" in text:
+        return "attn.o_proj"
+    if "mlp" in text or "feed_forward" in text or "ffn" in text:
+        return "mlp.down_proj"
+    return path
+
+
+def _gain(norms: Sequence[Module], hidden_size: int) -> Tensor | None:
+    """
+    Returns what norms multiply a vector by, one after the other, however they keep their weights.
+
+    A vector of ±1 has the root mean square 1 and the mean 0, so that a norm gives its gain times it, plus its bias.
+    """
+
+    if not norms:
+        return None
+    gain = torch.ones(hidden_size, dtype=torch.float64)
+    signs = torch.ones(hidden_size)
+    signs[1::2] = -1
+    for norm in norms:
+        with torch.no_grad(), loaded(norm, None):
+            tensor = next(iter(norm.parameters(recurse=False)), None)
+            probe = signs if tensor is None else signs.to(tensor.device, tensor.dtype)
+            difference = (norm.forward(probe[None]) - norm.forward(-probe[None]))[0]
+        gain *= (difference / 2).double().cpu() * signs.double()
+    return gain
+
+
+def _leaves(layer: Module) -> Iterator[tuple[str, Module, int]]:
+    """Yields the modules with parameters that hold no others, their paths, and the most dimensions of a parameter."""
+
+    for path, module in layer.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        adapted = hasattr(module, "base_layer")
+        inside = any(
+            hasattr(layer.get_submodule(path[:end]), "base_layer")
+            for end in range(len(path))
+            if path[end] == "."
+        )
+        others = any(
+            True for child in module.children() for _ in (*child.parameters(), *child.buffers())
+        )
+        if inside or not (adapted or (own and not others)):
+            continue
+        yield path, module, 2 if adapted else max(tensor.ndim for tensor in own)
+
+
+class _Trace:
+    """
+    Hooks of one layer that cut the graph at every matrix, and walk back from what the layer returns.
+
+    `found`: for each module that was reached, in the order that they ran in, the norms behind it.
+    `entered`, `left`: the layer's input and output, for all tokens.
+    """
+
+    def __init__(self, layer: Module, hidden_size: int, stack: ExitStack) -> None:
+        self.hidden_size = hidden_size
+        self.found: dict[str, tuple[str, ...]] = {}
+        self._ends: dict[Any, str] = {}
+        self._norms: dict[Any, str] = {}
+        for path, module, dimensions in _leaves(layer):
+            # A vector multiplies, or is a norm's; a matrix ends the walk.
+            function = self._cut if dimensions >= 2 else self._mark
+            stack.callback(
+                module.register_forward_hook(
+                    lambda module, args, output, function=function, path=path: function(
+                        path, output
+                    )
+                ).remove
+            )
+        stack.callback(layer.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        stack.callback(layer.register_forward_hook(self._leave).remove)
+
+    def _enter(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def cut(value: Any) -> Any:
+            return value.detach() if isinstance(value, Tensor) else value
+
+        return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
+
+    def _cut(self, path: str, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(self._cut(path, item) for item in output)
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        output = output.detach()
+        if output.ndim < 2 or output.shape[-1] != self.hidden_size:
+            return output
+        output = output + torch.zeros_like(output, requires_grad=True)
+        self._ends[output.grad_fn] = path
+        return output
+
+    def _mark(self, path: str, output: Any) -> None:
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            self._norms[output.grad_fn] = path
+
+    def _leave(self, module: Module, args: Any, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else output
+        # The shortest chain of norms by which each node was reached.
+        chains: dict[Any, tuple[str, ...]] = {}
+        waiting: list[tuple[Any, tuple[str, ...]]] = [(state.grad_fn, ())]
+        while waiting:
+            node, norms = waiting.pop()
+            if node is None or (node in chains and len(chains[node]) <= len(norms)):
+                continue
+            chains[node] = norms
+            if node not in self._ends:
+                norms = (*norms, self._norms[node]) if node in self._norms else norms
+                waiting.extend((following, norms) for following, _ in node.next_functions)
+        for node, path in self._ends.items():
+            if node in chains:
+                self.found.setdefault(path, chains[node])
+        self._ends.clear()
+        self._norms.clear()
+
+
+def some_tokens(model: LanguageModel) -> Tensor:
+    """Returns a few tokens. Integer Tensor of shape (2, 6)."""
+
+    vocabulary = int(model.model.get_input_embeddings().weight.shape[0])
+    return (torch.arange(3, 15, device=model.device) % vocabulary).view(2, 6)
+
+
+def _trace(model: LanguageModel) -> list[_Trace]:
+    decoder = model.decoder()
+    with torch.enable_grad(), ExitStack() as stack:
+        traces = [_Trace(layer, model.hidden_size, stack) for layer in model.layers]
+        decoder(input_ids=some_tokens(model), use_cache=False)
+    return traces

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What adds to the residual stream, and that an ablation takes a direction out of all of it."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from heretic_contrast.ablation.changes import beyond_adapters, subtract
+from heretic_contrast.ablation.hooks import (
+    Intervention,
+    ablated_samples,
+    ablated_writers,
+    missed_shares,
+)
+from heretic_contrast.ablation.operator import Operator, compose
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.hosts.surface import wrap
+from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.settings import Writers
+from tests.architectures import FAMILIES
+from tests.evaluation.test_sweep import changed_weights
+
+KINDS = ["Gemma 4 MoE", "gpt-oss", "GPT-2"]
+"""Norms in a row and experts; transposed experts with biases; transposed weights with biases."""
+
+EXACT = [name for name, family in FAMILIES.items() if family.dtype is torch.float32]
+ALL = [pytest.param(name, marks=[] if name in KINDS else [pytest.mark.slow]) for name in EXACT]
+
+
+def model_of(name: str, **options: Any) -> LanguageModel:
+    family = FAMILIES[name]
+    return wrap(family.make_model(), family.make_tokenizer(), name=name, **options)
+
+
+def unit_direction(model: LanguageModel) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.nn.functional.normalize(torch.randn(model.hidden_size, generator=generator), dim=0)
+
+
+@torch.no_grad()
+def states(model: LanguageModel) -> list[Tensor]:
+    """Returns what enters the first layer, and what leaves each. Tensors of shape (2, 6, hidden_size)."""
+
+    found: list[Tensor] = []
+
+    def enter(module: Any, args: Any, kwargs: Any) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    with ExitStack() as stack:
+        first = model.layers[0].register_forward_pre_hook(enter, with_kwargs=True)
+        stack.callback(first.remove)
+        for layer in model.layers:
+            handle = layer.register_forward_hook(
+                lambda module, args, output: found.append(
+                    output[0] if isinstance(output, tuple) else output
+                )
+            )
+            stack.callback(handle.remove)
+        model.decoder()(input_ids=torch.arange(40, 52).view(2, 6), use_cache=False)
+    return found
+
+
+def worst(model: LanguageModel, direction: Tensor) -> float:
+    """Returns the largest |v·h_l − v·h_0| / ‖h_l‖ of any layer and token."""
+
+    first, *others = states(model)
+    return max(
+        float((((state - first) @ direction).abs() / state.norm(dim=-1)).max()) for state in others
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_of_a_direction_is_written(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    direction = unit_direction(model)
+    operator = compose(direction[None], torch.ones(1))
+    assert worst(model, direction) > 0.01
+    before = states(model)
+    interventions = [Intervention(dict.fromkeys(range(model.n_layers), operator))] * 2
+    with ablated_samples(model, interventions):
+        assert worst(model, direction) < 1e-4
+    assert all(map(torch.equal, states(model), before))
+    for writers in model.writers:
+        for writer in writers:
+            subtract(writer, operator)
+    assert worst(model, direction) < 1e-4
+    assert missed_shares(model) == {}
+    model.model.save_pretrained(tmp_path)
+    reloaded = type(model.model).from_pretrained(tmp_path, dtype=torch.float32)
+    assert worst(wrap(reloaded, model.tokenizer, name), direction) < 1e-4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_hooks_are_dense_algebra_component_by_component(name: str) -> None:
+    model = model_of(name)
+    vectors = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(3)) / 5
+    operator = compose(vectors, torch.tensor([0.9, 0.4]))
+    change = operator.vectors.T.double() @ operator.kernel.double() @ operator.vectors.double()
+    base = states(model)[-1]
+    for component in model.component_names:
+        layer = next(
+            index
+            for index, writers in enumerate(model.writers)
+            if component in {writer.component for writer in writers}
+        )
+        with ablated_writers(
+            [writer for writer in model.writers[layer] if writer.component == component], operator
+        ):
+            hooked = states(model)[-1]
+        with changed_weights(model, layer, change, (component,)):
+            changed = states(model)[-1]
+        assert float((hooked - base).abs().max()) > 1e-3 * float(base.abs().max())
+        assert float((hooked - changed).abs().max()) < 1e-4 * float(base.abs().max())
+
+
+def test_what_heretic_finds_is_less() -> None:
+    model = model_of("Qwen3-Next", writers=Writers.HERETIC)
+    assert model.component_names == ["attn.o_proj"]
+    assert not any(writer.with_bias for writers in model.writers for writer in writers)
+    assert set(missed_shares(model)) == set(range(model.n_layers))
+    every = model_of("Qwen3-Next")
+    assert every.component_names == ["attn.o_proj", "mlp.experts", "mlp.shared_expert"]
+    assert beyond_adapters(every) == ["mlp.experts"]
+
+
+def test_a_writer_that_is_not_found_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    family = FAMILIES["Llama"]
+    network = family.make_model()
+    layer = network.model.layers[2]
+    original = layer.forward
+    layer.forward = lambda states, **options: original(states, **options) + states.roll(1, -1)
+    model = wrap(network, family.make_tokenizer(), name="odd")
+    assert set(missed_shares(model)) == {2}
+    assert "Layers 2 of odd have writers that were not found" in capsys.readouterr().out
+
+
+def test_a_model_without_writers_is_refused() -> None:
+    family = FAMILIES["Llama"]
+    network = family.make_model()
+    for layer in network.model.layers:
+        layer.forward = lambda states, **options: states
+    with pytest.raises(ContrastError, match="Nothing was found in still that writes"):
+        wrap(network, family.make_tokenizer(), name="still")
+
+
+@pytest.mark.parametrize("n_directions", [1, 3])
+def test_a_norm_behind_leaves_the_rest_of_the_operator(n_directions: int) -> None:
+    generator = torch.Generator().manual_seed(n_directions)
+    gain = torch.exp(1.2 * torch.randn(64, generator=generator, dtype=torch.float64))
+    gain[:3] = 1e-6
+    vectors = torch.randn(n_directions, 64, generator=generator)
+    if n_directions == 3:
+        # A direction that is a sum of others.
+        vectors[2] = vectors[0] + vectors[1]
+    operator = compose(vectors / 8, torch.rand(n_directions, generator=generator), "sequential")
+    inputs = torch.randn(50, 64, generator=generator, dtype=torch.float64)
+    behind = operator.behind(gain)
+
+    def dense(item: Operator) -> Tensor:
+        return item.mixed_vectors.T.double() @ item.vectors.double()
+
+    wanted = gain * inputs - (gain * inputs) @ dense(operator).T
+    found = gain * (inputs - inputs @ dense(behind).T)
+    along = operator.vectors.double().T
+    scale = float((gain * inputs).norm())
+    assert float(((found - wanted) @ along).norm()) < 1e-5 * scale
+    even = operator.behind(torch.full((64,), -3.0))
+    assert torch.allclose(dense(even), dense(operator), atol=1e-6)
