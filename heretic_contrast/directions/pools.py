@@ -171,7 +171,7 @@ def filter_by_behavior(pools: Pools, model: LanguageModel, max_new_tokens: int) 
     Raises `ContrastError` when a pool would be empty.
     """
 
-    # The rules of the tiers are many, and no other step of an extraction needs them.
+    # No other step of an extraction needs the tiers, whose numbers are read from a file.
     from ..tiers.responses import Tier, classify_response
 
     found = []

@@ -116,7 +116,7 @@ class TextClassificationBackend:
         ]
 
     def classify_response(self, prompt: str, response: str) -> Tier:
-        """Tier of one response, with the signature of the rules' function."""
+        """Tier of one response, with the signature of `tiers.classify_response`."""
         return self.classify_responses([prompt], [response])[0]
 
 
