@@ -62,7 +62,7 @@ _ENDS = frozenset(".!?:;。！？：…\n")
 _TURNS = frozenset(
     "but however aber jedoch mais cependant pero ma però tuttavia mas porém но однако maar ale".split()
 )
-# What stands in quotation marks is not what the response says, unless there is nothing else.
+# What stands in quotation marks is not what the response says, unless that is most of it.
 _QUOTATION = re.compile(r"[\"“„«][^\"“”„«»\n]{1,400}[\"”“»]|(?<!\w)'[^'\n]*\w'\w[^'\n]*'(?!\w)")
 _LETTER = re.compile(r"[^\W\d_]")
 _STAR = re.compile(r"^(\s*)\*(?=\s)", re.MULTILINE)
@@ -81,8 +81,11 @@ def split_units(text: str) -> list[tuple[list[str], bool]]:
     units: list[tuple[list[str], bool]] = []
     unit: list[str] = []
     item = _FIRST_ITEM.match(text) is not None
-    masked = _QUOTATION.sub(" ", text[:MAXIMUM_CHARACTERS])
-    text = _STAR.sub(r"\1-", masked if _LETTER.search(masked) else text)
+    text = text[:MAXIMUM_CHARACTERS]
+    masked = _QUOTATION.sub(" ", text)
+    if 2 * len(_LETTER.findall(masked)) > len(_LETTER.findall(text)):
+        text = masked
+    text = _STAR.sub(r"\1-", text)
     for token in tokens(text.strip())[:MAXIMUM_WORDS]:
         turns = token in _TURNS and len(unit) > 6 and unit[-1] in ",，"
         if token in _ENDS or token[0] == "\n" or turns:
@@ -95,7 +98,20 @@ def split_units(text: str) -> list[tuple[list[str], bool]]:
             unit.append(token)
     if unit:
         units.append((unit, item))
-    return units[:MAXIMUM_UNITS]
+    # What is said again says nothing new.
+    distinct: dict[tuple[str, ...], tuple[list[str], bool]] = {}
+    for unit, item in units:
+        distinct.setdefault(tuple(unit), (unit, item))
+    return list(distinct.values())[:MAXIMUM_UNITS]
+
+
+_ENGLISH = frozenset("the you i to that is for with it this can't cannot can of and".split())
+
+
+def is_english(units: list[tuple[list[str], bool]]) -> bool:
+    """Whether one in ten words of the first units is one of the most common English ones."""
+    words = [word for unit, _ in units[:5] for word in unit if word[0].isalnum()]
+    return 10 * sum(word in _ENGLISH for word in words) >= len(words)
 
 
 _FUNCTION_WORDS = frozenset(

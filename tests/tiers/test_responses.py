@@ -84,7 +84,8 @@ def test_units() -> None:
         ("two .", True),
         ("three", True),
     ]
-    # Nothing but a quotation is the response's own voice.
+    # What is said again counts once; what is mostly a quotation is the response's own voice.
+    assert len(split_units("I can't do it.\nI can't do it.\nOne.\nI can't do it.")) == 2
     assert split_units('"No. Never."') == [(["no", "."], False), (["never", "."], False)]
 
 
