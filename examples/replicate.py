@@ -3,8 +3,8 @@
 """
 Measures which of the paper's claims appear on a model, and writes the replication report.
 
-    python examples/replicate.py measure --model builtin:refuser --output docs/replication/refuser.json
-    python examples/replicate.py measure --model PATH --prompts FILE.jsonl --name NAME --output docs/replication/NAME.json
+    python examples/replicate.py measure --model builtin:refuser --sweep SWEEP.json --output docs/replication/refuser.json
+    python examples/replicate.py measure --model PATH --prompts FILE.jsonl --sweep SWEEP.json --name NAME --output docs/replication/NAME.json
     python examples/replicate.py report --results docs/replication --output docs/replication.md
 
 An interrupted measurement resumes with the same command.

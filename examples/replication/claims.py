@@ -14,11 +14,21 @@ from typing import NamedTuple
 
 from .evidence import Study, SweepCell
 from .statistics import MARGIN, Interval, normal_bounds
-from .wording import at_equal, layer_list, number, percent, plain, signed, small
+from .wording import (
+    MATCHED,
+    SVD,
+    UNMATCHED,
+    at_equal,
+    layer_list,
+    number,
+    percent,
+    plain,
+    signed,
+    small,
+)
 
 APPEARS, ABSENT, OPEN = "appears", "does not appear", "cannot be decided here"
 CONFIRMED, OVERTURNED, UNDECIDED = "confirmed", "overturned", "undecided"
-UNMATCHED, MATCHED, SVD = "paper-unmatched", "paper-matched", "paper-matched-svd"
 
 
 class Finding(NamedTuple):

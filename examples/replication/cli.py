@@ -13,7 +13,7 @@ from typing import Any
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.files import require_writable_directory, write_text_atomically
 
-from .measurement import StudyOptions, estimate, measure_study
+from .measurement import StudyOptions, measure_study
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--name", help="what the model is called in the report")
     measure.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     measure.add_argument("--work", type=Path, help="directory for unfinished work")
-    measure.add_argument("--sweep", type=Path, help="sweep.json of heretic-contrast sweep")
+    measure.add_argument(
+        "--sweep", type=Path, required=True, help="sweep.json of heretic-contrast sweep"
+    )
     measure.add_argument("--batch-size", type=int, default=64)
     for field in fields(StudyOptions):
         option = "--" + field.name.replace("_", "-")
@@ -78,25 +80,21 @@ def run_measure(chosen: argparse.Namespace) -> None:
 
     logging.set_verbosity_error()
     torch.set_grad_enabled(False)
-    values: dict[str, Any] = {
-        field.name: getattr(chosen, field.name) for field in fields(StudyOptions)
-    }
-    for name, value in values.items():
-        values[name] = tuple(value) if isinstance(value, list) else value
-    options = StudyOptions(**values)
+    values = {field.name: getattr(chosen, field.name) for field in fields(StudyOptions)}
+    options = StudyOptions(
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    )
     if chosen.model != REFUSER and chosen.prompts is None:
         raise ContrastError(
             "Only the built-in refuser has prompts of its own: give --prompts FILE.jsonl."
         )
     pools = builtin_pools() if chosen.prompts is None else file_pools(chosen.prompts)
-    swept = None
-    if chosen.sweep is not None:
-        try:
-            swept = SweepResult.from_dict(json.loads(chosen.sweep.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ContrastError(
-                f"{chosen.sweep} cannot be read as a sweep: give the sweep.json of heretic-contrast sweep."
-            ) from error
+    try:
+        swept = SweepResult.from_dict(json.loads(chosen.sweep.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ContrastError(
+            f"{chosen.sweep} cannot be read as a sweep: give the sweep.json of heretic-contrast sweep."
+        ) from error
     folder = resolve_model(chosen.model)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
@@ -109,7 +107,6 @@ def run_measure(chosen: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         loaded = loaded.to("cuda")
     model = wrap(loaded, tokenizer, name=name, batch_size=chosen.batch_size)
-    log(estimate(options, pools, model.n_layers, swept is None))
     work = chosen.work or chosen.output.with_suffix(".work")
     with progress_bar() as show:
         results = measure_study(model, name, pools, options, work, log, show, swept)

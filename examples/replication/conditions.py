@@ -27,8 +27,6 @@ BASELINES = ("unmatched", "matched", "sensitive", "mixed", "nearest", "residuali
 METHODS = ("mean", "som")
 """One mean direction, or one direction per class from self-organizing maps."""
 
-PAPER_WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
-
 
 @dataclass(frozen=True)
 class Condition:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
 """
-Measures a model: the paper's protocol (every layer alone), then the protocol with controls, seed by seed.
+Measures a model after its sweep: the protocol with controls, seed by seed.
 
-Everything that is finished stands in a work directory: the sweep and each seed's cells in journals, each finished seed
-as JSON. Results hold counts, one letter per judged prompt, and geometry; no prompts and no responses.
+Cells that are finished stand in a journal per seed in a work directory. Results hold counts, one letter per judged prompt, and
+geometry; no prompts and no responses.
 """
 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import split_by_behavior
 from heretic_contrast.evaluation.cells import Cell, CellKey, SweepResult
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
+from heretic_contrast.evaluation.plan_settings import WEIGHTS
 from heretic_contrast.evaluation.storage import SweepState
 from heretic_contrast.evaluation.sweep import RULES, SweepEvaluator
 from heretic_contrast.files import write_text_atomically
@@ -34,16 +35,15 @@ from heretic_contrast.tiers.linear import numbers_digest
 from heretic_contrast.tiers.responses import Tier, classify_response
 
 from .conditions import (
-    PAPER_WEIGHTS,
     Condition,
     DirectionsMaker,
     all_layer_conditions,
     distinct,
     single_layer_conditions,
 )
-from .paper_sweep import PRESET_NAMES, best_layers, compact_sweep, everything, rounded, run_sweep
 from .pools import Draw, StudyPools, draw
-from .shape import describe_shape, noise_floor
+from .shape import describe_shape, noise_floor, rounded
+from .wording import MATCHED, SVD, UNMATCHED
 
 FORMAT = "heretic-contrast replication 1"
 
@@ -69,11 +69,9 @@ class StudyOptions:
     main_weights: tuple[float, ...] = (0.15, 0.3, 0.5, 0.7, 1.0)
     control_weights: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0)
     equal_weights: tuple[float, ...] = (0.03, 0.06, 0.12, 0.3, 1.0)
-    paper_weights: tuple[float, ...] = PAPER_WEIGHTS
+    paper_weights: tuple[float, ...] = WEIGHTS
     strong_weights: tuple[float, ...] = (1.0, 2.0, 4.0)
     conditions: tuple[str, ...] = ()
-    sweep_judged: int = 10
-    sweep_references: int = 100
 
     def grid(self, condition: Condition) -> tuple[float, ...]:
         """Returns the weights that a condition is measured at."""
@@ -91,23 +89,6 @@ class StudyOptions:
         ]
 
 
-def estimate(options: StudyOptions, pools: StudyPools, n_layers: int, with_sweep: bool) -> str:
-    """Returns how many cells a measurement has."""
-
-    everywhere = sum(
-        len(options.grid(item))
-        for item in options.wanted(all_layer_conditions(pools, ["x"] * options.n_left_out))
-    )
-    single = options.single_layers * sum(
-        len(options.grid(item)) for item in options.wanted(single_layer_conditions())
-    )
-    swept = n_layers * len(PAPER_WEIGHTS) * 2 * (len(PRESET_NAMES) + 1) if with_sweep else 0
-    return (
-        f"{swept} cells of the paper's sweep; {options.seeds} seeds × ({everywhere} cells on all layers + {single} on "
-        f"single layers) = {options.seeds * (everywhere + single)} cells, less what turns out to be equal."
-    )
-
-
 def measure_study(
     model: LanguageModel,
     name: str,
@@ -116,12 +97,12 @@ def measure_study(
     work: Path,
     log: Log,
     show: ShowProgress,
-    swept: SweepResult | None = None,
+    swept: SweepResult,
 ) -> dict[str, Any]:
     """
     Returns the results of a whole study as JSON values.
 
-    `work`: directory for what is finished. `swept`: a sweep with the paper's presets, or None to run one here.
+    `work`: directory for what is finished. `swept`: a sweep with the paper's presets.
 
     Raises `ContrastError` when the model refuses too little, or the work directory belongs to another study.
     """
@@ -140,7 +121,7 @@ def measure_study(
     }
     _require_own(work, fingerprint)
     log("Looking at what the unmodified model refuses...")
-    refused = _refused(model, pools, options.tokens, work)
+    refused = _refused(model, pools, options.tokens)
     candidates = [index for index, value in enumerate(refused["judged"]) if value]
     if len(candidates) < 3:
         raise ContrastError(
@@ -158,20 +139,6 @@ def measure_study(
             {text_digest(prompt.text) for pool in pools.fitted().values() for prompt in pool}
         ),
     }
-    if swept is None:
-        log("Sweeping every layer alone...")
-        swept = run_sweep(
-            model,
-            pools,
-            DirectionsMaker(pools, residuals, {}, everything(pools), provenance),
-            [pools.judged[index] for index in candidates],
-            options.sweep_judged,
-            options.sweep_references,
-            options.n_canaries,
-            options.tokens,
-            work / "sweep.journal",
-            show,
-        )
     layers = best_layers(swept, options.single_layers)
     log(f"* Single layers for the controls: {', '.join(map(str, layers)) or 'none'}.")
     pairs, _ = split_by_behavior(model, pools.pairs, options.tokens)
@@ -182,11 +149,6 @@ def measure_study(
 
     seeds = []
     for seed in range(options.seeds):
-        path = work / f"seed-{seed}.json"
-        if path.exists():
-            seeds.append(json.loads(path.read_text(encoding="utf-8")))
-            log(f"Seed {seed + 1} of {options.seeds} is finished.")
-            continue
         log(f"Seed {seed + 1} of {options.seeds}...")
         drawn = draw(
             pools,
@@ -199,12 +161,9 @@ def measure_study(
             SMALLEST_CLASS,
         )
         maker = DirectionsMaker(pools, residuals, refused, drawn, provenance)
-        result = _measure_seed(
-            model, pools, drawn, maker, layers, differences, options, work, log, show
+        seeds.append(
+            _measure_seed(model, pools, drawn, maker, layers, differences, options, work, log, show)
         )
-        write_text_atomically(path, json.dumps(result) + "\n")
-        # Read back, so that a resumed study has the same bytes as one that was never interrupted.
-        seeds.append(json.loads(path.read_text(encoding="utf-8")))
     return {
         **fingerprint,
         "name": name,
@@ -239,23 +198,16 @@ def _require_own(work: Path, fingerprint: Mapping[str, Any]) -> None:
         )
 
 
-def _refused(
-    model: LanguageModel, pools: StudyPools, tokens: int, work: Path
-) -> dict[str, list[bool]]:
+def _refused(model: LanguageModel, pools: StudyPools, tokens: int) -> dict[str, list[bool]]:
     """Returns for each prompt of each pool but the references whether the unmodified model refuses it."""
 
-    path = work / "refused.json"
-    if not path.exists():
-        found = {}
-        for name, prompts in {**pools.fitted(), "judged": pools.judged}.items():
-            responses = model.generate(prompts, tokens)
-            found[name] = [
-                classify_response(prompt.text, response) is Tier.REFUSE
-                for prompt, response in zip(prompts, responses, strict=True)
-            ]
-        write_text_atomically(path, json.dumps(found) + "\n")
-    stored: dict[str, list[bool]] = json.loads(path.read_text(encoding="utf-8"))
-    return stored
+    found = {}
+    for name, prompts in {**pools.fitted(), "judged": pools.judged}.items():
+        answered = zip(prompts, model.generate(prompts, tokens), strict=True)
+        found[name] = [
+            classify_response(prompt.text, response) is Tier.REFUSE for prompt, response in answered
+        ]
+    return found
 
 
 def _measure_seed(
@@ -371,3 +323,48 @@ def outcomes(prompts: Sequence[Prompt], responses: Sequence[str]) -> str:
         letter = classify_response(prompt.text, response).value[0]
         letters.append(letter if is_coherent(response) else letter.lower())
     return "".join(letters)
+
+
+def compact_sweep(result: SweepResult) -> dict[str, Any]:
+    """Returns a sweep without responses and prompts."""
+
+    base = result.baseline
+    return {
+        "baseline": {
+            "refusals": base.refusals,
+            "n_harmful": base.n_harmful,
+            "kl": base.kl_divergence,
+        },
+        "n_references": result.pools.get("references", {}).get("count"),
+        "kl_tokens": result.settings.get("kl_tokens"),
+        "cells": [
+            [
+                *cell.key(),
+                rounded(cell.effective_weight),
+                cell.measurement.refusals,
+                cell.measurement.incoherent,
+                rounded(cell.measurement.kl_divergence),
+                rounded(cell.measurement.kl_standard_error),
+            ]
+            for cell in result.cells
+        ],
+        "synergies": [list(astuple(item))[:6] for item in result.synergies],
+    }
+
+
+def best_layers(result: SweepResult, count: int) -> list[int]:
+    """
+    Returns the layers that the controls look at: the best of each of the paper's presets, then their second best, and so on.
+
+    Best is the fewest refusals at any of the weights, then the least divergence there.
+    """
+
+    ranked = []
+    for preset in (UNMATCHED, MATCHED, SVD):
+        best: dict[int, tuple[int, float]] = {}
+        for cell in result.single_cells(preset, "weight"):
+            rank = (cell.measurement.refusals, cell.measurement.kl_divergence)
+            best[cell.layers[0]] = min(best.get(cell.layers[0], rank), rank)
+        ranked.append(sorted(best, key=lambda layer: (best[layer], layer)))
+    turns = [layer for layers in zip(*ranked, strict=True) for layer in layers]
+    return list(dict.fromkeys(turns))[:count]

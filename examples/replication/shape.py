@@ -11,6 +11,7 @@ from torch import Tensor
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.evaluation.capture import max_cosine, subspace_capture
 from heretic_contrast.evaluation.geometry import compare, measure_activities, measure_layer
+from heretic_contrast.evaluation.plan_settings import WEIGHTS
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 
@@ -76,9 +77,6 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or value != value else round(value, DIGITS)
 
 
-NOISE_WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
-
-
 def noise_floor(
     model: LanguageModel,
     make: Callable[[str], Directions],
@@ -94,10 +92,10 @@ def noise_floor(
         {name: make(name) for name in names},
         list(harmful),
         list(harmless),
-        NOISE_WEIGHTS,
+        WEIGHTS,
         max_new_tokens=tokens,
     )
-    found: dict[str, Any] = {"weights": list(NOISE_WEIGHTS)}
+    found: dict[str, Any] = {"weights": list(WEIGHTS)}
     for name in names:
         found[name] = [
             [_rounded(value) for _, value in activity.perturbations]
@@ -105,3 +103,9 @@ def noise_floor(
             if activity.configuration == name
         ]
     return found
+
+
+def rounded(value: float | None) -> float | None:
+    """Rounds to six significant digits, so that results stay small."""
+
+    return None if value is None else float(f"{value:.6g}")

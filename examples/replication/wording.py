@@ -9,6 +9,8 @@ from .statistics import Contrast, Interval
 
 NONE = "–"
 
+UNMATCHED, MATCHED, SVD = "paper-unmatched", "paper-matched", "paper-matched-svd"
+
 LABELS = {
     "raw unmatched": "unmatched, own length",
     "raw matched": "matched, own length",

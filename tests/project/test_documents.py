@@ -100,17 +100,12 @@ NOT_RUN = {
         "takes a minute, mostly compiling: tests/directions/test_som.py compares the same maps with MiniSom's"
     ),
     "python benchmarks/sweep.py --smollm2-shape --layers 4 12 20 28 --references 20 --reference-cells 2": RANDOM_MODEL,
-    "python examples/replicate.py measure --model builtin:refuser --output docs/replication/refuser.json --seeds 5": (
+    "python examples/replicate.py measure --model builtin:refuser --output docs/replication/refuser.json "
+    "--sweep refuser-sweep/sweep.json --seeds 5": (
         "takes hours: tests/project/test_replication.py measures less of the same"
     ),
 }
 """Commands that are not run, and why."""
-
-SMALL_MEASUREMENT = (
-    " --seeds 1 --n-judged 9 --n-references 4 --n-canaries 1 --tokens 12 --n-left-out 1 --single-layers 1"
-    " --main-weights 0.5 1 --control-weights 0.5 --equal-weights 0.3 --strong-weights 2"
-    " --conditions 'som unmatched' 'mean matched' 'som matched' 'svd1 matched'"
-)
 
 SMALL_MEASUREMENT = (
     "--seeds 1 --n-judged 9 --n-references 4 --n-canaries 1 --tokens 12 --n-left-out 1 --single-layers 1 "

@@ -612,30 +612,31 @@ def test_outcomes_are_letters() -> None:
 
 @pytest.mark.slow
 def test_measurement_of_the_built_in_refuser_resumes_with_the_same_bytes(tmp_path: Path) -> None:
-    results = tmp_path / "results"
+    from heretic_contrast.commands.sweep import main as sweep
 
-    def measure(name: str) -> bytes:
-        output = results / f"{name}.json"
+    results = tmp_path / "results"
+    presets = ("paper-unmatched", "paper-matched", "paper-matched-svd")
+    sweep(
+        [
+            "builtin:refuser",
+            *(word for preset in presets for word in ("--contrast.preset", preset)),
+            *f"--kl-tokens 16 --sweep-response-length 16 --n-references 4 --output {tmp_path / 'sweep'}".split(),
+        ]
+    )
+
+    def measure() -> bytes:
+        output = results / "first.json"
         arguments = (
-            f"measure --model builtin:refuser --name refuser --output {output} --seeds 1 --n-judged 12 --n-references 6 "
-            "--n-canaries 1 --tokens 16 --sweep-judged 9 --sweep-references 4 --single-layers 1 "
+            f"measure --model builtin:refuser --name refuser --output {output} --sweep {tmp_path / 'sweep' / 'sweep.json'} "
+            "--seeds 1 --n-judged 12 --n-references 6 --n-canaries 1 --tokens 16 --single-layers 1 "
             "--main-weights 0.5 1 --strong-weights 2"
         ).split()
-        main(
-            [
-                *arguments,
-                "--conditions",
-                "som unmatched",
-                "mean matched",
-                "som matched",
-                "svd1 matched",
-            ]
-        )
+        conditions = ["som unmatched", "mean matched", "som matched", "svd1 matched"]
+        main([*arguments, "--conditions", *conditions])
         return output.read_bytes()
 
-    first = measure("first")
-    (results / "first.work" / "seed-0.json").unlink()
-    assert measure("first") == first
+    first = measure()
+    assert measure() == first
     data = json.loads(first)
     curves = data["seeds"][0]["curves"]
     assert {curve["scope"] for curve in curves} == {"all", str(data["single_layers"][0])}
