@@ -7,10 +7,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from ..directions.directions import Directions
@@ -19,6 +20,9 @@ from ..settings import HERETIC_RANGES, Range, Scale, general_parameter
 
 if TYPE_CHECKING:
     from optuna import Trial
+
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,10 @@ class Kernel:
     `min_weight_distance` layers, and is 0 beyond.
     """
 
-    max_weight: float
-    max_weight_position: float
-    min_weight: float
-    min_weight_distance: float
+    max_weight: Number
+    max_weight_position: Number
+    min_weight: Number
+    min_weight_distance: Number
 
     def weight(self, layer_index: int) -> float:
         """Returns the weight at a layer."""
@@ -59,9 +63,9 @@ class Parameters:
     were made from, or "" where that is not known.
     """
 
-    direction_index: float | None
+    direction_index: Number | None
     kernels: dict[str, Kernel]
-    scales: dict[str, float]
+    scales: dict[str, Number]
     configuration: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,17 +97,8 @@ class Parameters:
         """
 
         try:
-            index = data["direction_index"]
-            return cls(
-                direction_index=None if index is None else _number(index),
-                kernels={
-                    str(name): Kernel(**{key: _number(value) for key, value in values.items()})
-                    for name, values in data["kernels"].items()
-                },
-                scales={str(name): _number(value) for name, value in data["scales"].items()},
-                configuration=str(data.get("configuration", "")),
-            )
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            return TypeAdapter(cls).validate_python(data)
+        except ValidationError as error:
             raise ContrastError(
                 "The checkpoint holds trials of another modifier: start from scratch (checkpoint action restart), "
                 "or give another study_checkpoint_dir."
@@ -124,16 +119,6 @@ class Parameters:
                 "The parameters of this trial belong to another configuration of the plugin: start from scratch "
                 "(checkpoint action restart), or give another study_checkpoint_dir."
             )
-
-
-def _number(value: Any) -> float:
-    """Returns a number that JSON has stored. Raises `TypeError` or `ValueError` when it is none, or not finite."""
-
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is not a number.")
-    if not math.isfinite(value):
-        raise ValueError(f"{value!r} is not finite.")
-    return value
 
 
 def configuration_digest(directions: Directions) -> str:
