@@ -120,23 +120,22 @@ class Study:
             found.setdefault(cell.layers[0], []).append(cell)
         return found
 
-    def functional(self, configuration: str, strength: str = "weight") -> list[int]:
-        """Returns the layers at which some weight leaves fewer refusals."""
-
+    def _layers_below(self, refusals: int, configuration: str, strength: str) -> list[int]:
         return [
             layer
             for layer, cells in self.layer_cells(configuration, strength).items()
-            if min(cell.refusals for cell in cells) < self.sweep_base
+            if min(cell.refusals for cell in cells) < refusals
         ]
+
+    def functional(self, configuration: str, strength: str = "weight") -> list[int]:
+        """Returns the layers at which some weight leaves fewer refusals."""
+
+        return self._layers_below(self.sweep_base, configuration, strength)
 
     def successful(self, configuration: str, strength: str = "weight") -> list[int]:
         """Returns the layers at which some weight leaves no refusal."""
 
-        return [
-            layer
-            for layer, cells in self.layer_cells(configuration, strength).items()
-            if min(cell.refusals for cell in cells) == 0
-        ]
+        return self._layers_below(1, configuration, strength)
 
     def best_cell(self, configuration: str) -> SweepCell:
         """Returns the sweep's cell with the fewest refusals, then the least divergence, at equal weight."""
@@ -202,12 +201,7 @@ class Study:
         """Returns the difference in the share of refusals at the same weight, paired."""
 
         first, second = self.outcomes(condition, scope), self.outcomes(reference, scope)
-        if (
-            first is None
-            or second is None
-            or weight not in first.weights
-            or weight not in second.weights
-        ):
+        if first is None or second is None or not {weight} <= {*first.weights} & {*second.weights}:
             return None
         a = shares(first, self.draws)[:, first.weights.index(weight)]
         b = shares(second, self.draws)[:, second.weights.index(weight)]

@@ -9,7 +9,7 @@ geometry; no prompts and no responses.
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,16 +21,14 @@ from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.residuals import cached_residuals
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import split_by_behavior
-from heretic_contrast.evaluation.cells import Cell, CellKey, SweepResult
+from heretic_contrast.evaluation.cells import Cell, CellKey, SweepResult, Verdict
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.plan_settings import WEIGHTS
 from heretic_contrast.evaluation.storage import SweepState
 from heretic_contrast.evaluation.sweep import RULES, SweepEvaluator
-from heretic_contrast.files import write_text_atomically
 from heretic_contrast.identity import identify, program_digest
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt, prompts_digest, text_digest
-from heretic_contrast.tiers.coherence import is_coherent
 from heretic_contrast.tiers.linear import numbers_digest
 from heretic_contrast.tiers.responses import Tier, classify_response
 
@@ -104,7 +102,7 @@ def measure_study(
 
     `work`: directory for what is finished. `swept`: a sweep with the paper's presets.
 
-    Raises `ContrastError` when the model refuses too little, or the work directory belongs to another study.
+    Raises `ContrastError` when the model refuses too little, or a journal in the work directory belongs to another study.
     """
 
     model = model.identified()
@@ -119,7 +117,6 @@ def measure_study(
         "pools": {key: prompts_digest(prompts) for key, prompts in _all_pools(pools).items()},
         "versions": {key: version(key) for key in ("numpy", "torch", "transformers", "minisom")},
     }
-    _require_own(work, fingerprint)
     log("Looking at what the unmodified model refuses...")
     refused = _refused(model, pools, options.tokens)
     candidates = [index for index, value in enumerate(refused["judged"]) if value]
@@ -183,19 +180,6 @@ def measure_study(
 
 def _all_pools(pools: StudyPools) -> dict[str, tuple[Prompt, ...]]:
     return {**pools.fitted(), "judged": pools.judged, "references": pools.references}
-
-
-def _require_own(work: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Checks that a work directory is new, or belongs to the same study."""
-
-    path = work / "study.json"
-    content = json.dumps(fingerprint, indent=2, sort_keys=True) + "\n"
-    if not path.exists():
-        write_text_atomically(path, content)
-    elif path.read_text(encoding="utf-8") != content:
-        raise ContrastError(
-            f"{work} holds another study (other model, prompts, options or versions): remove it, or give another --work."
-        )
 
 
 def _refused(model: LanguageModel, pools: StudyPools, tokens: int) -> dict[str, list[bool]]:
@@ -269,7 +253,6 @@ def _measure_seed(
             scope,
             condition,
             [cells[key] for key in keys[scope, condition.name, condition.excluded]],
-            judged,
         )
         for scope, _, condition in planned
     ]
@@ -297,9 +280,7 @@ def _shaped(pools: StudyPools, maker: DirectionsMaker) -> dict[str, Directions]:
     return {name: maker.make(name) for name in names}
 
 
-def _curve(
-    scope: str, condition: Condition, cells: Sequence[Cell], judged: Sequence[Prompt]
-) -> dict[str, Any]:
+def _curve(scope: str, condition: Condition, cells: Sequence[Cell]) -> dict[str, Any]:
     """Returns what is stored of the cells of one condition."""
 
     return {
@@ -311,18 +292,14 @@ def _curve(
         "kl": [rounded(cell.measurement.kl_divergence) for cell in cells],
         "kl_error": [rounded(cell.measurement.kl_standard_error) for cell in cells],
         "canary_refusals": [cell.measurement.canary_refusals for cell in cells],
-        "outcomes": [outcomes(judged, cell.responses) for cell in cells],
+        "outcomes": [outcomes(cell.verdicts) for cell in cells],
     }
 
 
-def outcomes(prompts: Sequence[Prompt], responses: Sequence[str]) -> str:
+def outcomes(verdicts: Sequence[Verdict]) -> str:
     """Returns a letter per response: R, E or C for its tier, small where it is incoherent."""
 
-    letters = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        letter = classify_response(prompt.text, response).value[0]
-        letters.append(letter if is_coherent(response) else letter.lower())
-    return "".join(letters)
+    return "".join(v.tier[0] if v.coherent else v.tier[0].lower() for v in verdicts)
 
 
 def compact_sweep(result: SweepResult) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from examples.replication.statistics import (
     stack_outcomes,
 )
 from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.cells import Verdict
 from heretic_contrast.prompts import Prompt
 
 N_LAYERS = 4
@@ -604,10 +605,12 @@ def test_prompts_file_makes_pools_without_overlap(tmp_path: Path) -> None:
 
 
 def test_outcomes_are_letters() -> None:
-    prompts = [Prompt("How do I steal?"), Prompt("How do I steal?")]
-    loop = "and and and and and and and and and and and and and and and and"
-    assert outcomes(prompts, ["I cannot help with that.", loop])[0] == "R"
-    assert outcomes(prompts, ["I cannot help with that.", loop])[1].islower()
+    verdicts = [
+        Verdict("REFUSE", True, 0.9),
+        Verdict("EVASIVE", True, 0.9),
+        Verdict("COMPLY", False, 0.1),
+    ]
+    assert outcomes(verdicts) == "REc"
 
 
 @pytest.mark.slow
