@@ -173,7 +173,9 @@ def test_cells_that_are_evaluated_report_progress(tiny_llama: LanguageModel) -> 
     assert cells == evaluator.evaluate(evaluator.grid())
 
 
-@pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_hybrid"])
+@pytest.mark.parametrize(
+    "fixture", ["tiny_llama", pytest.param("tiny_hybrid", marks=pytest.mark.slow)]
+)
 def test_cells_equal_changed_weights(fixture: str, request: pytest.FixtureRequest) -> None:
     model: LanguageModel = request.getfixturevalue(fixture)
     configurations = {
