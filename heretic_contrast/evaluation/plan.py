@@ -175,29 +175,18 @@ def plan_sweep(
     canaries: Sequence[Prompt],
     references: Sequence[Prompt],
     options: SweepOptions | None = None,
+    used: UsedPrompts | None = None,
+    left_out: Mapping[str, int] | None = None,
 ) -> SweepPlan:
     """
     Returns the plan of a sweep with these prompts, less those that directions were extracted from.
 
-    Raises `ContrastError` when no harmful or no reference prompt is left.
+    `used`: the latter, where more is known of them than directions say. `left_out`: how many prompts were left out of each pool
+    before, of which these are samples. Raises `ContrastError` when no harmful or no reference prompt is left.
     """
 
     completed = complete(configurations)
-    used = UsedPrompts.of({name: item.directions for name, item in completed.items()})
-    return _plan(completed, used, harmful, canaries, references, options or SweepOptions())
-
-
-def _plan(
-    configurations: dict[str, Configuration],
-    used: UsedPrompts,
-    harmful: Sequence[Prompt],
-    canaries: Sequence[Prompt],
-    references: Sequence[Prompt],
-    options: SweepOptions,
-    left_out: Mapping[str, int] | None = None,
-) -> SweepPlan:
-    """`left_out`: how many prompts were left out of each pool before, of which these are samples."""
-
+    used = used or UsedPrompts.of({name: item.directions for name, item in completed.items()})
     kept: dict[str, tuple[Prompt, ...]] = {}
     pools: dict[str, dict[str, Any]] = {"extraction": used.to_dict()}
     for name, prompts in (
@@ -216,7 +205,7 @@ def _plan(
             raise ContrastError(
                 f"All {len(prompts)} prompts of the pool {name} are among those that directions were extracted from: give others."
             )
-    return SweepPlan(configurations, **kept, options=options, pools=pools)
+    return SweepPlan(completed, **kept, options=options or SweepOptions(), pools=pools)
 
 
 @dataclass(frozen=True)
@@ -257,16 +246,16 @@ class PreparedSweep:
         if self.contrast.category_source is CategorySource.MODEL:
             harmful = tuple(_judged(self.settings, self.contrast, harmful, model, log))
         directions = self.sources.directions(model, log, show_progress, max_response_length)
-        return _plan(
+        return plan_sweep(
             {
                 name: Configuration.of(item, self.sources.settings[name])
                 for name, item in directions.items()
             },
-            self.used,
             harmful,
             self.canaries,
             self.references,
             self.options,
+            self.used,
             self.left_out,
         )
 
