@@ -21,7 +21,7 @@ from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.residuals import cached_residuals
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import split_by_behavior
-from heretic_contrast.evaluation.cells import Cell, CellKey, SweepResult, Verdict
+from heretic_contrast.evaluation.cells import Cell, CellKey, SweepResult, Verdict, best_layers
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.plan_settings import WEIGHTS
 from heretic_contrast.evaluation.storage import SweepState
@@ -136,7 +136,7 @@ def measure_study(
             {text_digest(prompt.text) for pool in pools.fitted().values() for prompt in pool}
         ),
     }
-    layers = best_layers(swept, options.single_layers)
+    layers = control_layers(swept, options.single_layers)
     log(f"* Single layers for the controls: {', '.join(map(str, layers)) or 'none'}.")
     pairs, _ = split_by_behavior(model, pools.pairs, options.tokens)
     at_pairs = model.residuals(
@@ -329,19 +329,14 @@ def compact_sweep(result: SweepResult) -> dict[str, Any]:
     }
 
 
-def best_layers(result: SweepResult, count: int) -> list[int]:
+def control_layers(result: SweepResult, count: int) -> list[int]:
     """
     Returns the layers that the controls look at: the best of each of the paper's presets, then their second best, and so on.
 
     Best is the fewest refusals at any of the weights, then the least divergence there.
     """
 
-    ranked = []
-    for preset in (UNMATCHED, MATCHED, SVD):
-        best: dict[int, tuple[int, float]] = {}
-        for cell in result.single_cells(preset, "weight"):
-            rank = (cell.measurement.refusals, cell.measurement.kl_divergence)
-            best[cell.layers[0]] = min(best.get(cell.layers[0], rank), rank)
-        ranked.append(sorted(best, key=lambda layer: (best[layer], layer)))
-    turns = [layer for layers in zip(*ranked, strict=True) for layer in layers]
-    return list(dict.fromkeys(turns))[:count]
+    ranked = [best_layers(result.cells, name, "weight") for name in (UNMATCHED, MATCHED, SVD)]
+    return list(dict.fromkeys(layer for turn in zip(*ranked, strict=True) for layer in turn))[
+        :count
+    ]

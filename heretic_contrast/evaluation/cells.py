@@ -125,6 +125,23 @@ class Cell:
 _CELL = TypeAdapter(Cell)
 
 
+def single_cells(cells: Iterable[Cell], configuration: str, strength: str) -> list[Cell]:
+    """Returns the cells of single layers of one configuration."""
+
+    of = (configuration, strength)
+    return [cell for cell in cells if cell.key()[:2] == of and len(cell.layers) == 1]
+
+
+def best_layers(cells: Iterable[Cell], configuration: str, strength: str) -> list[int]:
+    """Returns the layers of a configuration, those with the fewest refusals at any weight first, then the least divergence."""
+
+    ranked = sorted(
+        single_cells(cells, configuration, strength),
+        key=lambda cell: (cell.measurement.refusals, cell.measurement.kl_divergence, cell.layers),
+    )
+    return list(dict.fromkeys(cell.layers[0] for cell in ranked))
+
+
 @dataclass(frozen=True)
 class Synergy:
     """ΔR(set) − max over its layers of ΔR(layer alone), at one weight (paper, section 4.1)."""
@@ -193,12 +210,7 @@ class SweepResult:
     def single_cells(self, configuration: str, strength: str) -> list[Cell]:
         """Returns the cells of single layers of one configuration."""
 
-        return [
-            cell
-            for cell in self.cells
-            if (cell.configuration, cell.strength) == (configuration, strength)
-            and len(cell.layers) == 1
-        ]
+        return single_cells(self.cells, configuration, strength)
 
     def efficiency(self, cell: Cell) -> float | None:
         """Returns the efficiency of a cell."""

@@ -30,7 +30,7 @@ from ..prompts import Prompt, prompts_digest
 from ..tiers import coherence, linear, responses, text
 from ..tiers.coherence import is_coherent, normalized_bigram_entropy
 from ..tiers.responses import Tier, classify_response
-from .cells import Cell, CellKey, Measurement, SweepResult, Synergy, Verdict
+from .cells import Cell, CellKey, Measurement, SweepResult, Synergy, Verdict, best_layers
 from .divergence import References
 from .extraction import measure_directions
 from .plan import Configurations, PreparedSweep, SweepOptions, SweepPlan, plan_sweep
@@ -122,33 +122,19 @@ class SweepEvaluator:
         """
 
         options = self.options
-        keys: dict[CellKey, None] = {}
         if options.synergy_size < 2:
             return []
-        for configuration, item in self.configurations.items():
-            for strength in item.strengths(options.strengths):
-                for layers in self._synergy_sets(configuration, strength, cells):
-                    keys[CellKey(configuration, strength, layers, options.synergy_weight)] = None
-                    for layer in layers:
-                        keys[CellKey(configuration, strength, (layer,), options.synergy_weight)] = (
-                            None
-                        )
+        keys = {
+            CellKey(name, strength, layers, options.synergy_weight)
+            for name, item in self.configurations.items()
+            for strength in item.strengths(options.strengths)
+            for chosen in combinations(
+                sorted(best_layers(cells, name, strength)[: options.n_synergy_layers]),
+                options.synergy_size,
+            )
+            for layers in (chosen, *((layer,) for layer in chosen))
+        }
         return sorted(keys, key=lambda key: (key.layers[0], key))
-
-    def _synergy_sets(
-        self, configuration: str, strength: str, cells: Sequence[Cell]
-    ) -> list[tuple[int, ...]]:
-        best: dict[int, tuple[int, float]] = {}
-        for cell in cells:
-            if (cell.configuration, cell.strength) == (configuration, strength) and len(
-                cell.layers
-            ) == 1:
-                rank = (cell.measurement.refusals, cell.measurement.kl_divergence)
-                layer = cell.layers[0]
-                best[layer] = min(best.get(layer, rank), rank)
-        chosen = sorted(best, key=lambda layer: (best[layer], layer))
-        chosen = sorted(chosen[: self.options.n_synergy_layers])
-        return list(combinations(chosen, self.options.synergy_size))
 
     def synergies(self, cells: Sequence[Cell]) -> tuple[Synergy, ...]:
         """Returns ΔR(set) − max over its layers of ΔR(layer alone), for every set that was measured."""
