@@ -253,29 +253,17 @@ class SweepResult:
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values: cells with intervals and efficiency, and what follows from them."""
 
-        cells = []
-        for cell in self.cells:
-            low, high = cell.measurement.refusal_interval()
-            cells.append(
+        return {
+            **asdict(self),
+            "layers": [asdict(summary) for summary in self.summaries()],
+            "cells": [
                 {
                     **cell.to_dict(),
-                    "refusal_interval": [low, high],
+                    "refusal_interval": list(cell.measurement.refusal_interval()),
                     "efficiency": self.efficiency(cell),
                 }
-            )
-        return {
-            "model": self.model,
-            "baseline": asdict(self.baseline),
-            "settings": self.settings,
-            "pools": self.pools,
-            "prompts": list(self.prompts),
-            "categories": list(self.categories),
-            "canaries": list(self.canaries),
-            "baseline_responses": list(self.baseline_responses),
-            "baseline_verdicts": [asdict(verdict) for verdict in self.baseline_verdicts],
-            "layers": [asdict(summary) for summary in self.summaries()],
-            "synergies": [asdict(synergy) for synergy in self.synergies],
-            "cells": cells,
+                for cell in self.cells
+            ],
         }
 
     @classmethod
