@@ -48,7 +48,7 @@ from ..settings import (
     validation_error,
 )
 from .arguments import PROGRAM, normalize_arguments
-from .unused import LIKE, class_name, named_plugins, unused_tables, unused_variables
+from .unused import LIKE, NAMESPACES, class_name, named_plugins, unused_tables, unused_variables
 
 PLUGIN = "heretic_contrast.ContrastAbliteration"
 TABLE = "ContrastAbliteration"
@@ -150,7 +150,7 @@ class ContrastTomlSource(TomlConfigSettingsSource):
 
         settings, table = ContrastSettings.model_fields, f"[modifier.{TABLE}]"
         known = {*self.settings_cls.model_fields, "modifiers"}
-        named = named_plugins(config.get("modifiers")) | named_plugins(config.get("scorers"))
+        named = {where: named_plugins(config.get(name)) for where, name in NAMESPACES.items()}
         for sentence in chain(
             unused_variables(os.environ, settings, table, known),
             unused_tables(config, named, settings, table, known),

@@ -37,9 +37,11 @@ def check_tables(
     table = f"[{namespace}.{plugin}]"
     settings = settings_class.model_fields
     known = getattr(type(heretic_settings), "model_fields", {})
-    named = {(plugin, None)}.union(
-        *(named_plugins(getattr(heretic_settings, name, None)) for name in NAMESPACES.values())
-    )
+    named = {
+        where: named_plugins(getattr(heretic_settings, name, None))
+        for where, name in NAMESPACES.items()
+    }
+    named[namespace].add((plugin, None))
     # What the command line overrides is no longer among Heretic's settings.
     file = TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
     complaints = [unused_variables(os.environ, settings, table, known)]
@@ -52,7 +54,7 @@ def check_tables(
     for sentence in chain(*complaints):
         raise ContrastError(sentence)
     for other, where in PLUGINS.items():
-        if other not in {name for name, _ in named} and other in (extra.get(where) or {}):
+        if other not in {name for name, _ in named[where]} and other in (extra.get(where) or {}):
             notice(
                 f"* [{where}.{other}] in config.toml is not used: {NAMESPACES[where]} names no {other}"
             )

@@ -95,7 +95,7 @@ def own_setting(
 
 def unused_tables(
     config: Mapping[str, Any],
-    named: Collection[tuple[str, str | None]],
+    named: Mapping[str, Collection[tuple[str, str | None]]],
     settings: Collection[str],
     table: str,
     known: Collection[str],
@@ -103,7 +103,7 @@ def unused_tables(
     """
     Yields a sentence for all in a configuration that is for this package and not read.
 
-    `named`: see `named_plugins`. `settings`: names of a plugin's settings, which belong into `table`. `known`: names of
+    `named`: see `named_plugins`, by the table that they belong into. `settings`: names of a plugin's settings, which belong into `table`. `known`: names of
     Heretic's own settings.
     """
 
@@ -111,7 +111,7 @@ def unused_tables(
         tables = value if isinstance(value, dict) else {}
         if name in NAMESPACES:
             for inner, inner_value in tables.items():
-                yield from _in_namespace(name, inner, inner_value, named, settings, table)
+                yield from _in_namespace(name, inner, inner_value, named[name], settings, table)
             continue
         for inner, inner_value in tables.items():
             meant = own_table(inner) if isinstance(inner_value, dict) else None

@@ -163,6 +163,17 @@ def test_settings_of_the_host_for_heretic_14(name: str, folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("namespace", ["modifier", "scorer"])
+def test_a_loaded_plugin_has_no_table_in_the_other_namespace(namespace: str, folder: Path) -> None:
+    own = {"scorers": [{"plugin": "heretic_contrast.FalseRefusals", "optimization": "none"}]}
+    name = "FalseRefusals" if namespace == "modifier" else "ContrastAbliteration"
+    other = "scorer" if namespace == "modifier" else "modifier"
+    for plugin in (ContrastAbliteration, FalseRefusals):
+        assert refused(f"[{namespace}.{name}]", plugin, **own) == (
+            f"config.toml has [{namespace}.{name}], which nothing reads: did you mean [{other}.{name}]?"
+        )
+
+
 def test_instances(folder: Path) -> None:
     """Tables of an instance are read where `instance_name` names it, and nowhere else."""
 
