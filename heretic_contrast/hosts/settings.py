@@ -48,7 +48,16 @@ from ..settings import (
     validation_error,
 )
 from .arguments import PROGRAM, normalize_arguments
-from .unused import LIKE, NAMESPACES, class_name, named_plugins, unused_tables, unused_variables
+from .unused import (
+    LIKE,
+    NAMESPACES,
+    ONLY_UNDER_14,
+    class_name,
+    named_plugins,
+    unused_keys,
+    unused_tables,
+    unused_variables,
+)
 
 PLUGIN = "heretic_contrast.ContrastAbliteration"
 TABLE = "ContrastAbliteration"
@@ -149,11 +158,17 @@ class ContrastTomlSource(TomlConfigSettingsSource):
         """Raises `ContrastError` for what looks meant for the plugin and has no effect."""
 
         settings, table = ContrastSettings.model_fields, f"[modifier.{TABLE}]"
+        idle = ONLY_UNDER_14 if "scorers" in Settings.model_fields else {}
         known = {*self.settings_cls.model_fields, "modifiers"}
         named = {where: named_plugins(config.get(name)) for where, name in NAMESPACES.items()}
         for sentence in chain(
             unused_variables(os.environ, settings, table, known),
             unused_tables(config, named, settings, table, known),
+            *(
+                unused_keys(values, settings, f"[modifier.{name}]", idle)
+                for name, values in config.get("modifier", {}).items()
+                if isinstance(values, dict) and name.partition("_")[0] == TABLE
+            ),
         ):
             raise ContrastError(sentence)
         for name in sorted(set(config) - known - {"modifier"}):

@@ -14,9 +14,17 @@ from pydantic_settings import BaseSettings, TomlConfigSettingsSource
 from rich.markup import escape
 
 from ..errors import ContrastError, one_line, show_warnings_as_sentences
-from ..settings import validation_error
+from ..settings import ContrastSettings, validation_error
 from .surface import log
-from .unused import NAMESPACES, PLUGINS, named_plugins, unused_keys, unused_tables, unused_variables
+from .unused import (
+    NAMESPACES,
+    ONLY_UNDER_14,
+    PLUGINS,
+    named_plugins,
+    unused_keys,
+    unused_tables,
+    unused_variables,
+)
 
 SettingsType = TypeVar("SettingsType", bound=BaseModel)
 
@@ -36,6 +44,7 @@ def check_tables(
         return
     table = f"[{namespace}.{plugin}]"
     settings = settings_class.model_fields
+    idle = ONLY_UNDER_14 if namespace == "modifier" else {}
     known = getattr(type(heretic_settings), "model_fields", {})
     named = {
         where: named_plugins(getattr(heretic_settings, name, None))
@@ -50,7 +59,15 @@ def check_tables(
         tables = config.get(namespace)
         for name, values in tables.items() if isinstance(tables, dict) else []:
             if isinstance(values, dict) and name.partition("_")[0] == plugin:
-                complaints.append(unused_keys(values, settings, f"[{namespace}.{name}]"))
+                where = f"[{namespace}.{name}"
+                complaints.append(unused_keys(values, settings, f"{where}]", idle))
+                inner = values.get("contrast")
+                if isinstance(inner, dict):
+                    # Settings of directions, as the modifier has them.
+                    names = ContrastSettings.model_fields
+                    complaints.append(
+                        unused_keys(inner, names, f"{where}.contrast]", ONLY_UNDER_14)
+                    )
     for sentence in chain(*complaints):
         raise ContrastError(sentence)
     for other, where in PLUGINS.items():

@@ -188,10 +188,11 @@ def _beside_plugin(name: str, entries: Any, settings: Collection[str], table: st
                     yield _not_read(f'"{key}" in {name}', str(meant))
 
 
-def unused_keys(table: Mapping[str, Any], settings: Collection[str], where: str) -> Iterator[str]:
-    """Yields a sentence for every key of a plugin's table `where` that has no effect under Heretic 2.0."""
+def unused_keys(
+    table: Mapping[str, Any], settings: Collection[str], where: str, idle: Mapping[str, str]
+) -> Iterator[str]:
+    """As `unused_tables`, for the keys of a plugin's table `where`. `idle`: settings without an effect, and why."""
 
-    idle = ONLY_UNDER_14 if where.startswith("[modifier.") else {}
     settings = [name for name in settings if name not in idle]
     for key in table:
         if key in idle:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from heretic_contrast import ContrastAbliteration, FalseRefusals
+from heretic_contrast import ContrastAbliteration, FalseRefusals, FixedWeightSweep
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
@@ -172,6 +172,16 @@ def test_a_loaded_plugin_has_no_table_in_the_other_namespace(namespace: str, fol
         assert refused(f"[{namespace}.{name}]", plugin, **own) == (
             f"config.toml has [{namespace}.{name}], which nothing reads: did you mean [{other}.{name}]?"
         )
+
+
+def test_directions_to_sweep_take_no_settings_of_the_host(folder: Path) -> None:
+    own = {"scorers": [{"plugin": "heretic_contrast.FixedWeightSweep", "optimization": "none"}]}
+    assert refused(
+        '[scorer.FixedWeightSweep.contrast]\nsampler = "tpe"', FixedWeightSweep, **own
+    ) == (
+        'The setting "sampler" in [scorer.FixedWeightSweep.contrast] has no effect under Heretic 2.0, '
+        "where its study has a sampler of its own: remove it."
+    )
 
 
 def test_instances(folder: Path) -> None:
