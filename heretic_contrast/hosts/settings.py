@@ -162,10 +162,15 @@ class ContrastTomlSource(TomlConfigSettingsSource):
         known = {*self.settings_cls.model_fields, "modifiers"}
         named = {where: named_plugins(config.get(name)) for where, name in NAMESPACES.items()}
         for sentence in chain(
-            unused_variables(os.environ, settings, table, known),
-            unused_tables(config, named, settings, table, known),
+            unused_variables(os.environ, settings, table, known, idle),
+            unused_tables(config, named, settings, table, known, idle),
             *(
-                unused_keys(values, settings, f"[modifier.{name}]", idle)
+                unused_keys(
+                    {str(key).replace("-", "_"): value for key, value in values.items()},
+                    settings,
+                    f"[modifier.{name}]",
+                    idle,
+                )
                 for name, values in config.get("modifier", {}).items()
                 if isinstance(values, dict) and name.partition("_")[0] == TABLE
             ),

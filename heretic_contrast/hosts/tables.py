@@ -53,9 +53,9 @@ def check_tables(
     named[namespace].add((plugin, None))
     # What the command line overrides is no longer among Heretic's settings.
     file = TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
-    complaints = [unused_variables(os.environ, settings, table, known)]
+    complaints = [unused_variables(os.environ, settings, table, known, idle)]
     for config in (extra, file):
-        complaints.append(unused_tables(config, named, settings, table, known))
+        complaints.append(unused_tables(config, named, settings, table, known, idle))
         tables = config.get(namespace)
         for name, values in tables.items() if isinstance(tables, dict) else []:
             if isinstance(values, dict) and name.partition("_")[0] == plugin:

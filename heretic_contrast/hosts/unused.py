@@ -21,6 +21,8 @@ PLUGINS = {
 }
 """The plugins of this package, and the table of `config.toml` below which each has its own."""
 
+SCORERS = [name for name, namespace in PLUGINS.items() if namespace == "scorer"]
+
 NAMESPACES = {"modifier": "modifiers", "scorer": "scorers"}
 """Where Heretic 2.0 looks for tables of plugins, and the setting that names the plugins to load."""
 
@@ -99,13 +101,16 @@ def unused_tables(
     settings: Collection[str],
     table: str,
     known: Collection[str],
+    idle: Mapping[str, str],
 ) -> Iterator[str]:
     """
     Yields a sentence for all in a configuration that is for this package and not read.
 
     `named`: see `named_plugins`, by the table that they belong into. `settings`: names of a plugin's settings, which belong into `table`. `known`: names of
-    Heretic's own settings.
+    Heretic's own settings. `idle`: settings of a plugin that have no effect, and why.
     """
+
+    settings = [name for name in settings if name not in idle]
 
     for name, value in config.items():
         tables = value if isinstance(value, dict) else {}
@@ -125,7 +130,13 @@ def unused_tables(
         # A table may be anybody's; it is a setting's where it has just its name.
         setting = own_setting(name, settings, known, cutoff=1.0 if tables else LIKE)
         meant = own_table(name)
-        if meant:
+        head, _, last = name.rpartition(".")
+        if name in idle:
+            yield f'The setting "{name}" in config.toml has no effect under Heretic 2.0, where {idle[name]}: remove it.'
+        elif own_table(head):
+            inner = own_setting(last, settings, known) if own_table(head) == table else None
+            yield _not_read(shown, f"{inner} in {table}" if inner else str(own_table(head)))
+        elif meant:
             yield _not_read(shown, meant)
         elif name in FORMER_POOLS:
             yield _not_read(shown, FORMER_POOLS[name])
@@ -203,17 +214,35 @@ def unused_keys(
 
 
 def unused_variables(
-    variables: Collection[str], settings: Collection[str], table: str, known: Collection[str]
+    variables: Collection[str],
+    settings: Collection[str],
+    table: str,
+    known: Collection[str],
+    idle: Mapping[str, str],
 ) -> Iterator[str]:
     """As `unused_tables`, for environment variables: Heretic reads its own settings from such as HERETIC_MODEL."""
 
+    settings = [name for name in settings if name not in idle]
     for variable in variables:
         prefix, found, name = variable.lower().partition("heretic_")
         if prefix or not found or name in known:
             continue
+        scorer = next(
+            (
+                plugin
+                for plugin in SCORERS
+                if _letters(name).startswith(f"scorer{_letters(plugin)}")
+            ),
+            None,
+        )
         rest = re.sub(r"^(modifier_+)?contrast(_?abliteration)?(_+|$)", "", name)
-        if name in NAMESPACES or not rest:
-            meant: str | None = table
+        if rest in idle:
+            meant: str | None = None
+            yield f"The environment variable {variable} has no effect under Heretic 2.0, where {idle[rest]}: remove it."
+        elif scorer:
+            meant = f"[scorer.{scorer}]"
+        elif name in NAMESPACES or not rest:
+            meant = table
         else:
             # Other variables of this package begin in the same way.
             setting = own_setting(rest, settings, (), 1.0 if rest == name else LIKE)

@@ -32,6 +32,17 @@ MEANT = [
     ('basline = "matched"', '"basline"', f"baseline in {TABLE}"),
     ('baseline = "matched"', '"baseline"', f"baseline in {TABLE}"),
     ('[modifier]\nbaseline = "matched"', '"baseline" in [modifier]', f"baseline in {TABLE}"),
+    ('"contrast.baseline" = "matched"', '"contrast.baseline"', f"baseline in {TABLE}"),
+    (
+        '"modifier.ContrastAbliteration.winner" = 2',
+        '"modifier.ContrastAbliteration.winner"',
+        f"winners in {TABLE}",
+    ),
+    (
+        '"scorer.FalseRefusals.prompts" = 2',
+        '"scorer.FalseRefusals.prompts"',
+        "[scorer.FalseRefusals]",
+    ),
     ("[matched_prompts]", "[matched_prompts]", f"matched_prompts in {TABLE}"),
     (
         f'modifiers = [{{ plugin = "{PLUGIN}", winner = 2 }}]',
@@ -250,6 +261,27 @@ def test_environment_variables(name: str, folder: Path, monkeypatch: pytest.Monk
         with pytest.raises(ContrastError) as error:
             load_settings(HostSettings, "heretic-contrast", ["--model", MODEL])
         assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "name", ["HERETIC_SCORER__REFUSALTIERS__COUNT_INCOHERENT", "HERETIC_SCORER_REFUSAL_TIERS"]
+)
+def test_environment_variables_of_scorers(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "true")
+    assert refused("") == (
+        f"The environment variable {name} has no effect: did you mean [scorer.RefusalTiers] of config.toml?"
+    )
+
+
+def test_no_suggestion_leads_to_a_setting_without_effect(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "has no effect under Heretic 2.0, where its study has a sampler of its own: remove it."
+    assert refused('sampler = "tpe"') == f'The setting "sampler" in config.toml {reason}'
+    monkeypatch.setenv("HERETIC_CONTRAST_SAMPLER", "tpe")
+    assert refused("") == f"The environment variable HERETIC_CONTRAST_SAMPLER {reason}"
 
 
 def test_environment_variables_of_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
