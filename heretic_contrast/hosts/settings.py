@@ -146,12 +146,7 @@ class ContrastTomlSource(TomlConfigSettingsSource):
         config.pop("modifiers", None)
         config.pop("modifier", None)
         if table:
-            other = config.get("contrast", {})
-            if not isinstance(other, dict):
-                raise ContrastError(
-                    "[contrast] in config.toml must be a table of settings: correct it."
-                )
-            config["contrast"] = {**table, **other}
+            config["contrast"] = table
         return config
 
     def _require_effect(self, config: dict[str, Any]) -> None:
@@ -159,10 +154,11 @@ class ContrastTomlSource(TomlConfigSettingsSource):
 
         settings, table = ContrastSettings.model_fields, f"[modifier.{TABLE}]"
         idle = ONLY_UNDER_14 if "scorers" in Settings.model_fields else {}
-        known = {*self.settings_cls.model_fields, "modifiers"}
+        # As in config.toml for Heretic 2.0, there is one table for the plugin.
+        known = {*self.settings_cls.model_fields, "modifiers"} - {"contrast"}
         named = {where: named_plugins(config.get(name)) for where, name in NAMESPACES.items()}
         for sentence in chain(
-            unused_variables(os.environ, settings, table, known, idle),
+            unused_variables(os.environ, settings, table, {*known, "contrast"}, idle),
             unused_tables(config, named, settings, table, known, idle),
             *(
                 unused_keys(

@@ -22,6 +22,8 @@ PLUGIN = "heretic_contrast.ContrastAbliteration"
 TABLE = "[modifier.ContrastAbliteration]"
 
 MEANT = [
+    ("[contrast]", "[contrast]", TABLE),
+    ('contrast = "matched"', '"contrast"', TABLE),
     ("[modifier.Contrast]", "[modifier.Contrast]", TABLE),
     ("[modifier.contrast_ablation]", "[modifier.contrast_ablation]", TABLE),
     ("[modifer.ContrastAbliteration]", "[modifer.ContrastAbliteration]", TABLE),
@@ -58,8 +60,6 @@ MEANT = [
 """What a configuration holds, how it is quoted, and what is meant, under either Heretic."""
 
 MEANT_UNDER_20 = [
-    ("[contrast]", "[contrast]", TABLE),
-    ('contrast = "matched"', '"contrast"', TABLE),
     ('row_normalization = "full"', '"row_normalization"', f"row_normalization in {TABLE}"),
     (
         "orthogonalize_direction = true",
