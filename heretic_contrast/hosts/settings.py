@@ -35,7 +35,7 @@ from ..builtin import (
     resolve_model,
     with_refuser_pools,
 )
-from ..errors import ContrastError
+from ..errors import ContrastError, warn
 from ..files import file_digest, path_digest
 from ..settings import (
     ContrastSettings,
@@ -57,6 +57,7 @@ from .unused import (
     unused_keys,
     unused_tables,
     unused_variables,
+    without_shipped,
 )
 
 PLUGIN = "heretic_contrast.ContrastAbliteration"
@@ -142,6 +143,9 @@ class ContrastTomlSource(TomlConfigSettingsSource):
                 "--contrast.refusal-classifier for the tiers under Heretic 1.4."
             )
         table = contrast_table(config)
+        config, shipped = without_shipped(config, self.settings_cls.model_fields)
+        if shipped:
+            warn(f"{shipped}.")
         self._require_effect(config)
         config.pop("modifiers", None)
         config.pop("modifier", None)
@@ -172,7 +176,7 @@ class ContrastTomlSource(TomlConfigSettingsSource):
             ),
         ):
             raise ContrastError(sentence)
-        for name in sorted(set(config) - known - {"modifier"}):
+        for name in sorted(set(config) - known - set(NAMESPACES)):
             close = difflib.get_close_matches(name, known, n=1, cutoff=LIKE)
             if close:
                 raise ContrastError(

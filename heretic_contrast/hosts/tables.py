@@ -24,6 +24,7 @@ from .unused import (
     unused_keys,
     unused_tables,
     unused_variables,
+    without_shipped,
 )
 
 SettingsType = TypeVar("SettingsType", bound=BaseModel)
@@ -54,7 +55,10 @@ def check_tables(
     # What the command line overrides is no longer among Heretic's settings.
     file = TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
     complaints = [unused_variables(os.environ, settings, table, known, idle)]
-    for config in (extra, file):
+    for whole in (extra, file):
+        config, shipped = without_shipped(whole, known)
+        if shipped:
+            notice(f"* {shipped}")
         complaints.append(unused_tables(config, named, settings, table, known, idle))
         tables = config.get(namespace)
         for name, values in tables.items() if isinstance(tables, dict) else []:

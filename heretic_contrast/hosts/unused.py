@@ -46,6 +46,48 @@ FORMER_POOLS = {
 """Prompts that judge trials: settings of Heretic 1.4, and of scorers in 2.0."""
 
 
+SHIPPED = {
+    "orthogonalize_direction": True,
+    "row_normalization": "full",
+    "full_normalization_lora_rank": 3,
+    "winsorization_quantile": 1.0,
+    "good_prompts": {
+        "dataset": "mlabonne/harmless_alpaca",
+        "split": "train[:400]",
+        "column": "text",
+    },
+    "bad_prompts": {
+        "dataset": "mlabonne/harmful_behaviors",
+        "split": "train[:400]",
+        "column": "text",
+    },
+}
+"""What stands in the configuration that Heretic 2.0 ships, although nothing there reads it any more."""
+
+
+def without_shipped(
+    config: Mapping[str, Any], known: Collection[str]
+) -> tuple[dict[str, Any], str | None]:
+    """Returns a configuration without what nothing reads and is as Heretic ships it, and a sentence where there is any."""
+
+    names = []
+    for name in sorted(set(config) & set(SHIPPED) - set(known)):
+        value = config[name]
+        if isinstance(value, dict):
+            value = {
+                key: inner for key, inner in value.items() if not key.startswith("residual_plot")
+            }
+        if value == SHIPPED[name]:
+            names.append(name)
+    kept = {name: value for name, value in config.items() if name not in names}
+    if not names:
+        return kept, None
+    return kept, (
+        f"config.toml holds {', '.join(names)} as Heretic ships it, which has no effect: "
+        "settings of the plugin stand in [modifier.ContrastAbliteration]"
+    )
+
+
 def named_plugins(entries: Any) -> set[tuple[str, str | None]]:
     """
     Returns the plugins that `modifiers` or `scorers` name: their classes, and the names of their instances.

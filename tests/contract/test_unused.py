@@ -60,9 +60,9 @@ MEANT = [
 """What a configuration holds, how it is quoted, and what is meant, under either Heretic."""
 
 MEANT_UNDER_20 = [
-    ('row_normalization = "full"', '"row_normalization"', f"row_normalization in {TABLE}"),
+    ('row_normalization = "pre"', '"row_normalization"', f"row_normalization in {TABLE}"),
     (
-        "orthogonalize_direction = true",
+        "orthogonalize_direction = false",
         '"orthogonalize_direction"',
         f"orthogonalize_direction in {TABLE}",
     ),
@@ -193,6 +193,37 @@ def test_directions_to_sweep_take_no_settings_of_the_host(folder: Path) -> None:
         'The setting "sampler" in [scorer.FixedWeightSweep.contrast] has no effect under Heretic 2.0, '
         "where its study has a sampler of its own: remove it."
     )
+
+
+AS_SHIPPED = """
+orthogonalize_direction = true
+row_normalization = "full"
+winsorization_quantile = 1.0
+[bad_prompts]
+dataset = "mlabonne/harmful_behaviors"
+split = "train[:400]"
+column = "text"
+residual_plot_label = "x"
+"""
+
+
+def test_what_heretic_ships_is_mentioned_and_no_mistake(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notice.cache_clear()
+    with pytest.raises(AttributeError):
+        start_under_20(AS_SHIPPED)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith(
+        "* config.toml holds bad_prompts, orthogonalize_direction, row_normalization, winsorization_quantile as Heretic"
+    )
+    for shipped, other in (("1.0", "0.9"), (":400", ":40"), ("full", "pre")):
+        assert "which nothing reads" in refused(AS_SHIPPED.replace(shipped, other))
+    if not HAS_PLUGIN_SURFACE:
+        # There Heretic reads them itself.
+        Path("config.toml").write_text(AS_SHIPPED.partition("[")[0])
+        settings = load_settings(HostSettings, "heretic-contrast", ["--model", MODEL])
+        assert settings.contrast.row_normalization == "full"
 
 
 def test_instances(folder: Path) -> None:
