@@ -141,9 +141,9 @@ class ContrastAbliteration(Modifier[Parameters]):
             self.directions = Directions.load(self.settings.directions)
             self.directions.require_model(model, self.settings.directions)
         else:
-            pools = load_pools(
-                self.settings, f"[modifier.{TABLE}] " if HAS_PLUGIN_SURFACE else "--contrast."
-            )
+            # The host for Heretic 1.4 has a command line, too.
+            where = getattr(self.heretic_settings, "contrast_setting", f"[modifier.{TABLE}] ")
+            pools = load_pools(self.settings, where)
             with progress_bar() as progress:
                 self.directions = extract(
                     model,

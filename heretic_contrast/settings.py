@@ -26,6 +26,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from .errors import ContrastError
 
@@ -126,34 +127,77 @@ def check_dataset_name(name: str) -> None:
         )
 
 
-def validation_error(error: ValidationError, table: str | None = None) -> ContrastError:
+UNKNOWN = "unknown_setting"
+"""The kind of error that a misspelled name of a setting is."""
+
+
+def validation_error(
+    error: ValidationError, table: str | None = None, skip: int = 0
+) -> ContrastError:
     """
     Returns the first complaint of a validation error as one sentence, in the user's words.
 
     `table`: the table of `config.toml` that the settings stand in; without one, they are named as on the command line.
+    `skip`: how many names before that of the setting belong to the table.
     """
 
     details = error.errors()[0]
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, ContrastError):
         return cause
-    name = ".".join(map(str, details["loc"]))
-    subject = f'The setting "{name}" in {table} does' if name else f"The settings in {table} do"
-    remedy = "correct it"
+    path: tuple[int | str, ...] = details["loc"][skip:]
+    # The directions of a sweep are a table inside the table of its scorer.
+    if table is not None and path[:1] == ("contrast",):
+        table, path = f"{table[:-1]}.contrast]", path[1:]
+    if details["type"] == UNKNOWN:
+        where = "of the plugin" if table is None else f"in {table}"
+        return ContrastError(str(details["msg"]).replace("of the plugin", where))
+    n_names = next((at for at, part in enumerate(path) if isinstance(part, int)), len(path))
+    name, item, inner = ".".join(map(str, path[:n_names])), path[n_names:], path[n_names + 1 :]
     if table is None:
-        flag = f"The setting --{name.replace('_', '-')}"
-        if details["type"] == "missing":
-            return ContrastError(
-                f"{flag} is required: give it on the command line or in config.toml."
-            )
-        subject = f"{flag} does" if name else "The settings do"
-        remedy += ", or see heretic-contrast --help"
-    # pydantic's message names classes of Python.
+        subject = f"the setting --{name.replace('_', '-')}" if name else "the settings"
+        remedy = "correct it, or see heretic-contrast --help"
+    else:
+        subject = f'the setting "{name}" in {table}' if name else f"the settings in {table}"
+        remedy = "correct it"
+    if item:
+        subject = f"item {int(item[0]) + 1} of {subject}"
+    if inner:
+        subject = f'"{".".join(map(str, inner))}" in {subject}'
+    subject = subject[:1].upper() + subject[1:]
+    kind = details["type"]
+    if kind == "missing":
+        where = " on the command line or in config.toml" if table is None else ""
+        return ContrastError(f"{subject} is required: give it{where}.")
+    # pydantic's own messages name classes of Python.
     message = str(details["msg"])
     message = message[:1].lower() + message[1:]
-    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        message = "a table of settings is needed"
-    return ContrastError(f"{subject} not work ({message}): {remedy}.")
+    if kind in COMPLAINTS:
+        message = COMPLAINTS[kind].format_map(details.get("ctx", {}))
+    verb = "does" if name else "do"
+    return ContrastError(f"{subject} {verb} not work ({message}): {remedy}.")
+
+
+COMPLAINTS = {
+    **dict.fromkeys(
+        ("model_type", "model_attributes_type", "dict_type"), "a table of settings is needed"
+    ),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number is needed"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number is needed"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false is needed"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list is needed"),
+    **dict.fromkeys(("enum", "literal_error"), "it must be {expected}"),
+    "string_type": "a text is needed",
+    "extra_forbidden": "there is no such setting",
+    "too_short": "it needs {min_length} or more items",
+    "too_long": "it takes at most {max_length} items",
+    "finite_number": "a finite number is needed",
+    "greater_than": "it must be greater than {gt}",
+    "greater_than_equal": "it must be {ge} or greater",
+    "less_than": "it must be less than {lt}",
+    "less_than_equal": "it must be {le} or less",
+}
+"""What pydantic's kinds of errors are called in the user's words."""
 
 
 def check_text(settings: Mapping[str, Any]) -> None:
@@ -580,8 +624,10 @@ class ContrastSettings(Table, TextClassifierSettings):
         for name in data:
             if name not in cls.model_fields:
                 close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0)
-                raise ContrastError(
-                    f'There is no setting "{name}" of the plugin: did you mean "{close[0]}"?'
+                raise PydanticCustomError(
+                    UNKNOWN,
+                    'There is no setting "{key}" of the plugin: did you mean "{nearest}"?',
+                    {"key": name, "nearest": close[0]},
                 )
         if data.get("directions") is not None:
             # The categories are also those of the prompts that are judged, which the seed chooses.

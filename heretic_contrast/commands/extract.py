@@ -74,7 +74,10 @@ def main(arguments: Sequence[str]) -> None:
 
     # Whatever can be wrong with prompts and files is found before a model is loaded.
     sources = DirectionSources.read(
-        configurations, settings.response_prefix, needs_prompts=settings.report is not None
+        configurations,
+        settings.response_prefix,
+        settings.contrast_setting,
+        needs_prompts=settings.report is not None,
     )
     pairs = load_pairs(
         None if settings.pairs is None else Path(settings.pairs), model_name(settings.model)

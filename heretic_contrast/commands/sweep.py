@@ -54,6 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         SweepSources(
             harmful=prompt_sources(settings.bad_evaluation_prompts),
             harmless=prompt_sources(settings.good_evaluation_prompts),
+            contrast_setting=settings.contrast_setting,
         ),
         output,
         model_name(settings.model),

@@ -54,6 +54,7 @@ from .unused import (
     ONLY_UNDER_14,
     class_name,
     named_plugins,
+    table_of,
     unused_keys,
     unused_tables,
     unused_variables,
@@ -170,6 +171,7 @@ class ContrastTomlSource(TomlConfigSettingsSource):
                     settings,
                     f"[modifier.{name}]",
                     idle,
+                    {instance for _, instance in named["modifier"]},
                 )
                 for name, values in config.get("modifier", {}).items()
                 if isinstance(values, dict) and name.partition("_")[0] == TABLE
@@ -340,6 +342,19 @@ class HostSettings(Settings):
             }
         )
 
+    @property
+    def contrast_setting(self) -> str:
+        """What messages put before the name of a pool of the plugin: a flag, or the table of `config.toml`."""
+
+        pools = ("bad_prompts", "good_prompts", "matched_prompts")
+        flags = tuple(f"--contrast.{name.replace('_', '-')}" for name in pools)
+        table = contrast_table(
+            TomlConfigSettingsSource(type(self), toml_file="config.toml").toml_data
+        )
+        if set(pools) & set(table) and not any(word.startswith(flags) for word in sys.argv):
+            return f"[modifier.{TABLE}] "
+        return "--contrast."
+
     def configuration_digest(self) -> str:
         """
         Returns a digest of everything that decides the trials of a study, as far as it is known before anything is loaded.
@@ -408,6 +423,21 @@ class CommandSettings(BaseSettings):
 SettingsType = TypeVar("SettingsType", bound=BaseSettings)
 
 
+def _complaint(error: ValidationError, settings_class: type[BaseSettings]) -> ContrastError:
+    """Returns the first complaint, which names the table of `config.toml` where the value stands there."""
+
+    details = error.errors()[0]
+    path, value = list(details["loc"]), details["input"]
+    if not issubclass(settings_class, HostSettings) or details["type"] == "json_invalid":
+        return validation_error(error)
+    config = TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
+    if path[:1] != ["contrast"]:
+        return validation_error(error, table_of(config, [""], path, value))
+    names = sorted(name for name in config.get("modifier", {}) if name.startswith(TABLE))
+    table = table_of(config, [f"modifier.{name}" for name in names], path[1:], value)
+    return validation_error(error, table, skip=1 if table else 0)
+
+
 def load_settings(
     settings_class: type[SettingsType], program: str, arguments: Sequence[str]
 ) -> SettingsType:
@@ -421,7 +451,7 @@ def load_settings(
     try:
         return settings_class()
     except ValidationError as error:
-        raise validation_error(error) from error
+        raise _complaint(error, settings_class) from error
     except SettingsError as error:
         reason = " ".join(str(error.__cause__ or error).split())
         complaint = f"The settings cannot be read ({reason}): correct them"

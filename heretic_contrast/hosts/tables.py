@@ -21,6 +21,7 @@ from .unused import (
     ONLY_UNDER_14,
     PLUGINS,
     named_plugins,
+    table_of,
     unused_keys,
     unused_tables,
     unused_variables,
@@ -52,6 +53,7 @@ def check_tables(
         for where, name in NAMESPACES.items()
     }
     named[namespace].add((plugin, None))
+    instances = {instance for name, instance in named[namespace] if name == plugin}
     # What the command line overrides is no longer among Heretic's settings.
     file = TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
     complaints = [unused_variables(os.environ, settings, table, known, idle)]
@@ -64,7 +66,7 @@ def check_tables(
         for name, values in tables.items() if isinstance(tables, dict) else []:
             if isinstance(values, dict) and name.partition("_")[0] == plugin:
                 where = f"[{namespace}.{name}"
-                complaints.append(unused_keys(values, settings, f"{where}]", idle))
+                complaints.append(unused_keys(values, settings, f"{where}]", idle, instances))
                 inner = values.get("contrast")
                 if isinstance(inner, dict):
                     # Settings of directions, as the modifier has them.
@@ -92,7 +94,7 @@ def validated(
     settings_class: type[SettingsType], raw: dict[str, Any] | None, where: str
 ) -> SettingsType:
     """
-    Returns validated settings of a plugin; `where` names its table.
+    Returns validated settings of a plugin; `where` names its table, which messages do unless that of an instance holds the value.
 
     Raises `ContrastError` with the first complaint.
     """
@@ -101,7 +103,17 @@ def validated(
         return settings_class.model_validate(raw or {})
     except ValidationError as error:
         show_errors_as_sentences()
-        raise validation_error(error, where) from error
+        config = TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
+        namespace, _, plugin = where.strip("[]").partition(".")
+        tables = config.get(namespace)
+        names = [
+            f"{namespace}.{name}"
+            for name in (tables if isinstance(tables, dict) else ())
+            if name.startswith(f"{plugin}_")
+        ]
+        details = error.errors()[0]
+        found = table_of(config, names, details["loc"], details["input"])
+        raise validation_error(error, found or where) from error
 
 
 def show_errors_as_sentences() -> None:

@@ -9,7 +9,7 @@ tables of other plugins are nobody's business here.
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 PLUGINS = {
@@ -137,6 +137,30 @@ def own_setting(
     return close[0] if close and close[0] not in known else None
 
 
+def table_of(
+    config: Mapping[str, Any], tables: Collection[str], path: Sequence[int | str], value: Any
+) -> str | None:
+    """
+    Returns which of some tables of a configuration holds a value, or None.
+
+    `tables`: names with dots; the name of the whole is empty. `path`: of the value, or of what is missing beside it, in the table.
+    """
+
+    for table in tables:
+        place: Any = config
+        for part in [*filter(None, table.split(".")), *path]:
+            try:
+                place = place[part]
+            except (LookupError, TypeError):
+                break
+        else:
+            part = ""
+        # What is missing is complained about with all that is there.
+        if place == value and part in ("", *path[-1:]) and place is not config:
+            return f"[{table}]" if table else "config.toml"
+    return None
+
+
 def unused_tables(
     config: Mapping[str, Any],
     named: Mapping[str, Collection[tuple[str, str | None]]],
@@ -242,13 +266,20 @@ def _beside_plugin(name: str, entries: Any, settings: Collection[str], table: st
 
 
 def unused_keys(
-    table: Mapping[str, Any], settings: Collection[str], where: str, idle: Mapping[str, str]
+    table: Mapping[str, Any],
+    settings: Collection[str],
+    where: str,
+    idle: Mapping[str, str],
+    instances: Collection[str | None] = (),
 ) -> Iterator[str]:
-    """As `unused_tables`, for the keys of a plugin's table `where`. `idle`: settings without an effect, and why."""
+    """As `unused_tables`, for the keys of a plugin's table `where`. `idle`: settings without an effect, and why; `instances`: names."""
 
     settings = [name for name in settings if name not in idle]
     for key in table:
-        if key in idle:
+        if key in instances:
+            right = f"{where.strip('[]')}_{key}"
+            yield _not_read(f"[{where.strip('[]')}.{key}]", f"[{right}]")
+        elif key in idle:
             yield f'The setting "{key}" in {where} has no effect under Heretic 2.0, where {idle[key]}: remove it.'
         elif key not in settings:
             close = own_setting(key, settings, cutoff=0)

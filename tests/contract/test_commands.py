@@ -73,6 +73,41 @@ def test_extract(
     assert torch.allclose(found, expected, atol=1e-4)
 
 
+AS_SHIPPED = """
+row_normalization = "full"
+[good_prompts]
+dataset = "mlabonne/harmless_alpaca"
+split = "train[:400]"
+column = "text"
+residual_plot_color = "royalblue"
+[scorer.KeywordRate]
+print_responses = false
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            AS_SHIPPED,
+            "Warning: config.toml holds good_prompts, row_normalization as Heretic ships",
+        ),
+        (AS_SHIPPED.replace("full", "pre"), 'Error: config.toml has "row_normalization", which'),
+        ("[contrast]", "Error: config.toml has [contrast], which nothing reads: did you mean"),
+        ("[modifier.ContrastAbliteration]\nsampler = 'tpe'", 'Error: The setting "sampler" in ['),
+    ],
+)
+def test_extract_reads_the_configuration_as_heretic_does(
+    text: str, said: str, server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text(text)
+    command = server.run(["extract", "builtin:refuser"], tmp_path)
+    assert command.code == 2
+    assert command.output().startswith(said)
+    assert ("Error: Nothing would be written" in command.output()) == said.startswith("Warning")
+
+
 @pytest.mark.slow
 def test_sweep(
     server: Server, contrast: list[str], scorer_tables: dict[str, Any], tmp_path: Path

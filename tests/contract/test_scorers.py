@@ -288,7 +288,11 @@ def test_the_sweep_of_the_scorer_is_that_of_the_command(
     ("name", "table", "message"),
     [
         ("RefusalTiers", {"prompt": {}}, 'There is no setting "prompt" in [scorer.RefusalTiers]'),
-        ("RefusalTiers", {"counted_tiers": ["refused"]}, 'The setting "counted_tiers.0"'),
+        (
+            "RefusalTiers",
+            {"counted_tiers": ["refused"]},
+            'Item 1 of the setting "counted_tiers" in [',
+        ),
         ("RefusalTiers", {"counted_tiers": []}, 'The setting "counted_tiers"'),
         ("TeacherForcedDivergence", {"n_tokens": 0}, 'The setting "n_tokens"'),
         (
@@ -296,7 +300,16 @@ def test_the_sweep_of_the_scorer_is_that_of_the_command(
             {"prompts": {"dataset": "none.jsonl"}},
             "The harmless evaluation prompts",
         ),
-        ("FixedWeightSweep", {"contrast": {"basline": "matched"}}, 'There is no setting "basline"'),
+        (
+            "FixedWeightSweep",
+            {"contrast": {"basline": "matched"}},
+            'There is no setting "basline" in [scorer.FixedWeightSweep.contrast]: did you mean "baseline"?',
+        ),
+        (
+            "FixedWeightSweep",
+            {"contrast": {"method": "maen"}},
+            'The setting "method" in [scorer.FixedWeightSweep.contrast] does not work (it must be',
+        ),
     ],
 )
 def test_bad_tables_are_one_sentence(

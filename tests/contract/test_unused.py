@@ -244,6 +244,53 @@ def test_instances(folder: Path) -> None:
     )
 
 
+def test_an_instance_is_named_where_its_table_holds_the_value(folder: Path) -> None:
+    Path("config.toml").write_text(
+        "[modifier.ContrastAbliteration]\nwinners = 2\n[modifier.ContrastAbliteration_a]\nscale = 'rwa'"
+    )
+    for name, shown in (("scale", "[modifier.ContrastAbliteration_a]"), ("method", TABLE)):
+        with pytest.raises(ContrastError) as error:
+            ContrastAbliteration.validate_settings({name: "rwa"})
+        assert f'The setting "{name}" in {shown} does not' in str(error.value)
+    named = [{"plugin": PLUGIN, "instance_name": "a"}]
+    assert refused("[modifier.ContrastAbliteration.a]\nscale = 'raw'", modifiers=named) == (
+        "config.toml has [modifier.ContrastAbliteration.a], which nothing reads: "
+        "did you mean [modifier.ContrastAbliteration_a]?"
+    )
+
+
+@pytest.mark.skipif(HAS_PLUGIN_SURFACE, reason="needs the host for Heretic 1.4")
+@pytest.mark.parametrize(
+    ("text", "flags", "start"),
+    [
+        (f"{TABLE}\nscale = 'x'", [], f'The setting "scale" in {TABLE} does not work (it must be'),
+        (f"{TABLE}\nscale = 'raw'", ["--contrast.scale=x"], "The setting --contrast.scale does"),
+        (f"{TABLE}\nbaslin = 1", [], f'There is no setting "baslin" in {TABLE}: did you mean'),
+        ("n_trials = 'x'", [], 'The setting "n_trials" in config.toml does not work (a whole'),
+        (f"{TABLE}\nbad_prompts = [{{split = 'x'}}]", [], '"dataset" in item 1 of the setting "b'),
+        ("[contrast]\nscale = 'raw'", [], "config.toml has [contrast], which nothing reads"),
+    ],
+)
+def test_values_are_named_where_they_stand(
+    text: str, flags: list[str], start: str, folder: Path
+) -> None:
+    Path("config.toml").write_text(text)
+    with pytest.raises(ContrastError) as error:
+        load_settings(HostSettings, "heretic-contrast", ["--model", MODEL, *flags])
+    assert str(error.value).startswith(start)
+
+
+@pytest.mark.skipif(HAS_PLUGIN_SURFACE, reason="needs the host for Heretic 1.4")
+@pytest.mark.parametrize(
+    ("flags", "place"),
+    [([], f"{TABLE} "), (["--contrast.bad-prompts.dataset=y"], "--contrast.")],
+)
+def test_pools_are_named_where_they_stand(flags: list[str], place: str, folder: Path) -> None:
+    Path("config.toml").write_text(f"{TABLE}\nbad_prompts = {{dataset = 'x'}}")
+    settings = load_settings(HostSettings, "heretic-contrast", ["--model", MODEL, *flags])
+    assert settings.contrast_setting == place
+
+
 @pytest.mark.skipif(HAS_PLUGIN_SURFACE, reason="needs the host for Heretic 1.4")
 def test_the_table_of_an_instance_under_heretic_14(folder: Path) -> None:
     Path("config.toml").write_text(
