@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal
 
+from ..builtin import REFUSER
 from ..errors import ContrastError
 
 Surface = Literal["older", "1.4", "scorers", "2.0"]
@@ -59,6 +60,9 @@ def require_heretic(command: str, arguments: Sequence[str]) -> None:
 
     if not {"-h", "--help"}.isdisjoint(arguments):
         return
-    sentence = obstacle(command, installed_surface())
+    surface = installed_surface()
+    sentence = obstacle(command, surface)
     if sentence is not None:
+        if surface == "2.0" and any(REFUSER in word for word in arguments):
+            sentence = "Heretic 2.0 knows no built-in model: run heretic-contrast demo --output DIR, which runs it on that."
         raise ContrastError(sentence)

@@ -194,6 +194,12 @@ def test_run_names_the_command_of_heretic_2(server: Server, tmp_path: Path) -> N
         "Error: This Heretic loads plugins itself, so it needs no launcher: run heretic "
         '--modifiers \'[{"plugin": "heretic_contrast.ContrastAbliteration"}]\' --model MODEL.\n'
     )
+    command = server.run(["--model=builtin:refuser"], tmp_path)
+    assert command.code == 2
+    assert command.output() == (
+        "Error: Heretic 2.0 knows no built-in model: "
+        "run heretic-contrast demo --output DIR, which runs it on that.\n"
+    )
     command = server.run(["--help"], tmp_path)
     assert command.code == 0, command.output()
     assert "--contrast.baseline" in command.output()
