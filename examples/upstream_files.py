@@ -58,6 +58,19 @@ OPTIONAL = {
 }
 """What one of those files imports only where it is asked for, and a default plugin can do without."""
 
+SCORERS = {
+    "response_scorers.py": "`RefusalTiers` and `FalseRefusals`, and what all scorers share",
+    "tiers/coherence.py": "whether a response is coherent",
+}
+"""What the scorers that need responses alone take beside the tiers and what the modifier needs."""
+
+DATA = {
+    "data/lexicon.json": "the word list of the harm categories",
+    "data/matched/train.jsonl": "harmless prompts on the subjects of the harm categories",
+    "data/tiers.safetensors": "the linear models behind the tiers",
+}
+"""What is no code."""
+
 
 def n_lines(name: str) -> int:
     """Returns the number of lines of a file, to the next ten, so that the table lasts a while."""
@@ -76,6 +89,29 @@ def rows(files: dict[str, str]) -> list[str]:
     ]
 
 
+def data_rows() -> list[str]:
+    """Returns the lines of the table of data."""
+
+    return [
+        "| File | KiB | What it holds |",
+        "| :--- | --: | :------------ |",
+        *(
+            f"| `{name}` | {round((PACKAGE / name).stat().st_size / 1024)} | {what} |"
+            for name, what in DATA.items()
+        ),
+    ]
+
+
+def total() -> str:
+    """Returns how much all of it is."""
+
+    needed, further = (
+        sum(map(n_lines, names)) for names in ({**MATHEMATICS, **SUPPORT}, {**OPTIONAL, **SCORERS})
+    )
+    return f"A default modifier has {needed} lines, and {needed + further} with all of these."
+
+
 if __name__ == "__main__":
-    for files in (MATHEMATICS, SUPPORT, OPTIONAL):
+    for files in (MATHEMATICS, SUPPORT, OPTIONAL, SCORERS):
         print("\n".join([*rows(files), ""]))
+    print("\n".join([*data_rows(), "", total()]))

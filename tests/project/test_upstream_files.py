@@ -15,8 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "heretic_contrast"
 LIST = runpy.run_path(str(ROOT / "examples" / "upstream_files.py"))
-TABLES: list[dict[str, str]] = [LIST[name] for name in ("MATHEMATICS", "SUPPORT", "OPTIONAL")]
-OPTIONAL = TABLES[-1]
+TABLES: list[dict[str, str]] = [
+    LIST[name] for name in ("MATHEMATICS", "SUPPORT", "OPTIONAL", "SCORERS")
+]
+OPTIONAL, SCORERS = TABLES[2:]
 FILES = {**TABLES[0], **TABLES[1]}
 
 ENGINE = {"compat", "plain", "decoder", "drafts", "teacher_forcing", "layers", "sweep"}
@@ -109,6 +111,8 @@ def test_list_is_closed_under_imports() -> None:
     own = {name for name in loaded("modifier.py") if name.endswith(".py")}
     # The bases are only loaded where Heretic has none.
     assert own - {"hosts/base.py"} == set(FILES) - {"directions/som_kernel.py"}
+    responses = {name for name in loaded("response_scorers.py") if name.endswith(".py")}
+    assert responses - set(FILES) - set(OPTIONAL) == set(SCORERS)
     listed = {*FILES, *OPTIONAL}
     for file in listed:
         at_once, later = imports(file)
@@ -119,7 +123,7 @@ def test_list_is_closed_under_imports() -> None:
 def test_lines_are_those_of_the_files() -> None:
     document = (ROOT / "docs" / "upstream.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \| (.*) \|$", document, re.MULTILINE)
-    assert {name: what for name, _, what in listed} == {**FILES, **OPTIONAL}
+    assert {name: what for name, _, what in listed} == {**FILES, **OPTIONAL, **SCORERS}
     for name, shown, _ in listed:
         n_lines = len((PACKAGE / name).read_text(encoding="utf-8").splitlines())
         assert abs(int(shown) - n_lines) <= max(20, n_lines / 10), (
@@ -130,6 +134,26 @@ def test_lines_are_those_of_the_files() -> None:
     ]
     shown = {name: int(lines) for name, lines, _ in listed}
     assert totals == [sum(shown[name] for name in files) for files in TABLES]
+
+
+def test_data_is_that_of_the_files() -> None:
+    document = (ROOT / "docs" / "upstream.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(data/[\w./]+)` \| (\d+) \| (.*) \|$", document, re.MULTILINE)
+    assert {name: what for name, _, what in listed} == LIST["DATA"]
+    for name, shown, _ in listed:
+        assert abs(int(shown) - (PACKAGE / name).stat().st_size / 1024) <= max(2, int(shown) / 10)
+    # All but the built-in refuser and the sweep's pairs.
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in (PACKAGE / "data").rglob("*")
+        if path.is_file() and not {"refuser", "refuser_prompts", "pairs.jsonl"} & set(path.parts)
+    }
+    assert set(LIST["DATA"]) == found
+    needed, everything = map(int, re.findall(r"has (\d+) lines, and (\d+) with", document)[0])
+    lines = [
+        int(total) for total in re.findall(r"^\| together \| (\d+) \|", document, re.MULTILINE)
+    ]
+    assert (needed, everything) == (sum(lines[:2]), sum(lines))
 
 
 @pytest.mark.slow
