@@ -27,6 +27,7 @@ from ..settings import CategorySource, ContrastSettings, Control, PromptSources,
 from .capture import load_pairs
 from .plan_settings import WEIGHTS, SweepPlanSettings
 from .results import Pair
+from .storage import require_own_sweep
 
 JOURNAL = "sweep.journal"
 """The storage of a sweep in its output directory, where no other one is given."""
@@ -326,6 +327,12 @@ def prepare_sweep(
     canaries, references = _harmless(settings, harmless, contrast.seed, log)
     if contrast.category_source is not CategorySource.MODEL:
         harmful = tuple(_judged(settings, contrast, harmful, None, log))
+    options = SweepOptions.of(settings)
+    known: dict[str, Any] = {"options": options.to_dict()}
+    if contrast.category_source is not CategorySource.MODEL:
+        pools = {"harmful": harmful, "canaries": canaries, "references": references}
+        known["texts"] = {name: prompts_digest(pool) for name, pool in pools.items()}
+    require_own_sweep(storage, known)
     return PreparedSweep(
         settings=settings,
         contrast=contrast,
@@ -335,7 +342,7 @@ def prepare_sweep(
         canaries=tuple(canaries),
         references=tuple(references),
         left_out={"harmful": n_harmful_left_out, "references": n_harmless_left_out},
-        options=SweepOptions.of(settings),
+        options=options,
         pairs=tuple(pairs),
         storage=storage,
     )

@@ -104,6 +104,30 @@ def open_storage(storage: str | None) -> BaseStorage:
         ) from error
 
 
+OTHER_SWEEP = "The storage {} holds another sweep (other {}): give another output or storage, or remove that one."
+
+
+def require_own_sweep(storage: str, known: Identity) -> None:
+    """
+    Raises `ContrastError` when a journal holds another sweep, as far as it can be said before a model is loaded.
+
+    `known`: those parts of the sweep's identity that are known. What cannot be read is named by `SweepState`.
+    """
+
+    if "://" in storage or not Path(storage).is_file():
+        return
+    stored: Identity = {}
+    with suppress(Exception):
+        stored = next(
+            study.user_attrs["identity"]
+            for study in open_storage(storage).get_all_studies()
+            if study.study_name == STUDY_NAME
+        )
+    different = differences(stored, json.loads(json.dumps(known)), list(known)) if stored else ""
+    if different:
+        raise ContrastError(OTHER_SWEEP.format(storage, different))
+
+
 class SweepState:
     """A sweep's cells in a storage. `identity` says which sweep: processes must agree on it."""
 
@@ -147,7 +171,7 @@ class SweepState:
         # As the storage gives it back.
         different = differences(stored, json.loads(json.dumps(identity)))
         if different:
-            raise ContrastError(f"{where} holds another sweep (other {different}): {remedy}")
+            raise ContrastError(OTHER_SWEEP.format(without_password(storage), different))
 
     def run(
         self, keys: Sequence[CellKey], evaluate: Evaluate, progress: Progress | None = None

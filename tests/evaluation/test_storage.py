@@ -17,7 +17,13 @@ from optuna.trial import TrialState
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation import storage as storage_module
 from heretic_contrast.evaluation.cells import Cell, CellKey, Measurement
-from heretic_contrast.evaluation.storage import STUDY_NAME, SweepState, group_cells, open_storage
+from heretic_contrast.evaluation.storage import (
+    STUDY_NAME,
+    SweepState,
+    group_cells,
+    open_storage,
+    require_own_sweep,
+)
 from heretic_contrast.language_model import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,6 +255,22 @@ def test_shared_and_killed_sweeps_give_the_same_bytes(tmp_path: Path) -> None:
     victim.wait()
     finish(survivor)
     assert (tmp_path / "killed1.json").read_bytes() == expected
+
+
+def test_another_sweep_is_known_before_a_model_is_loaded(tmp_path: Path) -> None:
+    storage = str(tmp_path / "sweep.journal")
+    known = {"options": {"weights": [0.5]}, "texts": {"harmful": "a"}}
+    require_own_sweep(storage, known)
+    assert not list(tmp_path.iterdir())
+    SweepState(storage, {**known, "weights": "w"})
+    before = Path(storage).read_bytes()
+    require_own_sweep(storage, {"options": {"weights": (0.5,)}})
+    for other, name in (({"weights": [0.7]}, "options"), ({}, "options")):
+        with pytest.raises(ContrastError, match=f"another sweep .other {name}"):
+            require_own_sweep(storage, {**known, "options": other})
+    with pytest.raises(ContrastError, match="other prompts"):
+        require_own_sweep(storage, {**known, "texts": {"harmful": "b"}})
+    assert Path(storage).read_bytes() == before
 
 
 @pytest.mark.postgres
