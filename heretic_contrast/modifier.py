@@ -42,7 +42,12 @@ from heretic_contrast.hosts.surface import (
     log,
     progress_bar,
 )
-from heretic_contrast.hosts.tables import check_tables, show_errors_as_sentences, validated
+from heretic_contrast.hosts.tables import (
+    check_tables,
+    require_tables,
+    show_errors_as_sentences,
+    validated,
+)
 from heretic_contrast.identity import Identity
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.search.parameters import (
@@ -93,6 +98,17 @@ class ContrastAbliteration(Modifier[Parameters]):
         """What a trial's parameters are restored with; said here, so that a mixin in front does not hide it."""
 
         return Parameters
+
+    @classmethod
+    def get_settings_raw(
+        cls, model_extra: dict[str, Any] | None, top_namespace: str, instance_name: str | None
+    ) -> Any:
+        """Looks at the plugin's tables, which Heretic 2.0 then filters. Raises `ContrastError` when one is no table."""
+
+        require_tables(model_extra, top_namespace, cls.__name__, instance_name)
+        # The bases for Heretic 1.4 have none.
+        base: Any = super()
+        return base.get_settings_raw(model_extra, top_namespace, instance_name)
 
     @classmethod
     def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> ContrastSettings:

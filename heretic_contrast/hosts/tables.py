@@ -83,6 +83,25 @@ def check_tables(
             )
 
 
+def require_tables(
+    tables: dict[str, Any] | None, namespace: str, plugin: str, instance: str | None
+) -> None:
+    """
+    Raises `ContrastError` when what must be a table of a plugin is none, which Heretic 2.0 meets with a traceback.
+
+    `tables`: Heretic's settings that are not its own.
+    """
+
+    below = (tables or {}).get(namespace)
+    for name in (plugin, f"{plugin}_{instance}"):
+        if isinstance(below, dict) and not isinstance(below.get(name, {}), dict):
+            show_errors_as_sentences()
+            raise ContrastError(
+                f"[{namespace}.{name}] in config.toml must be a table of settings, and is written with one pair of brackets: "
+                "correct it."
+            )
+
+
 @cache
 def notice(text: str) -> None:
     """Says something once in a process."""

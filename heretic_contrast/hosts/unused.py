@@ -181,6 +181,8 @@ def unused_tables(
     for name, value in config.items():
         tables = value if isinstance(value, dict) else {}
         if name in NAMESPACES:
+            if not isinstance(value, dict):
+                yield f'"{name}" in config.toml must hold tables, such as {table}: correct it.'
             for inner, inner_value in tables.items():
                 yield from _in_namespace(name, inner, inner_value, named[name], settings, table)
             continue

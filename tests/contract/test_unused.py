@@ -226,6 +226,18 @@ def test_what_heretic_ships_is_mentioned_and_no_mistake(
         assert settings.contrast.row_normalization == "full"
 
 
+@pytest.mark.parametrize("value", ["matched", [{"baseline": "matched"}]])
+def test_what_must_be_a_table(value: Any, folder: Path) -> None:
+    for plugin, namespace in ((ContrastAbliteration, "modifier"), (FalseRefusals, "scorer")):
+        for name in (plugin.__name__, f"{plugin.__name__}_a"):
+            with pytest.raises(ContrastError) as error:
+                plugin.get_settings_raw({namespace: {name: value}}, namespace, "a")
+            assert f"[{namespace}.{name}] in config.toml must be a table" in str(error.value)
+    assert refused("modifier = 'matched'") == (
+        f'"modifier" in config.toml must hold tables, such as {TABLE}: correct it.'
+    )
+
+
 def test_instances(folder: Path) -> None:
     """Tables of an instance are read where `instance_name` names it, and nowhere else."""
 
