@@ -104,7 +104,7 @@ def test_extract_reads_the_configuration_as_heretic_does(
     (tmp_path / "config.toml").write_text(text)
     command = server.run(["extract", "builtin:refuser"], tmp_path)
     assert command.code == 2
-    assert command.output().startswith(said)
+    assert said in command.output()
     assert ("Error: Nothing would be written" in command.output()) == said.startswith("Warning")
 
 
