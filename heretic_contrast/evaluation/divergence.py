@@ -137,10 +137,11 @@ class References:
 
     def __init__(self, engine: Engine, known: Continuations, top_k: int) -> None:
         self.known = known
-        chunks = [
-            (chunk.positions, base_statistics(chunk.values, top_k))
-            for chunk in engine.logits(known)
-        ]
+        chunks = []
+        for chunk in engine.logits(known):
+            chunks.append((chunk.positions, base_statistics(chunk.values, top_k)))
+            # Not to be held beside the next one.
+            del chunk
         parts = [(item.tokens, item.values, item.tails) for _, item in chunks]
         statistics = (torch.cat(column) for column in zip(*parts, strict=True))
         self._base = SparseLogProbabilities(*statistics).at(
@@ -170,6 +171,8 @@ class References:
         for chunk in engine.logits(self.known, interventions, count):
             values = divergences(self._base.at(chunk.positions), chunk.values)
             found[chunk.interventions, chunk.positions] = values
+            # Not to be held beside the next one.
+            del chunk
         return [
             mean_with_standard_error([float(part.sum()) for part in row.split(lengths)], lengths)
             for row in found.cpu()

@@ -185,19 +185,19 @@ class Decoder:
             logits: Tensor = self.model.model(input_ids=token, use_cache=False).logits
         return logits[0].float()
 
-    def chunks(self, hidden_states: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the logits of final hidden states, no more at a time than is good, and which positions they are of."""
+    def chunks(self, hidden_states: Tensor) -> Iterator[slice]:
+        """Yields positions of final hidden states whose logits may be held at the same time."""
 
         vocabulary = int(self.model.model.get_input_embeddings().weight.shape[0])
         is_cpu = hidden_states.device.type == "cpu"
         n_positions = max(1 if is_cpu else LEAST_POSITIONS, ELEMENTS // vocabulary)
-        for part in batches(len(hidden_states), n_positions):
-            yield part, self.logits(hidden_states[part])
+        return batches(len(hidden_states), n_positions)
 
     def most_likely(self, hidden_states: Tensor) -> Tensor:
         """Returns the most likely token of each position. Integer Tensor of shape (n_positions,)."""
 
-        return torch.cat([logits.argmax(dim=1) for _, logits in self.chunks(hidden_states)])
+        parts = self.chunks(hidden_states)
+        return torch.cat([self.logits(hidden_states[part]).argmax(dim=1) for part in parts])
 
     @contextmanager
     def _started(self, start: LayerInput | None) -> Iterator[None]:

@@ -70,8 +70,13 @@ class FastEngine(PlainEngine):
                 for n in [lengths[prompt]]
             ]
             indices, positions = torch.cat(places, dim=1).to(device)
-            for part, values in self._decoder.chunks(item.hidden_states):
-                yield Logits(indices[part], positions[part], values)
+            for part in self._decoder.chunks(item.hidden_states):
+                # Kept by no name here while those of the next positions are computed.
+                yield Logits(
+                    indices[part],
+                    positions[part],
+                    self._decoder.logits(item.hidden_states[part]),
+                )
             count(len(item.rows))
 
     def _forcing(self, known: Continuations) -> TeacherForcing:
