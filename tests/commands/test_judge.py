@@ -113,25 +113,12 @@ def test_kappa_of_a_known_table() -> None:
 
 
 @pytest.mark.slow
-def test_a_text_classifier_judges_a_sweep_and_a_search(command_server: Any, tmp_path: Path) -> None:
+def test_a_text_classifier_judges_a_sweep(command_server: Any, tmp_path: Path) -> None:
     folder = write_classifier(tmp_path / "model")
-    cases = make_cases(tmp_path)
     labels = json.dumps(dict.fromkeys(LABELS, "EVASIVE"))
-    for name, prefix in (("sweep", ""), ("search", "contrast.")):
-        options = [
-            f"--{prefix}text-classifier={folder}",
-            f"--{prefix}text-classifier-labels={labels}",
-        ]
-        if name == "search":
-            options += [
-                "--contrast.refusal-classifier=tiers",
-                '--contrast.counted-tiers=["EVASIVE"]',
-            ]
-        command = command_server.run([*cases[name].arguments, *options], tmp_path / name)
-        assert command.code == 0, command.output()
-        if name == "sweep":
-            lines = (tmp_path / name / "output" / "responses.jsonl").read_text().splitlines()
-            assert {json.loads(line)["tier"] for line in lines} == {"EVASIVE"}
-        else:
-            # All harmful prompts count, whatever is said.
-            assert "Initial refusals: 18/18" in command.output()
+    options = [f"--text-classifier={folder}", f"--text-classifier-labels={labels}"]
+    arguments = [*make_cases(tmp_path)["sweep"].arguments, *options]
+    command = command_server.run(arguments, tmp_path / "sweep")
+    # By the tiers that come with the plugin all nine are refused.
+    assert command.code == 2
+    assert "refuses none of the 9 harmful prompts" in command.output()
