@@ -49,6 +49,7 @@ IDLE: dict[str, Any] = {
 """What decides how directions are made, and nothing else."""
 
 EFFECTIVE: dict[str, Any] = {
+    "writers": "heretic",
     "composition": "capped",
     "equal_effective_weight": True,
     "row_normalization": "full",
