@@ -53,7 +53,6 @@ class PlainEngine:
             count(len(known.prompts))
         return found
 
-    @torch.no_grad()
     def logits(
         self,
         known: Continuations,
@@ -71,7 +70,7 @@ class PlainEngine:
             for part in batches(len(sequences), n_rows):
                 tokens, mask = pad_right(sequences[part], self.model.pad_token_id())
                 forget_images(self.model.model)
-                with self._ablated(intervention):
+                with torch.no_grad(), self._ablated(intervention):
                     logits = self.model.model(
                         input_ids=tokens.to(self.model.device),
                         attention_mask=mask.to(self.model.device),

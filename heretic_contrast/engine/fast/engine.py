@@ -51,7 +51,7 @@ class FastEngine(PlainEngine):
             self._drafts[known] = Drafts(self._decoder, self._forcing(known), known, limit, n_rows)
         return self._drafts[known].respond(interventions, count)
 
-    @torch.no_grad()
+    # A decorator without gradients would hold what was yielded last beside what comes next.
     def logits(
         self,
         known: Continuations,
