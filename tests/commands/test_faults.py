@@ -479,9 +479,9 @@ def unwritable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
         ["extract", "builtin:refuser", "--output={}/a.st", "--contrast.preset=arditi"],
         ["sweep", "builtin:refuser", "--output={}"],
         ["sweep", "builtin:refuser", "--output=out", "--storage={}/sweep.journal"],
-        ["--study-checkpoint-dir={}", "--model=builtin:refuser"],
-        ["--save-directory={}", "--model=builtin:refuser"],
-        ["--contrast.save-directions={}/directions.safetensors", "--model=builtin:refuser"],
+        ["--study-checkpoint-dir={}", "--model=builtin:refuser", "--model-action=none"],
+        ["--save-directory={}", "--model=builtin:refuser", "--model-action=none"],
+        ["--contrast.save-directions={}/a.st", "--model=builtin:refuser", "--model-action=none"],
         ["demo", "--output={}"],
         ["audit", "--dataset=prompts.txt", "--output={}"],
     ],
@@ -501,7 +501,7 @@ def test_unwritable_places_are_named_before_anything_is_computed(
     [
         ["extract", "builtin:refuser", "--output=folder"],
         ["sweep", "builtin:refuser", "--output=out", "--storage=folder"],
-        ["--contrast.save-directions=folder", "--model=builtin:refuser"],
+        ["--contrast.save-directions=folder", "--model=builtin:refuser", "--model-action=none"],
     ],
 )
 def test_a_folder_where_a_file_should_be_is_named(
