@@ -10,6 +10,7 @@ tables of other plugins are nobody's business here.
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 PLUGINS = {
@@ -155,9 +156,10 @@ def table_of(
                 break
         else:
             part = ""
-        # What is missing is complained about with all that is there.
-        if place == value and part in ("", *path[-1:]) and place is not config:
-            return f"[{table}]" if table else "config.toml"
+        # What is missing is complained about with all that is there, which may be nested too deeply to be compared.
+        with suppress(RecursionError):
+            if place == value and part in ("", *path[-1:]) and place is not config:
+                return f"[{table}]" if table else "config.toml"
     return None
 
 
