@@ -92,7 +92,10 @@ def some_operators(kind: str, n_samples: int) -> Operator | BatchOperator:
 def on_device() -> LanguageModel:
     """A random Llama on the device."""
 
-    return wrap(make_model("llama").to("meta"), make_tokenizer(), name="on-device", batch_size=4)
+    model = wrap(make_model("llama"), make_tokenizer(), name="on-device", batch_size=4)
+    # What the model consists of is found out while it has numbers.
+    model.model.to("meta")
+    return model
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from heretic_contrast.evaluation.sweep import check_plan, sweep
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.prompts.sampling import stratified_sample
+from heretic_contrast.tiers import Tier
 from tests.evaluation.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
 
 POOL = [
@@ -54,6 +55,7 @@ def test_model_that_refuses_nothing(tiny_llama: LanguageModel) -> None:
             CANARIES,
             REFERENCES,
             SweepOptions(max_new_tokens=4, kl_tokens=4),
+            classify=lambda prompt, response: Tier.COMPLY,
         )
 
 
