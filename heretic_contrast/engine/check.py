@@ -92,9 +92,9 @@ def reason_against(
     """Returns in what an engine differs from the plain one by more than rounding explains; nothing where it does not."""
 
     tolerance = TOLERANCES.get(plain.model.model.dtype, TOLERANCE)
-    for chosen in (None, interventions):
-        found, right = (all_logits(item, known, chosen) for item in (engine, plain))
-        if not all(same_logits(a, b, tolerance) for a, b in zip(found, right, strict=True)):
+    for chosen in (None, *([intervention] for intervention in interventions)):
+        (found,), (right,) = (all_logits(item, known, chosen) for item in (engine, plain))
+        if not same_logits(found, right, tolerance):
             return "its logits differ"
     responses = [item.respond(known, N_TOKENS, interventions) for item in (engine, plain)]
     for index, (response, expected) in enumerate(zip(*responses, strict=True)):
@@ -117,13 +117,9 @@ def all_logits(
     """Returns the logits at all positions under each intervention, Tensors of shape (n_positions, vocabulary)."""
 
     chunks = list(engine.logits(known, interventions))
-    positions, indices, values = (
-        torch.cat([getattr(chunk, name) for chunk in chunks])
-        for name in ("positions", "interventions", "values")
-    )
     n_positions = sum(known.lengths)
-    order = (indices * n_positions + positions).argsort()
-    return list(values[order].split(n_positions))
+    places = torch.cat([chunk.interventions * n_positions + chunk.positions for chunk in chunks])
+    return list(torch.cat([chunk.values for chunk in chunks])[places.argsort()].split(n_positions))
 
 
 def same_logits(found: Tensor, expected: Tensor, tolerance: float) -> bool:

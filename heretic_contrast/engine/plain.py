@@ -13,8 +13,8 @@ from ..language_model import LanguageModel, Tokens, batches
 from .compat import forget_images
 from .interface import Continuations, Count, Engine, Logits, no_count, pad_right
 
-ELEMENTS = 2**27
-"""Logits of one pass, half a gigabyte, that are allowed where it holds more than one sequence."""
+ELEMENTS = 2**24
+"""Logits of one pass, 64 MiB, that are allowed where it holds more than one sequence."""
 
 
 class PlainEngine:
@@ -63,20 +63,23 @@ class PlainEngine:
 
         # The last token predicts nothing.
         sequences = [a + b[:-1] for a, b in zip(known.prompts, known.tokens, strict=True)]
-        longest = max(map(len, sequences), default=1)
+        # Logits are asked for from the first prediction on, and not of what comes before.
+        longest = max(map(len, sequences), default=1) - min(map(len, known.prompts), default=1) + 1
         vocabulary = int(self.model.model.get_input_embeddings().weight.shape[0])
         n_rows = max(1, min(self.model.batch_size, ELEMENTS // (longest * vocabulary)))
         for index, intervention in enumerate([None] if interventions is None else interventions):
             for part in batches(len(sequences), n_rows):
                 tokens, mask = pad_right(sequences[part], self.model.pad_token_id())
+                first = min(map(len, known.prompts[part])) - 1
                 forget_images(self.model.model)
                 with torch.no_grad(), self._ablated(intervention):
                     logits = self.model.model(
                         input_ids=tokens.to(self.model.device),
                         attention_mask=mask.to(self.model.device),
                         use_cache=False,
+                        logits_to_keep=tokens.shape[1] - first,
                     ).logits
-                yield _predictions(logits, known, index, part)
+                yield _predictions(logits, first, known, index, part)
                 count(len(tokens))
 
     def _ablated(self, intervention: Intervention | None) -> AbstractContextManager[None]:
@@ -85,12 +88,18 @@ class PlainEngine:
         return ablated_samples(self.model, [intervention])
 
 
-def _predictions(logits: Tensor, known: Continuations, intervention: int, part: slice) -> Logits:
-    """Returns the logits, of shape (n_sequences, length, vocabulary), of the positions that predict continuations."""
+def _predictions(
+    logits: Tensor, start: int, known: Continuations, intervention: int, part: slice
+) -> Logits:
+    """
+    Returns the logits of the positions that predict continuations.
+
+    `logits`: from the position `start` on, Tensor of shape (n_sequences, n_positions, vocabulary).
+    """
 
     values, positions, starts = [], [], known.starts
     for row, index in enumerate(range(*part.indices(len(known.prompts)))):
-        first, length = len(known.prompts[index]) - 1, len(known.tokens[index])
+        first, length = len(known.prompts[index]) - 1 - start, len(known.tokens[index])
         values.append(logits[row, first : first + length].float())
         positions.append(torch.arange(length) + starts[index])
     found = torch.cat(positions).to(logits.device)

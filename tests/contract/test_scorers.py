@@ -252,7 +252,7 @@ def test_the_sweep_of_the_scorer_is_that_of_the_command(
     arguments = [f"--contrast.preset={preset}" for preset in presets]
     for name in ("composition", "som_iterations", "residual_cache"):
         arguments.append(f"--contrast.{name.replace('_', '-')}={contrast[name]}")
-    for name in ("bad_prompts", "good_prompts"):
+    for name in ("bad_prompts", "good_prompts", "matched_prompts"):
         arguments.append(f"--contrast.{name.replace('_', '-')}.dataset={contrast[name]['dataset']}")
     for name, value in settings.items():
         shown = json.dumps(value) if isinstance(value, list) else value
