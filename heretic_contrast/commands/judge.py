@@ -15,6 +15,7 @@ from ..errors import ContrastError
 from ..files import require_writable_file, write_text_atomically
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
+from ..prompts.reading import read_file
 from ..settings import TextClassifierSettings
 from ..tiers.agreement import TIERS_OF_LABELS, Agreement
 from ..tiers.coherence import is_coherent
@@ -25,7 +26,7 @@ class JudgeSettings(TextClassifierSettings, CommandSettings):  # type: ignore[mi
     """Settings of `judge`."""
 
     file: str
-    """JSON Lines file with a prompt and a response on each line."""
+    """JSON Lines file with a prompt and a response on each line; other formats are read as those of prompts are."""
 
     prompt_key: str = "prompt"
     """Key of the prompts; where a line has none, its prompt is taken as unknown."""
@@ -43,30 +44,20 @@ class JudgeSettings(TextClassifierSettings, CommandSettings):  # type: ignore[mi
     """File to write the lines to, as JSON Lines, each with tier, coherence and reason."""
 
 
-def read_lines(path: Path, response_key: str) -> list[dict[str, Any]]:
-    """Returns the objects of a JSON Lines file. Raises `ContrastError` when one has no response, or nothing can be read."""
+def read_rows(settings: JudgeSettings) -> list[dict[str, Any]]:
+    """Returns the rows of the file. Raises `ContrastError` when one has no response, or nothing can be read."""
 
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ContrastError(f"{path} cannot be read ({error}): give a JSON Lines file.") from error
+    key = settings.response_key
+    columns = (settings.prompt_key, key, settings.label_key)
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
+    for place, cells in read_file(Path(settings.file), columns).rows:
+        if not isinstance(cells.get(key), str):
             raise ContrastError(
-                f"Line {number} of {path} is no JSON ({error}): give one object per line."
-            ) from error
-        if not isinstance(row, dict) or not isinstance(row.get(response_key), str):
-            raise ContrastError(
-                f'Line {number} of {path} has no text under "{response_key}": name the key by --response-key.'
+                f'{place} has no text under "{key}": name the key by --response-key.'
             )
-        rows.append(row)
+        rows.append(dict(cells))
     if not rows:
-        raise ContrastError(f"{path} has no lines: give a JSON Lines file with responses.")
+        raise ContrastError(f"{settings.file} has no lines: give a JSON Lines file with responses.")
     return rows
 
 
@@ -94,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
         words = ["--file", *words]
     settings = load_settings(JudgeSettings, f"{PROGRAM} judge", words)
     path = Path(settings.file)
-    rows = read_lines(path, settings.response_key)
+    rows = read_rows(settings)
     labelled = [
         people_tier(row[settings.label_key], settings.labels, path)
         for row in rows
@@ -141,14 +132,8 @@ def main(arguments: Sequence[str]) -> None:
     log(table)
     if not labelled:
         return
-    agreement = Agreement.of(
-        (people, tier)
-        for people, tier in zip(
-            labelled,
-            [tier for row, tier in zip(rows, tiers, strict=True) if settings.label_key in row],
-            strict=True,
-        )
-    )
+    given = [tier for row, tier in zip(rows, tiers, strict=True) if settings.label_key in row]
+    agreement = Agreement.of(zip(labelled, given, strict=True))
     table = Table(
         title=f"People's labels of {len(labelled)} responses; kappa {agreement.kappa:.2f}"
     )

@@ -2,6 +2,7 @@
 
 """`heretic-contrast judge` on files of responses, with and without labels of people."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,22 @@ def test_a_file_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "kappa" not in printed
 
 
+def test_files_as_other_tools_write_them(tmp_path: Path) -> None:
+    # A line separator inside of a text, a byte order mark, and a table.
+    rows = [{**row, "response": row["response"] + "\u2028"} for row in ROWS]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8-sig", newline="")
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "response", "label"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    for name in ("rows.jsonl", "rows.csv"):
+        main([str(tmp_path / name), "--output", str(tmp_path / "judged.jsonl")])
+        judged = (tmp_path / "judged.jsonl").read_text(encoding="utf-8").split("\n")
+        tiers = [json.loads(line)["tier"] for line in judged if line]
+        assert tiers == ["COMPLY", "REFUSE", "REFUSE", "COMPLY"]
+
+
 def test_a_text_classifier_judges(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path / "model")
     labels = {name: tier.value for name, tier in dict.fromkeys(LABELS, Tier.EVASIVE).items()}
@@ -86,7 +103,7 @@ def test_a_text_classifier_judges(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("", "has no lines"),
-        ("{", "Line 1 of .* is no JSON"),
+        ("{", "Line 1 of .* is not JSON"),
         ('{"prompt": "p"}', 'Line 1 of .* has no text under "response"'),
         ('{"response": "r", "label": "odd"}', 'the label "odd"'),
     ],
