@@ -104,6 +104,12 @@ class LanguageModel:
         return int(self.model.get_input_embeddings().weight.shape[-1])
 
     @property
+    def vocabulary_size(self) -> int:
+        """The number of tokens that the model knows."""
+
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def component_names(self) -> list[str]:
         """The names of all components, sorted, as Heretic lists them."""
 

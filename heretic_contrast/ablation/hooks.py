@@ -242,8 +242,7 @@ def carries_samples(model: LanguageModel) -> bool:
         return False
     handles = [module.register_forward_hook(see) for module in modules]
     try:
-        vocabulary = int(model.model.get_input_embeddings().weight.shape[0])
-        tokens = (torch.arange(3, 9, device=model.device) % vocabulary).view(2, 3)
+        tokens = (torch.arange(3, 9, device=model.device) % model.vocabulary_size).view(2, 3)
         for batch in (tokens, tokens.flip(0)):
             model.model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
     finally:

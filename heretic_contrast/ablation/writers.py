@@ -331,8 +331,7 @@ class _Trace:
 def some_tokens(model: LanguageModel) -> Tensor:
     """Returns a few tokens. Integer Tensor of shape (2, 6)."""
 
-    vocabulary = int(model.model.get_input_embeddings().weight.shape[0])
-    return (torch.arange(3, 15, device=model.device) % vocabulary).view(2, 6)
+    return (torch.arange(3, 15, device=model.device) % model.vocabulary_size).view(2, 6)
 
 
 def _trace(model: LanguageModel) -> list[_Trace]:

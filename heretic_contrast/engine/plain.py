@@ -64,9 +64,9 @@ class PlainEngine:
         # The last token predicts nothing.
         sequences = [a + b[:-1] for a, b in zip(known.prompts, known.tokens, strict=True)]
         # Logits are asked for from the first prediction on, and not of what comes before.
-        longest = max(map(len, sequences), default=1) - min(map(len, known.prompts), default=1) + 1
-        vocabulary = int(self.model.model.get_input_embeddings().weight.shape[0])
-        n_rows = max(1, min(self.model.batch_size, ELEMENTS // (longest * vocabulary)))
+        length = max(map(len, sequences), default=1) - min(map(len, known.prompts), default=1) + 1
+        n_rows = ELEMENTS // (length * self.model.vocabulary_size)
+        n_rows = max(1, min(self.model.batch_size, n_rows))
         for index, intervention in enumerate([None] if interventions is None else interventions):
             for part in batches(len(sequences), n_rows):
                 tokens, mask = pad_right(sequences[part], self.model.pad_token_id())

@@ -188,9 +188,8 @@ class Decoder:
     def chunks(self, hidden_states: Tensor) -> Iterator[slice]:
         """Yields positions of final hidden states whose logits may be held at the same time."""
 
-        vocabulary = int(self.model.model.get_input_embeddings().weight.shape[0])
         is_cpu = hidden_states.device.type == "cpu"
-        n_positions = max(1 if is_cpu else LEAST_POSITIONS, ELEMENTS // vocabulary)
+        n_positions = max(1 if is_cpu else LEAST_POSITIONS, ELEMENTS // self.model.vocabulary_size)
         return batches(len(hidden_states), n_positions)
 
     def most_likely(self, hidden_states: Tensor) -> Tensor:
