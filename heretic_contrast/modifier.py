@@ -43,8 +43,8 @@ from heretic_contrast.hosts.surface import (
     progress_bar,
 )
 from heretic_contrast.hosts.tables import (
+    PluginTables,
     check_tables,
-    require_tables,
     show_errors_as_sentences,
     validated,
 )
@@ -64,7 +64,7 @@ TABLE = "ContrastAbliteration"
 """The plugin's table in `config.toml`, below `modifier`."""
 
 
-class ContrastAbliteration(Modifier[Parameters]):
+class ContrastAbliteration(PluginTables, Modifier[Parameters]):
     """
     Ablates refusal directions that come from a selectable contrast baseline.
 
@@ -98,17 +98,6 @@ class ContrastAbliteration(Modifier[Parameters]):
         """What a trial's parameters are restored with; said here, so that a mixin in front does not hide it."""
 
         return Parameters
-
-    @classmethod
-    def get_settings_raw(
-        cls, model_extra: dict[str, Any] | None, top_namespace: str, instance_name: str | None
-    ) -> Any:
-        """Looks at the plugin's tables, which Heretic 2.0 then filters. Raises `ContrastError` when one is no table."""
-
-        require_tables(model_extra, top_namespace, cls.__name__, instance_name)
-        # The bases for Heretic 1.4 have none.
-        base: Any = super()
-        return base.get_settings_raw(model_extra, top_namespace, instance_name)
 
     @classmethod
     def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> ContrastSettings:

@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field
 from heretic_contrast.builtin import harmful_pool, harmless_pool, is_builtin, refuser_pool
 from heretic_contrast.hosts.surface import Context, Score, Scorer, heretic_prompts, log
 from heretic_contrast.hosts.tables import (
+    PluginTables,
     check_tables,
-    require_tables,
     show_errors_as_sentences,
     validated,
 )
@@ -58,7 +58,7 @@ class FalseRefusalsSettings(Table):
     )
 
 
-class ContrastScorer(Scorer):
+class ContrastScorer(PluginTables, Scorer):
     """
     What all scorers of this package share.
 
@@ -78,17 +78,6 @@ class ContrastScorer(Scorer):
         """What the command line and the model card call the score."""
 
         return str(self.settings.score_name)
-
-    @classmethod
-    def get_settings_raw(
-        cls, model_extra: dict[str, Any] | None, top_namespace: str, instance_name: str | None
-    ) -> Any:
-        """Looks at the plugin's tables, which Heretic 2.0 then filters. Raises `ContrastError` when one is no table."""
-
-        require_tables(model_extra, top_namespace, cls.__name__, instance_name)
-        # The bases for Heretic 1.4 have none.
-        base: Any = super()
-        return base.get_settings_raw(model_extra, top_namespace, instance_name)
 
     @classmethod
     def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> Any:

@@ -53,6 +53,7 @@ from .unused import (
     NAMESPACES,
     ONLY_UNDER_14,
     class_name,
+    config_file,
     named_plugins,
     table_of,
     unused_keys,
@@ -348,9 +349,7 @@ class HostSettings(Settings):
 
         pools = ("bad_prompts", "good_prompts", "matched_prompts")
         flags = tuple(f"--contrast.{name.replace('_', '-')}" for name in pools)
-        table = contrast_table(
-            TomlConfigSettingsSource(type(self), toml_file="config.toml").toml_data
-        )
+        table = contrast_table(config_file())
         if set(pools) & set(table) and not any(word.startswith(flags) for word in sys.argv):
             return f"[modifier.{TABLE}] "
         return "--contrast."
@@ -430,7 +429,7 @@ def _complaint(error: ValidationError, settings_class: type[BaseSettings]) -> Co
     path, value = list(details["loc"]), details["input"]
     if not issubclass(settings_class, HostSettings) or details["type"] == "json_invalid":
         return validation_error(error)
-    config = TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
+    config = config_file()
     if path[:1] != ["contrast"]:
         return validation_error(error, table_of(config, [""], path, value))
     names = sorted(name for name in config.get("modifier", {}) if name.startswith(TABLE))

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, TomlConfigSettingsSource
 from rich.markup import escape
 
 from ..errors import ContrastError, one_line, show_warnings_as_sentences
@@ -20,6 +19,7 @@ from .unused import (
     NAMESPACES,
     ONLY_UNDER_14,
     PLUGINS,
+    config_file,
     named_plugins,
     table_of,
     unused_keys,
@@ -55,7 +55,7 @@ def check_tables(
     named[namespace].add((plugin, None))
     instances = {instance for name, instance in named[namespace] if name == plugin}
     # What the command line overrides is no longer among Heretic's settings.
-    file = TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
+    file = config_file()
     complaints = [unused_variables(os.environ, settings, table, known, idle)]
     for whole in (extra, file):
         config, shipped = without_shipped(whole, known)
@@ -83,23 +83,30 @@ def check_tables(
             )
 
 
-def require_tables(
-    tables: dict[str, Any] | None, namespace: str, plugin: str, instance: str | None
-) -> None:
-    """
-    Raises `ContrastError` when what must be a table of a plugin is none, which Heretic 2.0 meets with a traceback.
+class PluginTables:
+    """What the plugins of this package share: their tables are looked at before Heretic 2.0 filters them."""
 
-    `tables`: Heretic's settings that are not its own.
-    """
+    @classmethod
+    def get_settings_raw(
+        cls, model_extra: dict[str, Any] | None, top_namespace: str, instance_name: str | None
+    ) -> Any:
+        """
+        Returns what Heretic 2.0 reads of the plugin's tables.
 
-    below = (tables or {}).get(namespace)
-    for name in (plugin, f"{plugin}_{instance}"):
-        if isinstance(below, dict) and not isinstance(below.get(name, {}), dict):
-            show_errors_as_sentences()
-            raise ContrastError(
-                f"[{namespace}.{name}] in config.toml must be a table of settings, and is written with one pair of brackets: "
-                "correct it."
-            )
+        Raises `ContrastError` when one is no table, which Heretic meets with a traceback.
+        """
+
+        below = (model_extra or {}).get(top_namespace)
+        for name in (cls.__name__, f"{cls.__name__}_{instance_name}"):
+            if isinstance(below, dict) and not isinstance(below.get(name, {}), dict):
+                show_errors_as_sentences()
+                raise ContrastError(
+                    f"[{top_namespace}.{name}] in config.toml must be a table of settings, and is written with one pair of "
+                    "brackets: correct it."
+                )
+        # The bases for Heretic 1.4 have none.
+        base: Any = super()
+        return base.get_settings_raw(model_extra, top_namespace, instance_name)
 
 
 @cache
@@ -122,7 +129,7 @@ def validated(
         return settings_class.model_validate(raw or {})
     except ValidationError as error:
         show_errors_as_sentences()
-        config = TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
+        config = config_file()
         namespace, _, plugin = where.strip("[]").partition(".")
         tables = config.get(namespace)
         names = [

@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from pydantic_settings import BaseSettings, TomlConfigSettingsSource
+
 PLUGINS = {
     "ContrastAbliteration": "modifier",
     "RefusalTiers": "scorer",
@@ -64,6 +66,12 @@ SHIPPED = {
     },
 }
 """What stands in the configuration that Heretic 2.0 ships, although nothing there reads it any more."""
+
+
+def config_file() -> dict[str, Any]:
+    """Returns what stands in `config.toml`; nothing where there is none."""
+
+    return TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
 
 
 def without_shipped(
