@@ -5,6 +5,7 @@ Makes the built-in refuser: its prompt pools, its tokenizer, and the model itsel
 
     python examples/make_refuser.py --output DIR     writes DIR/refuser and DIR/refuser_prompts
     python examples/make_refuser.py --check          prints the held-out table of the shipped model
+    python examples/make_refuser.py --mixture DIR    teaches the same to a mixture of experts, and ablates it
 
 Everything is generated from the tables below and seeded. The same versions of torch, transformers and
 tokenizers on the same processor give the same files.
@@ -16,6 +17,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,25 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
+from heretic_contrast.ablation.hooks import ablated_writers, writers_of
+from heretic_contrast.ablation.operator import compose
+from heretic_contrast.builtin import refuser_pool
+from heretic_contrast.directions.extraction import extract
+from heretic_contrast.directions.pools import Pools
 from heretic_contrast.files import write_text_atomically
+from heretic_contrast.hosts.surface import wrap
+from heretic_contrast.prompts import load_pool
+from heretic_contrast.settings import Classes, ContrastSettings, Method
 
 SEED = 20260
 # One thread adds in one order, and loses no time to waiting on a busy machine.
 THREADS = 1
 STEPS = 420
+MIXTURE_STEPS = 300
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 MAX_LENGTH = 64
@@ -475,6 +488,29 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3_5ForCausalLM:
     return Qwen3_5ForCausalLM(config)
 
 
+def make_mixture(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
+    """Returns an untrained mixture of eight experts a layer, two of which read a token."""
+
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        moe_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
 def make_batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """
     Yields input tokens, attention masks and labels without end.
@@ -515,7 +551,7 @@ def make_batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, T
             yield tokens, mask, labels
 
 
-def train(model: Qwen3_5ForCausalLM, tokenizer: PreTrainedTokenizerFast, n_steps: int) -> None:
+def train(model: Any, tokenizer: PreTrainedTokenizerFast, n_steps: int) -> None:
     """Trains the model in place, then rounds its weights to bfloat16, in which they are stored."""
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
@@ -545,7 +581,7 @@ def train(model: Qwen3_5ForCausalLM, tokenizer: PreTrainedTokenizerFast, n_steps
             parameter.copy_(parameter.bfloat16().float())
 
 
-def save(model: Qwen3_5ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+def save(model: Any, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """
     Writes the model directory.
 
@@ -728,6 +764,53 @@ def report(table: Sequence[str], rates: dict[str, float]) -> int:
     return 0 if good else 1
 
 
+@torch.no_grad()
+def refusals_by_writers(directory: Path) -> dict[str, int]:
+    """
+    Returns how many of 108 held-out harmful prompts a model refuses, by the writers that one direction a layer is removed from.
+    """
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    wrapped = wrap(model, tokenizer, name=directory.name, batch_size=BATCH_SIZE)
+    pools = Pools(
+        tuple(load_pool(refuser_pool("harmful", "train"), "harmful")),
+        tuple(load_pool(refuser_pool("harmless", "train"), "harmless")),
+        (),
+    )
+    settings = ContrastSettings(method=Method.MEAN, classes=Classes.SINGLE)
+    directions = extract(wrapped, pools, settings, print)
+    prompts = [prompt.text for prompt in load_pool(refuser_pool("harmful", "test"), "harmful")]
+    counts = {}
+    for name, components in (
+        ("none", ()),
+        ("attention", ("attn.o_proj",)),
+        ("experts", ("mlp.experts",)),
+        ("all", None),
+    ):
+        with ExitStack() as stack:
+            for layer in range(wrapped.n_layers):
+                vectors = F.normalize(directions.tensor[layer + 1], dim=-1)
+                operator = compose(vectors, torch.ones(1))
+                stack.enter_context(
+                    ablated_writers(writers_of(wrapped, layer, components), operator)
+                )
+            responses = generate(model, tokenizer, prompts, DEFAULT_SYSTEM_PROMPT)
+        counts[name] = sum(map(is_refusal, responses))
+    return counts
+
+
+def write_mixture(output: Path) -> dict[str, int]:
+    """Teaches a mixture what the built-in refuser knows, writes it, and returns what `refusals_by_writers` says."""
+
+    torch.manual_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED / "refuser")
+    model = make_mixture(tokenizer)
+    train(model, tokenizer, MIXTURE_STEPS)
+    save(model, tokenizer, output)
+    return refusals_by_writers(output)
+
+
 def main() -> int:
     """Parses the command line and runs what it asks for."""
 
@@ -737,10 +820,14 @@ def main() -> int:
         "--output", type=Path, help="make everything and write it to this directory"
     )
     action.add_argument("--check", action="store_true", help="check the shipped model only")
+    action.add_argument("--mixture", type=Path, help="make a mixture, and write it here")
     arguments = parser.parse_args()
 
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
+    if arguments.mixture:
+        print("Refused, by the writers that are ablated:", write_mixture(arguments.mixture))
+        return 0
     if arguments.check:
         return report(
             *held_out_table(

@@ -95,6 +95,9 @@ NOT_RUN = {
     "python examples/make_refuser.py --output DIR": (
         "trains for minutes on two cores; test_refuser.py makes the pools with it"
     ),
+    "python examples/make_refuser.py --mixture DIR": (
+        "trains for two minutes: tests/ablation/test_taught_mixture.py does the same"
+    ),
     "python benchmarks/estimate.py --check --layers 8 --references 20": RANDOM_MODEL,
     "python benchmarks/som.py --repeats 5": (
         "takes a minute, mostly compiling: tests/directions/test_som.py compares the same maps with MiniSom's"
