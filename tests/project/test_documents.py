@@ -121,6 +121,9 @@ SMALLER = {
     "python benchmarks/delta_rule.py": "--repeats 1",
     "python benchmarks/residuals.py": "--prompts 8 --repeats 1",
     "python benchmarks/scaling.py": "--costs factors",
+    "python benchmarks/search.py": (
+        "--trials 1 --startup-trials 1 --seeds 1 --judged 4 --fresh 4 --tokens 4 --configurations heretic default"
+    ),
     "python benchmarks/sweep.py": "--layers 6 --references 6 --reference-cells 1",
     "python benchmarks/trial.py": "--trials 1 --prompts 8",
     "python examples/replicate.py measure": SMALL_MEASUREMENT,
