@@ -58,6 +58,8 @@ CONFIGURATIONS = {
     "means, as Heretic": f"{AS_HERETIC} --contrast.method=mean",
     "capped, as Heretic": f"{AS_HERETIC} --contrast.composition=capped",
     "equal weight, as Heretic": f"{AS_HERETIC} --contrast.equal-effective-weight",
+    "shared, as Heretic": f"{AS_HERETIC} --contrast.shared-direction",
+    "shared means, as Heretic": f"{AS_HERETIC} --contrast.shared-direction --contrast.method=mean",
     "one direction, as Heretic": f"{AS_HERETIC} --contrast.preset=arditi",
     **{preset: f"--contrast.preset={preset}" for preset in PRESETS},
 }

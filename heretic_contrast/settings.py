@@ -384,12 +384,14 @@ HERETIC_RANGES: dict[str, Range] = {
     "min_weight": (0.0, 1.0),
     "min_weight_distance": (0.0, 0.6),
     "scale": (0.0, 1.0),
+    "rest": (-1.0, 1.0),
 }
 """
 What Heretic 1.4 searches for each component, and the plugin for each direction.
 
 Positions and distances are fractions of the last layer's index, a distance being at least one layer; the smallest weight is a
-fraction of the largest one.
+fraction of the largest one. `rest` multiplies the scales of what classes add to a shared direction, below 0 as 0, so that half of the
+random trials are Heretic's.
 """
 
 
@@ -413,7 +415,7 @@ EXTRACTION_FIELDS = set(
     """
     baseline mixing n_neighbors classes category_source exclude_categories small_classes method
     som_rows som_columns som_iterations som_sigma som_learning_rate som_neighborhood
-    som_topology winners svd svd_rank scale winsorization_quantile orthogonalize_direction
+    som_topology winners svd svd_rank shared_direction scale winsorization_quantile orthogonalize_direction
     control drop_misbehaving seed
     """.split()
 )
@@ -507,6 +509,12 @@ class ContrastSettings(Table, TextClassifierSettings):
     svd_rank: int | None = Field(None, ge=1)
     """Number of singular vectors to keep, or unset to keep as many as there were directions."""
 
+    shared_direction: bool = False
+    """
+    Whether several directions become the one that Heretic takes (of all harmful prompts against the general harmless ones) and,
+    orthogonal to it and to one another, what each class adds. The search then contains Heretic's own: the others start at 0.
+    """
+
     scale: Scale = Scale.UNIT
     """
     Length of the directions. Options: "unit" (Heretic's convention), "raw" (as trained), "unmatched" (the length that the
@@ -570,7 +578,7 @@ class ContrastSettings(Table, TextClassifierSettings):
         + ", ".join(f'"{name}"' for name in HERETIC_RANGES)
         + '. One component or direction has a range of its own as "mlp.down_proj.max_weight" or "scale.drugs". '
         "Positions and distances are fractions of the last layer's index, min_weight is a fraction of max_weight, "
-        "and a max_weight below 0 counts as 0.",
+        "and a max_weight or a rest (the scale of all that classes add to a shared direction) below 0 counts as 0.",
     )
 
     sampler: Sampler = Sampler.TPE
@@ -713,6 +721,17 @@ class ContrastSettings(Table, TextClassifierSettings):
             raise ContrastError(
                 f"{self.winners} winners are asked for, but a map of {self.som_rows} × {self.som_columns} has "
                 f"{n_neurons} neurons: use a larger map or fewer winners."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_shared_direction(self) -> "ContrastSettings":
+        """Refuses a shared direction with what changes the directions beside it."""
+
+        if self.shared_direction and (self.svd or self.scale is not Scale.UNIT):
+            raise ContrastError(
+                "What classes add to a shared direction is orthogonal and of length 1 already: leave out svd and scale, or "
+                "shared_direction."
             )
         return self
 

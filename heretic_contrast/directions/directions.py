@@ -16,6 +16,7 @@ from ..identity import OF_THE_MODEL, OF_THE_RUN, differences
 from ..language_model import LanguageModel
 from ..settings import Scale
 from .file import TENSORS, directions_file, read_directions
+from .transforms import SHARED
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ class Directions:
 
         value = self.provenance.get("settings", {}).get("scale", Scale.UNIT)
         return Scale.UNIT if value == Scale.UNIT else Scale.RAW
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether the first direction is Heretic's, and the others are what classes add to it."""
+
+        settings = self.provenance.get("settings", {})
+        return self.names[0] == SHARED and settings.get("shared_direction") is True
 
     def digest(self) -> str:
         """Returns a digest of the tensor and its names."""

@@ -48,7 +48,7 @@ from .pools import (
 )
 from .residuals import PoolResiduals, cached_residuals
 from .som import SomSettings, TrainedMap, train_maps
-from .transforms import orthogonalize, random_directions, without_harmless
+from .transforms import SHARED, around_shared, orthogonalize, random_directions, without_harmless
 
 
 def extract(
@@ -167,14 +167,20 @@ def extract_directions(
     # 3. What may change or replace them.
     bulk_means = _layer_means(residuals.bulk)
     mean_direction = _layer_means(residuals.harmful) - bulk_means
+    n_shared = int(settings.shared_direction and len(names) > 1)
+    if n_shared:
+        as_trained = torch.cat([mean_direction[:, None], as_trained], dim=1)
+        names = (SHARED, *names)
     if settings.orthogonalize_direction:
         as_trained = without_harmless(as_trained, bulk_means)
     if settings.control is Control.RANDOM:
         as_trained = random_directions(as_trained, settings.seed)
-    # 4. SVD.
+    # 4. SVD, or what classes add to what they share.
     if settings.svd:
         vectors, norms = orthogonalize(as_trained, mean_direction, settings.svd_rank)
         names = tuple(f"svd {index + 1}" for index in range(vectors.shape[1]))
+    elif n_shared:
+        vectors = around_shared(as_trained)
     else:
         vectors, norms = unit_vectors(as_trained)
     # 5. Scale.
@@ -184,7 +190,7 @@ def extract_directions(
         vectors = vectors * norms[..., None]
     tensors = {
         "tensor": vectors.float().contiguous(),
-        "class_directions": as_trained.float().contiguous(),
+        "class_directions": as_trained[:, n_shared:].float().contiguous(),
         "mean_direction": mean_direction.float(),
     }
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):

@@ -37,6 +37,30 @@ def orthogonalize(
     return rows, singular_values * meaningful
 
 
+SHARED = "shared"
+"""The name of the direction that all classes have in common."""
+
+
+def around_shared(vectors: Tensor) -> Tensor:
+    """
+    Returns the first direction of each layer, and orthonormal directions of what the others add to it.
+
+    With the others' unit vectors less their parts along the first, R = U S Qᵀ, these are the rows of U Qᵀ, the orthonormal ones
+    nearest to those of R (Löwdin), so that each still belongs to its class. Where R has a lower rank, they are as near to
+    orthonormal as its span allows, and no combination with weights up to 1 removes more than all of it.
+
+    Tensor of shape (n_layers + 1, n_directions, hidden_size), to one of the same shape, float64.
+    """
+
+    unit, _ = unit_vectors(vectors)
+    shared, others = unit[:, :1], unit[:, 1:]
+    left, sizes, rows = torch.linalg.svd(
+        others - others @ shared.transpose(1, 2) * shared, full_matrices=False
+    )
+    # What is below rounding has no direction.
+    return torch.cat([shared, (left * (sizes > 1e-6)[:, None]) @ rows], dim=1)
+
+
 def without_harmless(vectors: Tensor, harmless_means: Tensor) -> Tensor:
     """
     Returns directions without their parts along the mean residual of harmless prompts.

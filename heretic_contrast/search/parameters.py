@@ -166,7 +166,8 @@ def suggest_parameters(
 
     Names and ranges of the kernel and the direction index are Heretic's, so that one direction searches exactly
     Heretic's space. Several directions add one scale each; parallel directions add up, so the range of the
-    kernel's maximum then reaches down to where their sum is as strong as Heretic's weakest single one.
+    kernel's maximum then reaches down to where their sum is as strong as Heretic's weakest single one. Beside a shared direction,
+    which is Heretic's and has its kernel, what the classes add has scales that are 0 where `rest` is not above 0.
 
     `space`: ranges that the user has given, and `default`: those in which the installed Heretic differs from 1.4. In
     both, a range of one component or direction stands before that of all.
@@ -185,7 +186,7 @@ def suggest_parameters(
 
     n_directions = directions.n_directions
     lowest, highest = HERETIC_RANGES["max_weight"]
-    if n_directions > 1:
+    if n_directions > 1 and not directions.has_shared:
         # The average scale is 0.5, so n parallel directions remove n / 2 times the kernel's weight.
         lowest = min(lowest, 2 * lowest / n_directions)
     spaces = (space or {}, default or {}, {**HERETIC_RANGES, "max_weight": (lowest, highest)})
@@ -224,9 +225,11 @@ def suggest_parameters(
         # A single scale would only repeat the kernel's maximum.
         scales = {directions.names[0]: 1.0}
     else:
-        scales = {
-            name: trial.suggest_float(f"scale.{name}", *limits(f"scale.{name}"))
-            for name in directions.names
+        n_shared = int(directions.has_shared)
+        rest = max(0.0, trial.suggest_float("rest", *limits("rest"))) if n_shared else 1.0
+        scales = dict.fromkeys(directions.names[:n_shared], 1.0) | {
+            name: rest * trial.suggest_float(f"scale.{name}", *limits(f"scale.{name}"))
+            for name in directions.names[n_shared:]
         }
     return Parameters(
         direction_index=direction_index,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from minisom import MiniSom
+from pydantic import ValidationError
 from torch import Tensor
 
 from heretic_contrast.directions.directions import Directions
@@ -145,6 +146,49 @@ def test_orthogonalized_directions_have_no_part_along_the_harmless_mean() -> Non
     harmless = residuals.bulk.mean(0)
     products = (directions.tensor * harmless[:, None]).sum(-1)
     assert products.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("orthogonalize_direction", [False, True])
+@pytest.mark.parametrize("method", ["som", "mean"])
+def test_what_classes_add_to_the_shared_direction(
+    method: str, orthogonalize_direction: bool
+) -> None:
+    residuals = make_residuals()
+    options = {"method": method, "orthogonalize_direction": orthogonalize_direction}
+    plain = extract_directions(residuals, settings(**options))
+    found = extract_directions(residuals, settings(**options, shared_direction=True))
+    assert found.names == ("shared", *CLASSES) and found.has_shared and not plain.has_shared
+    assert torch.equal(found.class_directions, plain.class_directions)
+    for layer in range(1, LAYERS):
+        good = residuals.bulk[:, layer].double().mean(0)
+        shared = residuals.harmful[:, layer].double().mean(0) - good
+        if orthogonalize_direction:
+            shared = shared - (shared @ good) / (good @ good) * good
+        shared = shared / shared.norm()
+        rows = found.tensor[layer].double()
+        assert torch.allclose(rows[0], shared, atol=1e-6)
+        # The projectors on both spans are the same. The differences of class means add up to nothing.
+        span = torch.linalg.svd(torch.cat([shared[None], plain.tensor[layer].double()]))
+        rank = 4 if method == "som" else 3
+        expected = span.Vh[:rank].T @ span.Vh[:rank]
+        assert torch.allclose(rows.T @ rows, expected, atol=1e-5)
+        # Each belongs to its class more than to any other.
+        assert (rows[1:] @ plain.tensor[layer].double().T).argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_one_direction_has_nothing_beside_it() -> None:
+    options = {"classes": "single", "method": "mean"}
+    plain, found = (
+        extract_directions(make_residuals(), settings(**options, shared_direction=shared))
+        for shared in (False, True)
+    )
+    assert torch.equal(plain.tensor, found.tensor) and not found.has_shared
+
+
+@pytest.mark.parametrize("options", [{"svd": True}, {"scale": "raw"}])
+def test_a_shared_direction_takes_no_other_transform(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="leave out svd and scale"):
+        settings(shared_direction=True, **options)
 
 
 def test_random_directions_have_the_gram_matrix_of_the_real_ones() -> None:

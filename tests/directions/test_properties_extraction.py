@@ -291,6 +291,8 @@ def contrast_settings(draw: st.DrawFn, **fixed: Any) -> ContrastSettings:
         "control": draw(st.sampled_from(["none", "random"])),
         "seed": draw(st.integers(0, 2**32 - 1)),
     }
+    takes_shared = not options["svd"] and options["scale"] == "unit"
+    options["shared_direction"] = takes_shared and draw(st.booleans())
     options["winners"] = draw(st.integers(1, min(3, options["som_rows"] * options["som_columns"])))
     return ContrastSettings.model_validate({**options, **fixed})
 
@@ -339,6 +341,10 @@ def test_extraction_works_or_says_why_not(
         assert torch.allclose(
             directions.tensor / factor, directions.class_directions / factor, rtol=1e-6
         )
+    if directions.has_shared:
+        gram = (directions.tensor @ directions.tensor.transpose(1, 2)).double()
+        assert float(gram[:, 0, 1:].abs().max()) <= 1e-5
+        assert float(torch.linalg.eigvalsh(gram).max()) <= 1 + 1e-5
     if settings.orthogonalize_direction and settings.control.value == "none":
         harmless = unit_vectors(residuals.bulk.double().mean(dim=0))[0]
         along = (trained * harmless[:, None]).sum(-1)

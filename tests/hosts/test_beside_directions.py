@@ -39,6 +39,7 @@ IDLE: dict[str, Any] = {
     "winners": 2,
     "svd": True,
     "svd_rank": 1,
+    "shared_direction": True,
     "scale": "raw",
     "winsorization_quantile": 0.9,
     "orthogonalize_direction": True,

@@ -98,6 +98,18 @@ def initialized(
     return modifier, context
 
 
+SHARED = {
+    "method": "som",
+    "som_rows": 1,
+    "som_columns": 2,
+    "som_iterations": 50,
+    "winners": 2,
+    "shared_direction": True,
+}
+"""What makes two directions beside Heretic's."""
+
+
+@pytest.mark.parametrize("options", [{}, SHARED], ids=["one", "shared"])
 @pytest.mark.parametrize("direction_index", [None, 1.4])
 @pytest.mark.parametrize("normalization", ["none", "pre", "full"])
 @torch.no_grad()
@@ -106,6 +118,7 @@ def test_weight_change_equals_heretic(
     monkeypatch: pytest.MonkeyPatch,
     normalization: str,
     direction_index: float | None,
+    options: dict[str, Any],
 ) -> None:
     settings = heretic_settings(folder, monkeypatch, normalization)
     theirs = heretic_main.Model(settings)
@@ -127,17 +140,29 @@ def test_weight_change_equals_heretic(
     expected = adapter_changes(theirs)
 
     ours = HostModel(settings)
-    modifier, context = initialized(ours, settings, folder, row_normalization=normalization, seed=7)
+    # Heretic's own rank, which the plugin's follows from the number of directions unless it is given.
+    rank = settings.full_normalization_lora_rank
+    modifier, context = initialized(
+        ours,
+        settings,
+        folder,
+        row_normalization=normalization,
+        full_normalization_lora_rank=rank,
+        seed=7,
+        **options,
+    )
+    assert modifier.directions.n_directions == (3 if options else 1)
     if folder.name.startswith("llama"):
         # Random linear attention forgets the prompt, so that its directions would be rounding noise.
         assert torch.allclose(modifier.directions.tensor[:, 0], refusal_directions, atol=1e-4)
-    modifier.directions = replace(modifier.directions, tensor=refusal_directions[:, None])
+    modifier.directions.tensor[:, 0] = refusal_directions
     modifier.modify_model(
         context,
         Parameters(
             direction_index=direction_index,
             kernels={name: Kernel(**kernel) for name in components},
-            scales=dict.fromkeys(modifier.directions.names, 1.0),
+            scales=dict.fromkeys(modifier.directions.names, 0.0)
+            | {modifier.directions.names[0]: 1.0},
         ),
     )
     found = adapter_changes(ours)

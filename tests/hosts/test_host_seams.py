@@ -3,6 +3,7 @@
 """The host for Heretic 1.4: its seams, its settings, its samplers and its checkpoints."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,26 @@ def test_resumed_study_equals_the_uninterrupted_one(kind: Sampler, tmp_path: Pat
     assert resumed == whole
     other = run_study(make_sampler(kind, 6, 4, {}), None, 14, directions)
     assert other != whole
+
+
+def test_the_search_beside_a_shared_direction_contains_heretics() -> None:
+    shared = replace(
+        unit_directions(3),
+        names=("shared", "drugs", "fraud"),
+        provenance={"settings": {"shared_direction": True}},
+    )
+    components = ["attn.o_proj", "mlp.down_proj"]
+    single, several = optuna.create_study().ask(), optuna.create_study().ask()
+    suggest_parameters(single, components, 24, unit_directions(1))
+    suggest_parameters(several, components, 24, shared)
+    added = {"rest", "scale.drugs", "scale.fraud"}
+    assert several.distributions.items() >= single.distributions.items()
+    assert set(several.distributions) - set(single.distributions) == added
+    chosen = {**several.params, "scale.drugs": 0.5, "scale.fraud": 1.0}
+    for rest, scales in ((-0.3, [0.0, 0.0]), (0.0, [0.0, 0.0]), (0.5, [0.25, 0.5])):
+        trial = optuna.trial.FixedTrial({**chosen, "rest": rest})
+        found = suggest_parameters(trial, components, 24, shared)  # type: ignore[arg-type]
+        assert list(found.scales.values()) == [1.0, *scales]
 
 
 def test_fixed_parameters_take_no_part_in_the_search() -> None:
