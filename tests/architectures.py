@@ -311,6 +311,13 @@ FAMILIES = {
         text("Gemma2Config", **GEMMA),
         "Capped logits; norms between the projections and the residual stream.",
     ),
+    "Gemma 2, 4-bit": Family(
+        "Gemma2ForCausalLM",
+        text("Gemma2Config", head_dim=32, hidden_size=64, intermediate_size=128),
+        "Quantized by bitsandbytes, exported in bfloat16; norms between the projections and the residual stream.",
+        torch.bfloat16,
+        options=("--quantization=bnb_4bit",),
+    ),
     "Gemma 3": Family(
         "Gemma3ForCausalLM",
         text("Gemma3TextConfig", **GEMMA),
