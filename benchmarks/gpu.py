@@ -30,6 +30,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from ast import literal_eval
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -97,76 +98,51 @@ from heretic_contrast.search.parameters import Kernel, Parameters
 from heretic_contrast.settings import ContrastSettings, RowNormalization
 from heretic_contrast.tiers.responses import Tier
 
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+
+def sizes_of(text: str) -> dict[str, Any]:
+    """Returns the fields of a configuration, written as name=value."""
+
+    return {key: literal_eval(value) for key, value in (part.split("=") for part in text.split())}
+
+
+SHAPES = {
     "2b": (
         "qwen3_5_text",
-        {
-            "vocab_size": 248_320,
-            "hidden_size": 2_048,
-            "intermediate_size": 6_144,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "head_dim": 256,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 16,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "tie_word_embeddings": True,
-        },
+        """
+        vocab_size=248_320 hidden_size=2_048 intermediate_size=6_144 num_hidden_layers=24 num_attention_heads=8
+        num_key_value_heads=2 head_dim=256 linear_num_key_heads=16 linear_num_value_heads=16
+        linear_key_head_dim=128 linear_value_head_dim=128 tie_word_embeddings=True
+        """,
+        "linear_num_key_heads=2 linear_num_value_heads=2 linear_key_head_dim=16 linear_value_head_dim=16",
     ),
     "8b": (
         "llama",
-        {
-            "vocab_size": 128_256,
-            "hidden_size": 4_096,
-            "intermediate_size": 14_336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 8_192,
-        },
+        """
+        vocab_size=128_256 hidden_size=4_096 intermediate_size=14_336 num_hidden_layers=32 num_attention_heads=32
+        num_key_value_heads=8 max_position_embeddings=8_192
+        """,
+        "",
     ),
     "30b": (
         "qwen3_moe",
-        {
-            "vocab_size": 151_936,
-            "hidden_size": 2_048,
-            "intermediate_size": 6_144,
-            "moe_intermediate_size": 768,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-        },
+        """
+        vocab_size=151_936 hidden_size=2_048 intermediate_size=6_144 num_hidden_layers=48 num_attention_heads=32
+        num_key_value_heads=4 head_dim=128 moe_intermediate_size=768 num_experts=128 num_experts_per_tok=8
+        norm_topk_prob=True
+        """,
+        "moe_intermediate_size=32 num_experts=8 num_experts_per_tok=2",
     ),
 }
-"""Kinds and sizes of models: a hybrid of linear and full attention, a dense one, a mixture of experts."""
+"""
+Kinds and sizes of models, and what is smaller in small ones: a hybrid of linear and full attention, a dense one, a mixture of
+experts.
+"""
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 2_048,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
-"""What makes them small."""
-
-SMALL_PARTS: dict[str, dict[str, Any]] = {
-    "2b": {
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-    },
-    "8b": {},
-    "30b": {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
-}
+SMALL = """
+    vocab_size=2_048 hidden_size=64 intermediate_size=128 num_hidden_layers=4 num_attention_heads=4
+    num_key_value_heads=2 head_dim=16
+"""
+"""What is small in all small ones."""
 
 REFUSER = "refuser"
 
@@ -176,7 +152,41 @@ BOUNDS = {"float32": 1e-3, "bfloat16": 0.04, "float16": 0.01}
 """Relative differences of logits that rounding explains. Convolutions may compute in TF32."""
 
 DEPARTING = tuple(1e4 * weight for weight in WEIGHTS)
-"""Weights under which nearly every response departs. The paper's change none of a random model whose tokens predict themselves."""
+
+KINDS = {"the paper's weights": WEIGHTS, "weights 10,000 times as large": DEPARTING}
+"""The first change no response of a random model whose tokens predict themselves, the others nearly all."""
+
+MAIN = frozenset(
+    f"{kind}: {what}"
+    for kind in KINDS
+    for what in ("a cell, fast engine", "plain / fast", "sweep of all layers, computed from this")
+) | frozenset(
+    """
+    product of matrices, bfloat16
+    copy, read and written
+    a cell, plain engine
+    row normalization none: ours / Heretic
+    row normalization pre: ours / Heretic
+    row normalization full: ours / Heretic
+    ours: prompts
+    ours: tokens
+    Heretic's / ours
+    a step of 128 rows
+    step: kernels
+    step: time of kernels
+    step: time of concatenations
+    a step without hooks
+    a step inside generate, without hooks
+    parameters
+    a trial with experts / without
+    cells that were measured
+    preparation and measured cells
+    digest of all weights
+    """.strip()
+    .replace("    ", "")
+    .splitlines()
+)
+"""Rows that a short table has."""
 
 GIB = 2**30
 
@@ -255,20 +265,27 @@ def cells_of(row: dict[str, Any]) -> list[str]:
     return [row["name"], f"{shown(row['value'])} {row['unit']}".strip(), aim, met]
 
 
-def table(content: dict[str, Any]) -> str:
-    """Returns everything that was recorded as a Markdown table."""
+def table(content: dict[str, Any], short: bool = False) -> str:
+    """Returns what was recorded as a Markdown table. `short`: main figures, and how many bounds were met."""
 
     lines = ["| Section | What | Value | Aim | Met |", "| :------ | :--- | ----: | --: | :-- |"]
     for name, section in content["sections"].items():
-        first = name
-        for row in section["rows"]:
-            lines.append(f"| {' | '.join([first, *cells_of(row)])} |")
-            first = ""
+        rows = [
+            cells_of(row)
+            for row in section["rows"]
+            if not short or row["name"] in MAIN or row.get("met") is False
+        ]
+        bounded = [row["met"] for row in section["rows"] if "met" in row]
+        if short and bounded:
+            rows.insert(
+                0, ["bounds and aims that are met", f"{sum(bounded)} of {len(bounded)}", "", ""]
+            )
         for key in ("skipped", "error"):
             if key in section:
                 text = section[key][-1] if key == "error" else section[key]
-                lines.append(f"| {first} | {key}: {text.strip().replace('|', '/')} | | | |")
-                first = ""
+                rows.append([f"{key}: {text.strip().replace('|', '/')}", "", "", ""])
+        for index, row in enumerate(rows):
+            lines.append(f"| {' | '.join(['' if index else name, *row])} |")
     return "\n".join(lines)
 
 
@@ -364,8 +381,8 @@ class Bench:
         tokens are nearly as likely as the most likely one.
         """
 
-        kind, sizes = SHAPES[name]
-        sizes = {**sizes, **(SMALL | SMALL_PARTS[name] if small else {})}
+        kind, large, parts = SHAPES[name]
+        sizes = sizes_of(large) | (sizes_of(SMALL + parts) if small else {})
         tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / REFUSER)
         config = transformers.AutoConfig.for_model(
             kind, **sizes, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None
@@ -665,7 +682,6 @@ def adapters(bench: Bench, record: Record) -> None:
 
 
 def evaluator_of(
-    bench: Bench,
     model: LanguageModel,
     weights: Sequence[float],
     n_configurations: int,
@@ -748,7 +764,7 @@ def engines(bench: Bench, record: Record) -> None:
         for name, network in small_networks(bench, dtype):
             model = bench.wrapped(network, name, batch_size=32)
             sizes = (2, 2, 4, 8) if bench.small else (4, 4, 8, 16)
-            evaluator = evaluator_of(bench, model, (1.0, 100.0), 1, sizes)
+            evaluator = evaluator_of(model, (1.0, 100.0), 1, sizes)
             plain = with_plain_engine(evaluator)
             keys = [
                 key
@@ -826,7 +842,7 @@ def zero(bench: Bench, record: Record) -> None:
 
     for name, network in small_networks(bench, torch.bfloat16):
         model = bench.wrapped(network, name)
-        evaluator = evaluator_of(bench, model, (0.0,), 1, (30, 10, 10, 30))
+        evaluator = evaluator_of(model, (0.0,), 1, (30, 10, 10, 30))
         n_changed = 0
         for layer in (0, model.n_layers // 2):
             (cell,) = evaluator.evaluate([CellKey("configuration 0", "weight", (layer,), 0.0)])
@@ -874,7 +890,7 @@ def waiting(bench: Bench, record: Record) -> None:
             counts.append(len(places))
         record.row(f"one {name}: waits without hooks", counts[1])
         record.row(f"one {name}: waits that hooks add", counts[0] - counts[1], "", at_most=0)
-    evaluator = evaluator_of(bench, model, WEIGHTS, 1, (4, 4, 8, 16))
+    evaluator = evaluator_of(model, WEIGHTS, 1, (4, 4, 8, 16))
     keys = keys_at(evaluator, 1)
     evaluator.evaluate(keys)
     engine, known, references = evaluator._engine, evaluator._known, evaluator.references
@@ -964,7 +980,7 @@ def four_bits(bench: Bench, record: Record) -> None:
         )
 
     model = bench.wrapped(quantized(), REFUSER)
-    evaluator = evaluator_of(bench, model, (1.0, 100.0), 1, (4, 4, 8, 16))
+    evaluator = evaluator_of(model, (1.0, 100.0), 1, (4, 4, 8, 16))
     keys = keys_at(evaluator, 4)
     same, absolute, _ = compared(
         evaluator.evaluate(keys), with_plain_engine(evaluator).evaluate(keys)
@@ -991,9 +1007,7 @@ def cells(bench: Bench, record: Record, name: str) -> None:
     made: list[SweepEvaluator] = []
     preparation = bench.seconds(
         lambda: made.append(
-            evaluator_of(
-                bench, model, (*WEIGHTS, *DEPARTING), 1 if bench.small else 4, sizes, directions
-            )
+            evaluator_of(model, (*WEIGHTS, *DEPARTING), 1 if bench.small else 4, sizes, directions)
         )
     )
     (evaluator,) = made
@@ -1013,11 +1027,9 @@ def cells(bench: Bench, record: Record, name: str) -> None:
     record.row("a cell: KL, difference of both engines", absolute, "nats")
     record.row("a cell: KL, relative difference of both engines", relative)
     aim = 5.0 if name == "2b" and bench.is_cuda else None
-    for kind, weights, chosen in (
-        ("the paper's weights", WEIGHTS, layers),
-        # What is generated takes the time here, wherever the layer.
-        ("weights 10,000 times as large", DEPARTING, [middle]),
-    ):
+    for kind, weights in KINDS.items():
+        # What is generated takes the time of large weights, wherever the layer.
+        chosen = layers if weights is WEIGHTS else [middle]
         per_cell, found = [], []
         for layer in chosen:
             keys = [key for key in keys_at(evaluator, layer) if key.weight in weights]
@@ -1090,7 +1102,7 @@ def whole_sweep(bench: Bench, record: Record) -> None:
     sizes = (4, 4, 8, 16) if bench.small else (10, 10, 100, 50)
     weights = (*WEIGHTS[:3], *DEPARTING[-2:])
     made: list[SweepEvaluator] = []
-    seconds = bench.seconds(lambda: made.append(evaluator_of(bench, model, weights, 4, sizes)))
+    seconds = bench.seconds(lambda: made.append(evaluator_of(model, weights, 4, sizes)))
     (evaluator,) = made
     n_cells = n_done = 0
     for layer in evaluator.layers():
@@ -1608,10 +1620,10 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small models and few prompts")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--table", type=Path, help="print the table of a file, and measure nothing")
+    parser.add_argument("--table", type=Path, help="print a short table of a file")
     arguments = parser.parse_args()
     if arguments.table is not None:
-        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))))
+        print(table(json.loads(arguments.table.read_text(encoding="utf-8")), short=True))
         return
     if arguments.output is None:
         parser.error("give --output or --table")
