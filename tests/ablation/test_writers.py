@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heretic_contrast.ablation.changes import beyond_adapters, subtract
+from heretic_contrast.ablation.changes import beyond_adapters, require_known_writers, subtract
 from heretic_contrast.ablation.hooks import (
     Intervention,
     ablated_samples,
@@ -171,3 +171,30 @@ def test_a_norm_behind_leaves_the_rest_of_the_operator(n_directions: int) -> Non
     assert float(((found - wanted) @ along).norm()) < 1e-5 * scale
     even = operator.behind(torch.full((64,), -3.0))
     assert torch.allclose(dense(even), dense(operator), atol=1e-6)
+
+
+def quantized_experts(name: str, config: Any) -> Any:
+    """Returns experts as transformers keeps them with 4 or 8 bits; only a GPU computes with them."""
+
+    if name == "gpt-oss":
+        from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+        return Mxfp4GptOssExperts(config)
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    return FP8Experts(config, block_size=(16, 16))
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "Qwen3 MoE"])
+def test_experts_that_are_kept_as_codes_are_refused_before_a_search(name: str) -> None:
+    model = model_of(name)
+    (writer,) = (item for item in model.writers[0] if item.component == "mlp.experts")
+    require_known_writers(model, is_reloaded=False)
+    model.layers[0].set_submodule(writer.path, quantized_experts(name, model.model.config))
+    model = wrap(model.model, model.tokenizer, name=name)
+    (found,) = (item for item in model.writers[0] if item.component == "mlp.experts")
+    assert found.is_fused
+    with pytest.raises(ContrastError, match=rf"{type(found.layer).__name__} \(mlp.experts\)"):
+        require_known_writers(model, is_reloaded=False)
+    # What is saved is loaded anew in full precision.
+    require_known_writers(model, is_reloaded=True)
