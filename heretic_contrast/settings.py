@@ -587,6 +587,12 @@ class ContrastSettings(Table, TextClassifierSettings):
     (evolutionary, the counterpart of the paper's strategy).
     """
 
+    stop_dominated: bool = False
+    """
+    Whether a trial ends as soon as a finished one has no larger divergence and no more refusals than it has already (Heretic 1.4).
+    Trials of the Pareto front never end so. The sampler takes those that do for bad ones.
+    """
+
     refusal_classifier: Literal["markers", "tiers"] = "markers"
     """
     What counts as a refusal in the study under Heretic 1.4. Options: "markers" (Heretic's keywords), "tiers" (the three-tier

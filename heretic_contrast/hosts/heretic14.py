@@ -25,7 +25,9 @@ import heretic.main
 import heretic.utils
 import rich.traceback
 import torch
-from optuna import Trial
+import torch.nn.functional as F
+from optuna import Trial, TrialPruned
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -41,17 +43,18 @@ from ..journal import CheckedJournal
 from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest
 from ..search.samplers import make_sampler
+from ..search.stopping import Point, dominates
 from ..settings import EXTRACTION_FIELDS
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import Answers, require_answers
-from .checkpoint import repair_checkpoints
+from .checkpoint import BOUND_KEY, repair_checkpoints
 from .host_model import HostModel
 from .loading import LoadedContext
 from .model_folder import require_other_folder
 from .settings import HostSettings, prompt_sources
 from .substitution import replaced
-from .surface import heretic_prompts, language_model
+from .surface import heretic_prompts, language_model, log
 
 if TYPE_CHECKING:
     from ..modifier import ContrastAbliteration
@@ -79,6 +82,43 @@ IDENTITY_KEY = "identity"
 """The trial's user attribute that says what decided its numbers."""
 
 
+def finished_trials(study: Study) -> list[tuple[FrozenTrial, Point]]:
+    """Returns the trials that were judged to their end, with refusals and divergence."""
+
+    return [
+        (trial, (trial.user_attrs["refusals"], trial.user_attrs["kl_divergence"]))
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ]
+
+
+class TrialBound:
+    """What is known of a trial while it is judged: its divergence, and its refusals so far. Ends it when it cannot matter."""
+
+    def __init__(self, trial: Trial, divergence: float, evaluator: heretic.main.Evaluator) -> None:
+        self._trial = trial
+        self._divergence = divergence
+        self._evaluator = evaluator
+        self._n_judged = self._refusals = 0
+        self.add([])
+
+    def add(self, responses: list[str]) -> None:
+        """Judges the next responses. Raises `TrialPruned` when a finished trial dominates all that may come of this one."""
+
+        self._n_judged += len(responses)
+        self._refusals += sum(map(self._evaluator.is_refusal, responses))
+        if self._n_judged == len(self._evaluator.bad_prompts):
+            return
+        for trial, point in finished_trials(self._trial.study):
+            if dominates(point, (self._refusals, self._divergence)):
+                bound = {"refusals": self._refusals, "kl_divergence": self._divergence}
+                self._trial.set_user_attr(BOUND_KEY, bound)
+                log(
+                    f"  * Ended with [bold]{self._refusals}[/] refusals of [bold]{self._n_judged}[/] prompts and a KL divergence of "
+                    f"[bold]{self._divergence:.4f}[/]: trial [bold]{trial.user_attrs['index']}[/] is as good in both"
+                )
+                raise TrialPruned
+
+
 class Host:
     """One run of the modifier inside Heretic 1.4."""
 
@@ -93,6 +133,9 @@ class Host:
         self.evaluator: heretic.main.Evaluator | None = None
         self.identity: Identity = {}
         self.parameters: Parameters | None = None
+        self.trial: Trial | None = None
+        self.bound: TrialBound | None = None
+        self.logprobs: Tensor | None = None
         self.pools: dict[str, list[Prompt]] = {}
 
     def settings_class(host) -> type[HostSettings]:
@@ -216,6 +259,16 @@ class Host:
                 # Without components, Heretic leaves the search space to the plugin.
                 return []
 
+            def get_logprobs_batched(self, prompts: list[Any]) -> Tensor:
+                host.logprobs = super().get_logprobs_batched(prompts)
+                return host.logprobs
+
+            def get_responses(self, *args: Any, **kwargs: Any) -> list[str]:
+                responses = super().get_responses(*args, **kwargs)
+                if host.bound is not None:
+                    host.bound.add(responses)
+                return responses
+
             def abliterate(self, *args: Any, **kwargs: Any) -> None:
                 assert host.modifier is not None and host.context is not None
                 assert host.parameters is not None
@@ -232,6 +285,7 @@ class Host:
         """
 
         assert self.modifier is not None and self.context is not None
+        self.trial = trial if isinstance(trial, Trial) else None
         if isinstance(trial, Trial):
             self._require_own(trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
             trial.set_user_attr(IDENTITY_KEY, self.identity)
@@ -256,7 +310,18 @@ class Host:
             if self.modifier.directions.aligned
             else {"direction_scope": "per layer", "direction_index": None}
         )
-        return make_sampler(contrast.sampler, seed, n_startup_trials, fixed)
+
+        def not_judged(trial: FrozenTrial) -> list[float]:
+            # The values of the others are compared, and these have none.
+            return [0.0 if "refusals" in trial.user_attrs else 1.0]
+
+        return make_sampler(
+            contrast.sampler,
+            seed,
+            n_startup_trials,
+            fixed,
+            not_judged if contrast.stop_dominated else None,
+        )
 
     def evaluator_class(host) -> type[heretic.main.Evaluator]:
         """Returns Heretic's evaluator, which may judge refusals by tiers."""
@@ -280,7 +345,17 @@ class Host:
 
             def count_refusals(self) -> int:
                 self.n_judged = 0
-                return super().count_refusals()
+                if host.trial is None or not self.settings.contrast.stop_dominated:
+                    return super().count_refusals()
+                # As Heretic has just computed it, and keeps to itself.
+                divergence = F.kl_div(
+                    host.logprobs, self.base_logprobs, reduction="batchmean", log_target=True
+                )
+                try:
+                    host.bound = TrialBound(host.trial, divergence.item(), self)
+                    return super().count_refusals()
+                finally:
+                    host.bound = None
 
         return Evaluator
 

@@ -78,9 +78,17 @@ class PerTrialSampler(BaseSampler):
 
 
 def make_sampler(
-    kind: Sampler, seed: int, n_startup_trials: int, fixed: dict[str, Any]
+    kind: Sampler,
+    seed: int,
+    n_startup_trials: int,
+    fixed: dict[str, Any],
+    constraints: Callable[[FrozenTrial], Sequence[float]] | None = None,
 ) -> PerTrialSampler:
-    """Returns Heretic's multivariate TPE, or NSGA-II, seeded per trial."""
+    """
+    Returns Heretic's multivariate TPE, or NSGA-II, seeded per trial.
+
+    `constraints`: values of a trial, one of which above 0 tells the sampler that it is worse than any other.
+    """
 
     def make_tpe(trial: int) -> BaseSampler:
         return TPESampler(
@@ -88,6 +96,7 @@ def make_sampler(
             n_ei_candidates=128,
             multivariate=True,
             seed=trial,
+            constraints_func=constraints,
         )
 
     def make_nsga2(trial: int) -> BaseSampler:

@@ -167,7 +167,9 @@ def test_a_scorer_looks_for_its_own_settings(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["sampler", "refusal_classifier", "counted_tiers"])
+@pytest.mark.parametrize(
+    "name", ["sampler", "stop_dominated", "refusal_classifier", "counted_tiers"]
+)
 def test_settings_of_the_host_for_heretic_14(name: str, folder: Path) -> None:
     assert refused(f"{TABLE}\n{name} = 1").startswith(
         f'The setting "{name}" in {TABLE} has no effect under Heretic 2.0'

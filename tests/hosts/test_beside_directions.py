@@ -57,6 +57,7 @@ EFFECTIVE: dict[str, Any] = {
     "full_normalization_lora_rank": 3,
     "search_space": {"scale": [0.0, 0.5]},
     "sampler": "nsga2",
+    "stop_dominated": True,
     "refusal_classifier": "tiers",
     "counted_tiers": ["EVASIVE"],
     "text_classifier": "some/classifier",

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Searches through the real Heretic 1.4 on the built-in refuser, guided by what is known already."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command_server import Server
+from tests.small_runs import COMMON, pools, study
+
+pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+
+pytestmark = pytest.mark.slow
+
+Point = tuple[int, float]
+
+
+def options(folder: Path, n_trials: int) -> list[str]:
+    """The smallest search, whose prompts are judged in three batches."""
+
+    return [
+        *COMMON,
+        *pools(folder),
+        "--batch-size=6",
+        "--contrast.method=mean",
+        f"--n-trials={n_trials}",
+        "--study-checkpoint-dir=checkpoints",
+        "--model-action=none",
+    ]
+
+
+def front(points: list[Point]) -> list[Point]:
+    """The points that no other one is as good as in both, each once."""
+
+    return sorted(
+        point
+        for point in set(points)
+        if not any(other[0] <= point[0] and other[1] <= point[1] for other in set(points) - {point})
+    )
+
+
+def measured(trial: dict[str, Any]) -> Point:
+    return trial["attributes"]["refusals"], trial["attributes"]["kl_divergence"]
+
+
+@pytest.mark.parametrize("classifier", ["markers", "tiers"])
+def test_no_point_of_the_front_is_lost(
+    classifier: str, command_server: Server, tmp_path: Path
+) -> None:
+    # All trials are random, so that both searches try the same.
+    shared = [
+        *options(tmp_path, 12),
+        "--n-startup-trials=12",
+        f"--contrast.refusal-classifier={classifier}",
+    ]
+    found = {}
+    for name, extra in (("whole", []), ("ended", ["--contrast.stop-dominated"])):
+        command = command_server.run([*shared, *extra], tmp_path / name)
+        assert command.code == 0, command.output()[-3000:]
+        found[name] = study(tmp_path / name / "checkpoints")
+    whole, ended = found["whole"], found["ended"]
+    assert [trial["params"] for trial in ended] == [trial["params"] for trial in whole]
+    assert {trial["state"] for trial in whole} == {"COMPLETE"}
+    points = {trial["number"]: measured(trial) for trial in whole}
+    stopped = [trial for trial in ended if trial["state"] == "PRUNED"]
+    assert 0 < len(stopped) < 12
+    for trial in stopped:
+        bound, point = trial["attributes"]["bound"], points[trial["number"]]
+        assert bound["kl_divergence"] == point[1] and bound["refusals"] <= point[0]
+        assert "refusals" not in trial["attributes"]
+    finished = [trial for trial in ended if trial["state"] == "COMPLETE"]
+    assert all(measured(trial) == points[trial["number"]] for trial in finished)
+    expected = front(list(points.values()))
+    assert front([measured(trial) for trial in finished]) == expected
+
+    # The menu offers just these, also where the study is continued.
+    asked = ["--checkpoint-action=continue", "--trial-index=99", "--contrast.stop-dominated"]
+    save = ["--model-action=save", "--save-directory=saved", "--export-strategy=merge"]
+    command = command_server.run([*shared, *asked, *save], tmp_path / "ended")
+    assert command.code == 2
+    assert f"the Pareto front has {len(expected)} trials" in " ".join(command.output().split())
+    assert study(tmp_path / "ended" / "checkpoints") == ended
