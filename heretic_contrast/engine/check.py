@@ -114,12 +114,17 @@ def reason_against(
 def all_logits(
     engine: Engine, known: Continuations, interventions: Sequence[Intervention] | None
 ) -> list[Tensor]:
-    """Returns the logits at all positions under each intervention, Tensors of shape (n_positions, vocabulary)."""
+    """
+    Returns the logits at all positions under each intervention, Tensors of shape (n_positions, vocabulary).
+
+    On the device of the model's inputs: engines give them where they compute them, which may be that of its last layer.
+    """
 
     chunks = list(engine.logits(known, interventions))
     n_positions = sum(known.lengths)
     places = torch.cat([chunk.interventions * n_positions + chunk.positions for chunk in chunks])
-    return list(torch.cat([chunk.values for chunk in chunks])[places.argsort()].split(n_positions))
+    values = torch.cat([chunk.values for chunk in chunks])[places.argsort()]
+    return list(values.to(engine.model.device).split(n_positions))
 
 
 def same_logits(found: Tensor, expected: Tensor, tolerance: float) -> bool:
