@@ -22,6 +22,7 @@ from .greedy import explained_settings, generation_batches, plain_settings
 from .identity import Identity, model_identity
 from .offloading import input_device
 from .prompts import Prompt
+from .vectors import to_device
 
 if TYPE_CHECKING:
     from .ablation.writers import Writer
@@ -148,7 +149,8 @@ class LanguageModel:
         """As `tokenize`, for known tokens."""
 
         tokens, mask = pad_left(sequences, self.pad_token_id())
-        return {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device)}
+        tokens, mask = (to_device(item, self.device) for item in (tokens, mask))
+        return {"input_ids": tokens, "attention_mask": mask}
 
     def pad_token_id(self) -> int:
         """The token that fills the left of shorter prompts: the tokenizer's, or the end-of-sequence token."""

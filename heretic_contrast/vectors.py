@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Vectors of length 1."""
+"""Vectors of length 1, and where tensors are."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,3 +20,10 @@ def unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
     exact = vectors.to(torch.float64)
     norms = exact.norm(dim=-1)
     return exact / norms.where(norms > 0, torch.ones_like(norms))[..., None], norms
+
+
+def to_device(values: Any, device: torch.device) -> Tensor:
+    """Returns a Tensor, or numbers as one, on a device. The CPU waits for no other device that it copies to."""
+
+    # On the way back it would read what is not there yet.
+    return torch.as_tensor(values).to(device, non_blocking=device.type != "cpu")

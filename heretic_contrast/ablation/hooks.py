@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from ..language_model import LanguageModel
 from ..offloading import loaded
+from ..vectors import to_device
 from .operator import Operator
 from .writers import Writer, some_tokens
 
@@ -55,7 +56,7 @@ class BatchOperator:
 
         if self.vectors.device == device:
             return self
-        return BatchOperator(self.vectors.to(device), self.mixed_vectors.to(device))
+        return BatchOperator(to_device(self.vectors, device), to_device(self.mixed_vectors, device))
 
     def apply(self, output: Tensor) -> Tensor:
         """
@@ -192,7 +193,7 @@ def ablated_samples(model: LanguageModel, interventions: Sequence[Intervention])
     device = model.device
     unique = {id(intervention): intervention for intervention in interventions}
     place = {key: index for index, key in enumerate(unique)}
-    rows = torch.tensor([place[id(intervention)] for intervention in interventions], device=device)
+    rows = to_device([place[id(intervention)] for intervention in interventions], device)
     layers = sorted({layer for item in unique.values() for layer in item.operators})
     with ExitStack() as stack:
         for layer in layers:

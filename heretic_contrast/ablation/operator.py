@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ContrastError
-from ..vectors import unit_vectors
+from ..vectors import to_device, unit_vectors
 
 LONGEST = 1e15
 """The longest direction that is ablated. Directions as trained, which are as long as residuals, are far shorter."""
@@ -119,8 +119,8 @@ class Operator:
 
         if self.vectors.device == device:
             return self
-        written = None if self.written is None else self.written.to(device)
-        return Operator(self.vectors.to(device), self.kernel.to(device), written)
+        written = None if self.written is None else to_device(self.written, device)
+        return Operator(to_device(self.vectors, device), to_device(self.kernel, device), written)
 
 
 def rows_times(vectors: Tensor, weight: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ from transformers.cache_utils import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations import sdpa_attention
 
+from ..vectors import to_device
+
 __all__ = ["Cache"]
 
 CACHE = (
@@ -61,8 +63,13 @@ def select_rows(cache: Cache, rows: Tensor, layers: slice = slice(None)) -> Cach
     """
 
     copies = [_copied(layer) for layer in cache.layers]
+    # Each layer would copy the numbers of the rows to its device by itself, and wait for it.
+    moved: dict[torch.device, Tensor] = {}
     for layer in copies[layers]:
-        layer.reorder_cache(rows)
+        device = getattr(layer, "device", None) or rows.device
+        if device not in moved:
+            moved[device] = to_device(rows, device)
+        layer.reorder_cache(moved[device])
     return _with_layers(cache, copies)
 
 

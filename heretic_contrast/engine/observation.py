@@ -14,9 +14,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..ablation.hooks import contributions
 from ..greedy import plain_settings
 from ..language_model import LanguageModel, Tokens
+from ..vectors import to_device
 
 Observe = Callable[[Tensor, Tensor, Tensor], None]
-"""Is given what a step shows of the prompts whose response has not ended: see `observe_decoding`."""
+"""Is given what a step shows of the prompts, and which of their responses have not ended: see `observe_decoding`."""
 
 
 @torch.no_grad()
@@ -27,23 +28,25 @@ def observe_decoding(
     Lets a model answer prompts, in one batch, by the most likely token, whatever its generation configuration asks for.
 
     `observe` is called for each step, of which the first is the last position of the prompt, with `rows`: which prompts go
-    on, bool Tensor of shape (n_prompts,), and for these `outputs`: the sum of the outputs of each layer's projections without
-    biases, and `states`: the output of each layer, both Tensors of shape (n_rows, n_layers, hidden_size), float64, on the CPU.
+    on, bool Tensor of shape (n_prompts,), `outputs`: the sum of the outputs of each layer's projections without biases, and
+    `states`: the output of each layer, both Tensors of shape (n_prompts, n_layers, hidden_size), float64. All are on the model's
+    device, for which nothing here waits. What stands in them for prompts that have ended means nothing.
     """
 
     inputs = model.pad(prompts)
     length = inputs["input_ids"].shape[1]
-    ends = torch.tensor(sorted(model.end_tokens()), dtype=torch.long)
+    ends = to_device(torch.tensor(sorted(model.end_tokens()), dtype=torch.long), model.device)
     with plain_settings(model.model), _last_positions(model) as (outputs, states):
 
         def step(tokens: Tensor) -> None:
-            rows = ~torch.isin(tokens[:, length:].cpu(), ends).any(dim=1)
+            rows = ~torch.isin(tokens[:, length:], ends).any(dim=1)
+            # Layers may lie on several devices.
             found = [
-                torch.stack([kept[index].cpu() for index in range(model.n_layers)], dim=1)
+                torch.stack([kept[index].to(rows.device) for index in range(model.n_layers)], dim=1)
                 for kept in (outputs, states)
             ]
             outputs.clear()
-            observe(rows, found[0][rows].double(), found[1][rows].double())
+            observe(rows, found[0].double(), found[1].double())
 
         model.model.generate(
             **inputs,

@@ -22,7 +22,7 @@ from ..directions.directions import Directions
 from ..engine.observation import observe_decoding
 from ..language_model import LanguageModel, Progress, batches
 from ..prompts import Prompt
-from ..vectors import unit_vectors
+from ..vectors import to_device, unit_vectors
 from .capture import span_basis
 from .plan import Configurations, complete
 from .results import Activity, Comparison, Geometry, LayerGeometry
@@ -183,17 +183,17 @@ def observe_outputs(
     configuration asks for.
     """
 
-    vectors = vectors.to(torch.float64)
+    vectors = to_device(vectors, model.device).to(torch.float64)
     n_layers, n_vectors, hidden_size = vectors.shape
-    second = torch.zeros(n_layers, n_vectors, n_vectors, dtype=torch.float64)
-    energy = torch.zeros(n_layers, dtype=torch.float64)
-    variation = torch.zeros(n_layers, dtype=torch.float64)
-    n_steps = 0
+    second = vectors.new_zeros(n_layers, n_vectors, n_vectors)
+    energy = vectors.new_zeros(n_layers)
+    variation = vectors.new_zeros(n_layers)
+    n_steps = vectors.new_zeros(())
     for batch in batches(len(prompts), model.batch_size):
         tokens = model.token_ids(prompts[batch])
-        sums = torch.zeros(len(tokens), n_layers, hidden_size, dtype=torch.float64)
-        squares = torch.zeros(len(tokens), n_layers, dtype=torch.float64)
-        counts = torch.zeros(len(tokens), dtype=torch.float64)
+        sums = vectors.new_zeros(len(tokens), n_layers, hidden_size)
+        squares = vectors.new_zeros(len(tokens), n_layers)
+        counts = vectors.new_zeros(len(tokens))
 
         def add(
             rows: Tensor,
@@ -203,20 +203,23 @@ def observe_outputs(
             squares: Tensor = squares,
             counts: Tensor = counts,
         ) -> None:
+            # Choosing rows would wait for the device: those that have ended count as zeros.
+            y, h = (item.masked_fill(~rows[:, None, None], 0) for item in (y, h))
             projections = torch.einsum("plh,lkh->plk", y, vectors)
             second.add_(torch.einsum("plj,plk->ljk", projections, projections))
             energy.add_((y**2).sum(dim=(0, 2)))
-            sums[rows] += h
-            squares[rows] += (h**2).sum(dim=2)
-            counts[rows] += 1
+            sums.add_(h)
+            squares.add_((h**2).sum(dim=2))
+            counts.add_(rows)
 
         observe_decoding(model, tokens, max_new_tokens, add)
         deviation = squares - (sums**2).sum(dim=2) / counts[:, None]
         variation += deviation.clamp_min(0).sum(dim=0)
-        n_steps += int(counts.sum())
+        n_steps += counts.sum()
         if progress is not None:
             progress(batch.stop, len(prompts))
-    return OutputMoments(second / n_steps, energy / n_steps, variation / n_steps, n_steps)
+    means = [(item / n_steps).cpu() for item in (second, energy, variation)]
+    return OutputMoments(*means, int(n_steps))
 
 
 def occupancy(second: Tensor, energy: Tensor, vectors: Tensor) -> Tensor:

@@ -24,8 +24,14 @@ from heretic_contrast.engine.compat import CACHE
 from heretic_contrast.engine.fast import decoder as decoder_module
 from heretic_contrast.engine.fast.decoder import Decoder, TokenBatch
 from heretic_contrast.evaluation.divergence import SparseLogProbabilities, divergences
+from heretic_contrast.evaluation.geometry import observe_outputs
+from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
+from heretic_contrast.evaluation.sweep import SweepEvaluator
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.tiers.responses import Tier
+from tests.devices import PretendedDevices
+from tests.evaluation.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
 from tests.tiny_models import make_model, make_tokenizer
 
 HIDDEN = 32
@@ -249,6 +255,46 @@ def test_modules_on_several_devices() -> None:
         assert registration == ["_to_copy", "_to_copy"]
         # Beside it only the input was moved.
         assert recorder.waits == [*registration, "_to_copy"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen3_5", marks=pytest.mark.slow)])
+def test_cells_and_geometry_wait_for_what_they_read_alone(architecture: str) -> None:
+    options = SweepOptions(layers=(1, 2), weights=(1.0,), max_new_tokens=12, kl_tokens=6)
+    with PretendedDevices() as devices:
+        network = make_model(architecture).to("cuda")
+        model = wrap(network, make_tokenizer(), name="tiny", batch_size=12)
+        configurations = {str(seed): random_directions(model, 2, seed) for seed in range(3)}
+        plan = plan_sweep(configurations, HARMFUL, CANARIES, REFERENCES, options)
+        evaluator = SweepEvaluator(model, plan, classify=lambda *_: Tier.REFUSE)
+        # Finds out whether interventions can share a batch.
+        cells = evaluator.grid()
+        evaluator.evaluate(cells[:1])
+        devices.waits.clear()
+        evaluator.evaluate(cells)
+        waits = own_waits(devices)
+        # Which responses depart: one look at each pass. Six cells of seven prompts; 24 rows of divergence.
+        assert 4 <= waits.pop(("_verify", "tolist")) <= 6
+        # Which have ended: one after eight tokens.
+        assert 1 <= waits.pop(("_generate", "tolist")) <= 8
+        # The divergences of all positions, at the end.
+        assert waits == {("measure", "copy"): 1}
+        devices.waits.clear()
+        vectors = configurations["0"].tensor[1:]
+        observe_outputs(model, HARMFUL, vectors, 9)
+        waits = own_waits(devices)
+        # The results at the end, however many steps there were.
+        assert sorted(name for _, name in waits) == ["__int__", "copy"]
+        assert sum(waits.values()) == 4
+
+
+def own_waits(devices: PretendedDevices) -> dict[tuple[str, str], int]:
+    """Returns how often the package waited, and not what it calls."""
+
+    return {
+        (function, name): count
+        for (module, function, name), count in devices.waits.items()
+        if module.startswith("heretic_contrast")
+    }
 
 
 def test_module_whose_weights_are_fetched_for_each_call() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from ...ablation.hooks import Intervention, ablated_samples
 from ...language_model import Tokens, until_end
+from ...vectors import to_device
 from ..compat import (
     CACHE,
     Cache,
@@ -146,9 +147,10 @@ class Drafts:
         if item.cache is None or self._unmodified is None or not samples:
             return None
         layer = item.first_layer
-        rows = torch.tensor([self._places[item.rows[sample][1]] for sample in samples])
+        places = [self._places[item.rows[sample][1]] for sample in samples]
+        rows, chosen = to_device([places, samples], self._model.device)
         below = select_rows(self._unmodified, rows, slice(layer))
-        above = select_rows(item.cache, torch.tensor(samples), slice(layer, None))
+        above = select_rows(item.cache, chosen, slice(layer, None))
         return join(below, above, layer)
 
     @torch.no_grad()
@@ -175,8 +177,8 @@ class Drafts:
             filler = self._model.pad_token_id()
             tokens, mask = pad_right(read, filler, cache.get_seq_length())
             last = torch.tensor([[sequence[-1]] for sequence in sequences])
-            tokens = torch.cat([tokens, last], dim=1).to(self._model.device)
-            mask = torch.cat([mask, torch.ones_like(last)], dim=1).to(self._model.device)
+            tokens = to_device(torch.cat([tokens, last], dim=1), self._model.device)
+            mask = to_device(torch.cat([mask, torch.ones_like(last)], dim=1), self._model.device)
         stride = CPU_STRIDE if self._model.device.type == "cpu" else STRIDE
         while rows:
             left = self._limit - min(len(found[index][prompt]) for index, prompt in rows)
@@ -204,6 +206,6 @@ class Drafts:
             tokens, cache = output.sequences, getattr(output, CACHE)
             mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)
             if len(unfinished) < len(rows) and unfinished:
-                kept = torch.tensor(unfinished, device=tokens.device)
+                kept = to_device(unfinished, tokens.device)
                 tokens, mask, cache = tokens[kept], mask[kept], select_rows(cache, kept)
             rows = [rows[sample] for sample in unfinished]

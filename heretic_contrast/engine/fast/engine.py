@@ -9,6 +9,7 @@ import torch
 from ...ablation.hooks import Intervention
 from ...greedy import is_plainly_greedy
 from ...language_model import LanguageModel, Tokens
+from ...vectors import to_device
 from ..cpu.layers import fast_on_cpu
 from ..interface import Continuations, Count, Logits, no_count
 from ..plain import PlainEngine
@@ -63,13 +64,12 @@ class FastEngine(PlainEngine):
         forcing, starts, lengths = self._forcing(known), known.starts, known.lengths
         passes = forcing.unmodified() if interventions is None else forcing.modified(interventions)
         for item in passes:
-            device = item.hidden_states.device
             places = [
                 torch.stack([torch.full((n,), index), torch.arange(n) + starts[prompt]])
                 for index, prompt in item.rows
                 for n in [lengths[prompt]]
             ]
-            indices, positions = torch.cat(places, dim=1).to(device)
+            indices, positions = to_device(torch.cat(places, dim=1), item.hidden_states.device)
             for part in self._decoder.chunks(item.hidden_states):
                 # Kept by no name here while those of the next positions are computed.
                 yield Logits(

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from ...ablation.hooks import Intervention, ablated_samples, carries_samples
 from ...language_model import Tokens, batches
+from ...vectors import to_device
 from ..compat import Cache, join, new_cache, select_rows
 from ..interface import Continuations, pad_right
 from .decoder import Decoder, LayerInput, TokenBatch
@@ -127,10 +128,9 @@ class TeacherForcing:
         )
         steps = torch.arange(int(lengths.max()))
         samples, columns = (steps < lengths[:, None]).nonzero(as_tuple=True)
-        columns += starts[samples]
-        device = hidden_states.device
-        predicting = hidden_states[samples.to(device), columns.to(device)]
-        return Pass(tuple(rows), predicting, cache, first_layer)
+        places = torch.stack([samples, columns + starts[samples]])
+        samples, columns = to_device(places, hidden_states.device)
+        return Pass(tuple(rows), hidden_states[samples, columns], cache, first_layer)
 
     def _shared_passes(
         self, interventions: Sequence[Intervention]
@@ -201,10 +201,10 @@ class TeacherForcing:
 
         model = self._decoder.model
         tokens, mask = pad_right(self._sequences[part], model.pad_token_id())
-        return TokenBatch(tokens.to(model.device), mask.to(model.device))
+        return TokenBatch(to_device(tokens, model.device), to_device(mask, model.device))
 
     def _prefix_batch(self) -> TokenBatch:
-        tokens = torch.tensor([self.prefix], dtype=torch.long, device=self._decoder.model.device)
+        tokens = to_device([self.prefix], self._decoder.model.device)
         return TokenBatch(tokens, torch.ones_like(tokens))
 
 
