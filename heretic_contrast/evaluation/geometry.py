@@ -218,8 +218,8 @@ def observe_outputs(
         n_steps += counts.sum()
         if progress is not None:
             progress(batch.stop, len(prompts))
-    means = [(item / n_steps).cpu() for item in (second, energy, variation)]
-    return OutputMoments(*means, int(n_steps))
+    second, energy, variation = ((item / n_steps).cpu() for item in (second, energy, variation))
+    return OutputMoments(second, energy, variation, int(n_steps))
 
 
 def occupancy(second: Tensor, energy: Tensor, vectors: Tensor) -> Tensor:
