@@ -32,8 +32,9 @@ settings.load_profile(os.environ.get("HERETIC_CONTRAST_PROPERTIES", "quick"))
 DATA = Path(__file__).resolve().parents[1] / "heretic_contrast" / "data"
 
 
-def pytest_collection_finish() -> None:
-    """Spares what tests have imported, which never is garbage, to the collections that Heretic makes for every batch."""
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """Spares what is there for good to the collections that Heretic makes for every batch."""
 
     gc.collect()
     gc.freeze()

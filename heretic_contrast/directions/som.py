@@ -5,7 +5,7 @@ Self-organizing maps of many small sets of long vectors: one map per layer and h
 
 The maps are MiniSom's. Its generator first draws rows × columns × hidden_size numbers for weights that are thrown away,
 then the samples at which the weights start, then the order in which samples are visited. The backend "numba" draws
-the same and trains all maps in one compiled parallel loop, in the span of each map's samples (`som_kernel`); its
+the same and trains maps in a compiled loop, several in parallel, in the span of each map's samples (`som_kernel`); its
 weights agree with those of the backend "minisom" to about 1e-12 of the samples' scale.
 
 Ties. Where several neurons are equally near to a sample, MiniSom takes the first, and so do both backends. Where two neurons
@@ -15,9 +15,9 @@ dimension, which is some 20 times as long at 53 samples of 2048 dimensions, and 
 """
 
 import math
-import threading
 import warnings
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -34,9 +34,6 @@ Backend = Literal["numba", "minisom"]
 
 # The learning rates of all iterations are tabulated: 8 bytes for each iteration and difference of positions on the grid.
 LARGEST_TABLE = 200_000_000
-
-# The simplest of Numba's threading layers ends the process where two threads enter a parallel loop at once.
-_PARALLEL_LOOP = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ def train_maps(
     differ. Views, for instance into a residual tensor, are welcome: nothing is copied for good. An iterable is read at once.
 
     Each map is seeded by `settings.seed` alone, and so depends neither on the others nor on their order. Memory beside the samples:
-    their copy in float64, and per thread twice one map's samples.
+    per thread three times one map's samples in float64.
 
     Where Numba cannot be imported, "numba" falls back to "minisom" with a warning.
 
@@ -190,38 +187,27 @@ def _train_compiled(
     """Trains the maps in the compiled loop."""
 
     rates, rate_columns = _rates(settings)
-    shapes = np.array([array.shape for array in points], dtype=np.int64)
-    sizes = shapes.prod(axis=1)
-    starts = np.cumsum(sizes) - sizes
-    flat_samples = np.empty(sizes.sum())
-    for part, array in zip(np.split(flat_samples, starts[1:]), points, strict=True):
-        part.reshape(array.shape)[...] = array
-    distinct, draws = np.unique(shapes, axis=0, return_inverse=True)
-    drawn = [
-        _draw(settings, int(n_samples), int(hidden_size)) for n_samples, hidden_size in distinct
-    ]
-    mixture_sizes = shapes[:, 0] * settings.n_neurons
-    mixture_starts = np.cumsum(mixture_sizes) - mixture_sizes
-    flat_mixtures = np.empty(mixture_sizes.sum())
-    hits = np.empty((len(points), settings.n_neurons), dtype=np.int64)
-    errors = np.empty((len(points), settings.n_neurons))
-    is_finite = np.empty(len(points), dtype=np.bool_)
-    orders = np.stack([order for _, order in drawn])
-    initials = np.stack([initial for initial, _ in drawn])
-    with _PARALLEL_LOOP:
-        som_kernel.train_all(
-            (flat_samples, starts, shapes),
-            (draws.reshape(-1), orders, initials, rates, rate_columns),
-            (flat_mixtures, mixture_starts, hits, errors, is_finite),
-        )
 
-    if not is_finite.all():
-        raise _diverged(int(np.argmin(is_finite)), settings)
-    mixtures = np.split(flat_mixtures, mixture_starts[1:])
-    return [
-        TrainedMap(i, hits[i], errors[i], mixtures[i].reshape(settings.n_neurons, -1), points[i])
-        for i in range(len(points))
-    ]
+    def train(index: int) -> TrainedMap:
+        array = points[index]
+        initial, order = _draw(settings, *array.shape)
+        mixture = np.empty((settings.n_neurons, len(array)))
+        hits = np.empty(settings.n_neurons, dtype=np.int64)
+        errors = np.empty(settings.n_neurons)
+        is_finite = som_kernel.train_one(
+            np.ascontiguousarray(array, dtype=np.float64),
+            (order, initial, rates, rate_columns),
+            np.empty_like(order),
+            mixture,
+            hits,
+            errors,
+        )
+        if not is_finite:
+            raise _diverged(index, settings)
+        return TrainedMap(index, hits, errors, mixture, array)
+
+    with ThreadPoolExecutor(som_kernel.numba.get_num_threads()) as pool:
+        return list(pool.map(train, range(len(points))))
 
 
 @lru_cache(maxsize=32)

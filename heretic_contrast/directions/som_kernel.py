@@ -263,7 +263,10 @@ def settle(
     Also returns how many iterations were repeated for it.
     """
 
-    limit = margin(distances.min(), scale)
+    nearest = np.inf
+    for j in range(distances.shape[0]):
+        nearest = min(nearest, distances[j])
+    limit = margin(nearest, scale)
     weight = np.empty(samples.shape[1])
     winner = 0
     nearest = np.inf
@@ -321,7 +324,8 @@ def train_map(
     errors[:] = 0.0
 
     # After the iterations, each sample visits the trained map once.
-    visited = order[0]
+    # In the type of what follows, or everything would be compiled once more.
+    visited = np.int64(order[0])
     measure(points[visited], weights, distances)
     for t in range(n_iterations + n_samples):
         winner = find_winner(distances, scale) if has_extent else 0
@@ -396,52 +400,29 @@ def cheaper_in_span(n_samples: Any, hidden_size: Any, n_iterations: Any, n_neuro
     return n_samples <= hidden_size and in_span < 2 * visits * hidden_size
 
 
-@compiled()
-def train_one(i: Any, inputs: Any, schedules: Any, results: Any) -> None:
-    """Trains map i, see `train_all`, in the cheaper of the two ways."""
+@compiled(nogil=True)
+def train_one(
+    samples: Any, schedule: Any, winners: Any, mixture: Any, hits: Any, errors: Any
+) -> Any:
+    """
+    Trains the map of `samples` (n_samples, hidden_size), float64, in the cheaper of the two ways.
 
-    flat_samples, starts, shapes = inputs
-    draws, orders, initials, rates, rate_columns = schedules
-    flat_mixtures, mixture_starts, hits, errors, is_finite = results
-    n_samples = shapes[i, 0]
-    hidden_size = shapes[i, 1]
-    n_neurons = rate_columns.shape[0]
-    order = orders[draws[i]]
-    schedule = (order, initials[draws[i]], rates, rate_columns)
-    samples = flat_samples[starts[i] : starts[i] + n_samples * hidden_size].reshape(
-        (n_samples, hidden_size)
-    )
-    mixture = flat_mixtures[mixture_starts[i] : mixture_starts[i] + n_neurons * n_samples].reshape(
-        (n_neurons, n_samples)
-    )
+    - `schedule`: which sample every iteration visits (iterations), at which the neurons start (n_neurons), `rates` (iterations,
+      n_columns) and `rate_columns` (n_neurons, n_neurons): when c wins in iteration t, neuron j moves by
+      `rates[t, rate_columns[c, j]]` of its way to the sample.
+    - Filled: the winner of each iteration, the matrix A (n_neurons, n_samples), and for each neuron its hits and quantization error.
+
+    Returns whether everything is finite. Other threads may run meanwhile.
+    """
 
     firsts = first_equals(samples)
-    winners = np.empty(len(order), dtype=np.int32)
-    in_span = cheaper_in_span(n_samples, hidden_size, len(order), n_neurons)
+    n_neurons = mixture.shape[0]
+    in_span = cheaper_in_span(samples.shape[0], samples.shape[1], len(winners), n_neurons)
     while True:
         points = span_coordinates(samples, firsts) if in_span else samples
         weights = np.empty((n_neurons, points.shape[1]))
-        if train_map(in_span, points, samples, schedule, weights, winners, hits[i], errors[i]):
+        if train_map(in_span, points, samples, schedule, weights, winners, hits, errors):
             break
         in_span = False
     mix(winners, firsts, schedule, mixture)
-    is_finite[i] = np.isfinite(weights).all() and np.isfinite(mixture).all()
-
-
-@compiled(parallel=True)
-def train_all(inputs: Any, schedules: Any, results: Any) -> None:
-    """
-    Trains every map, in parallel.
-
-    - `inputs`: the samples of all maps one after the other, float64; for each map where its own begin, and their shape
-      (n_samples, hidden_size).
-    - `schedules`: for each map, which of the draws it uses; of each draw, which sample every iteration visits (n_draws,
-      iterations), and at which the neurons start (n_draws, n_neurons); `rates` (iterations, n_columns) and `rate_columns`
-      (n_neurons, n_neurons): when c wins in iteration t, neuron j moves by `rates[t, rate_columns[c, j]]` of its way to the sample.
-    - `results`, filled: the matrices A of all maps one after the other, and where each begins; hits and quantization errors
-      (n_maps, n_neurons); whether everything is finite (n_maps).
-    """
-
-    for i in numba.prange(inputs[1].shape[0]):
-        # The loop counts in unsigned integers, for which everything would be compiled once more.
-        train_one(np.int64(i), inputs, schedules, results)
+    return np.isfinite(weights).all() and np.isfinite(mixture).all()

@@ -121,18 +121,12 @@ def test_common_prefix_leaves_a_token_of_each_prompt() -> None:
     assert common_prefix([]) == ()
 
 
-@pytest.mark.parametrize("has_prefix", [True, False])
-@pytest.mark.parametrize("n_rows", [3, 50])
 def test_logits_are_those_of_whole_passes(
-    model: LanguageModel, n_rows: int, has_prefix: bool, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunk = 320 * 7
-    monkeypatch.setattr(decoder_module, "ELEMENTS", chunk)
-    if not has_prefix:
-        monkeypatch.setattr(teacher_forcing, "common_prefix", lambda prompts: ())
+    monkeypatch.setattr(decoder_module, "ELEMENTS", 320 * 7)
     continuations = known(model, REFERENCES, [7, 12, 9, 1])
-    engine, plain = FastEngine(replace(model, batch_size=n_rows)), PlainEngine(model)
-    assert all(len(item.values) <= 7 for item in engine.logits(continuations))
+    plain = PlainEngine(model)
     calls = [
         None,
         [(0,), (0,), (2,), (1, 3)],
@@ -140,54 +134,62 @@ def test_logits_are_those_of_whole_passes(
         [(3,), (3,)],
         [(1,), (2, 3), (1, 2)],
     ]
-    for layers in calls:
-        chosen = None if layers is None else interventions(model, layers)
-        n_read: list[int] = []
-        found = list(engine.logits(continuations, chosen, n_read.append))
-        assert sum(n_read) == 4 * (1 if layers is None else len(layers))
-        assert all(item.values.dtype == torch.float32 for item in found)
-        pairs = zip(
-            all_logits(engine, continuations, chosen),
-            all_logits(plain, continuations, chosen),
-            strict=True,
-        )
-        for own, expected in pairs:
-            torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+    chosen = [None if layers is None else interventions(model, layers) for layers in calls]
+    expected = [all_logits(plain, continuations, group) for group in chosen]
+    for n_rows, has_prefix in [(3, True), (50, True), (3, False), (50, False)]:
+        if not has_prefix:
+            monkeypatch.setattr(teacher_forcing, "common_prefix", lambda prompts: ())
+        engine = FastEngine(replace(model, batch_size=n_rows))
+        assert all(len(item.values) <= 7 for item in engine.logits(continuations))
+        for group, logits in zip(chosen, expected, strict=True):
+            n_read: list[int] = []
+            found = list(engine.logits(continuations, group, n_read.append))
+            assert sum(n_read) == 4 * (1 if group is None else len(group))
+            assert all(item.values.dtype == torch.float32 for item in found)
+            for own, right in zip(all_logits(engine, continuations, group), logits, strict=True):
+                torch.testing.assert_close(own, right, rtol=1e-4, atol=1e-4)
+
+
+Responses = tuple[Continuations, list[list[Tokens]]]
+
+
+def plain_responses(
+    model: LanguageModel, prompts: Sequence[Prompt], limit: int, chosen: Sequence[Intervention]
+) -> Responses:
+    """What plain generation gives for each prompt by itself, without and with the interventions."""
+
+    continuations = known(model, prompts, [limit] * len(prompts))
+    expected = PlainEngine(replace(model, batch_size=1)).respond(continuations, limit, chosen)
+    assert len({tuple(responses) for responses in expected}) > 1
+    return continuations, expected
 
 
 def check_responses(
-    model: LanguageModel, prompts: Sequence[Prompt], limit: int, chosen: Sequence[Intervention]
+    model: LanguageModel, responses: Responses, limit: int, chosen: Sequence[Intervention]
 ) -> FastEngine:
-    """Compares the responses with those that plain generation gives for each prompt by itself."""
+    """Compares the responses of the fast engine with `responses`."""
 
-    alone = PlainEngine(replace(model, batch_size=1))
-    continuations = known(model, prompts, [limit] * len(prompts))
+    continuations, expected = responses
+    n_prompts = len(continuations.prompts)
     engine = FastEngine(model)
-    assert engine.generate(continuations.prompts, [limit] * len(prompts)) == list(
-        continuations.tokens
-    )
-    expected = alone.respond(continuations, limit, chosen)
-    assert len({tuple(responses) for responses in expected}) > 1
+    assert engine.generate(continuations.prompts, [limit] * n_prompts) == list(continuations.tokens)
     n_read: list[int] = []
     assert engine.respond(continuations, limit, chosen, n_read.append) == expected
-    assert sum(n_read) == len(prompts) * len(chosen)
+    assert sum(n_read) == n_prompts * len(chosen)
     return engine
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "carries_samples"), [(1, True), (3, True), (3, False), (8, True), (64, True)]
-)
 def test_responses_do_not_depend_on_what_is_generated_together(
-    model: LanguageModel,
-    batch_size: int,
-    carries_samples: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Hooks of experts cannot tell samples apart.
-    monkeypatch.setattr(teacher_forcing, "carries_samples", lambda model: carries_samples)
     chosen = interventions(model, [(0,), (1,), (2, 3), (3,), (0, 1, 2)])
-    prompts = [*HARMFUL[:3], CANARIES[0]]
-    check_responses(replace(model, batch_size=batch_size), prompts, 19, chosen)
+    responses = plain_responses(model, [*HARMFUL[:3], CANARIES[0]], 19, chosen)
+    for batch_size, carries in [(1, True), (3, True), (8, True), (64, True), (3, False)]:
+        # Hooks of experts cannot tell samples apart.
+        monkeypatch.setattr(
+            teacher_forcing, "carries_samples", lambda model, carries=carries: carries
+        )
+        check_responses(replace(model, batch_size=batch_size), responses, 19, chosen)
 
 
 def drafts(engine: FastEngine) -> Any:
@@ -233,14 +235,16 @@ def test_what_the_verification_has_read_is_not_read_again(tiny_llama: LanguageMo
 def test_responses_within_a_sliding_window() -> None:
     model = sliding(100)
     chosen = interventions(model, [(0,), (2,), (1, 3)])
-    assert drafts(check_responses(model, HARMFUL, 16, chosen))._unmodified is not None
+    responses = plain_responses(model, HARMFUL, 16, chosen)
+    assert drafts(check_responses(model, responses, 16, chosen))._unmodified is not None
 
 
 def test_responses_beyond_a_sliding_window() -> None:
     # The prompts alone fit into the window; with their responses they do not.
     model = sliding(max(map(len, sliding(8).token_ids(HARMFUL))) + 6)
     chosen = interventions(model, [(0,), (2,)])
-    assert drafts(check_responses(model, HARMFUL, 16, chosen))._unmodified is None
+    responses = plain_responses(model, HARMFUL, 16, chosen)
+    assert drafts(check_responses(model, responses, 16, chosen))._unmodified is None
 
 
 def test_layers_below_the_ablated_one_are_not_run_again(model: LanguageModel) -> None:
@@ -296,7 +300,8 @@ def test_adapters_and_hooks() -> None:
         network, LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
     )
     model = replace(wrap(network, make_tokenizer(), "tiny", batch_size=3), model=adapted)
-    check_responses(model, HARMFUL, 9, interventions(model, [(0,), (1, 2), (3,)]))
+    chosen = interventions(model, [(0,), (1, 2), (3,)])
+    check_responses(model, plain_responses(model, HARMFUL, 9, chosen), 9, chosen)
     continuations = known(model, REFERENCES, [7, 12, 9, 1])
     pairs = [all_logits(kind(model), continuations, None)[0] for kind in (FastEngine, PlainEngine)]
     torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-4)
