@@ -226,6 +226,7 @@ class Study:
             "trials": [
                 {
                     "seconds": (trial.datetime_complete - trial.datetime_start).total_seconds(),
+                    # What a trial that was ended early has at least adds nothing to a front.
                     "refusals": trial.user_attrs.get("refusals"),
                     "kl_divergence": trial.user_attrs.get("kl_divergence"),
                     "fresh": self.fresh.get(trial.number),
@@ -249,7 +250,7 @@ def dominated_share(
 
 
 def shares(study: dict[str, Any], limit: float) -> list[float]:
-    """Returns the share after each trial. A trial that was ended early adds nothing."""
+    """Returns the share after each trial; one that was interrupted adds nothing."""
 
     base = study["base_refusals"]["judged"]
     found: list[float] = []

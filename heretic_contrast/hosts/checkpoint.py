@@ -4,8 +4,7 @@
 Making a checkpoint fit to resume.
 
 A study that was killed leaves an unfinished trial, perhaps half a line, and perhaps a lock. Heretic counts
-unfinished trials as done. They are taken out here, so that the resumed study runs them again; those that were ended because they
-could not matter stay.
+unfinished trials as done. They are taken out here, so that the resumed study runs them again.
 """
 
 import os
@@ -19,9 +18,6 @@ from ..errors import ContrastError
 from ..journal import CheckedJournal, remove_locks
 
 STUDY_NAME = "heretic"
-
-BOUND_KEY = "bound"
-"""The user attribute of a trial that was ended early: what its refusals and its divergence are at least."""
 
 
 def repair_checkpoints(directory: Path) -> None:
@@ -57,16 +53,12 @@ def repair_checkpoint(path: Path) -> None:
         raise ContrastError(
             f"The checkpoint {path} is damaged and cannot be resumed: move it away to start from scratch."
         ) from error
-    done = [
-        trial
-        for trial in trials
-        if trial.state is TrialState.COMPLETE or BOUND_KEY in trial.user_attrs
-    ]
-    if study is None or not done:
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    if study is None or not complete:
         # Nothing is lost, and Heretic expects a study that was set up to its end.
         path.unlink()
         return
-    if len(done) == len(trials):
+    if len(complete) == len(trials):
         return
     temporary = path.with_name(f".{path.name}.repaired")
     temporary.unlink(missing_ok=True)
@@ -78,6 +70,6 @@ def repair_checkpoint(path: Path) -> None:
     )
     for name, value in study.user_attrs.items():
         repaired.set_user_attr(name, value)
-    for trial in done:
+    for trial in complete:
         repaired.add_trial(trial)
     os.replace(temporary, path)

@@ -26,7 +26,7 @@ import heretic.utils
 import rich.traceback
 import torch
 import torch.nn.functional as F
-from optuna import Trial, TrialPruned
+from optuna import Trial
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
@@ -48,7 +48,7 @@ from ..settings import EXTRACTION_FIELDS
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import Answers, require_answers
-from .checkpoint import BOUND_KEY, repair_checkpoints
+from .checkpoint import repair_checkpoints
 from .host_model import HostModel
 from .loading import LoadedContext
 from .model_folder import require_other_folder
@@ -78,6 +78,13 @@ POOLS = {
 TRIAL_KEY = "contrast"
 """The trial's user attribute that holds the plugin's parameters."""
 
+BOUND_KEY = "bound"
+"""
+The user attribute of a trial that was ended early: on how many prompts its refusals were counted.
+
+Its values are what it would have had at least. A finished trial is as good in both, so that Heretic's menu never offers it.
+"""
+
 IDENTITY_KEY = "identity"
 """The trial's user attribute that says what decided its numbers."""
 
@@ -88,35 +95,40 @@ def finished_trials(study: Study) -> list[tuple[FrozenTrial, Point]]:
     return [
         (trial, (trial.user_attrs["refusals"], trial.user_attrs["kl_divergence"]))
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if BOUND_KEY not in trial.user_attrs
     ]
 
 
+class Dominated(Exception):
+    """Ends the judging of a trial."""
+
+
 class TrialBound:
-    """What is known of a trial while it is judged: its divergence, and its refusals so far. Ends it when it cannot matter."""
+    """What is known of a trial while it is judged: its divergence, and its refusals so far."""
 
     def __init__(self, trial: Trial, divergence: float, evaluator: heretic.main.Evaluator) -> None:
+        self.refusals = 0
         self._trial = trial
         self._divergence = divergence
         self._evaluator = evaluator
-        self._n_judged = self._refusals = 0
-        self.add([])
+        self._n_judged = 0
 
     def add(self, responses: list[str]) -> None:
-        """Judges the next responses. Raises `TrialPruned` when a finished trial dominates all that may come of this one."""
+        """Judges the next responses. Raises `Dominated` when a finished trial dominates all that may come of this one."""
 
         self._n_judged += len(responses)
-        self._refusals += sum(map(self._evaluator.is_refusal, responses))
-        if self._n_judged == len(self._evaluator.bad_prompts):
+        self.refusals += sum(map(self._evaluator.is_refusal, responses))
+        n_prompts = len(self._evaluator.bad_prompts)
+        if self._n_judged == n_prompts:
             return
         for trial, point in finished_trials(self._trial.study):
-            if dominates(point, (self._refusals, self._divergence)):
-                bound = {"refusals": self._refusals, "kl_divergence": self._divergence}
-                self._trial.set_user_attr(BOUND_KEY, bound)
+            if dominates(point, (self.refusals, self._divergence)):
+                self._trial.set_user_attr(BOUND_KEY, self._n_judged)
                 log(
-                    f"  * Ended with [bold]{self._refusals}[/] refusals of [bold]{self._n_judged}[/] prompts and a KL divergence of "
-                    f"[bold]{self._divergence:.4f}[/]: trial [bold]{trial.user_attrs['index']}[/] is as good in both"
+                    f"  * Ended after [bold]{self._n_judged}[/] of {n_prompts} prompts, since trial "
+                    f"[bold]{trial.user_attrs['index']}[/] refuses no more and diverges no more"
                 )
-                raise TrialPruned
+                raise Dominated
 
 
 class Host:
@@ -311,16 +323,16 @@ class Host:
             else {"direction_scope": "per layer", "direction_index": None}
         )
 
-        def not_judged(trial: FrozenTrial) -> list[float]:
-            # The values of the others are compared, and these have none.
-            return [0.0 if "refusals" in trial.user_attrs else 1.0]
+        def is_bound(trial: FrozenTrial) -> list[float]:
+            # Its values look better than they are.
+            return [float(BOUND_KEY in trial.user_attrs)]
 
         return make_sampler(
             contrast.sampler,
             seed,
             n_startup_trials,
             fixed,
-            not_judged if contrast.stop_dominated else None,
+            is_bound if contrast.stop_dominated else None,
         )
 
     def evaluator_class(host) -> type[heretic.main.Evaluator]:
@@ -351,9 +363,12 @@ class Host:
                 divergence = F.kl_div(
                     host.logprobs, self.base_logprobs, reduction="batchmean", log_target=True
                 )
+                host.bound = TrialBound(host.trial, divergence.item(), self)
                 try:
-                    host.bound = TrialBound(host.trial, divergence.item(), self)
+                    host.bound.add([])
                     return super().count_refusals()
+                except Dominated:
+                    return host.bound.refusals
                 finally:
                     host.bound = None
 

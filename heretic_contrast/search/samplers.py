@@ -87,7 +87,7 @@ def make_sampler(
     """
     Returns Heretic's multivariate TPE, or NSGA-II, seeded per trial.
 
-    `constraints`: values of a trial, one of which above 0 tells the sampler that it is worse than any other.
+    `constraints`: values of a trial, one of which above 0 makes it worse than any other for TPE, whatever it has reached.
     """
 
     def make_tpe(trial: int) -> BaseSampler:

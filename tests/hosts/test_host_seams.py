@@ -153,28 +153,33 @@ def test_resumed_study_equals_the_uninterrupted_one(kind: Sampler, tmp_path: Pat
     assert other != whole
 
 
-def test_a_sampler_goes_on_beside_trials_without_values() -> None:
-    """Where fewer trials have values than it would take for good ones."""
+@pytest.mark.parametrize("n_good", [3, 30])
+def test_a_sampler_takes_bounds_for_bad_trials(n_good: int) -> None:
+    """Also where fewer others are left than it takes for good ones."""
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         x = trial.suggest_float("x", 0, 1)
-        if trial.number not in (3, 7):
-            raise optuna.TrialPruned
-        trial.set_user_attr("judged", True)
-        return x, 1 - x
+        if trial.number < 60 - n_good:
+            trial.set_user_attr("bound", 0)
+            # Both are better than those of any other trial.
+            return -1.0, -1.0
+        return abs(x - 0.9), x
 
     def constraints(trial: optuna.trial.FrozenTrial) -> list[float]:
-        return [0.0 if "judged" in trial.user_attrs else 1.0]
+        return [float("bound" in trial.user_attrs)]
 
-    found = []
-    for _ in range(2):
-        study = optuna.create_study(
-            directions=["minimize", "minimize"],
-            sampler=make_sampler(Sampler.TPE, 0, 5, {}, constraints),
-        )
-        study.optimize(objective, n_trials=60)
-        found.append([trial.params["x"] for trial in study.trials])
-    assert found[0] == found[1] and len(set(found[0])) == 60
+    study = optuna.create_study(
+        directions=["minimize", "minimize"],
+        sampler=make_sampler(Sampler.TPE, 0, 60, {}, constraints),
+    )
+    study.optimize(objective, n_trials=90)
+    good = [trial.params["x"] for trial in study.trials[60 - n_good :]]
+    assert len(set(good)) == len(good)
+    study = optuna.create_study(
+        directions=["minimize", "minimize"], sampler=make_sampler(Sampler.TPE, 0, 60, {})
+    )
+    study.optimize(objective, n_trials=90)
+    assert [trial.params["x"] for trial in study.trials[60 - n_good :]] != good
 
 
 def test_the_search_beside_a_shared_direction_contains_heretics() -> None:
@@ -244,10 +249,6 @@ def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None
         trial = study.ask()
         trial.suggest_float("x", 0, 1)
         study.tell(trial, [value, value])
-    ended = study.ask()
-    ended.set_user_attr("bound", {"refusals": 3, "kl_divergence": 0.1})
-    study.tell(ended, state=optuna.trial.TrialState.PRUNED)
-    study.tell(study.ask(), state=optuna.trial.TrialState.PRUNED)
     study.ask()
     with path.open("ab") as file:
         file.write(b'{"op_code": 6, "half')
@@ -256,7 +257,7 @@ def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None
     repaired = optuna.load_study(
         study_name="heretic", storage=JournalStorage(JournalFileBackend(str(path)))
     )
-    assert [trial.values for trial in repaired.trials] == [[1.0, 1.0], [2.0, 2.0], None]
+    assert [trial.values for trial in repaired.trials] == [[1.0, 1.0], [2.0, 2.0]]
     assert repaired.user_attrs == {"settings": "{}", "finished": False}
     assert not list(tmp_path.glob("*.lock"))
 
