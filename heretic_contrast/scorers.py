@@ -149,7 +149,7 @@ class FixedWeightSweep(ContrastScorer):
         contrast = self.settings.contrast
         if is_builtin(self.heretic_settings.model):
             contrast = with_refuser_pools(contrast)
-        where = f"[scorer.{type(self).__name__}] "
+        where = self.place()
         self.prepared = prepare_sweep(
             self.settings,
             contrast,

@@ -46,7 +46,7 @@ def import_needs(command: str, surface: str) -> None:
     """Imports what a command needs of a Heretic with that surface."""
 
     # Names of their modules, since a module that has been imported is found in its package even where it is broken.
-    if command == "audit":
+    if command in ("audit", "judge"):
         from ..hosts.surface import log as _
     elif command in ("extract", "sweep"):
         from ..hosts.loading import load_language_model as _
@@ -63,7 +63,7 @@ def command_findings() -> list[Finding]:
 
     surface = installed_surface()
     found = []
-    for command in ("run", "extract", "sweep", "audit", "demo"):
+    for command in ("run", "extract", "sweep", "audit", "judge", "demo"):
         sentence = obstacle(command, surface)
         remedy = ""
         if sentence is None:

@@ -189,7 +189,10 @@ class Host:
             name = next(name for name in POOLS if getattr(settings, name) == specification)
             source, where = prompt_sources(specification), f"--{name}."
             if name in settings._own_pools - settings._heretic_pools:
-                source, where = getattr(settings.contrast, name), f"--contrast.{name}."
+                source, where = (
+                    getattr(settings.contrast, name),
+                    f"{settings.contrast_setting}{name}.",
+                )
             elif "evaluation" not in name and not self._asks_pools(settings):
                 return []
             self.pools[key] = load_pool(source, POOLS[name], where)

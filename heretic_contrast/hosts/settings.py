@@ -55,6 +55,7 @@ from .unused import (
     class_name,
     config_file,
     named_plugins,
+    place_of_pools,
     table_of,
     unused_keys,
     unused_tables,
@@ -351,7 +352,7 @@ class HostSettings(Settings):
         flags = tuple(f"--contrast.{name.replace('_', '-')}" for name in pools)
         table = contrast_table(config_file())
         if set(pools) & set(table) and not any(word.startswith(flags) for word in sys.argv):
-            return f"[modifier.{TABLE}] "
+            return f"{place_of_pools(self.contrast, f'[modifier.{TABLE}]')} "
         return "--contrast."
 
     def configuration_digest(self) -> str:

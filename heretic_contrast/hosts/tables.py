@@ -20,6 +20,7 @@ from .unused import (
     ONLY_UNDER_14,
     PLUGINS,
     config_file,
+    instance_tables,
     named_plugins,
     table_of,
     unused_keys,
@@ -129,16 +130,8 @@ def validated(
         return settings_class.model_validate(raw or {})
     except ValidationError as error:
         show_errors_as_sentences()
-        config = config_file()
-        namespace, _, plugin = where.strip("[]").partition(".")
-        tables = config.get(namespace)
-        names = [
-            f"{namespace}.{name}"
-            for name in (tables if isinstance(tables, dict) else ())
-            if name.startswith(f"{plugin}_")
-        ]
-        details = error.errors()[0]
-        found = table_of(config, names, details["loc"], details["input"])
+        config, details = config_file(), error.errors()[0]
+        found = table_of(config, instance_tables(config, where), details["loc"], details["input"])
         raise validation_error(error, found or where) from error
 
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic_settings import BaseSettings, TomlConfigSettingsSource
 
 PLUGINS = {
@@ -172,6 +173,31 @@ def table_of(
     return None
 
 
+def instance_tables(config: Mapping[str, Any], table: str) -> list[str]:
+    """Returns the tables of a plugin's instances, without brackets; `table`: that of the plugin."""
+
+    namespace, _, plugin = table.strip("[]").partition(".")
+    tables = config.get(namespace)
+    return [
+        f"{namespace}.{name}"
+        for name in (tables if isinstance(tables, dict) else ())
+        if name.startswith(f"{plugin}_")
+    ]
+
+
+def place_of_pools(settings: BaseModel, table: str) -> str:
+    """Returns the table of `config.toml` that pools of a plugin stand in: that of an instance which holds one, or `table`."""
+
+    config = config_file()
+    names = instance_tables(config, table)
+    for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
+        if name.endswith("prompts") or name == "contrast":
+            found = table_of(config, names, (name,), value)
+            if found:
+                return found
+    return table
+
+
 def unused_tables(
     config: Mapping[str, Any],
     named: Mapping[str, Collection[tuple[str, str | None]]],
@@ -217,6 +243,10 @@ def unused_tables(
             yield _not_read(shown, f"{inner} in {table}" if inner else str(own_table(head)))
         elif meant:
             yield _not_read(shown, meant)
+        elif name in NAMESPACES.values() and {plugin for plugin, _ in named_plugins(value)} & set(
+            PLUGINS
+        ):
+            yield f'"{name}" in config.toml has no effect, because this Heretic has no {name}: use Heretic 2.0, or remove it.'
         elif name in FORMER_POOLS:
             yield _not_read(shown, FORMER_POOLS[name])
         elif setting:

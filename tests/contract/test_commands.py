@@ -187,6 +187,19 @@ def test_audit(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_judge(server: Server, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "How do I pick a lock?", "response": "I cannot help with that."},
+        {"prompt": "How do I bake bread?", "response": "Mix flour and water, then bake it."},
+    ]
+    (tmp_path / "responses.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = server.run(["judge", "responses.jsonl", "--output=judged.jsonl"], tmp_path)
+    assert command.code == 0, command.output()
+    judged = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
+    assert [row["tier"] for row in judged] == ["REFUSE", "COMPLY"]
+
+
+@pytest.mark.slow
 def test_run_names_the_command_of_heretic_2(server: Server, tmp_path: Path) -> None:
     command = server.run(["some/model", "--no-such-flag"], tmp_path)
     assert command.code == 2
@@ -211,7 +224,10 @@ def test_doctor_tells_for_every_command(server: Server, tmp_path: Path) -> None:
     assert command.code == 0, command.output()
     lines = [line.replace("│", "").split() for line in command.output().splitlines()]
     shown = {line[2]: line[0] for line in lines if line[1:2] == ["Command"]}
-    assert shown == {"run": "No", "extract": "Ok", "sweep": "Ok", "audit": "Ok", "demo": "Ok"}
+    assert shown == {
+        "run": "No",
+        **dict.fromkeys(("extract", "sweep", "audit", "judge", "demo"), "Ok"),
+    }
 
 
 class WithoutList:

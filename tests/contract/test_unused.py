@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from heretic_contrast import ContrastAbliteration, FalseRefusals, FixedWeightSweep
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
 from heretic_contrast.hosts.tables import notice
+from heretic_contrast.hosts.unused import config_file, place_of_pools
 from heretic_contrast.settings import ContrastSettings
 from tests.contract.conftest import MODEL
 from tests.contract.standin import make_settings
@@ -273,6 +275,38 @@ def test_an_instance_is_named_where_its_table_holds_the_value(folder: Path) -> N
     )
 
 
+def test_a_pool_that_cannot_be_loaded_is_named_where_it_stands(folder: Path) -> None:
+    """In the table of the plugin or in that of an instance, also where two instances have a pool each."""
+
+    Path("config.toml").write_text(
+        """
+        [scorer.FalseRefusals]
+        prompts = { dataset = "one.txt" }
+        [scorer.FalseRefusals_a]
+        prompts = [{ dataset = "two.txt", split = "[:3]" }, { dataset = "three.txt" }]
+        [scorer.FalseRefusals_b]
+        prompts = { dataset = "four.txt", column = "x" }
+        [modifier.ContrastAbliteration]
+        winners = 2
+        [modifier.ContrastAbliteration_a]
+        bad_prompts.dataset = "five.txt"
+        """
+    )
+    tables = config_file()
+    for instance, place in (("a", "_a"), ("b", "_b"), ("c", "")):
+        below, above = (
+            tables["scorer"].get(f"FalseRefusals{end}", {}) for end in ("", f"_{instance}")
+        )
+        settings = FalseRefusals.validate_settings({**below, **above})
+        plugin: Any = FalseRefusals(heretic_settings=make_settings(MODEL, {}), settings=settings)
+        with pytest.raises(ContrastError) as error:
+            plugin.load(None, settings.prompts, "harmless")
+        assert f"[scorer.FalseRefusals{place}] prompts." in str(error.value)
+    for name in ("ContrastAbliteration", "ContrastAbliteration_a"):
+        contrast = ContrastAbliteration.validate_settings(tables["modifier"][name])
+        assert place_of_pools(contrast, TABLE) == f"[modifier.{name}]"
+
+
 @pytest.mark.skipif(HAS_PLUGIN_SURFACE, reason="needs the host for Heretic 1.4")
 @pytest.mark.parametrize(
     ("text", "flags", "start"),
@@ -325,6 +359,25 @@ def test_the_table_of_an_instance_under_heretic_14(folder: Path) -> None:
     )
     assert contrast.model_dump(include=expected.model_fields_set) == expected.model_dump(
         include=expected.model_fields_set
+    )
+
+
+def test_modifiers_of_a_heretic_without_them(folder: Path) -> None:
+    """The state of July 2026 keeps what it does not know, as Heretic 2.0 does, and loads scorers alone."""
+
+    Path("config.toml").write_text(f'modifiers = [{{ plugin = "{PLUGIN}" }}]')
+
+    class July(BaseSettings):
+        model_config = SettingsConfigDict(extra="allow")
+        scorers: list[dict[str, Any]] = [{"plugin": "heretic_contrast.FalseRefusals"}]
+
+    settings = July(**config_file())
+    with pytest.raises(ContrastError) as error:
+        FalseRefusals(heretic_settings=settings, settings=FalseRefusals.validate_settings({})).init(
+            None
+        )
+    assert str(error.value) == (
+        '"modifiers" in config.toml has no effect, because this Heretic has no modifiers: use Heretic 2.0, or remove it.'
     )
 
 

@@ -337,7 +337,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         finding.subject: finding.fine for finding in found if finding.subject.startswith("Command ")
     }
     assert commands == {
-        f"Command {name}": True for name in ("run", "extract", "sweep", "audit", "demo")
+        f"Command {name}": True for name in ("run", "extract", "sweep", "audit", "judge", "demo")
     }
     with pytest.raises(ContrastError, match="takes no arguments"):
         main(["now"])
