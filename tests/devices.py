@@ -197,32 +197,36 @@ class PretendedDevices(TorchFunctionMode):
         return next(iter(devices), CPU)
 
 
-def spread(network: Module, lower: Iterable[Module], upper: Iterable[Module]) -> None:
+def spread(
+    network: Module,
+    lower: Iterable[Module],
+    upper: Iterable[Module],
+    other: Any = torch.device("cuda", 1),  # noqa: B008
+) -> None:
     """
     Puts the lower layers and what comes before them on one device, and the upper ones with what comes after on another.
 
-    As `device_map="auto"` does, by accelerate's own hooks.
+    As `device_map="auto"` does, by accelerate's own hooks. `other`: the second device; "cpu" offloads to it.
     """
 
-    places = dict.fromkeys(lower, 0) | dict.fromkeys(upper, 1)
+    first = torch.device("cuda", 0)
+    places = dict.fromkeys(lower, first) | dict.fromkeys(upper, other)
     device_map: dict[str, Any] = {}
-    tied: dict[int, int] = {}
-    index = 0
+    tied: dict[int, Any] = {}
+    device: Any = first
 
     def place(prefix: str, parent: Module) -> None:
-        nonlocal index
+        nonlocal device
         for name, module in parent.named_children():
             if module not in places and any(part in places for part in module.modules()):
                 place(f"{prefix}{name}.", module)
             else:
-                index = places.get(module, index)
+                device = places.get(module, device)
                 # A head that shares its weight stays where that is.
                 shared = [tied[item] for item in map(id, module.parameters()) if item in tied]
-                device_map[prefix + name] = torch.device("cuda", shared[0] if shared else index)
-                tied.update(dict.fromkeys(map(id, module.parameters()), index))
+                device_map[prefix + name] = shared[0] if shared else device
+                tied.update(dict.fromkeys(map(id, module.parameters()), device))
 
     place("", network)
     skipped = getattr(network, "_skip_keys_device_placement", None)
-    accelerate.dispatch_model(
-        network, device_map, main_device=torch.device("cuda", 0), skip_keys=skipped
-    )
+    accelerate.dispatch_model(network, device_map, main_device=first, skip_keys=skipped)
