@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
@@ -22,6 +23,8 @@ from heretic_contrast.tiers.responses import Tier
 from tests.architectures import FAMILIES, Family
 from tests.devices import PretendedDevices, spread
 from tests.evaluation.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
+
+pytestmark = pytest.mark.filterwarnings("ignore::heretic_contrast.errors.ContrastWarning")
 
 SAMPLE = ("Llama", "Qwen3 MoE")
 
@@ -71,14 +74,21 @@ def test_what_cuda_takes_is_taken() -> None:
         assert here.cpu().numpy().sum() == 16
 
 
-def network(family: Family, devices: bool) -> LanguageModel:
+def network(family: Family, other: Any = None) -> LanguageModel:
+    """A model, on this CPU alone, or with its upper layers on another device than the first."""
+
     model = family.make_model()
     found = wrap(model, family.make_tokenizer(), "tiny", batch_size=3)
-    if devices:
-        spread(model, found.layers[:2], found.layers[2:])
+    if other is not None:
+        if other == "all":
+            accelerate.cpu_offload(model, execution_device=FIRST)
+        else:
+            spread(model, found.layers[:2], found.layers[2:], other)
         found = wrap(model, found.tokenizer, "tiny", batch_size=3)
         places = {parameter.device for parameter in model.parameters()}
-        assert places == {FIRST, SECOND} and found.device == FIRST
+        meta = torch.device("meta")
+        assert places == {SECOND: {FIRST, SECOND}, "cpu": {FIRST, meta}, "all": {meta}}[other]
+        assert found.device == FIRST
     return found
 
 
@@ -109,13 +119,23 @@ def measured(model: LanguageModel) -> dict[str, Any]:
     }
 
 
-@pytest.mark.filterwarnings("ignore::heretic_contrast.errors.ContrastWarning")
 @pytest.mark.parametrize("name", ALL)
 def test_layers_on_two_devices(name: str) -> None:
+    require_the_same(name, SECOND)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["cpu", "all"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3.5"])
+def test_layers_that_wait_in_memory(name: str, other: str) -> None:
+    require_the_same(name, other)
+
+
+def require_the_same(name: str, other: Any) -> None:
     family = FAMILIES[name]
-    expected = measured(network(family, devices=False))
+    expected = measured(network(family))
     with PretendedDevices():
-        found = measured(network(family, devices=True))
+        found = measured(network(family, other))
     # Elsewhere than on a CPU, recurrent layers and experts are computed in another order.
     exact = family.dtype is torch.float32
     close = {"rtol": 1e-3, "atol": 1e-4} if exact else {"rtol": 0.1, "atol": 0.1}
