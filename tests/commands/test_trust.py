@@ -236,6 +236,7 @@ def forge(path: Path, provenance: dict[str, Any], names: list[str]) -> None:
     path.write_bytes(save(tensors, metadata))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's notices of opened files")
 def test_nothing_that_a_directions_file_names_is_followed(tmp_path: Path) -> None:
     """

@@ -129,7 +129,7 @@ def test_there_are_no_circles() -> None:
         ("settings", "torch heretic numba matplotlib"),
         ("tiers", "torch heretic numba matplotlib"),
         ("report", "torch heretic numba matplotlib"),
-        ("evaluation.sweep", "heretic numba matplotlib"),
+        pytest.param("evaluation.sweep", "heretic numba matplotlib", marks=pytest.mark.slow),
     ],
 )
 def test_what_an_import_loads(module: str, absent: str) -> None:
