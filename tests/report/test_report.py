@@ -307,9 +307,7 @@ def no_json(constant: str) -> None:
     raise AssertionError(f"{constant} is no JSON.")
 
 
-@pytest.mark.parametrize(
-    "weights", [{1.2}, pytest.param(set(WEIGHTS), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("weights", [{1.2}, pytest.param(set(WEIGHTS), marks=pytest.mark.slow)])
 def test_models_that_an_ablation_has_broken(tmp_path: Path, weights: set[float]) -> None:
     result = make_sweep()
     result = replace(
