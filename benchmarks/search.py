@@ -61,6 +61,7 @@ CONFIGURATIONS = {
     "shared, as Heretic": f"{AS_HERETIC} --contrast.shared-direction",
     "shared means, as Heretic": f"{AS_HERETIC} --contrast.shared-direction --contrast.method=mean",
     "one direction, as Heretic": f"{AS_HERETIC} --contrast.preset=arditi",
+    "one direction, as Heretic, ended early": f"{AS_HERETIC} --contrast.preset=arditi --contrast.stop-dominated",
     **{preset: f"--contrast.preset={preset}" for preset in PRESETS},
 }
 """Options by name; those whose names begin with "heretic" are options of plain Heretic."""
@@ -136,7 +137,7 @@ class Study:
             "--response-prefix=",
             f"--bad-evaluation-prompts.dataset={paths['judged']['harmful']}",
             f"--good-evaluation-prompts.dataset={paths['judged']['harmless']}",
-            *shlex.split(arguments.all_configurations[self.name]),
+            *shlex.split(f"{arguments.options} {arguments.all_configurations[self.name]}"),
         ]
         for pool, their in (("harmful", "bad"), ("harmless", "good")):
             if self.name.startswith(PLAIN):
@@ -226,7 +227,6 @@ class Study:
             "trials": [
                 {
                     "seconds": (trial.datetime_complete - trial.datetime_start).total_seconds(),
-                    # What a trial that was ended early has at least adds nothing to a front.
                     "refusals": trial.user_attrs.get("refusals"),
                     "kl_divergence": trial.user_attrs.get("kl_divergence"),
                     "fresh": self.fresh.get(trial.number),
@@ -390,6 +390,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--configurations", nargs="+", default=[PLAIN, "default", "default, as Heretic"]
     )
+    parser.add_argument("--options", default="", help="options of Heretic for all studies")
     parser.add_argument("--add", action="append", default=[], metavar="NAME=OPTIONS")
     arguments = parser.parse_args(command_line)
     added = dict(item.split("=", 1) for item in arguments.add)
