@@ -593,6 +593,15 @@ class ContrastSettings(Table, TextClassifierSettings):
     Trials of the Pareto front never end so. The sampler takes those that do for bad ones.
     """
 
+    warm_start: str | None = None
+    """
+    The sweep.json of a sweep, or the checkpoint of an earlier study (.jsonl), whose best layers and weights, or parameters, become
+    the first trials of the study (Heretic 1.4).
+    """
+
+    patience: int | None = Field(None, ge=1)
+    """After how many trials without a new point on the Pareto front the study ends, or unset to run all (Heretic 1.4)."""
+
     refusal_classifier: Literal["markers", "tiers"] = "markers"
     """
     What counts as a refusal in the study under Heretic 1.4. Options: "markers" (Heretic's keywords), "tiers" (the three-tier

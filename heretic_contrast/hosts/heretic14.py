@@ -23,13 +23,15 @@ from typing import TYPE_CHECKING, Any
 import heretic.evaluator
 import heretic.main
 import heretic.utils
+import optuna
 import rich.traceback
 import torch
 import torch.nn.functional as F
-from optuna import Trial
+from optuna import Trial, create_study
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
+from rich.markup import escape
 from torch import Tensor
 
 from .. import __version__
@@ -43,12 +45,13 @@ from ..journal import CheckedJournal
 from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest
 from ..search.samplers import make_sampler
-from ..search.stopping import Point, dominates
+from ..search.stopping import dominates
 from ..settings import EXTRACTION_FIELDS
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import Answers, require_answers
 from .checkpoint import repair_checkpoints
+from .guidance import BOUND_KEY, first_trials, fitted, guide, measured
 from .host_model import HostModel
 from .loading import LoadedContext
 from .model_folder import require_other_folder
@@ -78,25 +81,8 @@ POOLS = {
 TRIAL_KEY = "contrast"
 """The trial's user attribute that holds the plugin's parameters."""
 
-BOUND_KEY = "bound"
-"""
-The user attribute of a trial that was ended early: on how many prompts its refusals were counted.
-
-Its values are what it would have had at least. A finished trial is as good in both, so that Heretic's menu never offers it.
-"""
-
 IDENTITY_KEY = "identity"
 """The trial's user attribute that says what decided its numbers."""
-
-
-def finished_trials(study: Study) -> list[tuple[FrozenTrial, Point]]:
-    """Returns the trials that were judged to their end, with refusals and divergence."""
-
-    return [
-        (trial, (trial.user_attrs["refusals"], trial.user_attrs["kl_divergence"]))
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if BOUND_KEY not in trial.user_attrs
-    ]
 
 
 class Dominated(Exception):
@@ -121,8 +107,9 @@ class TrialBound:
         n_prompts = len(self._evaluator.bad_prompts)
         if self._n_judged == n_prompts:
             return
-        for trial, point in finished_trials(self._trial.study):
-            if dominates(point, (self.refusals, self._divergence)):
+        for trial in self._trial.study.get_trials(deepcopy=False):
+            point = measured(trial)
+            if point is not None and dominates(point, (self.refusals, self._divergence)):
                 self._trial.set_user_attr(BOUND_KEY, self._n_judged)
                 log(
                     f"  * Ended after [bold]{self._n_judged}[/] of {n_prompts} prompts, since trial "
@@ -149,6 +136,7 @@ class Host:
         self.bound: TrialBound | None = None
         self.logprobs: Tensor | None = None
         self.pools: dict[str, list[Prompt]] = {}
+        self.first_trials = first_trials(settings.contrast, settings.model)
 
     def settings_class(host) -> type[HostSettings]:
         """Returns the class that stands in for Heretic's settings, which gives those of this run to a study that goes on."""
@@ -338,6 +326,26 @@ class Host:
             is_bound if contrast.stop_dominated else None,
         )
 
+    def create_study(self, *args: Any, **kwargs: Any) -> Study:
+        """Returns the study that Heretic asks for, which begins and ends as the settings say."""
+
+        assert self.modifier is not None and self.context is not None and self.evaluator is not None
+        study = create_study(*args, **kwargs)
+        trial = create_study(directions=study.directions).ask()
+        self.modifier.suggest_parameters(self.context, trial)
+        first = [fitted(values, trial.distributions) for values in self.first_trials]
+        if first and not study.trials:
+            log(
+                f"* Beginning with [bold]{len(first)}[/] trials of {escape(str(self.modifier.settings.warm_start))}"
+            )
+        settings = self.evaluator.settings
+
+        def ended(n_trials: int) -> None:
+            # So many, and no more, are what Heretic takes for a finished study, and adds more to where it is told to.
+            settings.n_trials = n_trials
+
+        return guide(study, first, settings.contrast.patience, ended)
+
     def evaluator_class(host) -> type[heretic.main.Evaluator]:
         """Returns Heretic's evaluator, which may judge refusals by tiers."""
 
@@ -390,6 +398,7 @@ class Host:
             "residual_cache",
             "directions",
             "save_directions",
+            "warm_start",
         }
         if contrast.directions is not None:
             # They were made with other settings, which the file knows.
@@ -539,6 +548,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     try:
         with (
             substituted(host.substitutes()),
+            replaced(optuna, create_study=host.create_study),
             noticing_interruption(answers),
             failed_trials_in_one_line(),
             raising_causes(),

@@ -376,7 +376,7 @@ class HostSettings(Settings):
                 "max_memory",
             },
         )
-        for name in ("save_directions", "residual_cache"):
+        for name in ("save_directions", "residual_cache", "patience"):
             content["contrast"].pop(name)
         if self.response_prefix is not None:
             content["response_prefix"] = self.response_prefix
@@ -385,9 +385,10 @@ class HostSettings(Settings):
         content["files"] = [path_digest(Path(self.model), MODEL_FILES)] + [
             path_digest(Path(name), ignored=own) for name in sorted(set(_datasets(content)))
         ]
-        directions = self.contrast.directions
-        if directions is not None and os.path.isfile(directions):
-            content["contrast"]["directions"] = file_digest(Path(directions))
+        for name in ("directions", "warm_start"):
+            file = getattr(self.contrast, name)
+            if file is not None and os.path.isfile(file):
+                content["contrast"][name] = file_digest(Path(file))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

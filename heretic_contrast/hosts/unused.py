@@ -36,6 +36,8 @@ LIKE = 0.85
 ONLY_UNDER_14 = {
     "sampler": "its study has a sampler of its own",
     "stop_dominated": "its scorers are asked one after the other, each to its end",
+    "warm_start": "its study begins by itself",
+    "patience": "its study runs all of its trials",
     "refusal_classifier": "the scorer RefusalTiers takes its place",
     "counted_tiers": "counted_tiers in [scorer.RefusalTiers] takes its place",
     "text_classifier": "text_classifier in [scorer.RefusalTiers] takes its place",

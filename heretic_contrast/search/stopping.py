@@ -2,6 +2,8 @@
 
 """When a trial, or a study, cannot find anything any more."""
 
+from collections.abc import Mapping, Sequence
+
 Point = tuple[float, float]
 """Refusals and divergence of a trial, or what they are at least."""
 
@@ -14,3 +16,25 @@ def dominates(point: Point, other: Point) -> bool:
     """
 
     return point[0] <= other[0] and point[1] <= other[1]
+
+
+def front(points: Mapping[int, Point]) -> list[int]:
+    """Returns the keys of the points that no other one dominates, those with the fewest refusals first; of equal ones the first."""
+
+    found: list[int] = []
+    for key in sorted(points, key=lambda key: (*points[key], key)):
+        if not found or points[key][1] < points[found[-1]][1]:
+            found.append(key)
+    return found
+
+
+def trials_since_growth(points: Sequence[Point | None]) -> int:
+    """Returns how many trials there were after the last one that was on the front when it was finished; None is on none."""
+
+    last = 0
+    finished: list[Point] = []
+    for number, point in enumerate(points, 1):
+        if point is not None and not any(dominates(other, point) for other in finished):
+            finished.append(point)
+            last = number
+    return len(points) - last

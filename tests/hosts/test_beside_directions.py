@@ -58,6 +58,8 @@ EFFECTIVE: dict[str, Any] = {
     "search_space": {"scale": [0.0, 0.5]},
     "sampler": "nsga2",
     "stop_dominated": True,
+    "warm_start": "sweep.json",
+    "patience": 5,
     "refusal_classifier": "tiers",
     "counted_tiers": ["EVASIVE"],
     "text_classifier": "some/classifier",

@@ -2,6 +2,7 @@
 
 """Searches through the real Heretic 1.4 on the built-in refuser, guided by what is known already."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,46 @@ def test_no_point_of_the_front_is_lost(
     assert command.code == 2
     assert f"the Pareto front has {len(expected)} trials" in " ".join(command.output().split())
     assert study(tmp_path / "ended" / "checkpoints") == ended
+
+
+def test_a_study_begins_with_a_sweep_and_ends_when_it_finds_no_more(
+    command_server: Server, whole_runs: Any, tmp_path: Path
+) -> None:
+    file = whole_runs.directory("sweep") / "output" / "sweep.json"
+    shared = [
+        *options(tmp_path, 30),
+        "--n-startup-trials=30",
+        # As the sweep has it.
+        "--contrast.method=som",
+        f"--contrast.warm-start={file}",
+        "--contrast.patience=2",
+        '--contrast.search-space={"max_weight": [0.1, 1.0]}',
+    ]
+    command = command_server.run(shared, tmp_path / "search")
+    assert command.code == 0, command.output()[-3000:]
+    trials = study(tmp_path / "search" / "checkpoints")
+    swept = json.loads(file.read_text())
+    cells = [
+        (
+            cell["measurement"]["refusals"],
+            cell["measurement"]["kl_divergence"],
+            cell["layers"][0],
+            cell["weight"],
+        )
+        for cell in swept["cells"]
+        if len(cell["layers"]) == 1
+        and cell["measurement"]["refusals"] < swept["baseline"]["refusals"]
+    ]
+    best = [cell for cell in cells if cell[:2] in front([cell[:2] for cell in cells])]
+    assert best
+    for trial, (_, _, layer, weight) in zip(trials, sorted(best), strict=False):
+        # The built-in refuser has eight layers.
+        assert trial["params"]["mlp.down_proj.max_weight_position"] == max(layer, 0.6 * 7)
+        assert trial["params"]["attn.o_proj.max_weight"] == weight
+    points = [measured(trial) for trial in trials]
+    fronts = [front(points[:count]) for count in range(len(points) + 1)]
+    assert fronts[-1] == fronts[-3] != fronts[-4]
+    assert "The front has not grown for 2 trials" in " ".join(command.output().split())
+
+    again = command_server.run([*shared, "--checkpoint-action=continue"], tmp_path / "search")
+    assert again.code == 0 and study(tmp_path / "search" / "checkpoints") == trials

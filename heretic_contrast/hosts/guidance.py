@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What guides the study of Heretic 1.4 beside its sampler: trials to begin with, and when it has found enough."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.storages import JournalStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from ..builtin import model_name
+from ..errors import ContrastError
+from ..evaluation.cells import Cell, SweepResult
+from ..journal import CheckedJournal
+from ..search.stopping import Point, front, trials_since_growth
+from ..settings import ContrastSettings
+from .checkpoint import STUDY_NAME
+from .surface import log
+
+BOUND_KEY = "bound"
+"""
+The user attribute of a trial that was ended early: on how many prompts its refusals were counted.
+
+Its values are what it would have had at least. A finished trial is as good in both, so that Heretic's menu never offers it.
+"""
+
+MAX_FIRST_TRIALS = 10
+"""A sweep may have as many cells on its front as it has prompts, which differ in little."""
+
+Values = dict[str, Any]
+"""Values of parameters by name; "component." stands for every component, and "scale." for every direction."""
+
+
+def measured(trial: FrozenTrial) -> Point | None:
+    """Returns refusals and divergence of a trial that was judged to its end, and None for any other."""
+
+    if trial.state is not TrialState.COMPLETE or BOUND_KEY in trial.user_attrs:
+        return None
+    return trial.user_attrs["refusals"], trial.user_attrs["kl_divergence"]
+
+
+def first_trials(settings: ContrastSettings, model: str) -> list[Values]:
+    """
+    Returns the trials that a study of a model begins with, those with the fewest refusals first.
+
+    Raises `ContrastError` when they cannot be read, or were made for another model or configuration.
+    """
+
+    if settings.warm_start is None:
+        return []
+    path = Path(settings.warm_start)
+    if not path.is_file():
+        raise ContrastError(
+            f"There is no file {path} for a warm start: give the sweep.json of a sweep, or the checkpoint of a study (.jsonl)."
+        )
+    read = _of_study if path.suffix == ".jsonl" else _of_sweep
+    name, found = read(path, settings)
+    if model_name(name) != model_name(model):
+        raise ContrastError(
+            f"{path} was made for {model_name(name)} and not for {model_name(model)}: give one of this model for a warm start."
+        )
+    if not found:
+        raise ContrastError(
+            f"Nothing in {path} refuses less than the unmodified model: leave out the warm start."
+        )
+    return found[:MAX_FIRST_TRIALS]
+
+
+def _of_study(path: Path, settings: ContrastSettings) -> tuple[str, list[Values]]:
+    """Returns the model of a study, and the parameters of its front; what classes add to a shared direction is 0 where it had none."""
+
+    storage = JournalStorage(CheckedJournal(str(path)))
+    try:
+        study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+        model = json.loads(study.user_attrs["settings"])["model"]
+    except (KeyError, ValueError) as error:
+        raise ContrastError(
+            f"{path} is no checkpoint of Heretic's: give one for a warm start, or the sweep.json of a sweep."
+        ) from error
+    found = {trial.number: point for trial in study.trials if (point := measured(trial))}
+    return model, [{"rest": 0.0, **study.trials[number].params} for number in front(found)]
+
+
+def _of_sweep(path: Path, settings: ContrastSettings) -> tuple[str, list[Values]]:
+    """Returns the model of a sweep, and what makes a trial of each cell on the front of single layers."""
+
+    try:
+        sweep = SweepResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ContrastError(
+            f"{path} cannot be read as a sweep: give the sweep.json of heretic-contrast sweep for a warm start."
+        ) from error
+    (configuration,) = settings.configurations()
+    strength = "effective" if settings.equal_effective_weight else "weight"
+    if (configuration, strength) not in sweep.configurations():
+        there = ", ".join(f"{name} ({kind})" for name, kind in sweep.configurations())
+        raise ContrastError(
+            f"The sweep {path} has no configuration {configuration} ({strength}) but {there}: sweep it, or choose one of these for "
+            "the study."
+        )
+    cells = {
+        index: cell
+        for index, cell in enumerate(sweep.single_cells(configuration, strength))
+        if cell.measurement.refusals < sweep.baseline.refusals
+    }
+    points = {
+        index: (cell.measurement.refusals, cell.measurement.kl_divergence)
+        for index, cell in cells.items()
+    }
+    return sweep.model, [_trial_of(cells[index]) for index in front(points)]
+
+
+def _trial_of(cell: Cell) -> Values:
+    """Returns the values with which a trial ablates one layer, all directions alike."""
+
+    return {
+        "direction_scope": "per layer",
+        "rest": 1.0,
+        "scale.": 1.0,
+        "component.max_weight": cell.weight,
+        "component.max_weight_position": cell.layers[0],
+        "component.min_weight": 0.0,
+        "component.min_weight_distance": 0.0,
+    }
+
+
+def fitted(values: Values, distributions: Mapping[str, BaseDistribution]) -> Values:
+    """Returns the values of the parameters that a study has, those beyond their ranges at the nearest end."""
+
+    found = {}
+    for name, distribution in distributions.items():
+        kind = "scale." if name.startswith("scale.") else f"component.{name.rpartition('.')[2]}"
+        value = values.get(name, values.get(kind))
+        if value is None:
+            continue
+        if isinstance(distribution, FloatDistribution):
+            value = min(max(float(value), distribution.low), distribution.high)
+        found[name] = value
+    return found
+
+
+def guide(
+    study: Study, first: Sequence[Values], patience: int | None, ended: Callable[[int], None]
+) -> Study:
+    """
+    Lets a study begin with trials of these values, and end when its front has not grown for so many trials.
+
+    `ended` is called with the number of its trials then. A study that goes on begins where it was; one that is told to go on by
+    the user, who has seen its front, has as much patience again.
+    """
+
+    optimize = study.optimize
+    start = 0
+
+    def is_exhausted() -> bool:
+        trials = study.get_trials(deepcopy=False)
+        points = [measured(trial) for trial in trials if trial.state.is_finished()]
+        since = min(trials_since_growth(points), len(points) - start)
+        return patience is not None and since >= patience
+
+    def stop(study: Study, trial: FrozenTrial) -> None:
+        if is_exhausted():
+            study.stop()
+
+    def guided(objective: Any, n_trials: int) -> None:
+        nonlocal start
+        for values in first[len(study.trials) :][: max(0, n_trials)]:
+            study.enqueue_trial(values)
+        if not is_exhausted():
+            optimize(objective, n_trials=n_trials, callbacks=[stop])
+        if is_exhausted():
+            log(
+                f"The front has not grown for {patience} trials, so that the study ends after [bold]{len(study.trials)}[/]."
+            )
+            ended(len(study.trials))
+        start = len(study.trials)
+
+    study.optimize = guided  # type: ignore[method-assign, assignment]
+    return study

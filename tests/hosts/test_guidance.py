@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What a study begins with, and when it ends, on studies without a model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+
+from heretic_contrast.builtin import DATA
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult
+from heretic_contrast.hosts.guidance import first_trials, fitted, guide
+from heretic_contrast.settings import ContrastSettings
+
+MODEL = str(DATA / "refuser")
+
+
+def measurement(refusals: int, divergence: float) -> Measurement:
+    return Measurement(refusals, 0, 9 - refusals, 0, 9, 0, 2, divergence, None)
+
+
+def sweep(model: str = "builtin:refuser", strength: str = "weight") -> SweepResult:
+    cells = {
+        (3, 0.5): (2, 0.3),
+        (3, 1.0): (0, 0.9),
+        (4, 0.5): (5, 0.1),
+        (4, 1.0): (2, 0.2),
+        (5, 0.5): (9, 0.01),
+    }
+    return SweepResult(
+        model=model,
+        baseline=measurement(9, 0.0),
+        cells=tuple(
+            Cell("unmatched", strength, (layer,), weight, weight, weight, measurement(*found))
+            for (layer, weight), found in cells.items()
+        ),
+    )
+
+
+def write_study(path: Path, model: str, points: list[tuple[int, float]]) -> None:
+    """A checkpoint as plain Heretic leaves it; its trials have x = 0, 0.1, ..."""
+
+    study = optuna.create_study(
+        study_name="heretic",
+        storage=JournalStorage(JournalFileBackend(str(path))),
+        directions=["minimize", "minimize"],
+    )
+    study.set_user_attr("settings", json.dumps({"model": model}))
+    for number, (refusals, divergence) in enumerate(points):
+        trial = study.ask({"x": FloatDistribution(number / 10, number / 10)})
+        trial.set_user_attr("refusals", refusals)
+        trial.set_user_attr("kl_divergence", divergence)
+        study.tell(trial, [refusals, divergence])
+    study.ask({"x": FloatDistribution(0, 1)})
+
+
+def settings(path: Path, **values: Any) -> ContrastSettings:
+    return ContrastSettings.model_validate({"warm_start": str(path), **values})
+
+
+def test_the_best_cells_of_a_sweep(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    path.write_text(sweep().to_json())
+    distributions = {
+        "direction_scope": CategoricalDistribution(["global", "per layer"]),
+        "direction_index": FloatDistribution(2, 6),
+        "attn.o_proj.max_weight": FloatDistribution(0.2, 0.9),
+        "attn.o_proj.max_weight_position": FloatDistribution(3.5, 7),
+        "attn.o_proj.min_weight": FloatDistribution(0, 1),
+        "attn.o_proj.min_weight_distance": FloatDistribution(1, 4),
+        "scale.drugs": FloatDistribution(0, 1),
+    }
+    found = [fitted(values, distributions) for values in first_trials(settings(path), MODEL)]
+    assert [
+        (trial["attn.o_proj.max_weight_position"], trial["attn.o_proj.max_weight"])
+        for trial in found
+    ] == [(3.5, 0.9), (4.0, 0.9), (4.0, 0.5)]
+    for trial in found:
+        assert trial["direction_scope"] == "per layer" and trial["scale.drugs"] == 1.0
+        assert trial["attn.o_proj.min_weight"] == 0.0
+        assert trial["attn.o_proj.min_weight_distance"] == 1.0
+        assert "direction_index" not in trial
+
+
+def test_the_front_of_an_earlier_study(tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    write_study(path, MODEL, [(3, 0.2), (4, 0.3), (1, 0.5), (3, 0.2)])
+    found = first_trials(settings(path), MODEL)
+    assert [trial["x"] for trial in found] == [0.2, 0.0]
+    # What its one direction had nothing of.
+    rest = {"rest": FloatDistribution(-1, 1), "scale.drugs": FloatDistribution(0, 1)}
+    assert fitted(found[0], rest) == {"rest": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("sweep.json", None, "There is no file"),
+        ("sweep.json", "{", "cannot be read as a sweep"),
+        ("sweep.json", "[1]", "cannot be read as a sweep"),
+        ("sweep.json", sweep("other").to_json(), "made for other and not for builtin:refuser"),
+        ("sweep.json", sweep(strength="effective").to_json(), "but unmatched [(]effective[)]"),
+        ("study.jsonl", "", "is no checkpoint of Heretic's"),
+    ],
+)
+def test_what_is_no_warm_start(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ContrastError, match=message) as raised:
+        first_trials(settings(path), MODEL)
+    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+
+
+def test_a_study_of_another_model_is_no_warm_start(tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    write_study(path, "some/model", [(3, 0.2)])
+    with pytest.raises(ContrastError, match="made for some/model and not for builtin:refuser"):
+        first_trials(settings(path), MODEL)
+
+
+def guided_study(patience: int | None, first: list[dict[str, Any]]) -> tuple[Any, Any, list[int]]:
+    """A study whose front grows at the trials 0, 1, 2 and 9, with its objective, and where it ended."""
+
+    ended: list[int] = []
+    study = guide(
+        optuna.create_study(directions=["minimize", "minimize"]), first, patience, ended.append
+    )
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        trial.suggest_float("x", 0, 1)
+        point = {0: (3, 0.3), 1: (2, 0.4), 2: (4, 0.2), 9: (0, 0.1)}.get(trial.number, (4, 0.4))
+        trial.set_user_attr("refusals", point[0])
+        trial.set_user_attr("kl_divergence", point[1])
+        return point
+
+    return study, objective, ended
+
+
+def test_patience() -> None:
+    study, objective, ended = guided_study(4, [{"x": 0.25}, {"x": 0.5}])
+    study.optimize(objective, n_trials=20)
+    assert len(study.trials) == 7 and ended == [7]
+    assert [trial.params["x"] for trial in study.trials[:2]] == [0.25, 0.5]
+    # Whoever asks for more gets more, and just as much patience.
+    study.optimize(objective, n_trials=2)
+    assert len(study.trials) == 9 and ended == [7]
+    study.optimize(objective, n_trials=20)
+    assert len(study.trials) == 14 and ended == [7, 14]
+
+
+def test_no_patience_and_fewer_trials_than_first_ones() -> None:
+    study, objective, ended = guided_study(None, [{"x": index / 8} for index in range(5)])
+    study.optimize(objective, n_trials=3)
+    study.optimize(objective, n_trials=0)
+    assert [trial.params["x"] for trial in study.trials] == [0.0, 0.125, 0.25] and not ended
+    study.optimize(objective, n_trials=20)
+    assert [trial.params["x"] for trial in study.trials[3:5]] == [0.375, 0.5]
+    assert len(study.trials) == 23
