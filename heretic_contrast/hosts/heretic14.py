@@ -263,8 +263,9 @@ class Host:
                 return []
 
             def get_logprobs_batched(self, prompts: list[Any]) -> Tensor:
-                host.logprobs = super().get_logprobs_batched(prompts)
-                return host.logprobs
+                logprobs = super().get_logprobs_batched(prompts)
+                host.logprobs = logprobs
+                return logprobs
 
             def get_responses(self, *args: Any, **kwargs: Any) -> list[str]:
                 responses = super().get_responses(*args, **kwargs)
@@ -371,15 +372,16 @@ class Host:
                 if host.trial is None or not self.settings.contrast.stop_dominated:
                     return super().count_refusals()
                 # As Heretic has just computed it, and keeps to itself.
+                assert host.logprobs is not None
                 divergence = F.kl_div(
                     host.logprobs, self.base_logprobs, reduction="batchmean", log_target=True
                 )
-                host.bound = TrialBound(host.trial, divergence.item(), self)
+                bound = host.bound = TrialBound(host.trial, divergence.item(), self)
                 try:
-                    host.bound.add([])
+                    bound.add([])
                     return super().count_refusals()
                 except Dominated:
-                    return host.bound.refusals
+                    return bound.refusals
                 finally:
                     host.bound = None
 
