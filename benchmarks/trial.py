@@ -10,46 +10,168 @@ medians. Target: at most 1.1.
 """
 
 import argparse
+import io
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import heretic.model
 import torch
+from heretic.config import RowNormalization as HereticNormalization
 from heretic.evaluator import Evaluator
-from heretic.model import AbliterationParameters, Model
+from torch import Tensor
 
+import heretic_contrast.language_model
 from heretic_contrast.builtin import DATA, REFUSER
 from heretic_contrast.hosts.host_model import HostModel
 from heretic_contrast.hosts.loading import LoadedContext
-from heretic_contrast.hosts.settings import HostSettings
+from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.hosts.substitution import replaced
+from heretic_contrast.hosts.surface import from_heretic
 from heretic_contrast.modifier import ContrastAbliteration
 from heretic_contrast.search.parameters import Kernel, Parameters
+from heretic_contrast.settings import RowNormalization
 
 KERNEL = {"max_weight": 1.0, "min_weight": 0.5}
 
 
-def text_file(directory: Path, pool: str, count: int) -> str:
-    """Writes a pool of the built-in refuser as the plain text that Heretic reads."""
+def pool_file(directory: Path, pool: str, split: str, count: int) -> Path:
+    """Writes prompts of a pool of the built-in refuser, of all its categories, as the plain text that Heretic reads."""
 
-    lines = (
-        (DATA / "refuser_prompts" / pool / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    )
-    path = directory / f"{pool}.txt"
-    path.write_text("\n".join(json.loads(line)["text"] for line in lines[:count]), "utf-8")
-    return str(path)
+    source = DATA / "refuser_prompts" / pool / f"{split}.jsonl"
+    lines = source.read_text(encoding="utf-8").splitlines()
+    chosen = lines[:: max(1, len(lines) // count)][:count]
+    # Categories of what directions are extracted from stand in JSON Lines alone.
+    path = directory / f"{pool}.{'jsonl' if split == 'train' else 'txt'}"
+    if split == "test":
+        chosen = [json.loads(line)["text"] for line in chosen]
+    path.write_text("\n".join(chosen), encoding="utf-8")
+    return path
 
 
-def seconds(trial: Callable[[], Any]) -> float:
-    """Returns the time that a trial takes."""
+class Trials:
+    """
+    A model that Heretic has loaded, with the plugin as its host for Heretic 1.4 makes it.
 
-    start = time.perf_counter()
-    trial()
-    return time.perf_counter() - start
+    `plain`: without the plugin. `network`: one that is there, instead of that of the model's folder; its weights are not
+    digested. `n_prompts`: of each kind to evaluate; `n_training`: to extract directions from.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        plain: bool = False,
+        network: Any = None,
+        n_prompts: int = 100,
+        n_training: int = 500,
+        arguments: Sequence[str] = (),
+    ) -> None:
+        loader = SimpleNamespace(from_pretrained=lambda *args, **options: network)
+        loading = digesting = nullcontext()
+        if network is not None:
+            loading = replaced(heretic.model, get_model_class=lambda name: loader)
+            digesting = replaced(
+                heretic_contrast.language_model,
+                # Each has its own place in the cache of residuals.
+                model_identity=lambda model: {"weights": time.monotonic_ns()},
+            )
+        with tempfile.TemporaryDirectory() as folder, silently():
+            files = {
+                name: pool_file(Path(folder), pool, split, count)
+                for name, pool, split, count in (
+                    ("bad-evaluation-prompts", "harmful", "test", n_prompts),
+                    ("good-evaluation-prompts", "harmless", "test", n_prompts),
+                    ("contrast.bad-prompts", "harmful", "train", n_training),
+                    ("contrast.good-prompts", "harmless", "train", n_training),
+                )
+            }
+            self.settings = load_settings(
+                HostSettings,
+                sys.argv[0],
+                [
+                    *("--model", model, "--seed=0", "--batch-size=64", "--response-prefix="),
+                    *("--row-normalization=none", "--contrast.method=mean"),
+                    *(f"--{name}.dataset={path}" for name, path in files.items()),
+                    *arguments,
+                ],
+            )
+            with loading:
+                self.model: Any = (heretic.model.Model if plain else HostModel)(self.settings)
+            if network is not None:
+                # What Heretic compares with the settings, to know that nothing is to be loaded again.
+                network.config._name_or_path = self.settings.model
+            if not plain:
+                self.context = LoadedContext(self.model)
+                self.modifier = ContrastAbliteration(
+                    heretic_settings=self.settings, settings=self.settings.contrast
+                )
+                with digesting:
+                    self.modifier.init(self.context)
+            self.evaluator = Evaluator(self.settings, self.model)
+        last = len(self.model.get_layers()) - 1
+        self.kernel = {**KERNEL, "max_weight_position": 0.8 * last, "min_weight_distance": last}
+
+    def parameters(self, left_out: Sequence[str] = ()) -> Parameters:
+        """Returns the parameters of a trial. `left_out`: components that are not ablated."""
+
+        directions = self.modifier.directions
+        nothing = self.kernel | dict.fromkeys(KERNEL, 0.0)
+        return Parameters(
+            direction_index=None,
+            kernels={
+                name: Kernel(**(nothing if name in left_out else self.kernel))
+                for name in from_heretic(self.model, self.settings).component_names
+            },
+            scales=dict.fromkeys(directions.names, 1.0 / directions.n_directions),
+        )
+
+    def modify(self, parameters: Parameters) -> None:
+        """Resets and modifies the model."""
+
+        self.modifier.reset_model(self.context)
+        self.modifier.modify_model(self.context, parameters)
+
+    def modify_plainly(self, mean_direction: Tensor) -> None:
+        """Resets the model, and modifies it as plain Heretic does."""
+
+        self.model.reset_model()
+        kernel = heretic.model.AbliterationParameters(**self.kernel)
+        components = self.model.get_abliterable_components()
+        self.model.abliterate(mean_direction, None, dict.fromkeys(components, kernel))
+
+    def score(self) -> Any:
+        """Evaluates the model as it is."""
+
+        with silently():
+            return self.evaluator.get_score()
+
+    def normalize(self, normalization: RowNormalization) -> None:
+        """Puts adapters on the model anew, of the rank that a row normalization needs."""
+
+        with silently():
+            self.model.model = self.model.model.unload()
+            self.settings.row_normalization = HereticNormalization(normalization.value)
+            if not isinstance(self.model, HostModel):
+                self.model._apply_lora()
+                return
+            changed = {"row_normalization": normalization}
+            self.modifier.settings = self.modifier.settings.model_copy(update=changed)
+            self.modifier._apply_lora(self.context)
+
+
+@contextmanager
+def silently() -> Iterator[None]:
+    """Keeps what Heretic prints to itself."""
+
+    with redirect_stdout(io.StringIO()):
+        yield
 
 
 def main() -> None:
@@ -61,59 +183,26 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder)
-        sys.argv = [
-            "heretic-contrast",
-            f"--model={arguments.model}",
-            "--seed=0",
-            "--batch-size=64",
-            "--response-prefix=",
-            "--row-normalization=none",
-            "--contrast.method=mean",
-            f"--bad-evaluation-prompts.dataset={text_file(directory, 'harmful', arguments.prompts)}",
-            f"--good-evaluation-prompts.dataset={text_file(directory, 'harmless', arguments.prompts)}",
-        ]
-        settings = HostSettings()  # type: ignore[call-arg]
-        hosted = HostModel(settings)
-        context = LoadedContext(hosted)
-        modifier = ContrastAbliteration(heretic_settings=settings, settings=settings.contrast)
-        modifier.init(context)
-        plain = Model(settings)
-        evaluators = [Evaluator(settings, plain), Evaluator(settings, hosted)]
-
-    last_layer = len(plain.get_layers()) - 1
-    kernel = {**KERNEL, "max_weight_position": 0.8 * last_layer, "min_weight_distance": last_layer}
-    components = plain.get_abliterable_components()
-    directions = modifier.directions
-    scale = 1.0 / directions.n_directions
-    parameters = Parameters(
-        direction_index=None,
-        kernels={name: Kernel(**kernel) for name in components},
-        scales=dict.fromkeys(directions.names, scale),
-    )
+    ours = Trials(arguments.model, n_prompts=arguments.prompts)
+    theirs = Trials(ours.settings.model, plain=True, n_prompts=arguments.prompts)
+    parameters, directions = ours.parameters(), ours.modifier.directions
 
     def plain_trial() -> None:
-        plain.reset_model()
-        plain.abliterate(
-            directions.mean_direction,
-            None,
-            {name: AbliterationParameters(**kernel) for name in components},
-        )
-        evaluators[0].get_score()
+        theirs.modify_plainly(directions.mean_direction)
+        theirs.score()
 
     def hosted_trial() -> None:
-        modifier.reset_model(context)
-        modifier.modify_model(context, parameters)
-        evaluators[1].get_score()
+        ours.modify(parameters)
+        ours.score()
 
     times: dict[str, list[float]] = {"heretic": [], "heretic-contrast": []}
     for number in range(arguments.trials + 1):
         for name, trial in (("heretic", plain_trial), ("heretic-contrast", hosted_trial)):
-            taken = seconds(trial)
+            started = time.perf_counter()
+            trial()
             # The first round warms up.
             if number > 0:
-                times[name].append(taken)
+                times[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"directions per layer: {directions.n_directions}")
     for name, median in medians.items():
