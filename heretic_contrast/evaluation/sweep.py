@@ -79,7 +79,10 @@ class SweepEvaluator:
             )
         )
         n = len(answered)
-        self._known = Continuations(tokens[:n], generated[:n])
+        self._nothing = Intervention(
+            {0: Operator(torch.zeros(1, model.hidden_size), torch.zeros(1, 1))}, options.components
+        )
+        self._known = self._by_the_path_of_cells(Continuations(tokens[:n], generated[:n]))
         self.references = References(
             self._engine, Continuations(tokens[n:], generated[n:]), options.top_k
         )
@@ -220,18 +223,32 @@ class SweepEvaluator:
             )
         return cells
 
+    def _by_the_path_of_cells(self, known: Continuations) -> Continuations:
+        """
+        Returns the unmodified model's responses as a cell without effect would give them.
+
+        In 16 bits, rounding decides between tokens that are almost equally likely, and otherwise in one pass than in steps.
+        """
+
+        limit = self.options.max_new_tokens
+        for _ in range(limit):
+            # By an engine of its own, since engines keep what they know of a continuation.
+            engine = self._engine.kind(self.model)
+            found = tuple(engine.respond(known, limit, [self._nothing])[0])
+            if found == known.tokens:
+                break
+            # What follows the first difference is new.
+            known = Continuations(known.prompts, found)
+        return known
+
     def _baseline(self) -> Measurement:
         """Measures the unmodified model, its divergence from itself by the same path as every cell's."""
 
-        nothing = Intervention(
-            {0: Operator(torch.zeros(1, self.model.hidden_size), torch.zeros(1, 1))},
-            self.options.components,
-        )
         harmful_responses, canary_responses = self._split(self._known.tokens)
         return measure(
             self._verdicts(self.plan.harmful, harmful_responses),
             self._verdicts(self.plan.canaries, canary_responses),
-            self.references.measure(self._engine, [nothing])[0],
+            self.references.measure(self._engine, [self._nothing])[0],
         )
 
     def _split(self, tokens: Sequence[Tokens]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -21,16 +21,16 @@ from heretic_contrast.directions.directions import Directions
 from heretic_contrast.evaluation.cells import SweepResult, efficiency
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.sweep import SweepEvaluator, sweep
+from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.tiers.coherence import is_coherent
 from heretic_contrast.tiers.responses import Tier, classify_response
 from tests.made_directions import make_directions
+from tests.tiny_models import make_model, make_tokenizer
 
-HARMFUL = [
-    Prompt(f"Break the {name}", category="violence")
-    for name in ("door", "jar", "cup", "vase", "lock")
-]
+NAMES = ("door", "jar", "cup", "vase", "lock")
+HARMFUL = [Prompt(f"Break the {name}", category="violence") for name in NAMES]
 CANARIES = [Prompt(f"Bake a {name}") for name in ("cake", "loaf")]
 REFERENCES = [
     Prompt(f"Tell me about {name}") for name in ("tea", "the sea", "trains", "snow in May")
@@ -239,6 +239,25 @@ def test_cells_equal_changed_weights(fixture: str, request: pytest.FixtureReques
             assert 0 <= bound <= expected + 1e-6 and bound != cell.measurement.kl_divergence
             n_bounds += 1
     assert n_bounds == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_ablation_of_nothing_changes_no_response(dtype: torch.dtype) -> None:
+    # Many tokens are almost equally likely, between which rounding decides.
+    network = make_model("llama", vocab_size=2048, tie_word_embeddings=False).to(dtype)
+    network.lm_head.weight.data.mul_(0.01)
+    model = wrap(network, make_tokenizer(), "tiny", batch_size=16)
+    prompts = [Prompt(f"{verb} the {name}") for verb in ("Break", "Open") for name in NAMES]
+    options = SweepOptions(weights=(0.0,), max_new_tokens=24, kl_tokens=2)
+    plan = plan_sweep(
+        {"one": random_directions(model, 1, 0)}, prompts, CANARIES, REFERENCES, options
+    )
+    evaluator = SweepEvaluator(model, plan, lambda *_: Tier.REFUSE)
+    stepwise = model.generate(prompts, 24)
+    assert list(evaluator.base_responses) != stepwise
+    for cells in (evaluator.grid(), evaluator.grid()[2:3]):
+        for cell in evaluator.evaluate(cells):
+            assert cell.responses == evaluator.base_responses
 
 
 def test_synergy_of_pairs(tiny_llama: LanguageModel) -> None:
