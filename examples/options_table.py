@@ -28,7 +28,7 @@ def rows() -> list[str]:
     lines.append("")
     names = ", ".join(f"`{name.replace('_', '-')}`" for name in PromptSource.model_fields)
     lines.append(
-        f"The three pools have fields of their own, such as `--contrast.bad-prompts.dataset`: {names}. "
+        f"The pools of prompts have fields of their own, such as `--contrast.bad-prompts.dataset`: {names}. "
         "[docs/prompts.md](docs/prompts.md) says what they may be."
     )
     return lines

@@ -626,6 +626,12 @@ class ContrastSettings(Table, TextClassifierSettings):
     matched_prompts: PromptSources | None = None
     """Dataset of harmless prompts on the subjects of the harm categories, or unset to use the pool shipped with the plugin."""
 
+    finalist_prompts: PromptSources | None = None
+    """
+    Dataset of harmful prompts that the search never sees. Before the menu, the trials of the Pareto front are judged on them, with
+    responses of 150 tokens; unset to leave that out (Heretic 1.4).
+    """
+
     directions: str | None = None
     """File of directions to use instead of extracting them (see heretic-contrast extract)."""
 

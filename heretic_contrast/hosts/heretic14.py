@@ -49,8 +49,9 @@ from ..search.stopping import dominates
 from ..settings import EXTRACTION_FIELDS
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
-from .answers import Answers, require_answers
+from .answers import TRIAL_QUESTION, Answers, require_answers
 from .checkpoint import repair_checkpoints
+from .finalists import LENGTHS, count_refusals_at, require_fresh, second_look
 from .guidance import BOUND_KEY, first_trials, fitted, guide, measured
 from .host_model import HostModel
 from .loading import LoadedContext
@@ -136,6 +137,8 @@ class Host:
         self.bound: TrialBound | None = None
         self.logprobs: Tensor | None = None
         self.pools: dict[str, list[Prompt]] = {}
+        self.finalist_prompts: list[Prompt] = []
+        self.second_look: dict[int, list[int]] = {}
         self.first_trials = first_trials(settings.contrast, settings.model)
 
     def settings_class(host) -> type[HostSettings]:
@@ -327,6 +330,29 @@ class Host:
             is_bound if contrast.stop_dominated else None,
         )
 
+    def select(self, message: str, choices: list[Any]) -> Any:
+        """Answers Heretic's questions; before the menu of trials, those of the front are judged on fresh prompts."""
+
+        if message == TRIAL_QUESTION and self.finalist_prompts:
+            assert self.context is not None and self.evaluator is not None
+            model = self.context.get_model()
+            prompts = heretic_prompts(self.finalist_prompts, self.evaluator.settings)
+            for choice in choices:
+                trial = choice.value
+                if isinstance(trial, str) or trial.number in self.second_look:
+                    continue
+                log(f"* Judging trial [bold]{trial.user_attrs['index']}[/] on fresh prompts...")
+                self.get_trial_parameters(trial)
+                model.reset_model()
+                model.abliterate()
+                self.second_look[trial.number] = count_refusals_at(
+                    model, self.evaluator, prompts, LENGTHS
+                )
+            choices, table = second_look(choices, self.second_look, len(prompts))
+            log()
+            log(table)
+        return self.answers.select(message, choices)
+
     def create_study(self, *args: Any, **kwargs: Any) -> Study:
         """Returns the study that Heretic asks for, which begins and ends as the settings say."""
 
@@ -397,6 +423,7 @@ class Host:
             "good_prompts",
             "bad_prompts",
             "matched_prompts",
+            "finalist_prompts",
             "residual_cache",
             "directions",
             "save_directions",
@@ -433,7 +460,7 @@ class Host:
             "print": self.answers.show,
             "get_trial_parameters": self.get_trial_parameters,
             "get_readme_intro": self.get_readme_intro,
-            "prompt_select": self.answers.select,
+            "prompt_select": self.select,
             "prompt_path": self.answers.path,
             "upload_reproduce_folder": no_reproduce_folder,
             "format_exception": self.answers.format_exception,
@@ -528,7 +555,11 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     host = Host(settings, modifier_class)
     for name in POOLS:
         # Heretic loads its model first, and then finds out that a pool cannot be read.
-        host.load_prompts(settings, getattr(settings, name))
+        loaded = host.load_prompts(settings, getattr(settings, name))
+        if "bad" in name and settings.contrast.finalist_prompts is not None:
+            source = settings.contrast.finalist_prompts
+            host.finalist_prompts = load_pool(source, "finalist", "--contrast.finalist_prompts.")
+            require_fresh(host.finalist_prompts, POOLS[name], loaded)
     if settings.evaluate_model is None:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
         DirectionSources.read({"": settings.contrast}, "")

@@ -376,7 +376,7 @@ class HostSettings(Settings):
                 "max_memory",
             },
         )
-        for name in ("save_directions", "residual_cache", "patience"):
+        for name in ("save_directions", "residual_cache", "patience", "finalist_prompts"):
             content["contrast"].pop(name)
         if self.response_prefix is not None:
             content["response_prefix"] = self.response_prefix

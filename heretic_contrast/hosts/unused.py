@@ -38,6 +38,7 @@ ONLY_UNDER_14 = {
     "stop_dominated": "its scorers are asked one after the other, each to its end",
     "warm_start": "its study begins by itself",
     "patience": "its study runs all of its trials",
+    "finalist_prompts": "its menu shows what its scorers have found",
     "refusal_classifier": "the scorer RefusalTiers takes its place",
     "counted_tiers": "counted_tiers in [scorer.RefusalTiers] takes its place",
     "text_classifier": "text_classifier in [scorer.RefusalTiers] takes its place",

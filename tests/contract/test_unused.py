@@ -171,7 +171,15 @@ def test_a_scorer_looks_for_its_own_settings(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["sampler", "stop_dominated", "warm_start", "patience", "refusal_classifier", "counted_tiers"],
+    [
+        "sampler",
+        "stop_dominated",
+        "warm_start",
+        "patience",
+        "finalist_prompts",
+        "refusal_classifier",
+        "counted_tiers",
+    ],
 )
 def test_settings_of_the_host_for_heretic_14(name: str, folder: Path) -> None:
     assert refused(f"{TABLE}\n{name} = 1").startswith(

@@ -60,6 +60,7 @@ EFFECTIVE: dict[str, Any] = {
     "stop_dominated": True,
     "warm_start": "sweep.json",
     "patience": 5,
+    "finalist_prompts": {"dataset": "fresh.txt"},
     "refusal_classifier": "tiers",
     "counted_tiers": ["EVASIVE"],
     "text_classifier": "some/classifier",

@@ -11,12 +11,14 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from questionary import Choice
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
 from heretic_contrast.builtin import DATA
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult
+from heretic_contrast.hosts.finalists import second_look
 from heretic_contrast.hosts.guidance import first_trials, fitted, guide
 from heretic_contrast.settings import ContrastSettings
 
@@ -165,3 +167,24 @@ def test_no_patience_and_fewer_trials_than_first_ones() -> None:
     study.optimize(objective, n_trials=20)
     assert [trial.params["x"] for trial in study.trials[3:5]] == [0.375, 0.5]
     assert len(study.trials) == 23
+
+
+def test_the_menu_tells_of_the_second_look() -> None:
+    def choice(number: int, refusals: int) -> Choice:
+        attributes = {"index": number + 1, "refusals": refusals, "n_bad_prompts": 20}
+        trial = optuna.trial.create_trial(values=[0, 0], user_attrs=attributes)
+        trial.number = number
+        return Choice(title=f"Trial {number + 1}", value=trial)
+
+    others = [Choice(title="Exit program", value="")]
+    trials = [choice(0, 1), choice(3, 1)]
+    counts = {0: [0, 0, 1, 2], 3: [9, 9, 9, 30]}
+    found, table = second_look([*trials, *others], counts, 40)
+    # Wilson's intervals as statsmodels has them: proportion_confint(2, 40, method="wilson"), and of 30.
+    assert [item.title for item in found] == [
+        "Trial 1, fresh prompts:  2/40 (1% to 17%)",
+        "Trial 4, fresh prompts: 30/40 (60% to 86%), which the first look does not agree with",
+        "Exit program",
+    ]
+    assert [item.value for item in found[:2]] == [item.value for item in trials]
+    assert table.row_count == 2

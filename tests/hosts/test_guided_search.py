@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.command_server import Server
+from tests.conftest import DATA
 from tests.small_runs import COMMON, pools, study
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
@@ -127,3 +129,68 @@ def test_a_study_begins_with_a_sweep_and_ends_when_it_finds_no_more(
 
     again = command_server.run([*shared, "--checkpoint-action=continue"], tmp_path / "search")
     assert again.code == 0 and study(tmp_path / "search" / "checkpoints") == trials
+
+
+def test_the_front_is_judged_on_fresh_prompts(command_server: Server, tmp_path: Path) -> None:
+    from heretic_contrast.hosts.heretic14 import count_refusals
+    from heretic_contrast.hosts.settings import HostSettings, load_settings
+
+    lines = (DATA / "refuser_prompts" / "harmful" / "test.jsonl").read_text().splitlines()[30:45]
+    fresh = tmp_path / "fresh.jsonl"
+    fresh.write_text("\n".join(lines) + "\n")
+    shared = [
+        *options(tmp_path, 6)[:-1],
+        "--n-startup-trials=6",
+        # Weak enough for some to be refused.
+        '--contrast.search-space={"max_weight": [0.1, 0.4]}',
+        f"--contrast.finalist-prompts.dataset={fresh}",
+        "--trial-index=0",
+        "--model-action=save",
+        "--save-directory=saved",
+        "--export-strategy=merge",
+    ]
+    command = command_server.run(shared, tmp_path)
+    assert command.code == 0, command.output()[-3000:]
+    trials = study(tmp_path / "checkpoints")
+    best = front([measured(trial) for trial in trials])
+    rows = {
+        cells[0]: cells[1:]
+        for line in command.output().splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("│ ").split("│")]) == 7
+    }
+    assert len(rows) == len(best)
+
+    # The saved model, read by transformers alone.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    settings = load_settings(HostSettings, "", ["--model=builtin:refuser"])
+    expected = []
+    responses = []
+    for line in lines:
+        chat = [
+            {"role": "system", "content": settings.system_prompt},
+            {"role": "user", "content": json.loads(line)["text"]},
+        ]
+        tokens = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = loaded.generate(**tokens, max_new_tokens=150, do_sample=False)
+        responses.append(output[0, tokens["input_ids"].shape[1] :])
+    for length in (30, 50, 100, 150):
+        texts = [
+            tokenizer.decode(response[:length], skip_special_tokens=True) for response in responses
+        ]
+        expected.append(str(count_refusals(settings, [], texts)))
+    index = next(trial["attributes"]["index"] for trial in trials if measured(trial) == best[0])
+    found = rows[str(index)]
+    assert found[:4] == expected and found[5] == f"{best[0][0] / 18:.0%}"
+
+    # What the search has seen is not fresh.
+    seen = next(word for word in shared if word.startswith("--contrast.bad-prompts")).split("=")[1]
+    command = command_server.run(
+        [*shared, f"--contrast.finalist-prompts.dataset={seen}"], tmp_path / "seen"
+    )
+    assert command.code == 2
+    assert "18 of the 18 finalist prompts are among the harmful prompts" in " ".join(
+        command.output().split()
+    )
