@@ -33,13 +33,14 @@ from optuna.storages import JournalStorage
 from scipy.stats import t as student
 
 from heretic_contrast.builtin import REFUSER, refuser_pool, resolve_model
-from heretic_contrast.files import json_text, write_text_atomically
+from heretic_contrast.files import write_text_atomically
 from heretic_contrast.hosts import answers, heretic14
 from heretic_contrast.hosts.checkpoint import STUDY_NAME, repair_checkpoints
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.hosts.substitution import replaced
 from heretic_contrast.journal import CheckedJournal
 from heretic_contrast.modifier import ContrastAbliteration
+from heretic_contrast.outputs import json_text
 from heretic_contrast.prompts import Prompt, load_pool
 from heretic_contrast.report.plots import can_plot, lines
 from heretic_contrast.settings import PRESETS, PromptSource

@@ -15,8 +15,8 @@ from types import FrameType
 from typing import NoReturn
 
 from .errors import ContrastError, find_cause, one_line, show_warnings_as_sentences
-from .files import remove_empty_directories
 from .hosts.arguments import PROGRAM
+from .outputs import remove_empty_directories
 
 OVERVIEW = """\
 heretic-contrast: contrast baselines and multi-directional refusal ablation for Heretic (arXiv:2603.22061)

@@ -2,19 +2,13 @@
 
 """Writing files so that an interruption never leaves a partial one in place of a whole one."""
 
-import csv
 import glob
 import hashlib
-import io
-import json
-import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from .errors import ContrastError
 
@@ -102,112 +96,6 @@ def write_text_atomically(path: Path, content: str) -> None:
     """Writes `content` to `path` as UTF-8 text, as `write_bytes_atomically` does."""
 
     write_bytes_atomically(path, content.encode("utf-8"))
-
-
-def json_text(value: Any, sort_keys: bool = True, indent: int | None = 2) -> str:
-    """
-    Returns JSON text; the same value gives the same bytes.
-
-    JSON knows neither infinite numbers nor such that are none: they become null.
-    """
-
-    return json.dumps(
-        _finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False
-    )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value
-
-
-def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Returns rows as CSV text; None becomes an empty cell."""
-
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
-
-
-def require_writable_directory(path: Path) -> None:
-    """
-    Creates the directory `path` where it is missing, and checks that files can be made in it.
-
-    Called before long work, so that hours are not lost to an output that cannot be written.
-
-    Raises `ContrastError` when `path` is not a directory or cannot be written to.
-    """
-
-    try:
-        _made.extend(folder for folder in (path, *path.parents) if not folder.exists())
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise ContrastError(
-            f"The output directory {path} cannot be written to ({error.strerror or error}): choose another one."
-        ) from error
-
-
-_made: list[Path] = []
-"""The directories that this process has created before it had anything to write."""
-
-
-def remove_empty_directories() -> None:
-    """Removes those that `require_writable_directory` has created and nothing was written to."""
-
-    for folder in sorted(_made, key=lambda folder: -len(folder.parts)):
-        with suppress(OSError):
-            folder.rmdir()
-    _made.clear()
-
-
-def require_writable_file(path: Path) -> None:
-    """
-    Checks that a file of this name can be made, and creates the directory that it will lie in.
-
-    Raises `ContrastError` when `path` is a directory, or its directory cannot be written to.
-    """
-
-    if os.path.isdir(path):
-        raise ContrastError(f"{path} is a directory: give the name of a file to write.")
-    require_writable_directory(path.parent)
-
-
-LARGE = 2**26
-"""From how many bytes on a file is identified by its size, where reading it takes too long for what it is."""
-
-
-def path_digest(
-    path: Path, patterns: Sequence[str] = ("**/*",), ignored: Path | None = None
-) -> str:
-    """
-    Returns a digest of a file, or of files in a folder with their names.
-
-    `patterns`: which files of a folder. `ignored`: a folder whose files do not count. Of a large file, such as the weights of a
-    model, only the size is looked at; what cannot be read is named by whoever needs it.
-    """
-
-    files = [path] if os.path.isfile(path) else []
-    # Asked of a name that is too long, the methods of a path raise errors.
-    if os.path.isdir(path):
-        files = [file for part in patterns for file in path.glob(part)]
-    found = []
-    for file in files:
-        with suppress(OSError):
-            # A pipe would be waited for.
-            if file.is_file() and (
-                ignored is None or ignored.absolute() not in file.absolute().parents
-            ):
-                size = file.stat().st_size
-                content = file_digest(file) if size < LARGE else str(size)
-                found.append(f"{file.relative_to(path)} {content}")
-    return hashlib.sha256("\n".join(sorted(found)).encode("utf-8", "replace")).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationMixin
 
 from .errors import ContrastError
 
@@ -159,23 +159,3 @@ def explained_settings(network: Any, name: str) -> Iterator[None]:
             f"{name} cannot generate as its generation configuration asks ({', '.join(sorted(names))}: {reason}): "
             "correct its generation_config.json."
         ) from error
-
-
-@contextmanager
-def plain_settings(network: Any) -> Iterator[None]:
-    """Makes a model decode plainly for as long as the context lasts, whatever its generation configuration says."""
-
-    # PEFT hands on its own one, if it was given one.
-    owners = [
-        owner
-        for owner in {id(item): item for item in (network, base_network(network))}.values()
-        if "generation_config" in vars(owner)
-    ]
-    originals = [owner.generation_config for owner in owners]
-    try:
-        for owner, original in zip(owners, originals, strict=True):
-            owner.generation_config = GenerationConfig(eos_token_id=original.eos_token_id)
-        yield
-    finally:
-        for owner, original in zip(owners, originals, strict=True):
-            owner.generation_config = original

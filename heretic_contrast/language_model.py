@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList
+from transformers import GenerationConfig
 
 from .chat import chat_texts, pad_left, token_ids
 from .errors import ContrastError
-from .greedy import explained_settings, generation_batches, plain_settings
 from .identity import Identity, model_identity
 from .offloading import input_device
 from .prompts import Prompt
@@ -62,6 +62,27 @@ def winsorize(residuals: Tensor, quantile: float) -> Tensor:
         return residuals
     thresholds = torch.quantile(residuals.abs(), quantile, dim=-1, keepdim=True)
     return torch.clamp(residuals, -thresholds, thresholds)
+
+
+@contextmanager
+def plain_settings(network: Any) -> Iterator[None]:
+    """Makes a model decode plainly for as long as the context lasts, whatever its generation configuration says."""
+
+    # PEFT hands on its own one, if it was given one.
+    base = getattr(network, "get_base_model", lambda: network)()
+    owners = [
+        owner
+        for owner in {id(item): item for item in (network, base)}.values()
+        if "generation_config" in vars(owner)
+    ]
+    originals = [owner.generation_config for owner in owners]
+    try:
+        for owner, original in zip(owners, originals, strict=True):
+            owner.generation_config = GenerationConfig(eos_token_id=original.eos_token_id)
+        yield
+    finally:
+        for owner, original in zip(owners, originals, strict=True):
+            owner.generation_config = original
 
 
 @dataclass(frozen=True)
@@ -183,6 +204,9 @@ class LanguageModel:
         At most `limits` tokens, up to and with the one that ends the response. Raises `ContrastError` when the model's generation
         configuration does not work.
         """
+
+        # Directions come from residuals; responses are another matter.
+        from .greedy import explained_settings, generation_batches
 
         found: list[Tokens] = [()] * len(sequences)
         ends = self.end_tokens()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.files import require_writable_directory, write_text_atomically
+from heretic_contrast.files import write_text_atomically
+from heretic_contrast.outputs import require_writable_directory
 
 
 @contextmanager

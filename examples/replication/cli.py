@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.files import require_writable_directory, write_text_atomically
+from heretic_contrast.files import write_text_atomically
+from heretic_contrast.outputs import require_writable_directory
 
 from .measurement import StudyOptions, measure_study
 

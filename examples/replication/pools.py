@@ -14,7 +14,7 @@ from heretic_contrast.evaluation.capture import load_pairs
 from heretic_contrast.evaluation.results import Pair
 from heretic_contrast.prompts import Prompt, is_text, load_pool
 from heretic_contrast.prompts.categories import assign
-from heretic_contrast.prompts.reading import read_file
+from heretic_contrast.prompts.formats import read_file
 
 MATCHED = "matched"
 """The matched pool of the model, or the one shipped with the package."""

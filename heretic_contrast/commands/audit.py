@@ -5,9 +5,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import require_writable_directory, require_writable_file
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
+from ..outputs import require_writable_directory, require_writable_file
 from ..settings import PromptSource
 
 

@@ -12,10 +12,11 @@ from rich.markup import escape
 
 from ..builtin import REFUSER, refuser_pool
 from ..errors import ContrastError
-from ..files import json_text, require_writable_directory, write_text_atomically
+from ..files import write_text_atomically
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import installed_surface, require_heretic
 from ..hosts.settings import HostSettings, load_settings
+from ..outputs import json_text, require_writable_directory
 from ..prompts import Prompt, load_pool
 
 MAX_RESPONSE_LENGTH = 24

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__
 from ..errors import ContrastError, one_line
-from ..files import require_writable_directory
+from ..outputs import require_writable_directory
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from rich.markup import escape
 from ..builtin import model_name
 from ..errors import ContrastError
 from ..evaluation.plan_settings import PairsSettings
-from ..files import require_writable_directory, require_writable_file
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings
+from ..outputs import require_writable_directory, require_writable_file
 
 
 class ExtractSettings(HostSettings, PairsSettings):  # type: ignore[misc]

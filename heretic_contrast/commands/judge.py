@@ -12,10 +12,11 @@ from pydantic import Field
 from rich.table import Table
 
 from ..errors import ContrastError
-from ..files import require_writable_file, write_text_atomically
+from ..files import write_text_atomically
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
-from ..prompts.reading import read_file
+from ..outputs import require_writable_file
+from ..prompts.formats import read_file
 from ..settings import TextClassifierSettings
 from ..tiers.agreement import TIERS_OF_LABELS, Agreement
 from ..tiers.coherence import is_coherent

@@ -11,11 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ContrastError, warn
-from ..files import write_bytes_atomically
 from ..identity import OF_THE_MODEL, OF_THE_RUN, differences
 from ..language_model import LanguageModel
 from ..settings import Scale
-from .file import TENSORS, directions_file, read_directions
 from .transforms import SHARED
 
 
@@ -80,15 +78,10 @@ class Directions:
         The same directions give the same bytes. Raises `ContrastError` when the file cannot be written.
         """
 
-        # Tensors that share memory, as unit directions and class directions may, cannot be stored as they are.
-        tensors = {name: getattr(self, name).contiguous().clone() for name in TENSORS}
-        content = {
-            "names": self.names,
-            "class_names": self.class_names,
-            "aligned": self.aligned,
-            "provenance": self.provenance,
-        }
-        write_bytes_atomically(Path(path), directions_file(tensors, content))
+        # Directions that are made anew, and not kept, need no file.
+        from .file import write_directions
+
+        write_directions(path, vars(self))
 
     @classmethod
     def load(cls, path: Path | str) -> "Directions":
@@ -100,6 +93,8 @@ class Directions:
         Raises `ContrastError` when the file is missing, is not a whole directions file, holds damaged or non-finite
         numbers, or contradicts itself.
         """
+
+        from .file import read_directions
 
         return cls(**read_directions(path))
 

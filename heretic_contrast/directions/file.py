@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import ContrastError
+from ..files import write_bytes_atomically
 
 FORMAT = "heretic-contrast directions 1"
 
@@ -38,20 +39,22 @@ NESTING = 32
 """How deep the provenance may be nested: what is nested deeper cannot be written to JSON again everywhere."""
 
 
-def directions_file(tensors: dict[str, Tensor], content: Mapping[str, Any]) -> bytes:
-    """
-    Returns the bytes of a file.
+def write_directions(path: Path | str, fields: Mapping[str, Any]) -> None:
+    """Writes the fields of `Directions`. Raises `ContrastError` when the file cannot be written."""
 
-    `tensors`: those of `TENSORS`. `content`: the other fields of `Directions`, as JSON values.
-    """
-
+    # Tensors that share memory, as unit directions and class directions may, cannot be stored as they are.
+    tensors = {name: fields[name].contiguous().clone() for name in TENSORS}
     metadata = {
         "format": FORMAT,
-        **{name: json.dumps(value, sort_keys=True) for name, value in content.items()},
+        **{
+            name: json.dumps(value, sort_keys=True)
+            for name, value in fields.items()
+            if name not in TENSORS
+        },
         "digest": content_digest(tensors),
     }
     metadata["metadata_digest"] = _metadata_digest(metadata)
-    return _canonical_safetensors(tensors, metadata)
+    write_bytes_atomically(Path(path), _canonical_safetensors(tensors, metadata))
 
 
 def read_directions(path: Path | str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from ..prompts.categories import assign
 from ..settings import CategorySource, Classes, ContrastSettings
 from .baselines import NEEDS_MATCHED, BaselineOptions, require_prompts
 from .classes import ClassSelection, select_classes
-from .model_categories import classify_with_model
 
 Log = Callable[..., None]
 """Prints a line with rich markup; without one, an empty line."""
@@ -147,6 +146,9 @@ def assign_categories(
         return [replace(prompt, category=assign(prompt.text)) for prompt in prompts]
     if source is CategorySource.MODEL and prompts:
         assert model is not None
+        # Few ask the model; the word list, or a column, is what pools come with.
+        from .model_categories import classify_with_model
+
         categories = classify_with_model(model, prompts)
         return [
             replace(prompt, category=category)

@@ -12,8 +12,7 @@ from torch.nn import Module
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..ablation.hooks import contributions
-from ..greedy import plain_settings
-from ..language_model import LanguageModel, Tokens
+from ..language_model import LanguageModel, Tokens, plain_settings
 from ..vectors import to_device
 
 Observe = Callable[[Tensor, Tensor, Tensor], None]

@@ -21,7 +21,7 @@ from ..directions.directions import Directions
 from ..errors import ContrastError
 from ..language_model import LanguageModel
 from ..prompts import Prompt, is_text, load_pool
-from ..prompts.reading import read_file
+from ..prompts.formats import read_file
 from ..tiers.responses import Tier, classify_response
 from ..vectors import unit_vectors
 from .results import CaptureResult, LayerCapture, LeftOut, Pair

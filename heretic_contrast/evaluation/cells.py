@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, TypeAdapter
 
-from ..files import csv_text, json_text
+from ..outputs import csv_text, json_text
 from .statistics import wilson_interval
 
 

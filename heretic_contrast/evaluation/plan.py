@@ -19,8 +19,8 @@ from ..directions.directions import Directions
 from ..directions.pools import Log, assign_categories
 from ..directions.sources import DirectionSources, ShowProgress, UsedPrompts
 from ..errors import ContrastError
-from ..files import require_writable_directory, require_writable_file
 from ..language_model import LanguageModel
+from ..outputs import require_writable_directory, require_writable_file
 from ..prompts import Prompt, load_pool, prompts_digest
 from ..prompts.sampling import split_harmless, stratified_sample
 from ..settings import CategorySource, ContrastSettings, Control, PromptSources, RowNormalization

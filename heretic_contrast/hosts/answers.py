@@ -11,7 +11,7 @@ import heretic.utils
 from questionary import Choice
 
 from ..errors import ContrastError
-from ..files import require_writable_directory
+from ..outputs import require_writable_directory
 from .model_folder import CONFIGURATIONS, UNFINISHED, publish_model, require_other_folder
 from .settings import HostSettings
 from .surface import log

@@ -39,9 +39,9 @@ from ..ablation.writers import writers_digest
 from ..directions.sources import DirectionSources
 from ..engine.text_classification import classifier_identity, classifier_of
 from ..errors import ContrastError, find_cause, raising_causes
-from ..files import require_writable_directory, require_writable_file
 from ..identity import Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
+from ..outputs import require_writable_directory, require_writable_file
 from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest
 from ..search.samplers import make_sampler

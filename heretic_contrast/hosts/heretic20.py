@@ -21,7 +21,7 @@ from heretic.config import Settings, SingleDatasetSpecification
 from heretic.scorers.keyword_rate import KeywordRate
 
 from ..errors import ContrastError, raising_causes
-from ..files import require_writable_directory
+from ..outputs import require_writable_directory
 from ..prompts import Prompt
 from ..settings import PromptSources
 from .settings import PLUGIN, TABLE, HostSettings

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -36,7 +37,7 @@ from ..builtin import (
     with_refuser_pools,
 )
 from ..errors import ContrastError, warn
-from ..files import file_digest, path_digest
+from ..files import file_digest
 from ..settings import (
     ContrastSettings,
     PromptSource,
@@ -72,6 +73,37 @@ MODEL_FILES = """
     tokenizer* vocab*
 """.split()
 """What transformers may read in a model's folder."""
+
+
+LARGE = 2**26
+"""From how many bytes on a file is identified by its size, where reading it takes too long for what it is."""
+
+
+def path_digest(
+    path: Path, patterns: Sequence[str] = ("**/*",), ignored: Path | None = None
+) -> str:
+    """
+    Returns a digest of a file, or of files in a folder with their names.
+
+    `patterns`: which files of a folder. `ignored`: a folder whose files do not count. Of a large file, such as the weights of a
+    model, only the size is looked at; what cannot be read is named by whoever needs it.
+    """
+
+    files = [path] if os.path.isfile(path) else []
+    # Asked of a name that is too long, the methods of a path raise errors.
+    if os.path.isdir(path):
+        files = [file for part in patterns for file in path.glob(part)]
+    found = []
+    for file in files:
+        with suppress(OSError):
+            # A pipe would be waited for.
+            if file.is_file() and (
+                ignored is None or ignored.absolute() not in file.absolute().parents
+            ):
+                size = file.stat().st_size
+                content = file_digest(file) if size < LARGE else str(size)
+                found.append(f"{file.relative_to(path)} {content}")
+    return hashlib.sha256("\n".join(sorted(found)).encode("utf-8", "replace")).hexdigest()
 
 
 def prompt_sources(specification: Any) -> PromptSources:

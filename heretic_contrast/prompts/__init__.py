@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import ContrastError
 from ..settings import CATEGORY_COLUMN, PROMPT_COLUMNS, PromptSource, category_name
-from .reading import Rows, Setting, read_rows
+from .reading import Setting, read_rows
+from .rows import Rows
 
 
 @dataclass(frozen=True)

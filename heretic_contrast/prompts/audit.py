@@ -17,7 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ContrastError
-from ..files import json_text, write_text_atomically
+from ..files import write_text_atomically
+from ..outputs import json_text
 from . import Prompt, prompts_digest
 from .categories import CATEGORIES, classify
 

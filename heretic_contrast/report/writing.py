@@ -12,7 +12,8 @@ import rich.box
 import rich.table
 from rich.markup import escape
 
-from ..files import csv_text, json_text, write_bytes_atomically, write_text_atomically
+from ..files import write_bytes_atomically, write_text_atomically
+from ..outputs import csv_text, json_text
 from .content import Report, Table
 from .plots import can_plot
 

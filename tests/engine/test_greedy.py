@@ -23,9 +23,9 @@ from heretic_contrast.engine.interface import Continuations
 from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.geometry import observe_outputs
-from heretic_contrast.greedy import is_plainly_greedy, plain_settings
+from heretic_contrast.greedy import is_plainly_greedy
 from heretic_contrast.hosts.surface import wrap
-from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.language_model import LanguageModel, plain_settings
 from heretic_contrast.prompts import Prompt
 from tests.evaluation.test_sweep import changed_weights, random_directions
 from tests.tiny_models import make_model, make_tokenizer
