@@ -22,7 +22,7 @@ from torch import Tensor
 
 from heretic_contrast.directions.extraction import extract_directions
 from heretic_contrast.directions.residuals import PoolResiduals
-from heretic_contrast.settings import BUILTIN_BASELINES, ContrastSettings
+from heretic_contrast.settings import BASELINES, ContrastSettings
 
 HIDDEN = 64
 N_CLASSES = 9
@@ -90,10 +90,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(
         len(LEAKS), len(PROMPTS_PER_CLASS), figsize=(11, 6), sharex=True, sharey=True
     )
-    styles = dict(zip(BUILTIN_BASELINES, ("o-", "s-", "^--", "v--", "D-"), strict=True))
+    styles = dict(zip(BASELINES, ("o-", "s-", "^--", "v--", "D-"), strict=True))
     colors = dict(
         zip(
-            BUILTIN_BASELINES,
+            BASELINES,
             ("#0072B2", "#D55E00", "#999999", "#CC79A7", "#009E73"),
             strict=True,
         )
@@ -101,7 +101,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for row, leak in enumerate(LEAKS):
         for column, count in enumerate(PROMPTS_PER_CLASS):
             axis = axes[row][column]
-            for baseline in BUILTIN_BASELINES:
+            for baseline in BASELINES:
                 chosen = [
                     item
                     for item in rows
@@ -137,15 +137,15 @@ def main() -> None:
         for leak in LEAKS
         for count in PROMPTS_PER_CLASS
         for ratio in RATIOS
-        for baseline in BUILTIN_BASELINES
+        for baseline in BASELINES
     ]
     output.mkdir(parents=True, exist_ok=True)
     (output / "planted.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     draw(rows, output / "planted.png")
-    print(f"| leak | prompts per class | ratio | {' | '.join(BUILTIN_BASELINES)} |")
-    print("| ---: | ---: | ---: |" + " ---: |" * len(BUILTIN_BASELINES))
-    for start in range(0, len(rows), len(BUILTIN_BASELINES)):
-        group = rows[start : start + len(BUILTIN_BASELINES)]
+    print(f"| leak | prompts per class | ratio | {' | '.join(BASELINES)} |")
+    print("| ---: | ---: | ---: |" + " ---: |" * len(BASELINES))
+    for start in range(0, len(rows), len(BASELINES)):
+        group = rows[start : start + len(BASELINES)]
         best = max(row["cosine"] for row in group)
         cells = " | ".join(
             f"**{row['cosine']:.3f}**" if row["cosine"] == best else f"{row['cosine']:.3f}"

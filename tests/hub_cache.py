@@ -27,6 +27,8 @@ from tests.natural_pools import MIX
 
 MODELS = ("Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3.5-2B")
 
+CLASSIFIER = "protectai/distilroberta-base-rejection-v1"
+
 HARMFUL = "mlabonne/harmful_behaviors"
 HARMLESS = "mlabonne/harmless_alpaca"
 
@@ -188,8 +190,13 @@ def write_dataset(home: Path, name: str, splits: Mapping[str, Sequence[str]]) ->
 def write_home(home: Path) -> Path:
     """Fills a folder for the environment variable HF_HOME with all stand-ins, and returns it."""
 
+    from tests.engine.test_text_classification import write_classifier
+
     for name in MODELS:
         write_model(home / "hub", name)
+    classifier = write_classifier(home / "classifier", ("NORMAL", "REJECTION"))
+    files = {path.name: path for path in classifier.iterdir()}
+    write_repository(home / "hub", "models", CLASSIFIER, files)
     for name, prompts in ((HARMFUL, harmful_prompts), (HARMLESS, harmless_prompts)):
         write_dataset(home, name, {split: prompts(split) for split in SIZES[name]})
     return home

@@ -150,7 +150,7 @@ def guide(
     """
     Lets a study begin with trials of these values, and end when its front has not grown for so many trials.
 
-    `ended` is called with the number of its trials then. A study that goes on begins where it was; one that is told to go on by
+    `ended` is called with the number of its trials then, and where it has more than were asked for. A study that goes on begins where it was; one that is told to go on by
     the user, who has seen its front, has as much patience again.
     """
 
@@ -173,7 +173,11 @@ def guide(
             study.enqueue_trial(values)
         if not is_exhausted():
             optimize(objective, n_trials=n_trials, callbacks=[stop])
-        if is_exhausted():
+        if n_trials < 0:
+            # Heretic would call such a study interrupted.
+            log(f"The study has [bold]{len(study.trials)}[/] trials already, and gets no more.")
+            ended(len(study.trials))
+        elif is_exhausted():
             log(
                 f"The front has not grown for {patience} trials, so that the study ends after [bold]{len(study.trials)}[/]."
             )

@@ -164,6 +164,8 @@ def test_no_patience_and_fewer_trials_than_first_ones() -> None:
     study.optimize(objective, n_trials=3)
     study.optimize(objective, n_trials=0)
     assert [trial.params["x"] for trial in study.trials] == [0.0, 0.125, 0.25] and not ended
+    study.optimize(objective, n_trials=-1)
+    assert len(study.trials) == 3 and ended == [3]
     study.optimize(objective, n_trials=20)
     assert [trial.params["x"] for trial in study.trials[3:5]] == [0.375, 0.5]
     assert len(study.trials) == 23
