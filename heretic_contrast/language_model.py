@@ -10,7 +10,7 @@ output projections that Heretic found in each layer.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn import Module, ModuleList
 from transformers import GenerationConfig
 
 from .chat import chat_texts, pad_left, token_ids
-from .errors import ContrastError
+from .errors import ContrastError, warn
 from .identity import Identity, model_identity
 from .offloading import input_device
 from .prompts import Prompt
@@ -32,6 +32,8 @@ Progress = Callable[[int, int], None]
 
 
 Tokens = tuple[int, ...]
+
+Result = TypeVar("Result")
 
 
 def until_end(tokens: Tokens, limit: int, ends: frozenset[int]) -> Tokens:
@@ -49,6 +51,56 @@ def batches(n_items: int, batch_size: int) -> Iterator[slice]:
 
     for start in range(0, n_items, batch_size):
         yield slice(start, min(start + batch_size, n_items))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that memory is exhausted, on a GPU or a CPU."""
+
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+@dataclass
+class Batches:
+    """`size`: how many rows are run together; half as many from then on whenever memory is exhausted, which one line says."""
+
+    size: int
+
+    def run(
+        self,
+        n_items: int,
+        run: Callable[[slice], Result],
+        rows_per_item: int = 1,
+        start: int = 0,
+    ) -> Iterator[Result]:
+        """
+        Yields what `run` gives for one batch of items after the other, from the item `start` on.
+
+        Raises what it raises for a single one.
+        """
+
+        while start < n_items:
+            n = max(1, min(self.size // rows_per_item, n_items - start))
+            found = []
+            try:
+                found.append(run(slice(start, start + n)))
+            except Exception as error:
+                if n == 1 or not is_out_of_memory(error):
+                    raise
+            if not found:
+                # Only now has the error let go of what it held.
+                self.halve(n * rows_per_item)
+                continue
+            start += n
+            # Held by no name here while the next batch is run.
+            yield found.pop()
+
+    def halve(self, n_rows: int) -> None:
+        """Makes batches half as large as one of `n_rows` that did not fit into memory."""
+
+        self.size = max(1, n_rows // 2)
+        torch.cuda.empty_cache()
+        warn(f"Memory is exhausted by {n_rows} sequences at once: going on with {self.size}.")
 
 
 def winsorize(residuals: Tensor, quantile: float) -> Tensor:
@@ -211,7 +263,9 @@ class LanguageModel:
         found: list[Tokens] = [()] * len(sequences)
         ends = self.end_tokens()
         kinds = [(len(tokens), limit) for tokens, limit in zip(sequences, limits, strict=True)]
-        for batch in generation_batches(self.model, kinds, self.batch_size):
+        sizes = Batches(self.batch_size)
+
+        def answer(batch: list[int]) -> None:
             inputs = self.pad([sequences[index] for index in batch])
             with explained_settings(self.model, self.name):
                 outputs: Tensor = self.model.generate(
@@ -225,6 +279,10 @@ class LanguageModel:
             rows = outputs[:, inputs["input_ids"].shape[1] :].tolist()
             for index, row in zip(batch, rows, strict=True):
                 found[index] = until_end(tuple(row), limits[index], ends)
+
+        for batch in generation_batches(self.model, kinds, self.batch_size):
+            for _ in sizes.run(len(batch), lambda part, batch=batch: answer(batch[part])):  # type: ignore[misc]
+                pass
         return found
 
     def end_tokens(self) -> frozenset[int]:
@@ -251,7 +309,8 @@ class LanguageModel:
         sequences = self.token_ids(prompts)
         order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), index))
         residuals = torch.empty(len(sequences), self.n_layers + 1, self.hidden_size)
-        for batch in batches(len(order), self.batch_size):
+
+        def read(batch: slice) -> int:
             chosen = order[batch]
             inputs = self.pad([sequences[index] for index in chosen])
             with plain_settings(self.model), self._capture_last_positions() as captured:
@@ -267,8 +326,11 @@ class LanguageModel:
                 [captured[index].float().cpu() for index in range(self.n_layers + 1)], dim=1
             )
             residuals[chosen] = winsorize(stacked, self.winsorization_quantile)
+            return batch.stop
+
+        for n_read in Batches(self.batch_size).run(len(order), read):
             if progress is not None:
-                progress(batch.stop, len(order))
+                progress(n_read, len(order))
         return residuals
 
     def _require_residuals(self, captured: dict[int, Tensor], n_texts: int) -> None:

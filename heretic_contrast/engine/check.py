@@ -11,7 +11,7 @@ from ..ablation.hooks import Intervention
 from ..ablation.operator import Operator
 from ..errors import one_line, warn
 from ..greedy import is_plainly_greedy
-from ..language_model import LanguageModel, Tokens
+from ..language_model import LanguageModel, Tokens, is_out_of_memory
 from ..vectors import unit_vectors
 from .fast.engine import FastEngine
 from .interface import Continuations, Engine
@@ -53,13 +53,6 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> Engine:
         f"The fast engine does not work for {model.name} ({reason}), so the plain one runs it, which takes several times as long."
     )
     return plain
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that memory is exhausted, on a GPU or a CPU."""
-
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def some_interventions(plain: PlainEngine, known: Continuations) -> list[Intervention]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ablation.hooks import Intervention, ablated_samples
-from ..language_model import LanguageModel, Tokens, batches
+from ..language_model import Batches, LanguageModel, Tokens
 from .compat import forget_images
 from .interface import Continuations, Count, Engine, Logits, no_count, pad_right
 
@@ -67,8 +67,12 @@ class PlainEngine:
         length = max(map(len, sequences), default=1) - min(map(len, known.prompts), default=1) + 1
         n_rows = ELEMENTS // (length * self.model.vocabulary_size)
         n_rows = max(1, min(self.model.batch_size, n_rows))
+        sizes = Batches(n_rows)
         for index, intervention in enumerate([None] if interventions is None else interventions):
-            for part in batches(len(sequences), n_rows):
+
+            def read(
+                part: slice, index: int = index, intervention: Intervention | None = intervention
+            ) -> tuple[Logits, int]:
                 tokens, mask = pad_right(sequences[part], self.model.pad_token_id())
                 first = min(map(len, known.prompts[part])) - 1
                 forget_images(self.model.model)
@@ -79,8 +83,13 @@ class PlainEngine:
                         use_cache=False,
                         logits_to_keep=tokens.shape[1] - first,
                     ).logits
-                yield _predictions(logits, first, known, index, part)
-                count(len(tokens))
+                return _predictions(logits, first, known, index, part), len(tokens)
+
+            for found, n_prompts in sizes.run(len(sequences), read):
+                yield found
+                # Not to be held beside the next one.
+                del found
+                count(n_prompts)
 
     def _ablated(self, intervention: Intervention | None) -> AbstractContextManager[None]:
         if intervention is None:

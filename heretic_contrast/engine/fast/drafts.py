@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ablation.hooks import Intervention, ablated_samples
-from ...language_model import Tokens, until_end
+from ...language_model import Batches, Tokens, batches, is_out_of_memory, until_end
 from ...vectors import to_device
 from ..compat import (
     CACHE,
@@ -67,7 +67,7 @@ class Drafts:
         self._forcing = forcing
         self._known = known
         self._limit = limit
-        self._n_rows = n_rows
+        self._batches = Batches(n_rows)
         self._ends = self._model.end_tokens()
         self._unmodified, self._places = self._unmodified_cache()
 
@@ -82,11 +82,10 @@ class Drafts:
             if not departures.rows:
                 continue
             n_waiting = sum(len(others.rows) for others in waiting)
-            if n_waiting + len(departures.rows) > self._n_rows or (
+            if n_waiting + len(departures.rows) > self._batches.size or (
                 waiting and not self._can_share(waiting[0], departures)
             ):
                 self._generate(waiting, interventions, found)
-                waiting = []
             waiting.append(departures)
         self._generate(waiting, interventions, found)
         return found
@@ -153,21 +152,44 @@ class Drafts:
         above = select_rows(item.cache, chosen, slice(layer, None))
         return join(below, above, layer)
 
-    @torch.no_grad()
     def _generate(
         self,
-        waiting: Sequence[Departures],
+        waiting: list[Departures],
+        interventions: Sequence[Intervention],
+        found: list[list[Tokens]],
+    ) -> None:
+        """Generates responses to their end, all in one batch unless memory does not suffice for that. None waits any more."""
+
+        rows = [row for departures in waiting for row in departures.rows]
+        caches = [departures.cache for departures in waiting if departures.cache is not None]
+        waiting.clear()
+        try:
+            if rows:
+                self._generate_together(rows, caches, interventions, found)
+            return
+        except Exception as error:
+            if len(rows) == 1 or not is_out_of_memory(error):
+                raise
+        self._batches.halve(len(rows))
+        # What there is of a response stays, and is read again.
+        left = [row for row in rows if not self._has_ended(found[row[0]][row[1]])]
+        for part in batches(len(left), self._batches.size):
+            self._generate([Departures(left[part], None)], interventions, found)
+
+    @torch.no_grad()
+    def _generate_together(
+        self,
+        rows: list[tuple[int, int]],
+        caches: list[Cache],
         interventions: Sequence[Intervention],
         found: list[list[Tokens]],
     ) -> None:
         """Generates responses to their end. Those that have ended leave the batch."""
 
-        rows = [row for departures in waiting for row in departures.rows]
-        if not rows:
-            return
         sequences = [self._known.prompts[prompt] + found[index][prompt] for index, prompt in rows]
-        caches = [departures.cache for departures in waiting if departures.cache is not None]
         cache = concatenate(caches) if caches else None
+        # Not to be held beside it.
+        caches.clear()
         if cache is None:
             inputs = self._model.pad(sequences)
             tokens, mask = inputs["input_ids"], inputs["attention_mask"]

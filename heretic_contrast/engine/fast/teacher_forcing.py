@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...ablation.hooks import Intervention, ablated_samples, carries_samples
-from ...language_model import Tokens, batches
+from ...language_model import Batches, Tokens, batches, is_out_of_memory
 from ...vectors import to_device
 from ..compat import Cache, join, new_cache, select_rows
 from ..interface import Continuations, pad_right
@@ -25,6 +25,9 @@ from .decoder import Decoder, LayerInput, TokenBatch
 
 CPU_ELEMENTS_PER_PASS = 2**19
 """Elements of the hidden states in one pass on a CPU, where they should stay in the cache from one layer to the next."""
+
+DEVICE_TOKENS_PER_PASS = 2**14
+"""Tokens of one pass elsewhere, which are enough to keep a GPU busy: long prompts are read fewer at a time."""
 
 CPU_TOKENS_PER_PASS = 1536
 """Tokens of one pass on a CPU that are allowed in any case, so that a pass over the weights is shared by enough of them."""
@@ -64,10 +67,10 @@ class TeacherForcing:
         self.prefix = common_prefix(known.prompts)
         self._sequences = [sequences[index][len(self.prefix) :] for index in self._order]
         self._width = max(map(len, self._sequences), default=0)
+        n_tokens = DEVICE_TOKENS_PER_PASS
         if decoder.model.device.type == "cpu":
             n_tokens = max(CPU_TOKENS_PER_PASS, CPU_ELEMENTS_PER_PASS // decoder.model.hidden_size)
-            n_rows = min(n_rows, max(1, n_tokens // max(1, self._width)))
-        self._n_rows = n_rows
+        self._batches = Batches(min(n_rows, max(1, n_tokens // max(1, self._width))))
         self._inputs: tuple[LayerInput | None, LayerInput] | None = None
         self._prefix_cache: Cache | None = None
 
@@ -81,35 +84,65 @@ class TeacherForcing:
         """Yields the hidden states of a model as it is at this moment."""
 
         cache = self._read_prefix()
-        for part in batches(len(self._order), self._n_rows):
+
+        def read(part: slice) -> Pass:
             tokens = self._batch(part)
             known = _for_each(cache, 1, len(tokens.input_ids))
             hidden_states = self._decoder.run(tokens, known, len(self.prefix))
-            yield self._pass((0,), part, hidden_states, known, 0)
+            return self._pass((0,), part, hidden_states, known, 0)
+
+        yield from self._batches.run(len(self._order), read)
 
     def modified(self, interventions: Sequence[Intervention]) -> Iterator[Pass]:
         """Yields the hidden states under each intervention. The unmodified model must be the same in all calls."""
 
         for layer, group in self._shared_passes(interventions):
-            prefix, rest = self._layer_inputs(layer)
             # Interventions that do not fit into one pass beside each other take turns.
-            for turn in batches(len(group), self._n_rows):
-                chosen = group[turn]
-                ablated = [interventions[index] for index in chosen]
-                cache = None if prefix is None else self._read_ablated_prefix(ablated, prefix)
-                for part in batches(len(self._order), self._n_rows // len(chosen)):
-                    tokens = self._batch(part)
-                    n_sequences, width = tokens.input_ids.shape
-                    known = _for_each(cache, len(chosen), n_sequences, layer)
-                    rows = [intervention for intervention in ablated for _ in range(n_sequences)]
-                    with ablated_samples(self._decoder.model, rows):
-                        hidden_states = self._decoder.run(
-                            tokens.repeat(len(chosen)),
-                            known,
-                            len(self.prefix),
-                            rest.select(part, width).repeat(len(chosen)),
-                        )
-                    yield self._pass(chosen, part, hidden_states, known, layer)
+            while group:
+                chosen, group = group[: self._batches.size], group[self._batches.size :]
+                yield from self._turn(layer, chosen, interventions)
+
+    def _turn(
+        self, layer: int, chosen: list[int], interventions: Sequence[Intervention], first: int = 0
+    ) -> Iterator[Pass]:
+        """Yields the passes of some interventions from a sequence on; not all at once where memory does not suffice for that."""
+
+        try:
+            for item in self._passes(layer, chosen, interventions, first):
+                first += len(item.rows) // len(chosen)
+                yield item
+                # Not to be held beside the next one.
+                del item
+            return
+        except Exception as error:
+            if len(chosen) == 1 or not is_out_of_memory(error):
+                raise
+        self._batches.halve(len(chosen))
+        for part in batches(len(chosen), self._batches.size):
+            yield from self._turn(layer, chosen[part], interventions, first)
+
+    def _passes(
+        self, layer: int, chosen: list[int], interventions: Sequence[Intervention], first: int
+    ) -> Iterator[Pass]:
+        prefix, rest = self._layer_inputs(layer)
+        ablated = [interventions[index] for index in chosen]
+        cache = None if prefix is None else self._read_ablated_prefix(ablated, prefix)
+
+        def read(part: slice) -> Pass:
+            tokens = self._batch(part)
+            n_sequences, width = tokens.input_ids.shape
+            known = _for_each(cache, len(chosen), n_sequences, layer)
+            rows = [intervention for intervention in ablated for _ in range(n_sequences)]
+            with ablated_samples(self._decoder.model, rows):
+                hidden_states = self._decoder.run(
+                    tokens.repeat(len(chosen)),
+                    known,
+                    len(self.prefix),
+                    rest.select(part, width).repeat(len(chosen)),
+                )
+            return self._pass(chosen, part, hidden_states, known, layer)
+
+        yield from self._batches.run(len(self._order), read, len(chosen), first)
 
     def _pass(
         self,
@@ -184,13 +217,15 @@ class TeacherForcing:
             if self._prefix_cache is None:
                 self._prefix_cache = self._read_prefix()
             prefix = self._decoder.layer_input(self._prefix_batch(), layer, start=below)
-        parts = []
-        for part in batches(len(self._order), self._n_rows):
+
+        def read(part: slice) -> LayerInput:
             tokens = self._batch(part)
             n_sequences, width = tokens.input_ids.shape
             cache = _for_each(self._prefix_cache, 1, n_sequences)
             own = None if start is None else start.select(part, width)
-            parts.append(self._decoder.layer_input(tokens, layer, cache, len(self.prefix), own))
+            return self._decoder.layer_input(tokens, layer, cache, len(self.prefix), own)
+
+        parts = list(self._batches.run(len(self._order), read))
         states = [item.hidden_states for item in parts]
         padded = [pad(item, (0, 0, 0, self._width - item.shape[1])) for item in states]
         self._inputs = prefix, LayerInput(layer, torch.cat(padded), parts[0].n_outputs)
