@@ -757,6 +757,16 @@ class ContrastSettings(Table, TextClassifierSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def check_stop_dominated(self) -> "ContrastSettings":
+        """Refuses to end trials where the sampler would take what they have at least for what they have."""
+
+        if self.stop_dominated and self.sampler is not Sampler.TPE:
+            raise ContrastError(
+                "The sampler nsga2 needs every trial to its end: leave out stop_dominated, or use the sampler tpe."
+            )
+        return self
+
     def configurations(self) -> dict[str, "ContrastSettings"]:
         """
         Returns one settings object per configuration to compare, by name.

@@ -267,7 +267,8 @@ class Host:
 
             def get_logprobs_batched(self, prompts: list[Any]) -> Tensor:
                 logprobs = super().get_logprobs_batched(prompts)
-                host.logprobs = logprobs
+                if self.settings.contrast.stop_dominated:
+                    host.logprobs = logprobs
                 return logprobs
 
             def get_responses(self, *args: Any, **kwargs: Any) -> list[str]:
@@ -402,6 +403,8 @@ class Host:
                 divergence = F.kl_div(
                     host.logprobs, self.base_logprobs, reduction="batchmean", log_target=True
                 )
+                # As large as the vocabulary, and not needed any more.
+                host.logprobs = None
                 bound = host.bound = TrialBound(host.trial, divergence.item(), self)
                 try:
                     bound.add([])

@@ -58,6 +58,20 @@ def test_factors_are_exact_and_restored_bit_for_bit(run: Any) -> None:
     assert same(first, run.factors())
 
 
+def test_a_shared_direction(modifier_table: dict[str, Any]) -> None:
+    table = {**modifier_table, "shared_direction": True}
+    shared = StandIn(
+        make_settings(MODEL, {"modifier": {"ContrastAbliteration": table}}), scorers=[]
+    )
+    shared.start().optimize(2)
+    for trial in map(json.loads, shared.trials):
+        assert len(trial["scales"]) == 10 and trial["scales"]["shared"] == 1.0
+    shared.restore(shared.trials[0])
+    assert {tensor.shape[0] for name, tensor in shared.factors().items() if "lora_A" in name} == {
+        10
+    }
+
+
 def test_scores_follow_the_model_after_an_export(run: Any) -> None:
     strong = json.loads(run.trials[0])
     for kernel in strong["kernels"].values():

@@ -56,7 +56,7 @@ EFFECTIVE: dict[str, Any] = {
     "row_normalization": "full",
     "full_normalization_lora_rank": 3,
     "search_space": {"scale": [0.0, 0.5]},
-    "sampler": "nsga2",
+    "sampler": "tpe",
     "stop_dominated": True,
     "warm_start": "sweep.json",
     "patience": 5,

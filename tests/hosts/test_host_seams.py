@@ -12,6 +12,7 @@ import pytest
 import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from pydantic import ValidationError
 
 heretic_main = pytest.importorskip("heretic.main")
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
@@ -158,8 +159,8 @@ def test_a_sampler_takes_bounds_for_bad_trials(n_good: int) -> None:
     """Also where fewer others are left than it takes for good ones."""
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
-        x = trial.suggest_float("x", 0, 1)
-        if trial.number < 60 - n_good:
+        x, _ = (trial.suggest_float(name, 0, 1) for name in "xy")
+        if trial.number < 60 and trial.number % (60 // n_good) > 0:
             trial.set_user_attr("bound", 0)
             # Both are better than those of any other trial.
             return -1.0, -1.0
@@ -168,18 +169,19 @@ def test_a_sampler_takes_bounds_for_bad_trials(n_good: int) -> None:
     def constraints(trial: optuna.trial.FrozenTrial) -> list[float]:
         return [float("bound" in trial.user_attrs)]
 
-    study = optuna.create_study(
-        directions=["minimize", "minimize"],
-        sampler=make_sampler(Sampler.TPE, 0, 60, {}, constraints),
-    )
-    study.optimize(objective, n_trials=90)
-    good = [trial.params["x"] for trial in study.trials[60 - n_good :]]
-    assert len(set(good)) == len(good)
-    study = optuna.create_study(
-        directions=["minimize", "minimize"], sampler=make_sampler(Sampler.TPE, 0, 60, {})
-    )
-    study.optimize(objective, n_trials=90)
-    assert [trial.params["x"] for trial in study.trials[60 - n_good :]] != good
+    found = []
+    for taken in (constraints, None):
+        study = optuna.create_study(
+            directions=["minimize", "minimize"], sampler=make_sampler(Sampler.TPE, 0, 60, {}, taken)
+        )
+        study.optimize(objective, n_trials=90)
+        found.append([trial.params for trial in study.trials])
+    assert found[0][:50] == found[1][:50] and found[0][60:] != found[1][60:]
+
+
+def test_only_a_sampler_that_knows_bounds_gets_them() -> None:
+    with pytest.raises(ValidationError, match="nsga2 needs every trial to its end"):
+        ContrastSettings(stop_dominated=True, sampler=Sampler.NSGA2)
 
 
 def test_the_search_beside_a_shared_direction_contains_heretics() -> None:
