@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import heretic.config
 import heretic.utils
+import torch
 from heretic.utils import print as log
 from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -136,9 +137,13 @@ def with_writers(model: LanguageModel, heretic_model: Any, writers: Writers) -> 
     """
     Returns the wrapper with the layers of its model, and with their writers.
 
-    Raises `ContrastError` when no layers are found, or nothing that can be ablated.
+    On CUDA, cuDNN's attention is switched off for the whole process. Raises `ContrastError` when no layers are found, or nothing
+    that can be ablated.
     """
 
+    if model.device.type == "cuda":
+        # It builds a plan for every new length, which takes longer than several steps of generation.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if writers is Writers.HERETIC:
         layers, names = find_components(heretic_model, model.name)
         return replace(model, layers=layers, writers=named_writers(names, layers))

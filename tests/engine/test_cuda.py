@@ -166,3 +166,8 @@ def test_hooks_wait_for_nothing(same: bool) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert error(found, expected) > 0.01
+
+
+def test_attention_makes_no_plan_for_every_length() -> None:
+    on_device("llama")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
