@@ -55,6 +55,9 @@ class PretendedDevices(TorchFunctionMode):
             return self._on(original(kind, data, *arguments), device_of(data))
 
         Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[assignment]
+        # Each device has random numbers of its own; the CPU's have to do.
+        self._generator = torch.Generator
+        torch.Generator = lambda device="cpu": self._generator()  # type: ignore[assignment, misc]
         self._capability = torch.cuda.get_device_capability
         torch.cuda.get_device_capability = lambda device=None: (8, 0)
         super().__enter__()
@@ -63,6 +66,7 @@ class PretendedDevices(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch.cuda.get_device_capability = self._capability
+        torch.Generator = self._generator  # type: ignore[misc]
         # That of its base class is found again.
         del Tensor._make_subclass
 

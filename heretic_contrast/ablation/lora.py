@@ -170,7 +170,7 @@ class RenormalizedChange:
         """
         Returns balanced factors (A, B) of a randomized truncated SVD (Halko et al., 2011, algorithm 4.4).
 
-        The random projection has the size and the seed of Heretic's call, so that one direction gives
+        The random projection has the size, the seed and the device of Heretic's call, so that one direction gives
         Heretic's own result.
         """
 
@@ -182,9 +182,10 @@ class RenormalizedChange:
             if n_rows < n_columns
             else (self.apply, self.apply_transposed)
         )
-        generator = torch.Generator().manual_seed(seed)
-        random = torch.randn(min(n_rows, n_columns), n_random, generator=generator)
-        basis = torch.linalg.qr(forward(random.to(self.weight.device))).Q
+        device = self.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
+        random = torch.randn(min(n_rows, n_columns), n_random, generator=generator, device=device)
+        basis = torch.linalg.qr(forward(random)).Q
         for _ in range(n_iterations):
             basis = torch.linalg.qr(backward(basis)).Q
             basis = torch.linalg.qr(forward(basis)).Q

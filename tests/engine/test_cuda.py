@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from heretic_contrast.ablation.hooks import Intervention, ablated_samples, output_projections
+from heretic_contrast.ablation.lora import lora_factors
 from heretic_contrast.ablation.operator import Operator, compose
 from heretic_contrast.engine.check import all_logits, checked_engine
 from heretic_contrast.engine.fast.engine import FastEngine
@@ -21,6 +22,7 @@ from heretic_contrast.evaluation.plan import SweepOptions
 from heretic_contrast.evaluation.sweep import sweep
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.settings import RowNormalization
 from heretic_contrast.tiers.responses import Tier
 from tests.evaluation.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
 from tests.tiny_models import make_model, make_tokenizer
@@ -148,6 +150,26 @@ def test_a_sweep_equals_that_on_a_cpu() -> None:
         assert cell.measurement.kl_divergence == pytest.approx(
             other.measurement.kl_divergence, rel=1e-2, abs=1e-5
         )
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
+def test_full_row_normalization_equals_heretic(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).cuda()
+    vector = torch.nn.functional.normalize(torch.randn(1, shape[0], generator=generator), dim=1)
+    factor_a, factor_b = lora_factors(
+        Operator(vector, torch.full((1, 1), 0.8)), weight, RowNormalization.FULL, rank=3, seed=7
+    )
+    # As Heretic computes it.
+    norms = weight.norm(dim=1, keepdim=True)
+    changed = weight / norms
+    vector = vector.cuda()
+    changed = changed - 0.8 * vector.T @ (vector @ changed)
+    change = torch.nn.functional.normalize(changed, dim=1) * norms - weight
+    torch.manual_seed(7)
+    left, sizes, right = torch.svd_lowrank(change, q=10, niter=6)
+    expected = left[:, :3] @ torch.diag(sizes[:3]) @ right[:, :3].T
+    assert error(factor_b @ factor_a, expected) <= 1e-4 < 0.01 < error(change, expected)
 
 
 @pytest.mark.parametrize("same", [True, False])
