@@ -115,23 +115,35 @@ class ContrastScorer(PluginTables, Scorer):
         return prompts
 
 
-class RefusalTiers(ContrastScorer):
-    """Share of harmful prompts whose responses fall into the counted tiers, by default: that are refused."""
+class ResponseScorer(ContrastScorer):
+    """A scorer of the responses to its prompts. `pool`: which they are, "harmful" or "harmless"."""
 
-    settings_class = RefusalTiersSettings
-    settings: RefusalTiersSettings
+    pool: ClassVar[str]
     prompts: list[Prompt]
 
     def init(self, ctx: Context) -> None:
         """Loads the prompts. Raises `ContrastError` when settings or prompts do not work."""
 
         super().init(ctx)
-        self.prompts = self.load(ctx, self.settings.prompts, "harmful")
+        self.prompts = self.load(ctx, self.settings.prompts, self.pool)
+
+    def responses(self, ctx: Context) -> list[str]:
+        """Returns what the model as it is responds to the prompts."""
+
+        return ctx.get_responses(heretic_prompts(self.prompts, self.heretic_settings))
+
+
+class RefusalTiers(ResponseScorer):
+    """Share of harmful prompts whose responses fall into the counted tiers, by default: that are refused."""
+
+    settings_class = RefusalTiersSettings
+    settings: RefusalTiersSettings
+    pool = "harmful"
 
     def get_score(self, ctx: Context) -> Score:
         """Judges the model's responses; the value is a share between 0 and 1."""
 
-        responses = ctx.get_responses(heretic_prompts(self.prompts, self.heretic_settings))
+        responses = self.responses(ctx)
         texts = [prompt.text for prompt in self.prompts]
         if self.settings.text_classifier is None:
             tiers = [classify_response(*pair) for pair in zip(texts, responses, strict=True)]
@@ -163,23 +175,17 @@ class RefusalTiers(ContrastScorer):
         )
 
 
-class FalseRefusals(ContrastScorer):
+class FalseRefusals(ResponseScorer):
     """Share of harmless prompts that are refused: the canaries."""
 
     settings_class = FalseRefusalsSettings
     settings: FalseRefusalsSettings
-    prompts: list[Prompt]
-
-    def init(self, ctx: Context) -> None:
-        """Loads the prompts. Raises `ContrastError` when settings or prompts do not work."""
-
-        super().init(ctx)
-        self.prompts = self.load(ctx, self.settings.prompts, "harmless")
+    pool = "harmless"
 
     def get_score(self, ctx: Context) -> Score:
         """Judges the model's responses; the value is a share between 0 and 1."""
 
-        responses = ctx.get_responses(heretic_prompts(self.prompts, self.heretic_settings))
+        responses = self.responses(ctx)
         refused = sum(
             classify_response(prompt.text, response) is Tier.REFUSE
             for prompt, response in zip(self.prompts, responses, strict=True)

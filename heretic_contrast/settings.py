@@ -16,6 +16,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -32,22 +33,16 @@ from .errors import ContrastError
 
 
 class Method(str, Enum):
-    """How the difference vectors of one class become a direction."""
-
     SOM = "som"
     MEAN = "mean"
 
 
 class Classes(str, Enum):
-    """What gets a direction of its own."""
-
     CATEGORY = "category"
     SINGLE = "single"
 
 
 class CategorySource(str, Enum):
-    """Where a prompt's category comes from."""
-
     AUTO = "auto"
     COLUMN = "column"
     LEXICON = "lexicon"
@@ -55,46 +50,34 @@ class CategorySource(str, Enum):
 
 
 class SmallClasses(str, Enum):
-    """What happens to a class with fewer prompts than its SOM has neurons."""
-
     ERROR = "error"
     DROP = "drop"
     MERGE = "merge"
 
 
 class Scale(str, Enum):
-    """The length of the directions (paper, section 5.1)."""
-
     UNIT = "unit"
     RAW = "raw"
     UNMATCHED = "unmatched"
 
 
 class RowNormalization(str, Enum):
-    """How the rows of the weights are normalized, as in Heretic."""
-
     NONE = "none"
     PRE = "pre"
     FULL = "full"
 
 
 class Writers(str, Enum):
-    """What is ablated."""
-
     ALL = "all"
     HERETIC = "heretic"
 
 
 class Sampler(str, Enum):
-    """The sampler of the study."""
-
     TPE = "tpe"
     NSGA2 = "nsga2"
 
 
 class Control(str, Enum):
-    """A control that takes the place of the directions."""
-
     NONE = "none"
     RANDOM = "random"
 
@@ -230,6 +213,12 @@ def category_name(text: str) -> str:
 
     name = " ".join(text.lower().split())
     return re.sub(r"^([+-]?\d+)\.0*$", r"\1", name)
+
+
+Categories = Annotated[
+    list[str], AfterValidator(lambda names: [category_name(name) for name in names])
+]
+"""Names of categories, as those of prompts are."""
 
 
 def check_dataset_keys(value: Any, known: Collection[str]) -> None:
@@ -456,7 +445,7 @@ class ContrastSettings(Table, TextClassifierSettings):
     "column", "lexicon" (word list shipped with the plugin), "model" (the loaded model is asked).
     """
 
-    exclude_categories: list[str] = []
+    exclude_categories: Categories = []
     """
     Harm categories to leave out when directions are fitted. The control for topic: a direction of a topic cannot know a topic
     it never saw.
@@ -718,11 +707,6 @@ class ContrastSettings(Table, TextClassifierSettings):
                     "give values between 0 and 1."
                 )
         return value
-
-    @field_validator("exclude_categories")
-    @classmethod
-    def name_categories(cls, value: list[str]) -> list[str]:
-        return [category_name(name) for name in value]
 
     @field_validator("baseline")
     @classmethod

@@ -20,7 +20,7 @@ from ..ablation.hooks import carries_samples
 from ..ablation.operator import Operator, compose, effective_weight, weight_along
 from ..directions.directions import Directions
 from ..engine.observation import observe_decoding
-from ..language_model import LanguageModel, Progress, batches
+from ..language_model import LanguageModel, batches
 from ..prompts import Prompt
 from ..vectors import to_device, unit_vectors
 from .capture import span_basis
@@ -172,7 +172,6 @@ def observe_outputs(
     prompts: Sequence[Prompt],
     vectors: Tensor,
     max_new_tokens: int,
-    progress: Progress | None = None,
 ) -> OutputMoments:
     """
     Measures what the layers write to the residual stream while the model answers prompts greedily.
@@ -216,8 +215,6 @@ def observe_outputs(
         deviation = squares - (sums**2).sum(dim=2) / counts[:, None]
         variation += deviation.clamp_min(0).sum(dim=0)
         n_steps += counts.sum()
-        if progress is not None:
-            progress(batch.stop, len(prompts))
     second, energy, variation = ((item / n_steps).cpu() for item in (second, energy, variation))
     return OutputMoments(second, energy, variation, int(n_steps))
 
@@ -257,7 +254,6 @@ def measure_activities(
     harmless: Sequence[Prompt],
     weights: Sequence[float],
     max_new_tokens: int = 50,
-    progress: Progress | None = None,
 ) -> tuple[Activity, ...]:
     """
     Measures occupancy and perturbation of every configuration and decoder layer, in one run of the model (paper, section 5.1).
@@ -269,9 +265,9 @@ def measure_activities(
         return ()
     completed = complete(configurations)
     vectors = torch.cat([item.directions.tensor[1:] for item in completed.values()], dim=1)
-    at_harmful = observe_outputs(model, harmful, vectors, 1, progress)
-    at_harmless = observe_outputs(model, harmless, vectors, 1, progress)
-    decoding = observe_outputs(model, harmless, vectors, max_new_tokens, progress)
+    at_harmful = observe_outputs(model, harmful, vectors, 1)
+    at_harmless = observe_outputs(model, harmless, vectors, 1)
+    decoding = observe_outputs(model, harmless, vectors, max_new_tokens)
     activities = []
     start = 0
     for name, configuration in completed.items():

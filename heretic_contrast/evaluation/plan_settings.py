@@ -10,12 +10,12 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator
 
 from ..errors import ContrastError
-from ..settings import Described, TextClassifierSettings, category_name
+from ..settings import Categories, Described, TextClassifierSettings
 
 WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
 """The paper's weights (paper, section 3.3)."""
@@ -47,8 +47,11 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
     return tuple(sorted(layers))
 
 
-def check_weights(weights: Sequence[float]) -> None:
-    """Raises `ContrastError` when weights cannot be swept."""
+Weights = TypeVar("Weights", bound=Sequence[float])
+
+
+def check_weights(weights: Weights) -> Weights:
+    """Returns the weights. Raises `ContrastError` when they cannot be swept."""
 
     if (
         not weights
@@ -58,6 +61,7 @@ def check_weights(weights: Sequence[float]) -> None:
         raise ContrastError(
             f"The weights {list(weights)} do not work: give increasing weights that are not negative."
         )
+    return weights
 
 
 class PairsSettings(Described):
@@ -76,7 +80,7 @@ class SweepPlanSettings(PairsSettings, TextClassifierSettings):
     layers: str = "all"
     """Decoder layers to test: "all", or indices and ranges such as "3,7,10-14"."""
 
-    weights: list[float] = Field(list(WEIGHTS))
+    weights: Annotated[list[float], AfterValidator(check_weights)] = Field(list(WEIGHTS))
     """Weights to test, increasing (the paper's by default)."""
 
     components: list[str] | None = None
@@ -115,7 +119,7 @@ class SweepPlanSettings(PairsSettings, TextClassifierSettings):
     sweep_response_length: PositiveInt = 50
     """Maximum number of tokens of a judged response."""
 
-    evaluate_categories: list[str] = Field([])
+    evaluate_categories: Categories = Field([])
     """
     Harm categories to judge on, or none for all. With exclude_categories of the directions this is the control for topic:
     directions fitted without a category, judged on it.
@@ -139,13 +143,6 @@ class SweepPlanSettings(PairsSettings, TextClassifierSettings):
     sweep_batch_size: PositiveInt = 128
     """Number of samples in one pass of the sweep; several cells share a pass."""
 
-    @field_validator("evaluate_categories")
-    @classmethod
-    def name_categories(cls, value: list[str]) -> list[str]:
-        """Names categories as those of prompts are."""
-
-        return [category_name(name) for name in value]
-
     @field_validator("layers", mode="before")
     @classmethod
     def join_layers(cls, value: Any) -> Any:
@@ -165,14 +162,6 @@ class SweepPlanSettings(PairsSettings, TextClassifierSettings):
         """Refuses what names no layers."""
 
         parse_layers(value)
-        return value
-
-    @field_validator("weights")
-    @classmethod
-    def check_weights(cls, value: list[float]) -> list[float]:
-        """Refuses weights that cannot be swept."""
-
-        check_weights(value)
         return value
 
     def layer_indices(self) -> tuple[int, ...] | None:

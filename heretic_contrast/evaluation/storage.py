@@ -133,7 +133,6 @@ class SweepState:
 
     def __init__(self, storage: str | None, identity: Identity) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._name = storage
         self._choices: list[list[str]] = []
         self._worker = f"{this_process()} {uuid.uuid4().hex[:8]}"
         try:
