@@ -56,6 +56,8 @@ class SmallClasses(str, Enum):
 
 
 class Scale(str, Enum):
+    """The length of the directions (paper, section 5.1)."""
+
     UNIT = "unit"
     RAW = "raw"
     UNMATCHED = "unmatched"
