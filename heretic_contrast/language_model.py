@@ -56,8 +56,11 @@ def batches(n_items: int, batch_size: int) -> Iterator[slice]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that memory is exhausted, on a GPU or a CPU."""
 
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    # Libraries of CUDA and the CPU's allocator have no class for it.
+    signs = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 @dataclass

@@ -23,6 +23,9 @@ N_TOKENS = 4
 TOLERANCES = {torch.float32: 5e-3, torch.float64: 5e-3}
 """Relative difference of logits that rounding explains, by the data type of the model."""
 
+DEVICE_FAILS = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+"""What PyTorch raises from 2.8 on when a device does not work any more."""
+
 TOLERANCE = 0.1
 """The same for data types with fewer digits."""
 
@@ -31,7 +34,7 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> Engine:
     """
     Returns the fast engine, or the plain one where the fast one differs or fails on some of the prompts.
 
-    A warning says so. Whatever the plain engine raises is raised, and so is it when memory is exhausted.
+    A warning says so. Whatever the plain engine raises is raised, and so is it when memory is exhausted or a device fails.
     """
 
     # The shortest, and longer ones beside it.
@@ -43,8 +46,8 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> Engine:
     try:
         reason = reason_against(FastEngine(model), plain, known, interventions)
     except Exception as error:
-        # Every architecture fails in its own way.
-        if is_out_of_memory(error):
+        # Every architecture fails in its own way; a device that fails would do so anywhere.
+        if is_out_of_memory(error) or isinstance(error, DEVICE_FAILS):
             raise
         reason = one_line(str(error)) or type(error).__name__
     if not reason:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heretic_contrast.ablation.hooks import Intervention
 from heretic_contrast.ablation.operator import compose
-from heretic_contrast.engine.check import checked_engine
+from heretic_contrast.engine.check import DEVICE_FAILS, checked_engine
 from heretic_contrast.engine.fast.decoder import Decoder
 from heretic_contrast.engine.fast.drafts import Drafts
 from heretic_contrast.engine.fast.engine import FastEngine
@@ -137,9 +137,14 @@ def test_the_plain_engine_is_taken_where_the_fast_one_is_wrong(
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    [
+        torch.OutOfMemoryError("full"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        DEVICE_FAILS("CUDA error: an illegal memory access was encountered"),
+    ],
 )
-def test_exhausted_memory_is_no_reason_to_go_on(
+def test_exhausted_memory_and_failing_devices_are_no_reason_to_go_on(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = wrap(make_model("llama"), make_tokenizer(), "tiny", batch_size=4)
