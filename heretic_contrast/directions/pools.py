@@ -34,6 +34,19 @@ class Pools:
         return (self.harmful, self.bulk, self.matched)
 
 
+def require_apart(
+    harmful: Sequence[Prompt], harmless: Sequence[Prompt], name: str, consequence: str
+) -> None:
+    """Raises `ContrastError` when a prompt is called both harmful and harmless."""
+
+    shared = {prompt.text for prompt in harmful} & {prompt.text for prompt in harmless}
+    if shared:
+        raise ContrastError(
+            f'The prompt "{min(shared)}" stands both in the harmful and in the {name} pool, so it would be {consequence}: '
+            "remove it from one of them."
+        )
+
+
 def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
     """
     Reads the pools that the settings name, and assigns categories; those that a model assigns are left open.
@@ -49,12 +62,7 @@ def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
         source = settings.matched_prompts or matched_pool()
         matched = load_pool(source, "matched harmless", f"{where}matched_prompts.")
     for name, pool in (("harmless", bulk), ("matched harmless", matched)):
-        shared = {prompt.text for prompt in harmful} & {prompt.text for prompt in pool}
-        if shared:
-            raise ContrastError(
-                f'The prompt "{min(shared)}" stands both in the harmful and in the {name} pool, so it would be contrasted '
-                "with itself: remove it from one of them."
-            )
+        require_apart(harmful, pool, name, "contrasted with itself")
     pools = Pools(harmful=tuple(harmful), bulk=tuple(bulk), matched=tuple(matched))
     if needs_model(settings):
         return pools

@@ -16,7 +16,7 @@ import torch
 
 from ..ablation.operator import Composition, Operator, compose, equalize
 from ..directions.directions import Directions
-from ..directions.pools import Log, assign_categories
+from ..directions.pools import Log, assign_categories, require_apart
 from ..directions.sources import DirectionSources, ShowProgress, UsedPrompts
 from ..errors import ContrastError
 from ..language_model import LanguageModel
@@ -311,11 +311,12 @@ def prepare_sweep(
     for sentence in used.sentences():
         log(f"* [yellow]{sentence}[/]")
     harmful, n_harmful_left_out = used.leave_out(
-        load_pool(evaluation.harmful, "harmful evaluation", evaluation.harmful_setting)
+        _distinct(evaluation.harmful, "harmful evaluation", evaluation.harmful_setting, log)
     )
     harmless, n_harmless_left_out = used.leave_out(
-        load_pool(evaluation.harmless, "harmless evaluation", evaluation.harmless_setting)
+        _distinct(evaluation.harmless, "harmless evaluation", evaluation.harmless_setting, log)
     )
+    require_apart(harmful, harmless, "harmless evaluation", "counted on both sides")
     for what, pool, n_left_out in (
         ("harmful", harmful, n_harmful_left_out),
         ("harmless", harmless, n_harmless_left_out),
@@ -346,6 +347,16 @@ def prepare_sweep(
         pairs=tuple(pairs),
         storage=storage,
     )
+
+
+def _distinct(source: PromptSources, name: str, setting: str, log: Log) -> list[Prompt]:
+    """Returns the prompts of a pool, each once: a repeated one would make intervals too narrow."""
+
+    pool = load_pool(source, name, setting)
+    distinct = list(dict.fromkeys(pool))
+    if len(distinct) < len(pool):
+        log(f"* Taking each prompt of the {name} pool once: {len(distinct)} of {len(pool)}")
+    return distinct
 
 
 def _judged(
@@ -400,6 +411,11 @@ def _harmless(
             n_references = len(pool) - n_canaries
         elif "n_canaries" not in given:
             n_canaries = len(pool) - n_references
+        if len(pool) < 2 and not given:
+            raise ContrastError(
+                "A sweep takes a canary and a reference prompt at least, but the harmless evaluation pool has only one prompt: "
+                "give a larger pool."
+            )
         if min(n_canaries, n_references) < 1:
             n_canaries, n_references = settings.n_canaries, settings.n_references
         else:

@@ -165,6 +165,18 @@ def test_numbers_that_are_asked_for_and_not_there(
         prepare(tmp_path, rows("Smash", 30, 3), rows("Bake", 100), **given)
 
 
+def test_pools_that_say_less_than_they_seem_to(tmp_path: Path) -> None:
+    lines: list[str] = []
+    prepared = prepare(tmp_path, rows("Smash", 4, 2) * 3, rows("Bake", 5) * 4, lines=lines)
+    assert len(prepared.harmful) == 4 and len({*prepared.canaries, *prepared.references}) == 5
+    assert "* Taking each prompt of the harmful evaluation pool once: 4 of 12" in lines
+    assert "* Taking each prompt of the harmless evaluation pool once: 5 of 20" in lines
+    with pytest.raises(ContrastError, match='"Smash number 3" stands both in the harmful and'):
+        prepare(tmp_path, rows("Smash", 4, 2), [*rows("Bake", 9), {"text": "Smash number 3"}])
+    with pytest.raises(ContrastError, match="harmless evaluation pool has only one prompt"):
+        prepare(tmp_path, rows("Smash", 4, 2), rows("Bake", 1) * 7)
+
+
 def test_a_pool_that_directions_come_from_is_not_judged(tmp_path: Path) -> None:
     with pytest.raises(ContrastError, match="All 12 harmful evaluation prompts are among those"):
         prepare(tmp_path, rows("Break", 12, 2), rows("Bake", 20))
