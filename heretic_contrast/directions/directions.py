@@ -58,6 +58,13 @@ class Directions:
         return Scale.UNIT if value == Scale.UNIT else Scale.RAW
 
     @property
+    def winsorization_quantile(self) -> float:
+        """That of the residuals that the directions were made from, 1 where it is not said."""
+
+        value = self.provenance.get("settings", {}).get("winsorization_quantile")
+        return value if isinstance(value, float) else 1.0
+
+    @property
     def has_shared(self) -> bool:
         """Whether the first direction is Heretic's, and the others are what classes add to it."""
 

@@ -10,6 +10,7 @@ of the directions, `max_cosine` is max_k |cos(δ, v_k)|.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..builtin import DATA, REFUSER, refuser_pool
 from ..directions.directions import Directions
 from ..errors import ContrastError
-from ..language_model import LanguageModel
+from ..language_model import LanguageModel, winsorize
 from ..prompts import Prompt, is_text, load_pool
 from ..prompts.formats import read_file
 from ..tiers.responses import Tier, classify_response
@@ -177,16 +178,20 @@ def capture_pairs(
     """
     Measures capture on a model, with the pairs that behave as assumed.
 
-    Where none does, the result has no layers.
+    Residuals are winsorized as those were that the directions were made from. Where no pair behaves so, the result has no layers.
     """
 
     kept, left_out = split_by_behavior(model, pairs, max_new_tokens)
     if not kept:
         return CaptureResult(0, (), tuple(left_out))
-    residuals = model.residuals(
+    residuals = replace(model, winsorization_quantile=1.0).residuals(
         [Prompt(text) for pair in kept for text in (pair.refused, pair.answered)]
     )
-    return measure_capture(residuals[0::2] - residuals[1::2], configurations, left_out)
+    layers: list[LayerCapture] = []
+    for name, directions in configurations.items():
+        own = winsorize(residuals, directions.winsorization_quantile)
+        layers += measure_capture(own[0::2] - own[1::2], {name: directions}).layers
+    return CaptureResult(len(kept), tuple(layers), tuple(left_out))
 
 
 def _mean_and_error(values: Tensor) -> tuple[float | None, float | None]:

@@ -156,6 +156,22 @@ def test_capture_on_the_refuser(refuser: Any) -> None:
     for layer in result.layers:
         assert layer.subspace == pytest.approx(1, abs=1e-4)
         assert layer.max_cosine == pytest.approx(1, abs=1e-4)
+    # Directions that were made from winsorized residuals, as numpy has them, capture what is left of the pairs.
+    winsorized = {}
+    for text, residual in residuals.items():
+        limit = np.quantile(np.abs(residual.numpy()), 0.7, axis=-1, keepdims=True)
+        winsorized[text] = torch.from_numpy(np.clip(residual.numpy(), -limit, limit)).float()
+    differences = torch.stack(
+        [winsorized[pair.refused] - winsorized[pair.answered] for pair in pairs[:2]]
+    )
+    tensor = differences.transpose(0, 1).contiguous()
+    provenance = {"settings": {"winsorization_quantile": 0.7}}
+    both = {"own": directions, "winsorized": make_directions(tensor, provenance=provenance)}
+    beside = capture_pairs(refuser, both, pairs[:2])
+    assert beside.layers[: len(result.layers)] == result.layers
+    for layer in beside.layers[len(result.layers) :]:
+        assert layer.subspace == pytest.approx(1, abs=1e-4)
+        assert layer.max_cosine == pytest.approx(1, abs=1e-4)
     nothing = capture_pairs(refuser, {"own": directions}, [Pair(pairs[0].answered, "Hello")])
     assert (nothing.n_pairs, nothing.layers, len(nothing.left_out)) == (0, (), 1)
     json.dumps(result.to_dict(), allow_nan=False)
