@@ -100,6 +100,9 @@ NOT_RUN = {
         "trains for two minutes: tests/ablation/test_taught_mixture.py does the same"
     ),
     "python benchmarks/estimate.py --check --layers 8 --references 20": RANDOM_MODEL,
+    "python benchmarks/gpu.py --output gpu": "needs a GPU: test_gpu_benchmark.py runs its small form",
+    "python benchmarks/gpu.py --device cpu --small": "takes a minute: test_gpu_benchmark.py runs it",
+    "python benchmarks/gpu.py --table gpu/gpu.json": "reads what the command before writes: the same test",
     "python benchmarks/som.py --repeats 5": (
         "takes a minute, mostly compiling: tests/directions/test_som.py compares the same maps with MiniSom's"
     ),
