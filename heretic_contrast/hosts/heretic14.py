@@ -52,7 +52,7 @@ from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, require_answers
 from .checkpoint import repair_checkpoints
 from .finalists import LENGTHS, count_refusals_at, require_fresh, second_look
-from .guidance import BOUND_KEY, first_trials, fitted, guide, measured
+from .guidance import BOUND_KEY, Values, first_trials, fitted, guide, measured
 from .host_model import HostModel
 from .loading import LoadedContext
 from .model_folder import require_other_folder
@@ -139,7 +139,7 @@ class Host:
         self.pools: dict[str, list[Prompt]] = {}
         self.finalist_prompts: list[Prompt] = []
         self.second_look: dict[int, list[int]] = {}
-        self.first_trials = first_trials(settings.contrast, settings.model)
+        self.first_trials: list[Values] = []
 
     def settings_class(host) -> type[HostSettings]:
         """Returns the class that stands in for Heretic's settings, which gives those of this run to a study that goes on."""
@@ -556,6 +556,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     if settings.save_directory is not None:
         require_other_folder(Path(settings.save_directory), settings.model)
     host = Host(settings, modifier_class)
+    host.first_trials = first_trials(settings.contrast, settings.model)
     for name in POOLS:
         # Heretic loads its model first, and then finds out that a pool cannot be read.
         loaded = host.load_prompts(settings, getattr(settings, name))
