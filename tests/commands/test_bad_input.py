@@ -314,3 +314,11 @@ def test_only_what_was_given_counts_as_given(monkeypatch: pytest.MonkeyPatch) ->
         HostSettings, "heretic-contrast", ["--contrast.preset=arditi", "--model=builtin:refuser"]
     )
     assert "preset" in preset.contrast.model_fields_set
+
+
+def test_folders_that_were_made_for_nothing_are_removed(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "kept" / "empty").mkdir(parents=True)
+    for output in ("new/deep/sweep", "kept/sweep", "kept/empty"):
+        sentence = refused(["sweep", "builtin:refuser", f"--output={output}", "--pairs=missing"])
+        assert "missing" in sentence
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "kept"]
