@@ -141,7 +141,7 @@ class SweepPlanSettings(PairsSettings, TextClassifierSettings):
     """
 
     sweep_batch_size: PositiveInt = 128
-    """Number of samples in one pass of the sweep; several cells share a pass."""
+    """Largest number of samples in one pass of the sweep, fewer with long prompts or little memory; several cells share a pass."""
 
     @field_validator("layers", mode="before")
     @classmethod
