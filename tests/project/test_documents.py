@@ -332,7 +332,7 @@ def prepare_replication(directory: Path) -> None:
 def prepare_tiers(directory: Path) -> None:
     write_model(directory)
     write_responses(directory / "responses.jsonl")
-    write_classifier(directory / "JUDGE", ("safe", "unsafe"))
+    write_classifier(directory / "JUDGE", ("unsafe", "safe"))
 
 
 def prepare_real_model(directory: Path) -> None:
