@@ -324,18 +324,27 @@ def test_evaluation_pools_of_a_sweep(
 
     path, prompts = pool
     settings = sweep_settings.model_copy(deep=True)
-    settings.n_harmful, settings.n_references = len(prompts), len(prompts) - 1
-    settings.bad_evaluation_prompts.dataset = settings.good_evaluation_prompts.dataset = path
-    sources = SweepSources(
-        harmful=prompt_sources(settings.bad_evaluation_prompts),
-        harmless=prompt_sources(settings.good_evaluation_prompts),
-    )
-    plan = prepare_sweep(
-        settings, settings.contrast, sources, tmp_path / "sweep", "builtin:refuser", "", print
-    )
-    expected = {(prompt.text, prompt.category or assign(prompt.text)) for prompt in prompts}
-    assert {(prompt.text, prompt.category) for prompt in plan.harmful} == expected
-    assert {*plan.canaries, *plan.references} == set(prompts)
+    for side in ("harmful", "harmless"):
+        settings.n_harmful = len(prompts) if side == "harmful" else 9
+        settings.n_references = len(prompts) - 1 if side == "harmless" else 1
+        sources = {name: [refuser_pool(name, "test")] for name in ("harmful", "harmless")}
+        evaluation = settings.bad_evaluation_prompts.model_copy(update={"dataset": path})
+        sources[side] = prompt_sources(evaluation)
+        plan = prepare_sweep(
+            settings,
+            settings.contrast,
+            SweepSources(**sources),
+            tmp_path / side,
+            "builtin:refuser",
+            "",
+            print,
+        )
+        if side == "harmless":
+            assert {*plan.canaries, *plan.references} == set(prompts)
+            continue
+        assert {(prompt.text, prompt.category) for prompt in plan.harmful} == {
+            (prompt.text, prompt.category or assign(prompt.text)) for prompt in prompts
+        }
 
 
 @pytest.fixture(scope="module")
