@@ -464,26 +464,34 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def common_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Returns what the configurations of both models have in common."""
+
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "dtype": "float32",
+    }
+
+
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3_5ForCausalLM:
     """Returns the untrained model: three layers of gated linear attention, one of full attention, twice."""
 
     config = Qwen3_5TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
+        **common_settings(tokenizer),
         intermediate_size=256,
         num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
         linear_num_key_heads=4,
         linear_num_value_heads=4,
         linear_key_head_dim=32,
         linear_value_head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="float32",
     )
     return Qwen3_5ForCausalLM(config)
 
@@ -492,21 +500,12 @@ def make_mixture(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
     """Returns an untrained mixture of eight experts a layer, two of which read a token."""
 
     config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
+        **common_settings(tokenizer),
         moe_intermediate_size=64,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="float32",
     )
     return Qwen3MoeForCausalLM(config)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..errors import ContrastError
 from ..evaluation.statistics import wilson_interval
+from ..language_model import batches
 from ..prompts import Prompt
 
 LENGTHS = (30, 50, 100, 150)
@@ -37,9 +38,8 @@ def count_refusals_at(
     judge = copy.copy(evaluator)
     judge.bad_prompts = prompts
     responses: list[Any] = []
-    for start in range(0, len(prompts), model.settings.batch_size):
-        batch = prompts[start : start + model.settings.batch_size]
-        inputs, outputs = model.generate(batch, max_new_tokens=max(lengths))
+    for batch in batches(len(prompts), model.settings.batch_size):
+        inputs, outputs = model.generate(prompts[batch], max_new_tokens=max(lengths))
         responses += list(outputs[:, inputs["input_ids"].shape[1] :])
     counts = []
     for length in lengths:

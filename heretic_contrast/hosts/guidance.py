@@ -150,8 +150,8 @@ def guide(
     """
     Lets a study begin with trials of these values, and end when its front has not grown for so many trials.
 
-    `ended` is called with the number of its trials then, and where it has more than were asked for. A study that goes on begins where it was; one that is told to go on by
-    the user, who has seen its front, has as much patience again.
+    `ended` is called with the number of its trials then, and where it has more than were asked for. A study that goes on begins where
+    it was; one that is told to go on by the user, who has seen its front, has as much patience again.
     """
 
     optimize = study.optimize

@@ -180,10 +180,8 @@ class Host:
             name = next(name for name in POOLS if getattr(settings, name) == specification)
             source, where = prompt_sources(specification), f"--{name}."
             if name in settings._own_pools - settings._heretic_pools:
-                source, where = (
-                    getattr(settings.contrast, name),
-                    f"{settings.contrast_setting}{name}.",
-                )
+                source = getattr(settings.contrast, name)
+                where = f"{settings.contrast_setting}{name}."
             elif "evaluation" not in name and not self._asks_pools(settings):
                 return []
             self.pools[key] = load_pool(source, POOLS[name], where)
@@ -359,9 +357,12 @@ class Host:
 
         assert self.modifier is not None and self.context is not None and self.evaluator is not None
         study = create_study(*args, **kwargs)
-        trial = create_study(directions=study.directions).ask()
-        self.modifier.suggest_parameters(self.context, trial)
-        first = [fitted(values, trial.distributions) for values in self.first_trials]
+        first = []
+        if self.first_trials:
+            # The parameters and their ranges are known from asking for them.
+            trial = create_study(directions=study.directions).ask()
+            self.modifier.suggest_parameters(self.context, trial)
+            first = [fitted(values, trial.distributions) for values in self.first_trials]
         if first and not study.trials:
             log(
                 f"* Beginning with [bold]{len(first)}[/] trials of {escape(str(self.modifier.settings.warm_start))}"
