@@ -3,6 +3,7 @@
 """Samplers whose proposal for a trial depends on the seed, the trial's number and the earlier trials alone."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,13 +92,16 @@ def make_sampler(
     """
 
     def make_tpe(trial: int) -> BaseSampler:
-        return TPESampler(
-            n_startup_trials=n_startup_trials,
-            n_ei_candidates=128,
-            multivariate=True,
-            seed=trial,
-            constraints_func=constraints,
-        )
+        # Optuna 5 warns of `constraints_func`, for which the versions before have nothing else.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*constraints_func", FutureWarning)
+            return TPESampler(
+                n_startup_trials=n_startup_trials,
+                n_ei_candidates=128,
+                multivariate=True,
+                seed=trial,
+                constraints_func=constraints,
+            )
 
     def make_nsga2(trial: int) -> BaseSampler:
         # A generation as large as Heretic's random start-up keeps both samplers comparable.
