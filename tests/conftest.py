@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, settings
 
 # Tests must never look anything up, and never touch the user's cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# As many processes as cores run the tests: several threads in each would compete for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples on every run and machine. Profile "thorough" tries many more; a slow test runs it.
 settings.register_profile(

@@ -2,6 +2,9 @@
 
 """The faster ways through layers on a CPU, against transformers' own."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -153,6 +156,22 @@ def test_functions_with_other_arguments_are_left_alone(
         )
         assert called == torch.full((1,), 2.0)
         assert modeling_qwen3_5.torch_recurrent_gated_delta_rule is None
+
+
+@pytest.mark.slow
+def test_compiled_layers_leave_the_number_of_threads_alone() -> None:
+    """In a new process, since Numba starts its threads once."""
+
+    code = """
+import torch
+from heretic_contrast.engine.cpu.gated_delta_rule import gated_delta_rule
+
+gated_delta_rule(*[torch.ones(1, 2, 1, 1)] * 3, *[torch.ones(1, 2, 1)] * 2)
+print(torch.get_num_threads())
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    output = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert output.strip() == "1"
 
 
 def test_passes_and_generation_use_the_fast_functions(

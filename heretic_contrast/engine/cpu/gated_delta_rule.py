@@ -133,8 +133,12 @@ def gated_delta_rule(
     state = torch.zeros(shape) if initial_state is None else initial_state.float().clone()
     output = torch.empty(value.shape)
     if output.numel() > 0:
+        n_torch_threads = torch.get_num_threads()
         n_threads = numba.get_num_threads()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(n_torch_threads, numba.config.NUMBA_NUM_THREADS))
+        # Numba starts its threads here, and thereby sets PyTorch's number to its own: both are OpenMP's. Processes that
+        # were told to use one thread each would compete for the cores.
+        torch.set_num_threads(n_torch_threads)
         try:
             _compiled_run()(
                 *(item.float().numpy() for item in (query, key, value, g, beta)),
