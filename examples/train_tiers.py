@@ -29,6 +29,7 @@ import json
 import random
 import re
 import subprocess
+import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,10 @@ class Repositories:
         self.folder = folder
 
     def git(self, name: str, *arguments: str) -> str:
+        if not (self.folder / name).is_dir():
+            sys.exit(
+                f"There is no clone of {name} in {self.folder}: see the table of sources in this file."
+            )
         command = ["git", "-C", str(self.folder / name), *arguments]
         return subprocess.run(command, capture_output=True, check=False).stdout.decode(
             "utf-8", "replace"
