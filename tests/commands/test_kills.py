@@ -22,7 +22,11 @@ from tests.small_runs import Case, WholeRuns
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.xdist_group("kills"),  # They share whole runs.
+]
 
 N_KILLS = int(os.environ.get("HERETIC_CONTRAST_KILLS", "24"))
 SEED = int(os.environ.get("HERETIC_CONTRAST_KILL_SEED", "0"))

@@ -26,7 +26,12 @@ from heretic_contrast.prompts import Prompt
 from heretic_contrast.tiers.coherence import is_coherent
 from heretic_contrast.tiers.responses import Tier, classify_response
 
-pytestmark = [pytest.mark.slow, pytest.mark.real_model, pytest.mark.timeout(3600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.real_model,
+    pytest.mark.timeout(3600),
+    pytest.mark.xdist_group("real_model"),
+]
 
 BASELINES = ("unmatched", "matched", "mixed", "nearest", "residualized")
 

@@ -23,6 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if FOLDER in item.nodeid:
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.timeout(1800))
+            # They share whole runs.
+            item.add_marker(pytest.mark.xdist_group("upstream"))
 
 
 @pytest.fixture(scope="session")
