@@ -71,9 +71,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints a table that can be pasted into a review."""
 
     rows = list(table_rows(terminalreporter))
-    if not rows or not os.environ.get("HERETIC_SOURCE"):
+    checkout = Checkout(Path(os.environ.get("HERETIC_SOURCE", "")).expanduser().resolve())
+    if not rows or not (checkout.package / "main.py").is_file():
         return
-    checkout = Checkout(Path(os.environ["HERETIC_SOURCE"]).expanduser().resolve())
     write = terminalreporter.write_line
     terminalreporter.section("Heretic checkout")
     write(f"Heretic `{checkout.revision}` (surface {checkout.surface}), heretic-contrast checks:")
@@ -92,7 +92,7 @@ def table_rows(terminalreporter: Any) -> Iterator[tuple[str, str, str]]:
         for report in terminalreporter.stats.get(outcome, []):
             if FOLDER not in report.nodeid:
                 continue
-            name = report.nodeid.partition("::test_")[2].replace("_", " ")
+            name = report.nodeid.partition("::test_")[2].removesuffix("@upstream").replace("_", " ")
             detail = "; ".join(f"{key}: {value}" for key, value in report.user_properties)
             if outcome == "skipped":
                 detail = str(report.longrepr[2]).removeprefix("Skipped: ")
