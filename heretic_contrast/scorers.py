@@ -177,17 +177,14 @@ class FixedWeightSweep(ContrastScorer):
         from heretic_contrast.report import write_sweep_report
         from heretic_contrast.report.sweep_report import label
 
-        measured = run_prepared(
+        result, capture, geometry = run_prepared(
             language_model(ctx, self.heretic_settings, self.prepared.contrast.batch_size),
             self.prepared,
             log,
             progress_bar,
             self.heretic_settings.max_response_length,
         )
-        result = measured.result
-        write_sweep_report(
-            result, Path(self.settings.output), log, measured.capture, measured.geometry
-        )
+        write_sweep_report(result, Path(self.settings.output), log, capture, geometry)
         summaries = result.summaries()
         shown = []
         best = 0.0

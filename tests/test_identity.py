@@ -402,7 +402,7 @@ def test_generation_configuration_belongs_to_a_sweep(folder: Path) -> None:
     assert differences(before, evaluator(load(folder)).identity()) == "generation configuration"
 
 
-def test_storages_of_earlier_versions_are_named(tmp_path: Path) -> None:
+def test_storages_that_do_not_say_what_they_hold_are_refused(tmp_path: Path) -> None:
     import optuna
 
     storage = str(tmp_path / "sweep.journal")
@@ -411,10 +411,9 @@ def test_storages_of_earlier_versions_are_named(tmp_path: Path) -> None:
         storage=storage_module.open_storage(storage),
         directions=["minimize", "minimize"],
     )
-    study.set_user_attr("fingerprint", "of an earlier version")
     study.add_trial(create_trial(values=[0, 0]))
     content = Path(storage).read_bytes()
-    with pytest.raises(ContrastError, match="does not say what decided its cells"):
+    with pytest.raises(ContrastError, match="holds another sweep"):
         storage_module.SweepState(storage, {"options": "f"})
     assert Path(storage).read_bytes().startswith(content)
 

@@ -65,6 +65,8 @@ def main(arguments: Sequence[str]) -> None:
         require_effect(["bad_prompts", "good_prompts"])
     model = load_language_model(settings, settings.contrast.batch_size)
     model = with_common_prefix(model, settings, prepared.sources)
-    measured = run_prepared(model, prepared, log, progress_bar, settings.max_response_length)
-    write_sweep_report(measured.result, output, log, measured.capture, measured.geometry)
+    result, capture, geometry = run_prepared(
+        model, prepared, log, progress_bar, settings.max_response_length
+    )
+    write_sweep_report(result, output, log, capture, geometry)
     log(f"Report written to [bold]{escape(str(output / 'report.html'))}[/].")

@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ from ..identity import OF_THE_MODEL, OF_THE_RUN, differences
 from ..language_model import LanguageModel
 from ..settings import Scale
 from .transforms import SHARED
+
+
+def names_of_winners(class_names: Sequence[str], n_winners: int) -> tuple[str, ...]:
+    """Returns a name for each winning neuron: its class, with its rank where there are several."""
+
+    if n_winners == 1:
+        return tuple(class_names)
+    return tuple(f"{name} {rank + 1}" for name in class_names for rank in range(n_winners))
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,13 @@ class Directions:
         """The number of directions per layer."""
 
         return self.tensor.shape[1]
+
+    @property
+    def class_direction_names(self) -> tuple[str, ...]:
+        """The names of the class directions as trained."""
+
+        n_winners = self.class_directions.shape[1] // len(self.class_names)
+        return names_of_winners(self.class_names, n_winners)
 
     @property
     def scale(self) -> Scale:

@@ -35,7 +35,7 @@ from ..settings import (
 from ..vectors import unit_vectors
 from .baselines import get_baseline, mean
 from .classes import select_classes
-from .directions import Directions
+from .directions import Directions, names_of_winners
 from .pools import (
     Log,
     Pools,
@@ -279,11 +279,7 @@ def class_directions(
         if progress is not None:
             progress(index + 1, n_layers)
     n_winners = 1 if settings.method is Method.MEAN else settings.winners
-    names = tuple(
-        name if n_winners == 1 else f"{name} {rank + 1}"
-        for name in class_names
-        for rank in range(n_winners)
-    )
+    names = names_of_winners(class_names, n_winners)
     return torch.stack(directions), torch.stack(hits), names
 
 

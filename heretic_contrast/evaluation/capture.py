@@ -152,17 +152,13 @@ def measure_capture(
         for index in range(1, differences.shape[1]):
             vectors = directions.tensor[index]
             rank = len(span_basis(vectors))
-            subspace = _mean_and_error(subspace_capture(differences[:, index], vectors))
-            cosine = _mean_and_error(max_cosine(differences[:, index], vectors))
             layers.append(
                 LayerCapture(
-                    configuration=name,
-                    layer=index - 1,
-                    subspace=subspace[0],
-                    subspace_error=subspace[1],
-                    max_cosine=cosine[0],
-                    max_cosine_error=cosine[1],
-                    rank=rank,
+                    name,
+                    index - 1,
+                    *_mean_and_error(subspace_capture(differences[:, index], vectors)),
+                    *_mean_and_error(max_cosine(differences[:, index], vectors)),
+                    rank,
                     random_subspace=math.sqrt(rank / differences.shape[2]),
                 )
             )

@@ -7,7 +7,7 @@ Nothing here depends on when, where or by how many processes a sweep was run.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, NamedTuple
 
@@ -109,20 +109,6 @@ class Cell:
         """Returns what tells the cell from others."""
 
         return CellKey(self.configuration, self.strength, self.layers, self.weight)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values."""
-
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Cell":
-        """Restores a cell."""
-
-        return _CELL.validate_python(data)
-
-
-_CELL = TypeAdapter(Cell)
 
 
 def single_cells(cells: Iterable[Cell], configuration: str, strength: str) -> list[Cell]:
@@ -258,7 +244,7 @@ class SweepResult:
             "layers": [asdict(summary) for summary in self.summaries()],
             "cells": [
                 {
-                    **cell.to_dict(),
+                    **asdict(cell),
                     "refusal_interval": list(cell.measurement.refusal_interval()),
                     "efficiency": self.efficiency(cell),
                 }
@@ -280,84 +266,43 @@ class SweepResult:
     def to_csv(self) -> str:
         """Returns one row per cell as CSV text."""
 
-        rows: list[Iterable[Any]] = [CSV_COLUMNS]
+        def short(value: float | None) -> str:
+            return "" if value is None else f"{value:.6g}"
+
+        rows = []
         for cell in self.cells:
             low, high = cell.measurement.refusal_interval()
-            exact = {
-                "effective_weight": cell.effective_weight,
-                "weight_along_mean": cell.weight_along_mean,
-                "kl_divergence": cell.measurement.kl_divergence,
-                "kl_standard_error": cell.measurement.kl_standard_error,
-                "efficiency": self.efficiency(cell),
-            }
-            row = {
-                **cell.key()._asdict(),
-                "layers": " ".join(map(str, cell.layers)),
-                **asdict(cell.measurement),
-                "refusal_share_low": f"{low:.4f}",
-                "refusal_share_high": f"{high:.4f}",
-                **{key: "" if x is None else f"{x:.6g}" for key, x in exact.items()},
-            }
-            rows.append([row[column] for column in CSV_COLUMNS])
-        return csv_text(rows)
+            rows.append(
+                {
+                    **cell.key()._asdict(),
+                    "layers": " ".join(map(str, cell.layers)),
+                    "effective_weight": short(cell.effective_weight),
+                    "weight_along_mean": short(cell.weight_along_mean),
+                    "refusals": cell.measurement.refusals,
+                    "refusal_share_low": f"{low:.4f}",
+                    "refusal_share_high": f"{high:.4f}",
+                    **asdict(cell.measurement),
+                    "kl_divergence": short(cell.measurement.kl_divergence),
+                    "kl_standard_error": short(cell.measurement.kl_standard_error),
+                    "efficiency": short(self.efficiency(cell)),
+                }
+            )
+        return csv_text([rows[0], *(row.values() for row in rows)])
 
     def responses_json_lines(self) -> str:
         """Returns every response as JSON Lines: where it was given, to what, its text, and its tier and coherence."""
 
         base: dict[str, Any] = {"configuration": None}
-        rows = _response_rows(
-            base, "harmful", self.prompts, self.baseline_responses, self.baseline_verdicts
-        )
+        given = [(base, "harmful", self.prompts, self.baseline_responses, self.baseline_verdicts)]
         for cell in self.cells:
             where = cell.key()._asdict()
-            rows += _response_rows(where, "harmful", self.prompts, cell.responses, cell.verdicts)
-            rows += _response_rows(
-                where, "canary", self.canaries, cell.canary_responses, cell.canary_verdicts
-            )
+            given += [
+                (where, "harmful", self.prompts, cell.responses, cell.verdicts),
+                (where, "canary", self.canaries, cell.canary_responses, cell.canary_verdicts),
+            ]
+        rows = (
+            {**where, "pool": pool, "prompt": prompt, "response": response, **asdict(verdict)}
+            for where, pool, prompts, responses, verdicts in given
+            for prompt, response, verdict in zip(prompts, responses, verdicts, strict=True)
+        )
         return "".join(f"{json_text(row, sort_keys=False, indent=None)}\n" for row in rows)
-
-
-CSV_COLUMNS = (
-    "configuration",
-    "strength",
-    "layers",
-    "weight",
-    "effective_weight",
-    "weight_along_mean",
-    "refusals",
-    "refusal_share_low",
-    "refusal_share_high",
-    "evasive",
-    "complied",
-    "incoherent",
-    "n_harmful",
-    "canary_refusals",
-    "n_canaries",
-    "kl_divergence",
-    "kl_standard_error",
-    "efficiency",
-)
-
-
-def _response_rows(
-    where: dict[str, Any],
-    pool: str,
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    verdicts: Sequence[Verdict],
-) -> list[dict[str, Any]]:
-    """Returns a row for each response of a cell; none where they are not known."""
-
-    if not responses:
-        return []
-    known: Sequence[Verdict | None] = verdicts or [None] * len(responses)
-    return [
-        {
-            **where,
-            "pool": pool,
-            "prompt": prompt,
-            "response": response,
-            **({} if verdict is None else asdict(verdict)),
-        }
-        for prompt, response, verdict in zip(prompts, responses, known, strict=True)
-    ]

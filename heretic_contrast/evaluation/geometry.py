@@ -102,7 +102,7 @@ def compare(
     index = layer + 1
     # Several neurons of one class share its name; only single ones can be told to belong together.
     rows = [
-        dict(zip(_direction_names(item), item.class_directions[index], strict=True))
+        dict(zip(item.class_direction_names, item.class_directions[index], strict=True))
         for item in (first, second)
     ]
     common = [name for name in rows[0] if name in rows[1]]
@@ -120,15 +120,6 @@ def compare(
     )
 
 
-def _direction_names(directions: Directions) -> list[str]:
-    """Returns a name for each class direction: its class, with the rank of its neuron where there are several."""
-
-    winners = directions.class_directions.shape[1] // len(directions.class_names)
-    if winners == 1:
-        return list(directions.class_names)
-    return [f"{name} {rank + 1}" for name in directions.class_names for rank in range(winners)]
-
-
 def measure_geometry(
     configurations: Mapping[str, Directions], activities: Sequence[Activity] = ()
 ) -> Geometry:
@@ -144,9 +135,7 @@ def measure_geometry(
         for first, second in combinations(configurations, 2)
         for layer in range(configurations[first].tensor.shape[0] - 1)
     ]
-    names = tuple(
-        (name, tuple(_direction_names(directions))) for name, directions in configurations.items()
-    )
+    names = tuple((name, item.class_direction_names) for name, item in configurations.items())
     return Geometry(tuple(layers), tuple(comparisons), tuple(activities), names)
 
 
@@ -282,22 +271,11 @@ def measure_activities(
                 operator = configuration.operator(layer, weight)
                 size = perturbation(decoding.second[layer, own, own], rows, operator)
                 perturbations.append((float(weight), size / variation if variation else None))
+            at_last_position = (
+                tuple(occupancy(seen.second[layer, own, own], seen.energy[layer], rows).tolist())
+                for seen in (at_harmful, at_harmless)
+            )
             activities.append(
-                Activity(
-                    configuration=name,
-                    layer=layer,
-                    occupancy_harmful=tuple(
-                        occupancy(
-                            at_harmful.second[layer, own, own], at_harmful.energy[layer], rows
-                        ).tolist()
-                    ),
-                    occupancy_harmless=tuple(
-                        occupancy(
-                            at_harmless.second[layer, own, own], at_harmless.energy[layer], rows
-                        ).tolist()
-                    ),
-                    natural_variation=variation,
-                    perturbations=tuple(perturbations),
-                )
+                Activity(name, layer, *at_last_position, variation, tuple(perturbations))
             )
     return tuple(activities)

@@ -29,14 +29,8 @@ from .plan_settings import WEIGHTS, SweepPlanSettings
 from .results import Pair
 from .storage import require_own_sweep
 
-JOURNAL = "sweep.journal"
-"""The storage of a sweep in its output directory, where no other one is given."""
-
 RANDOM = "random"
 """The name of the configuration with random directions."""
-
-LEFT_OUT = "left_out_as_used_for_extraction"
-"""Where a pool says how many prompts were left out of it; null where that cannot be known."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +194,8 @@ def plan_sweep(
         pools[name] = {
             "count": len(kept[name]),
             "digest": prompts_digest(kept[name]),
-            LEFT_OUT: count or (None if used.unknown else 0),
+            # Null where it cannot be known.
+            "left_out_as_used_for_extraction": count or (None if used.unknown else 0),
         }
         if prompts and not kept[name] and name != "canaries":
             raise ContrastError(
@@ -291,7 +286,7 @@ def prepare_sweep(
     """
 
     require_writable_directory(output)
-    storage = settings.storage or str(output / JOURNAL)
+    storage = settings.storage or str(output / "sweep.journal")
     if "://" not in storage:
         require_writable_file(Path(storage))
     pairs = load_pairs(None if settings.pairs is None else Path(settings.pairs), model_name)
@@ -310,21 +305,13 @@ def prepare_sweep(
     used = sources.used_prompts()
     for sentence in used.sentences():
         log(f"* [yellow]{sentence}[/]")
-    harmful, n_harmful_left_out = used.leave_out(
-        _distinct(evaluation.harmful, "harmful evaluation", evaluation.harmful_setting, log)
+    harmful, n_harmful_left_out = _evaluation_pool(
+        evaluation.harmful, "harmful evaluation", evaluation.harmful_setting, used, log
     )
-    harmless, n_harmless_left_out = used.leave_out(
-        _distinct(evaluation.harmless, "harmless evaluation", evaluation.harmless_setting, log)
+    harmless, n_harmless_left_out = _evaluation_pool(
+        evaluation.harmless, "harmless evaluation", evaluation.harmless_setting, used, log
     )
     require_apart(harmful, harmless, "harmless evaluation", "counted on both sides")
-    for what, pool, n_left_out in (
-        ("harmful", harmful, n_harmful_left_out),
-        ("harmless", harmless, n_harmless_left_out),
-    ):
-        if not pool:
-            raise ContrastError(
-                f"All {n_left_out} {what} evaluation prompts are among those that directions were extracted from: give others."
-            )
     canaries, references = _harmless(settings, harmless, contrast.seed, log)
     if contrast.category_source is not CategorySource.MODEL:
         harmful = tuple(_judged(settings, contrast, harmful, None, log))
@@ -349,14 +336,22 @@ def prepare_sweep(
     )
 
 
-def _distinct(source: PromptSources, name: str, setting: str, log: Log) -> list[Prompt]:
-    """Returns the prompts of a pool, each once: a repeated one would make intervals too narrow."""
+def _evaluation_pool(
+    source: PromptSources, name: str, setting: str, used: UsedPrompts, log: Log
+) -> tuple[tuple[Prompt, ...], int]:
+    """Returns the prompts of a pool that directions do not come from, and how many do."""
 
     pool = load_pool(source, name, setting)
+    # A repeated prompt would make intervals too narrow.
     distinct = list(dict.fromkeys(pool))
     if len(distinct) < len(pool):
         log(f"* Taking each prompt of the {name} pool once: {len(distinct)} of {len(pool)}")
-    return distinct
+    kept, n_left_out = used.leave_out(distinct)
+    if not kept:
+        raise ContrastError(
+            f"All {n_left_out} {name} prompts are among those that directions were extracted from: give others."
+        )
+    return kept, n_left_out
 
 
 def _judged(

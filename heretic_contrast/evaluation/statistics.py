@@ -2,33 +2,22 @@
 
 """Uncertainty of counts."""
 
-from __future__ import annotations
-
 import math
 from statistics import NormalDist
 
-from heretic_contrast.errors import ContrastError
 
-
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """
-    Wilson score interval of a proportion, (low, high) in [0, 1].
+    Wilson score interval (95 %) of a proportion, (low, high) in [0, 1].
 
     It is the set of proportions p with |successes / n - p| <= z sqrt(p (1 - p) / n) (Wilson, 1927), without
     continuity correction. Unlike the normal interval it keeps its coverage for small n and for 0 or n
     successes, which is where refusal counts lie. With n = 0 nothing is known: (0, 1).
-
-    Raises `ContrastError` when successes is not in [0, n] or confidence not in (0, 1).
     """
-    if n < 0 or not 0 <= successes <= n:
-        raise ContrastError(f"{successes} successes of {n} is no count: give 0 <= successes <= n.")
-    if not 0.0 < confidence < 1.0:
-        raise ContrastError(
-            f"The confidence {confidence} is not a probability: give a number between 0 and 1, such as 0.95."
-        )
+
     if n == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2.0)
+    z = NormalDist().inv_cdf(0.975)
     proportion = successes / n
     denominator = 1.0 + z * z / n
     center = (proportion + z * z / (2 * n)) / denominator

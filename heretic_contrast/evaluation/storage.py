@@ -17,6 +17,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from optuna.distributions import (
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import TypeAdapter
 
 from ..errors import ContrastError
 from ..identity import Identity, differences
@@ -54,6 +56,8 @@ CELLS_PER_CLAIM = 60
 How many cells a process takes at a time: enough to fill batches, few enough to lose little of when it is killed, and whole
 layers with five weights and up to four configurations.
 """
+
+_CELL = TypeAdapter(Cell)
 
 _at_work: set[str] = set()
 """The workers of this process that are computing at this moment."""
@@ -152,7 +156,7 @@ class SweepState:
                 deepcopy=False
             ):
                 self._study.set_user_attr("identity", identity)
-            stored = self._study.user_attrs.get("identity")
+            stored = self._study.user_attrs.get("identity", {})
         except ContrastError:
             raise
         except Exception as error:
@@ -161,12 +165,6 @@ class SweepState:
                 f"The storage {without_password(storage)} cannot be read ({' '.join(str(error).split())[:200]}): "
                 "move a damaged file away to start anew."
             ) from error
-        where = f"The storage {without_password(storage)}"
-        remedy = "give another output or storage, or remove that one."
-        if stored is None:
-            raise ContrastError(
-                f"{where} holds a sweep that does not say what decided its cells, as earlier versions did not: {remedy}"
-            )
         # As the storage gives it back.
         different = differences(stored, json.loads(json.dumps(identity)))
         if different:
@@ -218,7 +216,7 @@ class SweepState:
         """Stores a cell, unless another process took the trial over in the meantime."""
 
         with suppress(UpdateFinishedTrialError):
-            self._study._storage.set_trial_user_attr(trial._trial_id, "cell", cell.to_dict())
+            self._study._storage.set_trial_user_attr(trial._trial_id, "cell", asdict(cell))
         self._study.tell(
             trial.number,
             [float(cell.measurement.refusals), cell.measurement.kl_divergence],
@@ -250,7 +248,7 @@ class SweepState:
         """Returns the finished cells."""
 
         return {
-            _key(trial): Cell.from_dict(trial.user_attrs["cell"])
+            _key(trial): _CELL.validate_python(trial.user_attrs["cell"])
             for trial in reversed(
                 self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
             )
@@ -266,22 +264,19 @@ class SweepState:
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             waiting.setdefault(_key(trial), trial)
         for group in groups:
-            wanted = [key for key in group if key in missing]
-            # Exactly one process turns a waiting trial into a running one: who has the first has the group.
-            if not wanted or wanted[0] not in waiting:
-                continue
-            if not self._set_state(waiting[wanted[0]], TrialState.RUNNING):
-                continue
-            # Leased at once, so that the cells of a process that dies from here on are known to be nobody's.
-            self._lease(waiting[wanted[0]])
-            claimed = [waiting[wanted[0]]]
-            for key in wanted[1:]:
+            claimed = []
+            for key in (key for key in group if key in missing):
                 if key in waiting and self._set_state(waiting[key], TrialState.RUNNING):
+                    # Leased at once, so that the cells of a process that dies from here on are known to be nobody's.
                     self._lease(waiting[key])
                     claimed.append(waiting[key])
-            for trial in claimed:
-                self._show_parameters(trial)
-            return group, claimed
+                elif not claimed:
+                    # Exactly one process turns a waiting trial into a running one: who has the first has the group.
+                    break
+            if claimed:
+                for trial in claimed:
+                    self._show_parameters(trial)
+                return group, claimed
         return [], []
 
     def _show_parameters(self, trial: FrozenTrial) -> None:

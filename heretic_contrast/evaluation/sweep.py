@@ -10,7 +10,7 @@ successful, and at what cost. Interventions are forward hooks, so the model is l
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 
 import torch
@@ -36,6 +36,7 @@ from .extraction import measure_directions
 from .plan import Configurations, PreparedSweep, SweepOptions, SweepPlan, plan_sweep
 from .plan_settings import check_weights
 from .results import CaptureResult, Geometry
+from .storage import SweepState
 
 RULES = (responses, linear, text, coherence)
 """The modules that decide how a response is judged."""
@@ -66,16 +67,16 @@ class SweepEvaluator:
         self.configurations = plan.configurations
         self.options = options = plan.options
         self._classify = classify
-        harmful, canaries, references = plan.harmful, plan.canaries, plan.references
         # Both are answered in the same passes.
-        answered = (*harmful, *canaries)
-        tokens = tuple(model.token_ids((*answered, *references)))
+        answered = (*plan.harmful, *plan.canaries)
+        tokens = tuple(model.token_ids((*answered, *plan.references)))
         self._engine = checked_engine(model, tokens) if engine is None else engine
         # The unmodified model answers everything in one go, since a step takes hardly longer for more rows.
         generated = tuple(
             self._engine.generate(
                 tokens,
-                [options.max_new_tokens] * len(answered) + [options.kl_tokens] * len(references),
+                [options.max_new_tokens] * len(answered)
+                + [options.kl_tokens] * len(plan.references),
             )
         )
         n = len(answered)
@@ -89,7 +90,7 @@ class SweepEvaluator:
         self.baseline = self._baseline()
         if self.baseline.refusals == 0:
             raise ContrastError(
-                f"{model.name} refuses none of the {len(harmful)} harmful prompts, so there is nothing to measure: "
+                f"{model.name} refuses none of the {len(plan.harmful)} harmful prompts, so there is nothing to measure: "
                 "use other prompts, or a model that refuses."
             )
 
@@ -356,14 +357,14 @@ def check_plan(model: LanguageModel, plan: SweepPlan) -> None:
         raise ContrastError(
             "A sweep needs harmful prompts and harmless reference prompts: give pools with prompts."
         )
-    if options.layers is not None:
-        for layer in options.layers:
-            if not 0 <= layer < model.n_layers:
-                raise ContrastError(
-                    f"Layer {layer} is out of range: {model.name} has layers 0 to {model.n_layers - 1}."
-                )
-        if not options.layers:
-            raise ContrastError("No layer is given to sweep: leave the layers out for all of them.")
+    layers = range(model.n_layers) if options.layers is None else options.layers
+    if not layers:
+        raise ContrastError("No layer is given to sweep: leave the layers out for all of them.")
+    for layer in layers:
+        if not 0 <= layer < model.n_layers:
+            raise ContrastError(
+                f"Layer {layer} is out of range: {model.name} has layers 0 to {model.n_layers - 1}."
+            )
     check_weights(options.weights)
     for strength in options.strengths:
         if strength not in ("weight", "effective"):
@@ -375,7 +376,7 @@ def check_plan(model: LanguageModel, plan: SweepPlan) -> None:
             raise ContrastError(
                 f'{model.name} has no component "{component}": choose from {", ".join(model.component_names)}.'
             )
-    for layer in range(model.n_layers) if options.layers is None else options.layers:
+    for layer in layers:
         if not output_projections(model, layer, options.components):
             raise ContrastError(
                 f"Layer {layer} of {model.name} has none of the components {', '.join(options.components or ())}: "
@@ -418,21 +419,10 @@ def run_cells(
 ) -> list[Cell]:
     """Measures all cells that the storage does not hold yet, single layers first."""
 
-    from .storage import SweepState
-
     state = SweepState(storage, evaluator.identity())
     single = state.run(evaluator.grid(), evaluator.evaluate, progress)
     sets = state.run(evaluator.synergy_grid(single), evaluator.evaluate, progress)
     return list({cell.key(): cell for cell in [*single, *sets]}.values())
-
-
-@dataclass(frozen=True)
-class SweepMeasurements:
-    """Everything that a report of a sweep shows."""
-
-    result: SweepResult
-    capture: CaptureResult
-    geometry: Geometry
 
 
 def run_prepared(
@@ -441,7 +431,7 @@ def run_prepared(
     log: Log,
     show_progress: ShowProgress,
     max_response_length: int,
-) -> SweepMeasurements:
+) -> tuple[SweepResult, CaptureResult, Geometry]:
     """
     Extracts directions and sweeps a loaded model, as the command and Heretic's scorer do.
 
@@ -473,4 +463,4 @@ def run_prepared(
         plan.options.weights,
         plan.options.max_new_tokens,
     )
-    return SweepMeasurements(evaluator.result(cells), capture, geometry)
+    return evaluator.result(cells), capture, geometry

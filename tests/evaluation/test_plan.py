@@ -376,7 +376,7 @@ def run_refuser(
     prepared = replace(prepared, storage=None)
     return run_prepared(
         model, prepared, lambda *line: shown.extend(map(str, line)), progress_bar, 10
-    ).result
+    )[0]
 
 
 def assert_same_cells(found: Sequence[Cell], expected: Sequence[Cell]) -> None:

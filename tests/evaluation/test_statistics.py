@@ -2,36 +2,30 @@
 
 """Intervals against SciPy, and against their definitions."""
 
-import math
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.statistics import wilson_interval
 
 
-@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
 @pytest.mark.parametrize("n", [1, 2, 10, 12, 100, 450])
-def test_wilson_interval_is_that_of_scipy(n: int, confidence: float) -> None:
+def test_wilson_interval_is_that_of_scipy(n: int) -> None:
     for successes in sorted({0, 1, n // 3, n // 2, n - 1, n}):
-        reference = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
-        assert wilson_interval(successes, n, confidence) == pytest.approx(
+        reference = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+        assert wilson_interval(successes, n) == pytest.approx(
             (reference.low, reference.high), abs=1e-12
         )
 
 
 @settings(deadline=None)
-@given(st.integers(1, 2000), st.floats(0.01, 0.999), st.data())
-def test_wilson_interval_solves_its_equation(
-    n: int, confidence: float, data: st.DataObject
-) -> None:
+@given(st.integers(1, 2000), st.data())
+def test_wilson_interval_solves_its_equation(n: int, data: st.DataObject) -> None:
     successes = data.draw(st.integers(0, n))
-    low, high = wilson_interval(successes, n, confidence)
+    low, high = wilson_interval(successes, n)
     assert 0.0 <= low <= successes / n <= high <= 1.0
-    z = stats.norm.ppf(0.5 + confidence / 2)
+    z = stats.norm.ppf(0.975)
     for end in (low, high):
         # Both ends are the proportions from which the observed one is z standard errors away.
         distance = (successes / n - end) ** 2
@@ -50,15 +44,3 @@ def test_wilson_interval_reaches_the_ends_exactly() -> None:
     assert wilson_interval(0, 10)[0] == 0.0
     assert wilson_interval(10, 10)[1] == 1.0
     assert wilson_interval(0, 0) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize("successes, n", [(-1, 10), (11, 10), (0, -1), (1, 0)])
-def test_counts_that_are_none(successes: int, n: int) -> None:
-    with pytest.raises(ContrastError, match=f"{successes} successes of {n}"):
-        wilson_interval(successes, n)
-
-
-@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0, -0.1, math.nan])
-def test_confidences_that_are_none(confidence: float) -> None:
-    with pytest.raises(ContrastError, match="not a probability"):
-        wilson_interval(1, 10, confidence)

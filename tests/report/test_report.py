@@ -22,7 +22,7 @@ import torch
 
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import measure_capture
-from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult, Synergy
+from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult, Synergy, Verdict
 from heretic_contrast.evaluation.geometry import measure_geometry
 from heretic_contrast.evaluation.results import (
     Activity,
@@ -68,6 +68,9 @@ def measurement(refusals: int, divergence: float) -> Measurement:
 def make_sweep() -> SweepResult:
     """A sweep whose layer 1 succeeds at w = 0.5, and whose layer 2 never works."""
 
+    verdict = Verdict("REFUSE", True, 1.0)
+    responses: dict[str, Any] = {"verdicts": (verdict,) * 10, "canary_verdicts": (verdict,) * 4}
+    responses["canary_responses"] = ("Fine.",) * 4
     refusals = {0: (10, 9, 4), 1: (3, 0, 0), 2: (10, 10, 10)}
     cells = [
         Cell(
@@ -81,13 +84,15 @@ def make_sweep() -> SweepResult:
                 counts[index] if name == "first" else 10, 0.001 * (layer + 1) * weight
             ),
             responses=tuple(f"<b>response</b> {index}" for _ in range(10)),
+            **responses,
         )
         for name in ("first", "random & <control>")
         for strength in ("weight", "effective")
         for layer, counts in refusals.items()
         for index, weight in enumerate(WEIGHTS)
     ]
-    pair = Cell("first", "weight", (0, 1), 0.3, 0.9, 0.3, measurement(1, 0.004))
+    alike = ("<b>response</b>",) * 10
+    pair = Cell("first", "weight", (0, 1), 0.3, 0.9, 0.3, measurement(1, 0.004), alike, **responses)
     return SweepResult(
         model="tiny <model>",
         baseline=measurement(10, 0.0001),
@@ -97,6 +102,7 @@ def make_sweep() -> SweepResult:
         categories=("violence", "fraud") * 5,
         canaries=("Bake", "Sing", "Run", "Read"),
         baseline_responses=("No.",) * 10,
+        baseline_verdicts=(verdict,) * 10,
         pools={"references": {"count": 20, "digest": "0123456789abcdef"}},
         settings={"weights": list(WEIGHTS), "kl_tokens": 50, "top_k": 100},
     )
@@ -279,7 +285,7 @@ def test_files_of_a_sweep(written: tuple[Path, list[Any]], tmp_path: Path) -> No
     assert SweepResult.from_dict(json.loads(files["sweep.json"])) == result
     assert len(list(csv.DictReader(io.StringIO(files["sweep.csv"].decode())))) == len(result.cells)
     responses = [json.loads(line) for line in files["responses.jsonl"].decode().splitlines()]
-    assert len(responses) == 10 + sum(len(cell.responses) for cell in result.cells)
+    assert len(responses) == 10 + 14 * len(result.cells)
     assert json.loads(files["capture.json"])["n_pairs"] == 5
     assert len(json.loads(files["geometry.json"])["layers"]) == 6
     assert {
