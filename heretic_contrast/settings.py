@@ -338,27 +338,33 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-unmatched": {"baseline": "unmatched", "method": "som", "svd": False},
     "paper-matched": {"baseline": "matched", "method": "som", "svd": False},
     "paper-matched-svd": {"baseline": "matched", "method": "som", "svd": True},
-    # Piras et al. (2026): one SOM for all harmful prompts, several neurons, one ablation after the other.
-    # The grid and the number of neurons are this project's choice, not checked against the publication.
+    # Piras et al. (2026): one SOM for all harmful prompts with the settings of their code, several neurons, one ablation
+    # after the other. They search which neurons, most often five to seven, and take those of one layer for all.
     "piras": {
         "baseline": "unmatched",
         "method": "som",
         "classes": "single",
         "som_rows": 4,
         "som_columns": 4,
+        "som_sigma": 0.33,
+        "som_learning_rate": 0.01,
+        "som_topology": "hexagonal",
         "winners": 7,
         "composition": "sequential",
     },
     # Arditi et al. (2024): the difference in means.
     "arditi": {"baseline": "unmatched", "method": "mean", "classes": "single"},
-    # Heretic's pull request 196, with the winners it meant to take: the densest neurons. Its author reports four
-    # directions; the grid is this project's choice.
+    # Heretic's pull request 196, with the winners it meant to take: the densest neurons. There each direction has a
+    # maximum and a minimum weight per component.
     "heretic-soma": {
         "baseline": "unmatched",
         "method": "som",
         "classes": "single",
         "som_rows": 4,
         "som_columns": 4,
+        "som_sigma": 0.5,
+        "som_learning_rate": 0.01,
+        "som_topology": "hexagonal",
         "winners": 4,
         "composition": "sum",
     },
