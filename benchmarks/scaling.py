@@ -40,8 +40,8 @@ from som import make_residuals, views
 
 from heretic_contrast.ablation.lora import lora_factors
 from heretic_contrast.ablation.operator import compose
+from heretic_contrast.directions.baselines import Residuals
 from heretic_contrast.directions.extraction import extract_directions
-from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.directions.som import SomSettings, train_maps
 from heretic_contrast.engine.fast.engine import FastEngine
 from heretic_contrast.evaluation.cells import CellKey
@@ -119,7 +119,7 @@ def direction_extraction(layers: int, hidden_size: int, prompts: int, classes: i
 
     pools = [torch.from_numpy(make_residuals(layers, 1, prompts, hidden_size, i)) for i in range(3)]
     names = tuple(f"class {index % classes}" for index in range(prompts))
-    residuals = PoolResiduals(pools[0], names, pools[1], pools[2], names)
+    residuals = Residuals(pools[0], names, pools[1], pools[2], names)
     settings = ContrastSettings(baseline="matched", method="mean", svd=True, scale="unmatched")
     return lambda: extract_directions(residuals, settings)
 

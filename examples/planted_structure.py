@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heretic_contrast.directions.baselines import Residuals
 from heretic_contrast.directions.extraction import extract_directions
-from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.settings import BASELINES, ContrastSettings
 
 HIDDEN = 64
@@ -33,9 +33,7 @@ LEAKS = (0.0, 0.3)
 SEEDS = (0, 1, 2, 3, 4)
 
 
-def plant(
-    ratio: float, prompts_per_class: int, leak: float, seed: int
-) -> tuple[PoolResiduals, Tensor]:
+def plant(ratio: float, prompts_per_class: int, leak: float, seed: int) -> tuple[Residuals, Tensor]:
     """Returns residuals of one layer, and the planted refusal direction of shape (hidden_size,)."""
 
     generator = torch.Generator().manual_seed(seed)
@@ -48,7 +46,7 @@ def plant(
         return torch.randn(count, HIDDEN, generator=generator) / HIDDEN**0.5
 
     subject = ratio * topics[classes]
-    residuals = PoolResiduals(
+    residuals = Residuals(
         harmful=(refusal + subject + noise(len(classes)))[:, None],
         harmful_classes=names,
         bulk=noise(N_BULK)[:, None],

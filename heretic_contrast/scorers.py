@@ -185,15 +185,10 @@ class FixedWeightSweep(ContrastScorer):
             self.heretic_settings.max_response_length,
         )
         write_sweep_report(result, Path(self.settings.output), log, capture, geometry)
-        summaries = result.summaries()
         shown = []
         best = 0.0
         for configuration, strength in result.configurations():
-            layers = [
-                summary
-                for summary in summaries
-                if (summary.configuration, summary.strength) == (configuration, strength)
-            ]
+            layers = result.summaries_of(configuration, strength)
             functional = sum(summary.functional for summary in layers)
             successful = sum(summary.successful for summary in layers)
             if configuration != RANDOM:

@@ -10,8 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heretic_contrast.directions.baselines import LayerResiduals
-from heretic_contrast.directions.residuals import PoolResiduals
+from heretic_contrast.directions.baselines import Residuals
 
 CLASSES = ("drugs", "fraud", "hacking", "weapons")
 
@@ -71,7 +70,7 @@ def weights_for(draw: st.DrawFn, vectors: Tensor, highest: float = 1.5) -> Tenso
 
 
 @st.composite
-def pools(draw: st.DrawFn, layers: int = 1, whole: bool = False) -> PoolResiduals:
+def pools(draw: st.DrawFn, layers: int = 1, whole: bool = False) -> Residuals:
     """
     Draws residuals of all pools, from one prompt per class and pool up, some of them equal.
 
@@ -96,7 +95,7 @@ def pools(draw: st.DrawFn, layers: int = 1, whole: bool = False) -> PoolResidual
         for target, source in draw(st.lists(st.tuples(row, row), max_size=2)):
             values[target] = values[source]
         residuals[pool] = values
-    return PoolResiduals(
+    return Residuals(
         harmful=residuals["harmful"],
         harmful_classes=tuple(classes["harmful"]),
         bulk=residuals["bulk"],
@@ -105,10 +104,10 @@ def pools(draw: st.DrawFn, layers: int = 1, whole: bool = False) -> PoolResidual
     )
 
 
-def changed(residuals: PoolResiduals, change: Callable[[Tensor], Tensor]) -> PoolResiduals:
+def changed(residuals: Residuals, change: Callable[[Tensor], Tensor]) -> Residuals:
     """Returns residuals with the same change made to every pool."""
 
-    return PoolResiduals(
+    return Residuals(
         harmful=change(residuals.harmful),
         harmful_classes=residuals.harmful_classes,
         bulk=change(residuals.bulk),
@@ -117,7 +116,7 @@ def changed(residuals: PoolResiduals, change: Callable[[Tensor], Tensor]) -> Poo
     )
 
 
-def shuffled(layer: LayerResiduals, seed: int) -> tuple[LayerResiduals, Tensor]:
+def shuffled(layer: Residuals, seed: int) -> tuple[Residuals, Tensor]:
     """Returns every pool in another order, and the order of the harmful one."""
 
     generator = torch.Generator().manual_seed(seed)
@@ -126,7 +125,7 @@ def shuffled(layer: LayerResiduals, seed: int) -> tuple[LayerResiduals, Tensor]:
         for pool in (layer.harmful, layer.bulk, layer.matched)
     )
     return (
-        LayerResiduals(
+        Residuals(
             harmful=layer.harmful[a],
             harmful_classes=tuple(layer.harmful_classes[int(index)] for index in a),
             bulk=layer.bulk[b],

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heretic_contrast.directions.baselines import Residuals
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract_directions
-from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.settings import ContrastSettings
 
 from .pools import MATCHED, SENSITIVE, Draw, StudyPools
@@ -115,7 +115,7 @@ class DirectionsMaker:
         self._draw = draw
         self._provenance = provenance
         self._made: dict[str, Directions] = {}
-        self._pool_residuals: dict[tuple[str, bool], PoolResiduals] = {}
+        self._pool_residuals: dict[tuple[str, bool], Residuals] = {}
 
     def make(self, name: str) -> Directions:
         """Returns the directions of that name."""
@@ -161,7 +161,7 @@ class DirectionsMaker:
         units = torch.where(units > 0, units, torch.ones_like(units))
         return replace(directions, tensor=(directions.tensor / units[:, None, None]).contiguous())
 
-    def _residuals_of(self, pool: str, filtered: bool) -> PoolResiduals:
+    def _residuals_of(self, pool: str, filtered: bool) -> Residuals:
         """Returns the residuals of the drawn prompts, with the matched pool of that name."""
 
         key = (pool, filtered)
@@ -185,7 +185,7 @@ class DirectionsMaker:
             matched = matched * len(names)
         else:
             matched_classes = [self._pools.matched[pool][index].category or "" for index in matched]
-        self._pool_residuals[key] = PoolResiduals(
+        self._pool_residuals[key] = Residuals(
             harmful=self._residuals["harmful"][harmful],
             harmful_classes=tuple(classes),
             bulk=self._residuals["bulk"][bulk],

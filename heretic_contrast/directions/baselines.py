@@ -11,7 +11,7 @@ name is the baseline's, and it points to a function with the signature of `Basel
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,17 +19,19 @@ from torch import Tensor
 from ..errors import ContrastError
 from ..settings import baseline_names, other_baselines
 from ..vectors import unit_vectors
+from .classes import ClassSelection
 
 
 @dataclass(frozen=True)
-class LayerResiduals:
+class Residuals:
     """
-    The residuals of one layer.
+    The residuals of all pools, at all layers or at one.
 
-    `harmful`: Tensor of shape (n_harmful, hidden_size), float32, with a class each in `harmful_classes`.
-    `bulk`: Tensor of shape (n_bulk, hidden_size), the general harmless prompts G.
-    `matched`: Tensor of shape (n_matched, hidden_size), the harmless prompts G_c on the subjects of the
+    `harmful`: Tensor of shape (n_harmful, n_layers + 1, hidden_size), float32, with a class each in `harmful_classes`.
+    `bulk`: Tensor of shape (n_bulk, n_layers + 1, hidden_size), the general harmless prompts G.
+    `matched`: Tensor of shape (n_matched, n_layers + 1, hidden_size), the harmless prompts G_c on the subjects of the
     classes, with the class each in `matched_classes`; empty where no matched pool is used.
+    Those of one layer, which baselines get, lack the dimension of the layers.
     """
 
     harmful: Tensor
@@ -37,6 +39,27 @@ class LayerResiduals:
     bulk: Tensor
     matched: Tensor
     matched_classes: tuple[str, ...]
+
+    def layer(self, index: int) -> "Residuals":
+        """Returns views of the residuals of one layer."""
+
+        return replace(
+            self,
+            harmful=self.harmful[:, index],
+            bulk=self.bulk[:, index],
+            matched=self.matched[:, index],
+        )
+
+    def of(self, selection: ClassSelection) -> "Residuals":
+        """Returns the residuals of the classes that get directions."""
+
+        kept = list(selection.kept)
+        return replace(
+            self,
+            harmful=self.harmful[kept] if len(kept) < len(self.harmful) else self.harmful,
+            harmful_classes=selection.harmful_classes,
+            matched_classes=selection.matched_classes,
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +73,7 @@ class BaselineOptions:
     """m of `nearest`: the number of general harmless prompts that make the reference."""
 
 
-Baseline = Callable[[LayerResiduals, BaselineOptions], Tensor]
+Baseline = Callable[[Residuals, BaselineOptions], Tensor]
 """Returns the difference vectors, Tensor of shape (n_harmful, hidden_size), float32."""
 
 NEEDS_MATCHED = frozenset({"matched", "mixed", "residualized"})
@@ -83,22 +106,7 @@ def require_neighbors(n_neighbors: int, n_bulk: int) -> None:
         )
 
 
-def require_prompts(
-    name: str,
-    options: BaselineOptions,
-    harmful_classes: Iterable[str],
-    matched_classes: Iterable[str],
-    n_bulk: int,
-) -> None:
-    """Raises `ContrastError` when the pools lack prompts that a built-in baseline needs; known without a model."""
-
-    if name in NEEDS_MATCHED:
-        require_matched(harmful_classes, matched_classes)
-    if name == "nearest":
-        require_neighbors(options.n_neighbors, n_bulk)
-
-
-def class_means(layer: LayerResiduals) -> dict[str, Tensor]:
+def class_means(layer: Residuals) -> dict[str, Tensor]:
     """Returns mean(G_c) for every class c of the harmful prompts: float64 tensors of shape (hidden_size,)."""
 
     require_matched(layer.harmful_classes, layer.matched_classes)
@@ -109,13 +117,13 @@ def class_means(layer: LayerResiduals) -> dict[str, Tensor]:
     return means
 
 
-def unmatched(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
+def unmatched(layer: Residuals, options: BaselineOptions) -> Tensor:
     """μ = mean of h over G, the paper's standard methodology (section 3.2 a)."""
 
     return (layer.harmful.to(torch.float64) - mean(layer.bulk)).float()
 
 
-def matched(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
+def matched(layer: Residuals, options: BaselineOptions) -> Tensor:
     """μ = mean of h over G_c, the paper's topic-matched contrast (section 3.2 b)."""
 
     means = class_means(layer)
@@ -123,13 +131,9 @@ def matched(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
     return (layer.harmful.to(torch.float64) - references).float()
 
 
-def mixed(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
+def mixed(layer: Residuals, options: BaselineOptions) -> Tensor:
     """μ = (1 − λ) · unmatched + λ · matched, with λ = `options.mixing` in [0, 1] (paper, section 6)."""
 
-    if not 0 <= options.mixing <= 1:
-        raise ContrastError(
-            f"The mixing of the baseline mixed is {options.mixing}: it must lie between 0 (unmatched) and 1 (matched)."
-        )
     bulk = mean(layer.bulk)
     means = class_means(layer)
     references = torch.stack(
@@ -141,7 +145,7 @@ def mixed(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
     return (layer.harmful.to(torch.float64) - references).float()
 
 
-def nearest(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
+def nearest(layer: Residuals, options: BaselineOptions) -> Tensor:
     """
     μ = mean of the m prompts of G nearest to h(p) by cosine, both taken relative to the mean of G.
 
@@ -167,7 +171,7 @@ def nearest(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
     return (harmful - references).float()
 
 
-def residualized(layer: LayerResiduals, options: BaselineOptions) -> Tensor:
+def residualized(layer: Residuals, options: BaselineOptions) -> Tensor:
     """
     d = unmatched difference without its part in span{mean(G_c) − mean(G) : all classes c} (paper, section 6).
 

@@ -33,20 +33,19 @@ from ..settings import (
     Scale,
 )
 from ..vectors import unit_vectors
-from .baselines import get_baseline, mean
+from .baselines import BaselineOptions, Residuals, get_baseline, mean
 from .classes import select_classes
 from .directions import Directions, names_of_winners
 from .pools import (
     Log,
     Pools,
-    baseline_options,
     class_names_of,
     filter_by_behavior,
     needs_model,
     select,
     with_categories,
 )
-from .residuals import PoolResiduals, cached_residuals
+from .residuals import cached_residuals
 from .som import SomSettings, TrainedMap, train_maps
 from .transforms import SHARED, around_shared, orthogonalize, random_directions, without_harmless
 
@@ -83,7 +82,11 @@ def extract(
         f"[bold]{len(pools.matched)}[/] matched prompts..."
     )
     cache = None if settings.residual_cache is None else Path(settings.residual_cache)
-    residuals = collect_residuals(model, pools, cache, progress)
+    harmful, bulk, matched = (
+        cached_residuals(model, prompts, cache, progress) for prompts in pools.all()
+    )
+    classes, matched_classes = (class_names_of(pool) for pool in (pools.harmful, pools.matched))
+    residuals = Residuals(harmful, classes, bulk, matched, matched_classes)
     log(f"* Extracting directions (baseline [bold]{settings.baseline}[/])...")
     return extract_directions(
         residuals,
@@ -122,29 +125,8 @@ def _log_classes(pools: Pools, settings: ContrastSettings, log: Log) -> None:
         )
 
 
-def collect_residuals(
-    model: LanguageModel,
-    pools: Pools,
-    cache_directory: Path | None,
-    progress: Progress | None = None,
-) -> PoolResiduals:
-    """Returns the residuals of all pools, from the cache where they are there."""
-
-    model = model.identified()
-    harmful, bulk, matched = (
-        cached_residuals(model, prompts, cache_directory, progress) for prompts in pools.all()
-    )
-    return PoolResiduals(
-        harmful=harmful,
-        harmful_classes=class_names_of(pools.harmful),
-        bulk=bulk,
-        matched=matched,
-        matched_classes=class_names_of(pools.matched),
-    )
-
-
 def extract_directions(
-    residuals: PoolResiduals,
+    residuals: Residuals,
     settings: ContrastSettings,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -220,7 +202,7 @@ def extract_directions(
     )
 
 
-def _require_usable(residuals: PoolResiduals) -> None:
+def _require_usable(residuals: Residuals) -> None:
     """Raises `ContrastError` when residuals are not finite, or a pool is empty that every baseline needs."""
 
     for what, tensor, needed in (
@@ -244,7 +226,7 @@ def _layer_means(residuals: Tensor) -> Tensor:
 
 
 def class_directions(
-    residuals: PoolResiduals,
+    residuals: Residuals,
     class_names: Sequence[str],
     settings: ContrastSettings,
     progress: Progress | None = None,
@@ -257,6 +239,7 @@ def class_directions(
     """
 
     baseline = get_baseline(settings.baseline)
+    options = BaselineOptions(settings.mixing, settings.n_neighbors)
     members = {
         name: [index for index, other in enumerate(residuals.harmful_classes) if other == name]
         for name in class_names
@@ -266,7 +249,7 @@ def class_directions(
     hits: list[Tensor] = []
     for index in range(n_layers):
         # One layer at a time, so that differences of all layers never exist beside the residuals.
-        differences = baseline(residuals.layer(index), baseline_options(settings))
+        differences = baseline(residuals.layer(index), options)
         samples = [differences[members[name]].numpy() for name in class_names]
         if settings.method is Method.MEAN:
             means = [torch.from_numpy(sample.mean(axis=0, dtype=np.float64)) for sample in samples]
@@ -309,7 +292,7 @@ def _som_settings(settings: ContrastSettings) -> SomSettings:
 
 
 def _unmatched_norms(
-    residuals: PoolResiduals,
+    residuals: Residuals,
     class_names: Sequence[str],
     settings: ContrastSettings,
     as_trained: Tensor,

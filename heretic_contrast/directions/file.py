@@ -12,9 +12,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, Json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -24,16 +25,11 @@ from ..files import write_bytes_atomically
 
 FORMAT = "heretic-contrast directions 1"
 
-TENSORS = (
-    "tensor",
-    "class_directions",
-    "mean_direction",
-    "hits",
-)
-"""The fields of `Directions` that are tensors."""
-
-FORMER_TENSORS = ("norms", "singular_values")
-"""What files of earlier versions hold as well: what follows from the class directions."""
+TENSORS = {
+    **dict.fromkeys(("tensor", "class_directions", "mean_direction"), torch.float32),
+    "hits": torch.int64,
+}
+"""The fields of `Directions` that are tensors, and their data types."""
 
 NESTING = 32
 """How deep the provenance may be nested: what is nested deeper cannot be written to JSON again everywhere."""
@@ -78,85 +74,68 @@ def read_directions(path: Path | str) -> dict[str, Any]:
                     f"{path} is not a directions file of this version of heretic-contrast: "
                     "make one with heretic-contrast extract."
                 )
-            former = set(FORMER_TENSORS) & set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in (*TENSORS, *former)}
-        names, class_names, aligned, provenance = _read_metadata(metadata)
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
+        fields = _read_metadata(metadata)
     except ContrastError:
         raise
-    except (
-        OSError,
-        SafetensorError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RecursionError,
-        RuntimeError,
-    ) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise ContrastError(
             f"{path} cannot be read as a directions file, it may be cut off or damaged: extract it again."
         ) from error
-    if any(tensor.dtype != _dtype(name) for name, tensor in tensors.items()):
-        raise ContrastError(
-            f"The tensors in {path} have other data types than this version writes, so it cannot be used: extract it again."
-        )
-    # Files of earlier versions have no digest of the metadata.
-    if metadata.get("digest") != content_digest(tensors) or metadata.get("metadata_digest") not in (
-        None,
-        _metadata_digest(metadata),
+    for is_so, fault in (
+        (
+            any(tensor.dtype != TENSORS[name] for name, tensor in tensors.items()),
+            "holds numbers of other types than this version writes",
+        ),
+        (
+            metadata.get("digest") != content_digest(tensors)
+            or metadata.get("metadata_digest") != _metadata_digest(metadata),
+            "does not match its digest, so it is damaged",
+        ),
+        (
+            not _shapes_agree(tensors, len(fields["names"]), len(fields["class_names"])),
+            "has shapes that contradict each other, so it is damaged",
+        ),
+        (
+            not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()),
+            "holds numbers that are not finite",
+        ),
     ):
-        raise ContrastError(
-            f"The content of {path} does not match its digest, so the file is damaged: extract it again."
-        )
-    if not _shapes_agree(tensors, len(names), len(class_names)):
-        raise ContrastError(
-            f"The shapes in {path} contradict each other, so the file is damaged: extract it again."
-        )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise ContrastError(
-            f"{path} holds numbers that are not finite, so it cannot be used: extract it again."
-        )
-    return {
-        **{name: tensors[name] for name in TENSORS},
-        "names": names,
-        "class_names": class_names,
-        "aligned": aligned,
-        "provenance": provenance,
-    }
+        if is_so:
+            raise ContrastError(f"The directions file {path} {fault}: extract it again.")
+    return {**tensors, **fields}
 
 
-def _dtype(name: str) -> torch.dtype:
-    """Returns the data type of a tensor of the file."""
+class _Provenance(BaseModel):
+    """What is looked up in a provenance, which may say anything else as well."""
 
-    return torch.int64 if name == "hits" else torch.float32
+    model_config = ConfigDict(strict=True)
+
+    settings: dict[str, Any] = {}
+    prompt_digests: list[str] = []
+    response_prefix: str = ""
 
 
-def _read_metadata(
-    metadata: Mapping[str, str],
-) -> tuple[tuple[str, ...], tuple[str, ...], bool, dict[str, Any]]:
-    """
-    Returns the names of the directions and of the classes, whether directions are aligned, and the provenance.
+class _Metadata(BaseModel):
+    """The fields of `Directions` that are no tensors."""
 
-    Raises one of the errors that `load` reports when one of them is missing or is not what it should be.
-    """
+    model_config = ConfigDict(strict=True)
 
-    names, class_names, aligned, provenance = (
-        json.loads(metadata[name]) for name in ("names", "class_names", "aligned", "provenance")
-    )
-    for found in (names, class_names):
-        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-            raise TypeError("Names must be a list of texts.")
-        if not found or len(set(found)) != len(found):
-            raise ValueError("Names must be different, and at least one.")
-    if not isinstance(aligned, bool) or not isinstance(provenance, dict):
-        raise TypeError("The alignment must be true or false, and the provenance an object.")
-    if not isinstance(provenance.get("settings", {}), dict):
-        raise TypeError("The settings in the provenance must be an object.")
-    digests = provenance.get("prompt_digests", [])
-    if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
-        raise TypeError("The digests of prompts must be a list of texts.")
-    if not isinstance(provenance.get("response_prefix", ""), str):
-        raise TypeError("The response prefix must be a text.")
-    level: list[Any] = [provenance]
+    names: Json[Annotated[tuple[str, ...], Field(min_length=1)]]
+    class_names: Json[Annotated[tuple[str, ...], Field(min_length=1)]]
+    aligned: Json[bool]
+    provenance: Json[dict[str, Any]]
+
+
+def _read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the fields that are no tensors. Raises `ValueError` when one of them is missing or is not what it should be."""
+
+    fields = dict(_Metadata.model_validate(metadata))
+    for name in ("names", "class_names"):
+        if len(set(fields[name])) != len(fields[name]):
+            raise ValueError("Names must be different.")
+    _Provenance.model_validate(fields["provenance"])
+    level: list[Any] = [fields["provenance"]]
     for _ in range(NESTING):
         level = [
             inner
@@ -167,8 +146,8 @@ def _read_metadata(
     if level:
         raise ValueError("The provenance is nested too deeply.")
     # Reports hold all of it, and can store neither infinite numbers nor halves of characters.
-    json.dumps([names, class_names, provenance], ensure_ascii=False, allow_nan=False).encode()
-    return tuple(names), tuple(class_names), aligned, provenance
+    json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+    return fields
 
 
 def _shapes_agree(tensors: Mapping[str, Tensor], n_directions: int, n_classes: int) -> bool:
@@ -223,6 +202,5 @@ def _canonical_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str])
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     canonical = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    padding = -len(canonical) % 8
-    canonical += b" " * padding
+    canonical += b" " * (-len(canonical) % 8)
     return len(canonical).to_bytes(8, "little") + canonical + content[8 + length :]

@@ -105,13 +105,9 @@ def classify_with_model(
 
     A prompt whose likeliest category has a probability under `threshold` is "miscellaneous".
 
-    Raises `ContrastError` when `threshold` is outside [0, 1], or the tokenizer has no token of its own for a digit.
+    Raises `ContrastError` when the tokenizer has no token of its own for a digit.
     """
 
-    if not 0 <= threshold <= 1:
-        raise ContrastError(
-            f"The probability threshold of the category classifier is {threshold}: choose one from 0 to 1."
-        )
     values, indices = category_probabilities(language_model, prompts).max(dim=-1)
     return [
         CATEGORIES[index] if value >= threshold else MISCELLANEOUS

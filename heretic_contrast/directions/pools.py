@@ -11,7 +11,7 @@ from ..language_model import LanguageModel
 from ..prompts import Prompt, load_pool
 from ..prompts.categories import assign
 from ..settings import CategorySource, Classes, ContrastSettings
-from .baselines import NEEDS_MATCHED, BaselineOptions, require_prompts
+from .baselines import NEEDS_MATCHED, require_matched, require_neighbors
 from .classes import ClassSelection, select_classes
 
 Log = Callable[..., None]
@@ -119,20 +119,11 @@ def select(pools: Pools, settings: ContrastSettings) -> ClassSelection:
     selection = select_classes(
         class_names_of(pools.harmful), class_names_of(pools.matched), settings
     )
-    require_prompts(
-        settings.baseline,
-        baseline_options(settings),
-        selection.harmful_classes,
-        selection.matched_classes,
-        len(pools.bulk),
-    )
+    if settings.baseline in NEEDS_MATCHED:
+        require_matched(selection.harmful_classes, selection.matched_classes)
+    if settings.baseline == "nearest":
+        require_neighbors(settings.n_neighbors, len(pools.bulk))
     return selection
-
-
-def baseline_options(settings: ContrastSettings) -> BaselineOptions:
-    """Returns the numbers that the baseline needs."""
-
-    return BaselineOptions(mixing=settings.mixing, n_neighbors=settings.n_neighbors)
 
 
 def class_names_of(prompts: Sequence[Prompt]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
 """
-The residuals of all pools, and residuals on disk, so that a second baseline or preset on the same model runs no forward pass.
+Residuals on disk, so that a second baseline or preset on the same model runs no forward pass.
 
 The key covers everything that decides the numbers: see `identity.identify`.
 """
@@ -9,7 +9,6 @@ The key covers everything that decides the numbers: see `identity.identify`.
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
@@ -23,61 +22,12 @@ from ..files import write_bytes_atomically
 from ..identity import digest, identify
 from ..language_model import LanguageModel, Progress
 from ..prompts import Prompt
-from .baselines import LayerResiduals
-from .classes import ClassSelection
-
-
-@dataclass(frozen=True)
-class PoolResiduals:
-    """
-    The residuals of all pools, at all layers.
-
-    `harmful`: Tensor of shape (n_harmful, n_layers + 1, hidden_size), float32, with a class each.
-    `bulk`: Tensor of shape (n_bulk, n_layers + 1, hidden_size), general harmless prompts.
-    `matched`: Tensor of shape (n_matched, n_layers + 1, hidden_size), with a class each; may be empty.
-    """
-
-    harmful: Tensor
-    harmful_classes: tuple[str, ...]
-    bulk: Tensor
-    matched: Tensor
-    matched_classes: tuple[str, ...]
-
-    def layer(self, index: int) -> LayerResiduals:
-        """Returns views of the residuals of one layer."""
-
-        return LayerResiduals(
-            harmful=self.harmful[:, index],
-            harmful_classes=self.harmful_classes,
-            bulk=self.bulk[:, index],
-            matched=self.matched[:, index],
-            matched_classes=self.matched_classes,
-        )
-
-    def of(self, selection: ClassSelection) -> "PoolResiduals":
-        """Returns the residuals of the classes that get directions."""
-
-        kept = list(selection.kept)
-        return replace(
-            self,
-            harmful=self.harmful[kept] if len(kept) < len(self.harmful) else self.harmful,
-            harmful_classes=selection.harmful_classes,
-            matched_classes=selection.matched_classes,
-        )
 
 
 def default_directory() -> Path:
     """Returns the folder for residuals in the user's cache directory."""
 
     return Path(platformdirs.user_cache_dir("heretic-contrast")) / "residuals"
-
-
-def cache_key(model: LanguageModel, prompts: Sequence[Prompt]) -> str:
-    """Returns the name of the file that holds the residuals of `prompts`."""
-
-    # Prompts that share a batch are padded, which changes rounding.
-    options = [model.winsorization_quantile, model.batch_size]
-    return digest(identify(model, {"prompts": prompts}, options=options))
 
 
 def _digest(residuals: Tensor) -> str:
@@ -113,7 +63,10 @@ def cached_residuals(
 
     if not prompts:
         return torch.zeros(0, model.n_layers + 1, model.hidden_size)
-    path = (directory or default_directory()) / f"{cache_key(model, prompts)}.safetensors"
+    # Prompts that share a batch are padded, which changes rounding.
+    options = [model.winsorization_quantile, model.batch_size]
+    key = digest(identify(model, {"prompts": prompts}, options=options))
+    path = (directory or default_directory()) / f"{key}.safetensors"
     residuals = load(path, (len(prompts), model.n_layers + 1, model.hidden_size))
     if residuals is None:
         residuals = model.residuals(prompts, progress)

@@ -96,15 +96,6 @@ def squared_distance_as_numpy(first: Any, second: Any) -> Any:
     return total
 
 
-@compiled()
-def equal(first: Any, second: Any) -> Any:
-    # Numba compiles no generator expressions.
-    for k in range(first.shape[0]):  # noqa: SIM110
-        if first[k] != second[k]:
-            return False
-    return True
-
-
 @compiled(fastmath=ANY_ORDER)
 def subtract_multiple(target: Any, source: Any, factor: Any) -> None:
     for k in range(target.shape[0]):
@@ -118,7 +109,7 @@ def first_equals(samples: Any) -> Any:
     firsts = np.arange(samples.shape[0])
     for i in range(samples.shape[0]):
         for earlier in range(i):
-            if equal(samples[i], samples[earlier]):
+            if np.array_equal(samples[i], samples[earlier]):
                 firsts[i] = earlier
                 break
     return firsts
@@ -135,12 +126,10 @@ def span_coordinates(samples: Any, firsts: Any) -> Any:
     Array of shape (n_samples, rank), float64.
     """
 
-    n_samples, hidden_size = samples.shape
-    origin = samples[0]
-    rest = np.empty((n_samples, hidden_size))
+    n_samples = samples.shape[0]
+    rest = np.empty(samples.shape)
     for i in range(n_samples):
-        for k in range(hidden_size):
-            rest[i, k] = samples[i, k] - origin[k]
+        rest[i] = samples[i] - samples[0]
 
     coordinates = np.zeros((n_samples, n_samples))
     rank = 0
@@ -158,8 +147,7 @@ def span_coordinates(samples: Any, firsts: Any) -> Any:
         rank += 1
 
     for i in range(1, n_samples):
-        for k in range(rank):
-            coordinates[i, k] = coordinates[firsts[i], k]
+        coordinates[i] = coordinates[firsts[i]]
     return coordinates[:, :rank].copy()
 
 
@@ -168,11 +156,7 @@ def measure(sample: Any, weights: Any, distances: Any) -> None:
     """Fills `distances` with the squared distances of the neurons from a sample."""
 
     for j in range(weights.shape[0]):
-        total = 0.0
-        for k in range(weights.shape[1]):
-            difference = sample[k] - weights[j, k]
-            total += difference * difference
-        distances[j] = total
+        distances[j] = squared_distance(sample, weights[j])
 
 
 @compiled(fastmath=ANY_ORDER)
@@ -235,8 +219,7 @@ def repeat_training(weight: Any, j: Any, t: Any, samples: Any, schedule: Any, wi
     """Fills the weight vector of neuron j before iteration t, in full dimension, from the winners so far."""
 
     order, initial, rates, rate_columns = schedule
-    for k in range(weight.shape[0]):
-        weight[k] = samples[initial[j], k]
+    weight[:] = samples[initial[j]]
     for earlier in range(t):
         rate = rates[earlier, rate_columns[winners[earlier], j]]
         if rate != 0.0:
@@ -263,10 +246,7 @@ def settle(
     Also returns how many iterations were repeated for it.
     """
 
-    nearest = np.inf
-    for j in range(distances.shape[0]):
-        nearest = min(nearest, distances[j])
-    limit = margin(nearest, scale)
+    limit = margin(distances.min(), scale)
     weight = np.empty(samples.shape[1])
     winner = 0
     nearest = np.inf
@@ -278,8 +258,7 @@ def settle(
             repeat_training(weight, j, t, samples, schedule, winners)
             n_repeated += t
         else:
-            for k in range(weight.shape[0]):
-                weight[k] = weights[j, k]
+            weight[:] = weights[j]
         distance = np.sqrt(squared_distance_as_numpy(samples[visited], weight))
         if distance < nearest:
             winner = j
@@ -318,8 +297,7 @@ def train_map(
     has_extent = points.shape[1] > 0
 
     for j in range(n_neurons):
-        for k in range(weights.shape[1]):
-            weights[j, k] = points[initial[j], k]
+        weights[j] = points[initial[j]]
     hits[:] = 0
     errors[:] = 0.0
 

@@ -211,29 +211,31 @@ class SweepResult:
     def summaries(self) -> list[LayerSummary]:
         """Returns what each configuration achieves on each layer."""
 
+        return [item for pair in self.configurations() for item in self.summaries_of(*pair)]
+
+    def summaries_of(self, configuration: str, strength: str) -> list[LayerSummary]:
+        """Returns what one configuration achieves on each layer."""
+
+        columns: dict[int, list[Cell]] = {}
+        for cell in sorted(self.single_cells(configuration, strength), key=Cell.key):
+            columns.setdefault(cell.layers[0], []).append(cell)
         found = []
-        for configuration, strength in self.configurations():
-            cells = self.single_cells(configuration, strength)
-            for layer in sorted({cell.layers[0] for cell in cells}):
-                column = sorted(
-                    (cell for cell in cells if cell.layers[0] == layer),
-                    key=lambda cell: cell.weight,
+        for layer, column in columns.items():
+            best = next((cell for cell in column if cell.measurement.refusals == 0), None)
+            found.append(
+                LayerSummary(
+                    configuration=configuration,
+                    strength=strength,
+                    layer=layer,
+                    functional=any(
+                        cell.measurement.refusals < self.baseline.refusals for cell in column
+                    ),
+                    successful=best is not None,
+                    minimal_weight=None if best is None else best.weight,
+                    kl_divergence=None if best is None else best.measurement.kl_divergence,
+                    efficiency=None if best is None else self.efficiency(best),
                 )
-                best = next((cell for cell in column if cell.measurement.refusals == 0), None)
-                found.append(
-                    LayerSummary(
-                        configuration=configuration,
-                        strength=strength,
-                        layer=layer,
-                        functional=any(
-                            cell.measurement.refusals < self.baseline.refusals for cell in column
-                        ),
-                        successful=best is not None,
-                        minimal_weight=None if best is None else best.weight,
-                        kl_divergence=None if best is None else best.measurement.kl_divergence,
-                        efficiency=None if best is None else self.efficiency(best),
-                    )
-                )
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .sections import (
     perturbation_section,
     shown_layer,
 )
-from .writing import say_what_is_missing, table_files, to_json, to_rich, write_report
+from .writing import say_what_is_missing, to_csv, to_json, to_rich, write_report
 
 
 def write_extraction_report(
@@ -44,7 +44,10 @@ def write_extraction_report(
     texts = {
         "capture.json": to_json(capture.to_dict()),
         "geometry.json": to_json(geometry.to_dict()),
-        **table_files([*report.tables(), capture_layers_table(capture)]),
+        **{
+            f"{table.name}.csv": to_csv(table)
+            for table in (*report.tables(), capture_layers_table(capture))
+        },
     }
     write_report(report, directory, texts)
     log(to_rich(configuration_table(extraction)))

@@ -224,15 +224,9 @@ def _finished(figure: Any, axes: Any, x_title: str, y_title: str) -> bytes:
     axes.set_xlabel(x_title)
     axes.set_ylabel(y_title)
     axes.grid(alpha=0.3)
-    _legend(figure, axes)
-    return _png(figure)
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    """Puts the legend below the plot, where it hides nothing."""
-
     handles, labels = axes.get_legend_handles_labels()
     if handles:
+        # Below the plot, where it hides nothing.
         figure.legend(
             handles,
             labels,
@@ -241,3 +235,4 @@ def _legend(figure: Any, axes: Any) -> None:
             fontsize=8,
             frameon=False,
         )
+    return _png(figure)

@@ -152,11 +152,7 @@ def summary(result: SweepResult) -> tuple[str, ...]:
         f"{base.canary_refusals} of {base.n_canaries} canaries. The floor of the KL divergence is {result.floor:.2g}."
     ]
     for configuration, strength in result.configurations():
-        found = [
-            item
-            for item in result.summaries()
-            if (item.configuration, item.strength) == (configuration, strength)
-        ]
+        found = result.summaries_of(configuration, strength)
         successful = [item.layer for item in found if item.successful]
         functional = [item.layer for item in found if item.functional]
         sentences.append(
@@ -298,12 +294,20 @@ def refusal_table(result: SweepResult, configuration: str, strength: str) -> Tab
     )
 
 
+def _by_strength(result: SweepResult) -> dict[str, list[str]]:
+    """Returns the configurations that were swept at each strength."""
+
+    found: dict[str, list[str]] = {}
+    for configuration, strength in result.configurations():
+        found.setdefault(strength, []).append(configuration)
+    return found
+
+
 def refusal_sections(result: SweepResult) -> list[Section]:
     """Returns R per layer and weight for every configuration, a section for each strength."""
 
     sections = []
-    for strength in dict.fromkeys(strength for _, strength in result.configurations()):
-        pairs = [pair for pair in result.configurations() if pair[1] == strength]
+    for strength, names in _by_strength(result).items():
         text = (
             "Every direction of the layer has the weight, as in the paper."
             if strength == "weight"
@@ -314,8 +318,8 @@ def refusal_sections(result: SweepResult) -> list[Section]:
             Section(
                 f"Refusals at {STRENGTHS[strength]}",
                 (text,),
-                tuple(refusal_figure(result, *pair) for pair in pairs),
-                tuple(refusal_table(result, *pair) for pair in pairs),
+                tuple(refusal_figure(result, name, strength) for name in names),
+                tuple(refusal_table(result, name, strength) for name in names),
             )
         )
     return sections
@@ -362,11 +366,9 @@ def divergence_section(result: SweepResult) -> Section:
 
     on_fronts: list[Cell] = []
     figures = []
-    for strength in dict.fromkeys(strength for _, strength in result.configurations()):
+    for strength, names in _by_strength(result).items():
         series = {}
-        for configuration, other in result.configurations():
-            if other != strength:
-                continue
+        for configuration in names:
             cells = result.single_cells(configuration, strength)
             front = pareto_front(cells)
             on_fronts += front

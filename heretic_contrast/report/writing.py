@@ -3,7 +3,7 @@
 """The forms that a report takes: tables in the terminal and as CSV, plots, and one self-contained page."""
 
 import base64
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,6 @@ def to_json(value: Any) -> str:
     """Returns JSON text; the same value gives the same bytes."""
 
     return json_text(value) + "\n"
-
-
-def table_files(tables: Iterable[Table]) -> dict[str, str]:
-    return {f"{table.name}.csv": to_csv(table) for table in tables}
 
 
 def write_report(report: Report, directory: Path, texts: Mapping[str, str]) -> None:

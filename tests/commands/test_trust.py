@@ -15,6 +15,7 @@ Baselines of other packages are the only code that a setting selects, by the nam
 
 import ast
 import ctypes
+import hashlib
 import json
 import os
 import pickle
@@ -215,9 +216,6 @@ def forge(path: Path, provenance: dict[str, Any], names: list[str]) -> None:
     vectors = torch.ones(3, len(names), 4)
     tensors = {
         "tensor": vectors,
-        # Earlier versions wrote these two as well.
-        "norms": vectors.norm(dim=-1),
-        "singular_values": torch.linalg.svdvals(vectors),
         "class_directions": vectors.clone(),
         "mean_direction": vectors.mean(dim=1),
         "hits": torch.ones(3, len(names), 2, dtype=torch.int64),
@@ -233,6 +231,8 @@ def forge(path: Path, provenance: dict[str, Any], names: list[str]) -> None:
         "__reduce__": "os.system",
         "include": "https://127.0.0.1/",
     }
+    content = json.dumps(metadata, sort_keys=True)
+    metadata["metadata_digest"] = hashlib.sha256(content.encode()).hexdigest()
     path.write_bytes(save(tensors, metadata))
 
 

@@ -9,7 +9,7 @@ import torch
 from heretic_contrast.directions.baselines import (
     BASELINES,
     BaselineOptions,
-    LayerResiduals,
+    Residuals,
     get_baseline,
 )
 from heretic_contrast.errors import ContrastError
@@ -19,7 +19,7 @@ HIDDEN = 24
 CLASSES = ("drugs", "fraud", "hacking")
 
 
-def make_layer(seed: int = 0, topics: bool = True) -> LayerResiduals:
+def make_layer(seed: int = 0, topics: bool = True) -> Residuals:
     """Residuals of three classes, a bulk pool, and a matched pool whose subjects differ from the bulk's."""
 
     generator = torch.Generator().manual_seed(seed)
@@ -35,7 +35,7 @@ def make_layer(seed: int = 0, topics: bool = True) -> LayerResiduals:
         for name in CLASSES:
             chosen = [index for index, other in enumerate(matched_classes) if other == name]
             matched[chosen] += bulk.mean(0) - matched[chosen].mean(0)
-    return LayerResiduals(
+    return Residuals(
         harmful=torch.randn(17, HIDDEN, generator=generator) + 5,
         harmful_classes=classes,
         bulk=bulk,
@@ -44,7 +44,7 @@ def make_layer(seed: int = 0, topics: bool = True) -> LayerResiduals:
     )
 
 
-def reference(name: str, layer: LayerResiduals, options: BaselineOptions) -> np.ndarray:
+def reference(name: str, layer: Residuals, options: BaselineOptions) -> np.ndarray:
     """The differences by the formulas of the design, in NumPy."""
 
     harmful = layer.harmful.double().numpy()
@@ -92,7 +92,7 @@ def test_order_of_prompts_does_not_matter(name: str) -> None:
         torch.randperm(len(pool), generator=generator)
         for pool in (layer.harmful, layer.bulk, layer.matched)
     )
-    shuffled = LayerResiduals(
+    shuffled = Residuals(
         harmful=layer.harmful[a],
         harmful_classes=tuple(layer.harmful_classes[index] for index in a),
         bulk=layer.bulk[b],
@@ -136,7 +136,7 @@ def test_residualized_has_no_part_along_topics() -> None:
 
 def test_subjects_that_span_everything_are_refused() -> None:
     layer = make_layer()
-    narrow = LayerResiduals(
+    narrow = Residuals(
         harmful=layer.harmful[:, :3],
         harmful_classes=layer.harmful_classes,
         bulk=layer.bulk[:, :3],
@@ -150,7 +150,6 @@ def test_subjects_that_span_everything_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mixed", BaselineOptions(mixing=1.2), "mixing"),
         ("nearest", BaselineOptions(n_neighbors=22), "22 neighbors"),
         ("nearest", BaselineOptions(n_neighbors=0), "0 neighbors"),
     ],

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from heretic_contrast.directions.baselines import Residuals
 from heretic_contrast.directions.classes import select_classes
 from heretic_contrast.directions.extraction import extract_directions
-from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.settings import ContrastSettings
 from tests.natural_pools import MIX as NATURAL
@@ -128,7 +128,7 @@ def test_merged_directions_are_those_of_prompts_that_were_one_class(baseline: st
     generator = torch.Generator().manual_seed(1)
     classes = pool({"drugs": 6, "fraud": 14, "hacking": 5, "miscellaneous": 3})
     others = pool({"drugs": 3, "fraud": 9, "hacking": 7, "miscellaneous": 4, "sexual": 5})
-    residuals = PoolResiduals(
+    residuals = Residuals(
         harmful=torch.randn(28, 3, 12, generator=generator),
         harmful_classes=tuple(classes),
         bulk=torch.randn(20, 3, 12, generator=generator),

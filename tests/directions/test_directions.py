@@ -12,9 +12,9 @@ from minisom import MiniSom
 from pydantic import ValidationError
 from torch import Tensor
 
+from heretic_contrast.directions.baselines import Residuals
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract_directions
-from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.directions.transforms import orthogonalize, random_directions
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.settings import ContrastSettings
@@ -23,7 +23,7 @@ LAYERS, HIDDEN = 4, 20
 CLASSES = ("drugs", "fraud", "hacking")
 
 
-def make_residuals(seed: int = 0) -> PoolResiduals:
+def make_residuals(seed: int = 0) -> Residuals:
     generator = torch.Generator().manual_seed(seed)
     refusal = torch.randn(LAYERS, HIDDEN, generator=generator) * 2
     topics = torch.randn(3, LAYERS, HIDDEN, generator=generator)
@@ -36,14 +36,14 @@ def make_residuals(seed: int = 0) -> PoolResiduals:
     # The embedding of a common last token is the same for all prompts.
     for pool in (harmful, matched, bulk):
         pool[:, 0] = 1.0
-    return PoolResiduals(harmful, harmful_classes, bulk, matched, matched_classes)
+    return Residuals(harmful, harmful_classes, bulk, matched, matched_classes)
 
 
 def settings(**values: Any) -> ContrastSettings:
     return ContrastSettings.model_validate({"som_iterations": 300, **values})
 
 
-def by_class(residuals: PoolResiduals, name: str, layer: int) -> Tensor:
+def by_class(residuals: Residuals, name: str, layer: int) -> Tensor:
     chosen = [index for index, other in enumerate(residuals.harmful_classes) if other == name]
     return residuals.harmful[chosen, layer].double()
 

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from heretic_contrast.directions.baselines import BASELINES, BaselineOptions, LayerResiduals
+from heretic_contrast.directions.baselines import BASELINES, BaselineOptions, Residuals
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract_directions
-from heretic_contrast.directions.residuals import PoolResiduals
 from heretic_contrast.directions.som import SomSettings, train_maps
 from heretic_contrast.directions.transforms import orthogonalize, random_directions
 from heretic_contrast.errors import ContrastError
@@ -45,7 +44,7 @@ baselines = st.sampled_from(list(BASELINES))
 powers = st.integers(-100, 100).map(lambda exponent: 2.0**exponent)
 
 
-def differences(name: str, layer: LayerResiduals, options: BaselineOptions) -> Tensor:
+def differences(name: str, layer: Residuals, options: BaselineOptions) -> Tensor:
     """Returns a baseline's differences, or leaves the example out where subjects span everything."""
 
     try:
@@ -59,7 +58,7 @@ def differences(name: str, layer: LayerResiduals, options: BaselineOptions) -> T
 
 
 @st.composite
-def options_for(draw: st.DrawFn, residuals: PoolResiduals) -> BaselineOptions:
+def options_for(draw: st.DrawFn, residuals: Residuals) -> BaselineOptions:
     return BaselineOptions(
         mixing=draw(st.floats(0, 1)), n_neighbors=draw(st.integers(1, len(residuals.bulk)))
     )
@@ -71,7 +70,7 @@ def close(found: Tensor, expected: Tensor, scale: float, tolerance: float = 1e-5
 
 @given(st.data(), pools(), baselines, seeds)
 def test_baselines_do_not_depend_on_the_order_of_prompts(
-    data: st.DataObject, residuals: PoolResiduals, name: str, seed: int
+    data: st.DataObject, residuals: Residuals, name: str, seed: int
 ) -> None:
     options, layer = data.draw(options_for(residuals)), residuals.layer(0)
     other, order = shuffled(layer, seed)
@@ -81,7 +80,7 @@ def test_baselines_do_not_depend_on_the_order_of_prompts(
 
 @given(st.data(), pools(whole=True), baselines, seeds)
 def test_baselines_do_not_depend_on_the_origin(
-    data: st.DataObject, residuals: PoolResiduals, name: str, seed: int
+    data: st.DataObject, residuals: Residuals, name: str, seed: int
 ) -> None:
     options = data.draw(options_for(residuals))
     constant = (50 * normal(residuals.bulk.shape[2], seed=seed)).round()
@@ -92,7 +91,7 @@ def test_baselines_do_not_depend_on_the_origin(
 
 
 @given(st.data(), pools())
-def test_baselines_scale_with_residuals(data: st.DataObject, residuals: PoolResiduals) -> None:
+def test_baselines_scale_with_residuals(data: st.DataObject, residuals: Residuals) -> None:
     options = data.draw(options_for(residuals))
     for name in BASELINES:
         expected = differences(name, residuals.layer(0), options)
@@ -103,7 +102,7 @@ def test_baselines_scale_with_residuals(data: st.DataObject, residuals: PoolResi
 
 
 @given(pools(), st.floats(0, 1))
-def test_mixed_lies_between_unmatched_and_matched(residuals: PoolResiduals, mixing: float) -> None:
+def test_mixed_lies_between_unmatched_and_matched(residuals: Residuals, mixing: float) -> None:
     layer = residuals.layer(0)
     mixed, unmatched, matched = (
         differences(name, layer, BaselineOptions(mixing=mixing)).double()
@@ -113,7 +112,7 @@ def test_mixed_lies_between_unmatched_and_matched(residuals: PoolResiduals, mixi
 
 
 @given(pools())
-def test_differences_of_a_pool_from_itself(residuals: PoolResiduals) -> None:
+def test_differences_of_a_pool_from_itself(residuals: Residuals) -> None:
     # With the harmful prompts as matched pool, the differences of each class add up to nothing.
     layer = residuals.layer(0)
     layer = replace(layer, matched=layer.harmful, matched_classes=layer.harmful_classes)
@@ -125,7 +124,7 @@ def test_differences_of_a_pool_from_itself(residuals: PoolResiduals) -> None:
 
 @given(pools())
 def test_residualized_is_the_part_of_unmatched_beside_the_subjects(
-    residuals: PoolResiduals,
+    residuals: Residuals,
 ) -> None:
     layer = residuals.layer(0)
     found = differences("residualized", layer, BaselineOptions()).double()
@@ -309,7 +308,7 @@ def lengths_before_scale(directions: Directions) -> Tensor:
 
 @given(pools(layers=3), contrast_settings(), st.sampled_from([2.0**-100, 1.0, 2.0**100]))
 def test_extraction_works_or_says_why_not(
-    tmp_path: Path, residuals: PoolResiduals, settings: ContrastSettings, factor: float
+    tmp_path: Path, residuals: Residuals, settings: ContrastSettings, factor: float
 ) -> None:
     # The embedding of a common last token is the same for all prompts.
     for pool in (residuals.harmful, residuals.bulk, residuals.matched):
@@ -369,7 +368,7 @@ def test_extraction_works_or_says_why_not(
 
 @given(pools(layers=2), contrast_settings(exclude_categories=[], svd_rank=None), powers)
 def test_unit_directions_do_not_depend_on_magnitude(
-    residuals: PoolResiduals, settings: ContrastSettings, factor: float
+    residuals: Residuals, settings: ContrastSettings, factor: float
 ) -> None:
     settings = settings.model_copy(update={"scale": Scale.UNIT})
     found = []
@@ -395,7 +394,7 @@ def test_unit_directions_do_not_depend_on_magnitude(
 @pytest.mark.parametrize("scale", list(Scale))
 def test_more_singular_vectors_than_there_are(scale: Scale) -> None:
     classes = ("drugs", "fraud", "drugs")
-    residuals = PoolResiduals(
+    residuals = Residuals(
         harmful=normal(3, 2, 6, seed=0),
         harmful_classes=classes,
         bulk=normal(3, 2, 6, seed=1),
@@ -418,7 +417,7 @@ def test_residuals_that_are_not_finite_are_refused(pool: str, value: float, meth
     }
     tensors[pool][1, 1, 3] = value
     classes = ("drugs",) * 4
-    residuals = PoolResiduals(harmful_classes=classes, matched_classes=classes, **tensors)
+    residuals = Residuals(harmful_classes=classes, matched_classes=classes, **tensors)
     settings = ContrastSettings(method=method, som_rows=1, som_columns=1)
     with pytest.raises(
         ContrastError, match=r"^The residuals of the .* prompts are not all finite, .*\.$"
@@ -429,7 +428,7 @@ def test_residuals_that_are_not_finite_are_refused(pool: str, value: float, meth
 @pytest.mark.parametrize("method", ["som", "mean"])
 def test_differences_beyond_float32_are_refused(method: str) -> None:
     classes = ("drugs",) * 2
-    residuals = PoolResiduals(
+    residuals = Residuals(
         harmful=torch.full((2, 2, 4), 3e38),
         harmful_classes=classes,
         bulk=torch.full((2, 2, 4), -3e38),
@@ -452,7 +451,7 @@ def test_one_prompt_per_class_is_its_own_direction(
     data: st.DataObject, method: str, n_classes: int, baseline: str, svd: bool
 ) -> None:
     names = tuple(f"class {index}" for index in range(n_classes))
-    residuals = PoolResiduals(
+    residuals = Residuals(
         harmful=normal(n_classes, 2, 16, seed=data.draw(seeds)),
         harmful_classes=names,
         bulk=normal(1, 2, 16, seed=data.draw(seeds)),
