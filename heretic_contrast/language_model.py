@@ -8,7 +8,7 @@ output projections that Heretic found in each layer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -34,6 +34,10 @@ Progress = Callable[[int, int], None]
 Tokens = tuple[int, ...]
 
 Result = TypeVar("Result")
+
+
+class Reached(Exception):
+    """Ends a pass where everything that was asked for is known; raised by hooks."""
 
 
 def until_end(tokens: Tokens, limit: int, ends: frozenset[int]) -> Tokens:
@@ -304,7 +308,7 @@ class LanguageModel:
         calls the last hidden state, which most models normalise.
 
         Only the last position is ever kept, where Heretic stacks all positions first, and prompts of
-        similar length share a batch, so that little is computed on padding.
+        similar length share a batch, so that little is computed on padding. The language model's head is not run.
 
         Raises `ContrastError` when the model skips a layer, or has no single hidden state per token.
         """
@@ -316,6 +320,7 @@ class LanguageModel:
         def read(batch: slice) -> int:
             chosen = order[batch]
             inputs = self.pad([sequences[index] for index in chosen])
+            # What `generate` makes of the inputs, as Heretic does, up to the decoder's output.
             with plain_settings(self.model), self._capture_last_positions() as captured:
                 self.model.generate(
                     **inputs,
@@ -353,7 +358,7 @@ class LanguageModel:
 
     @contextmanager
     def _capture_last_positions(self) -> Iterator[dict[int, Tensor]]:
-        """Collects hidden states of shape (batch, hidden_size) by layer index while the model runs."""
+        """Collects hidden states of shape (batch, hidden_size) by layer index, and ends the pass when the decoder is done."""
 
         captured: dict[int, Tensor] = {}
 
@@ -370,13 +375,15 @@ class LanguageModel:
 
         def capture_last(module: Module, args: Any, output: Any) -> None:
             captured[self.n_layers] = output[0][:, -1].clone()
+            raise Reached
 
         handles = [self.layers[0].register_forward_pre_hook(capture_input, with_kwargs=True)]
         for index, layer in enumerate(self.layers[:-1]):
             handles.append(layer.register_forward_hook(capture_output(index + 1)))
         handles.append(self.decoder().register_forward_hook(capture_last))
         try:
-            yield captured
+            with suppress(Reached):
+                yield captured
         finally:
             for handle in handles:
                 handle.remove()

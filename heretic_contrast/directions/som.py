@@ -206,7 +206,8 @@ def _train_compiled(
             raise _diverged(index, settings)
         return TrainedMap(index, hits, errors, mixture, array)
 
-    with ThreadPoolExecutor(som_kernel.numba.get_num_threads()) as pool:
+    # Numba's own threads, which are not needed, would set PyTorch's number of threads when they start.
+    with ThreadPoolExecutor(som_kernel.numba.config.NUMBA_NUM_THREADS) as pool:
         return list(pool.map(train, range(len(points))))
 
 

@@ -158,20 +158,31 @@ def test_functions_with_other_arguments_are_left_alone(
         assert modeling_qwen3_5.torch_recurrent_gated_delta_rule is None
 
 
-@pytest.mark.slow
-def test_compiled_layers_leave_the_number_of_threads_alone() -> None:
-    """In a new process, since Numba starts its threads once."""
-
-    code = """
-import torch
+COMPILED = {
+    "layers": """
 from heretic_contrast.engine.cpu.gated_delta_rule import gated_delta_rule
 
 gated_delta_rule(*[torch.ones(1, 2, 1, 1)] * 3, *[torch.ones(1, 2, 1)] * 2)
-print(torch.get_num_threads())
-"""
+""",
+    "maps": """
+import numpy
+from heretic_contrast.directions.som import SomSettings, train_maps
+
+train_maps([numpy.eye(3)], SomSettings(iterations=10))
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", COMPILED.values(), ids=COMPILED)
+def test_compiled_functions_leave_the_number_of_threads_alone(code: str) -> None:
+    """In a new process, since Numba starts its threads once."""
+
+    count = "print(torch.get_num_threads())"
+    code = f"import torch\n{count}\n{code}\n{count}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
     output = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    assert output.strip() == "1"
+    assert output.split() == ["1", "1"]
 
 
 def test_passes_and_generation_use_the_fast_functions(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ...language_model import LanguageModel, batches
+from ...language_model import LanguageModel, Reached, batches
 from ..compat import CACHE, Cache, shares_its_cache
 from ..cpu.layers import fast_on_cpu
 
@@ -68,10 +68,6 @@ class LayerInput:
         """Returns the first tokens of some samples."""
 
         return replace(self, hidden_states=self.hidden_states[samples, :length])
-
-
-class _Reached(Exception):
-    """Ends a pass where everything that was asked for is known."""
 
 
 class Decoder:
@@ -150,7 +146,7 @@ class Decoder:
 
         def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entered.append(args[0] if args else kwargs["hidden_states"])
-            raise _Reached
+            raise Reached
 
         def leave(module: Module, args: Any, output: Any) -> None:
             nonlocal n_outputs
@@ -165,7 +161,7 @@ class Decoder:
             stack.callback(hook.remove)
             if layer > 0:
                 stack.callback(layers[layer - 1].register_forward_hook(leave).remove)
-            stack.enter_context(suppress(_Reached))
+            stack.enter_context(suppress(Reached))
             self.run(tokens, cache, n_cached, start)
         return LayerInput(layer, entered[0], n_outputs)
 
