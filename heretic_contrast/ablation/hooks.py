@@ -20,6 +20,10 @@ from .operator import Operator
 from .writers import Writer, some_tokens
 
 
+LENGTH = 0.125
+"""Root mean square that no stream is above where writers are looked for that were missed."""
+
+
 @dataclass(frozen=True)
 class BatchOperator:
     """
@@ -271,17 +275,25 @@ def missed_shares(model: LanguageModel, tolerance: float | None = None) -> dict[
         tolerance = 1e-3 if model.model.dtype in (torch.float32, torch.float64) else 0.1
     states: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def enter(layer: int) -> Callable[..., None]:
+    def shorten(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A long stream in 16 bits holds its rounding in place of the little that a layer adds.
+        before = args[0] if args else kwargs["hidden_states"]
+        lengths = before.float().square().mean(dim=-1, keepdim=True).sqrt()
+        before = (before / (lengths / LENGTH).clamp_min(1)).to(before.dtype)
+        if args:
+            return (before, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": before}
+
+    def leave(layer: int) -> Callable[..., None]:
         def hook(
             module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             if before.shape == after.shape and before.ndim == 3:
-                size = before.shape[-1]
                 states[layer] = (
-                    before.reshape(-1, size).double().cpu(),
-                    after.reshape(-1, size).double().cpu(),
+                    before.flatten(0, 1).double().cpu(),
+                    after.flatten(0, 1).double().cpu(),
                 )
 
         return hook
@@ -289,7 +301,8 @@ def missed_shares(model: LanguageModel, tolerance: float | None = None) -> dict[
     decoder, tokens = model.decoder(), some_tokens(model)
     with ExitStack() as stack:
         for index, module in enumerate(model.layers):
-            stack.callback(module.register_forward_hook(enter(index), with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(shorten, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave(index), with_kwargs=True).remove)
         decoder(input_ids=tokens, use_cache=False)
         directions = {
             layer: torch.nn.functional.normalize((after - before)[-1], dim=0)
