@@ -19,7 +19,6 @@ from ..vectors import to_device
 from .operator import Operator
 from .writers import Writer, some_tokens
 
-
 LENGTH = 0.125
 """Root mean square that no stream is above where writers are looked for that were missed."""
 
