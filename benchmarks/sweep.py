@@ -159,7 +159,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, float]:
         "compared cells": len(chosen),
         "compared cells with the same responses": n_same,
         "largest relative difference of KL": largest,
-        "bytes of base statistics per position": fast.references.n_bytes()
+        "bytes of base statistics per position": fast.references.base.n_bytes()
         / sum(fast.references.known.lengths),
     }
 

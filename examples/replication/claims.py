@@ -118,6 +118,14 @@ def inert(study: Study, preset: str) -> bool:
     return study.sweep_base - study.best_cell(preset).refusals <= 1
 
 
+def does_nothing(study: Study, preset: str, on_the_sweep: str) -> Finding:
+    """Decides whether a preset reduces refusals; `on_the_sweep` says what it did there."""
+
+    cell, share = fresh(study, preset)
+    measured = f"{on_the_sweep} Fresh prompts, {where(cell)}: {percent(share)} refused."
+    return decided(measured, reduces(share) is False and inert(study, preset), reduces(share))
+
+
 @claim("a", "Matched directions do nothing")
 def claim_a(study: Study) -> Finding:
     """
@@ -127,12 +135,8 @@ def claim_a(study: Study) -> Finding:
     less than 10%. Does not appear: there they surely fall by more.
     """
 
-    cell, share = fresh(study, MATCHED)
-    measured = (
-        f"Sweep: {sweep_counts(study, MATCHED)}; lowest R {study.best_cell(MATCHED).refusals} of {study.sweep_prompts}. "
-        f"Fresh prompts, {where(cell)}: {percent(share)} refused."
-    )
-    return decided(measured, reduces(share) is False and inert(study, MATCHED), reduces(share))
+    lowest = f"lowest R {study.best_cell(MATCHED).refusals} of {study.sweep_prompts}"
+    return does_nothing(study, MATCHED, f"Sweep: {sweep_counts(study, MATCHED)}; {lowest}.")
 
 
 @claim("b1", "Unmatched directions eliminate refusals")
@@ -420,9 +424,7 @@ def table_3(study: Study) -> Finding:
     As a, for matched directions with SVD.
     """
 
-    cell, share = fresh(study, SVD)
-    measured = f"{_lowest(study, SVD)} Fresh prompts, {where(cell)}: {percent(share)} refused."
-    return decided(measured, reduces(share) is False and inert(study, SVD), reduces(share))
+    return does_nothing(study, SVD, _lowest(study, SVD))
 
 
 @claim("Table 4", "Capture")
@@ -502,45 +504,38 @@ def lengths_by_depth(study: Study) -> Finding:
     return confirmed(measured, not no and early.high < 0.5 and late.low > 0.8, no)
 
 
-def contrast_hint(
-    model: str, says: str, rule: str, first: str, second: str, yes: tuple[str, ...]
-) -> None:
-    """Registers a hint that is decided by the contrast of two conditions on all layers at equal KL."""
+def contrast_hint(model: str, condition: str, says: str, *yes: str) -> None:
+    """Registers a hint that the contrast of a condition with "mean unmatched" decides: on all layers, at equal KL."""
 
-    no = {"worse", "better", "equal"} - set(yes)
+    no = [verdict for verdict in ("equal", "better", "worse") if verdict not in yes]
 
     def decide(study: Study) -> Finding:
-        found = study.contrast(first, second)
+        found = study.contrast(condition, "mean unmatched")
         verdict = None if found is None else found.verdict
         return confirmed(at_equal(found), verdict in yes, verdict in no)
 
+    rule = f"confirmed if {' or '.join(yes)}, overturned if {' or '.join(no)}"
     rule = f'By the difference at equal KL on all layers ("worse", "better", "equal" as above): {rule}.'
-    HINTS.append(Claim(model, first, says, rule, decide))
+    HINTS.append(Claim(model, condition, says, rule, decide))
 
 
 contrast_hint(
     SMOLLM2,
-    "With XSTest's safe prompts as the matched pool, the matched baseline is worse than the unmatched one, although all directions have one length (mean direction).",
-    "confirmed if worse, overturned if equal or better",
     "mean sensitive",
-    "mean unmatched",
-    ("worse",),
+    "With XSTest's safe prompts as the matched pool, the matched baseline is worse than the unmatched one, although all directions have one length (mean direction).",
+    "worse",
 )
 contrast_hint(
     SMOLLM2,
-    "So it is with another matched pool (here: the one shipped with the package).",
-    "confirmed if worse, overturned if equal or better",
     "mean matched",
-    "mean unmatched",
-    ("worse",),
+    "So it is with another matched pool (here: the one shipped with the package).",
+    "worse",
 )
 contrast_hint(
     SMOLLM2,
-    "Dropping the matched prompts that the model refuses does not mend it (here: in the shipped pool).",
-    "confirmed if the filtered baseline is still worse than unmatched, overturned if equal or better",
     "mean matched, filtered",
-    "mean unmatched",
-    ("worse",),
+    "Dropping the matched prompts that the model refuses does not mend it (here: in the shipped pool).",
+    "worse",
 )
 
 
@@ -578,19 +573,16 @@ def _sensitive(
 
 contrast_hint(
     SMOLLM2,
-    "The unmatched direction without its topic (residualized) works as well as the unmatched one (here: topics from the shipped pool).",
-    "confirmed if equal or better, overturned if worse",
     "mean residualized",
-    "mean unmatched",
-    ("equal", "better"),
+    "The unmatched direction without its topic (residualized) works as well as the unmatched one (here: topics from the shipped pool).",
+    "equal",
+    "better",
 )
 contrast_hint(
     "",
-    "The baseline `nearest` seemed to need half the divergence of `unmatched` with one draw of prompts, and lay on the same curve with another: there is no difference.",
-    "confirmed if equal, overturned if better or worse",
     "mean nearest",
-    "mean unmatched",
-    ("equal",),
+    "The baseline `nearest` seemed to need half the divergence of `unmatched` with one draw of prompts, and lay on the same curve with another: there is no difference.",
+    "equal",
 )
 
 

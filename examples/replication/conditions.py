@@ -7,8 +7,8 @@ A condition is a name, settings of the extraction, and what a weight means ("wei
 "effective": of their strongest shared component).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,42 +44,37 @@ class Condition:
     excluded: str | None = None
 
 
+def _named(names: Iterable[str], strength: str, grid: str) -> list[Condition]:
+    """Returns conditions that are called what their directions are."""
+
+    return [Condition(name, name, strength, grid) for name in names]
+
+
 def all_layer_conditions(pools: StudyPools, left_out: list[str]) -> list[Condition]:
     """Returns the conditions that are measured on all layers at once."""
 
     baselines = [name for name in BASELINES if name != SENSITIVE or SENSITIVE in pools.matched]
-    conditions = [
-        Condition(f"{method} {baseline}", f"{method} {baseline}", "effective", "main")
-        for method in METHODS
-        for baseline in baselines
-    ]
-    for baseline in ("unmatched", "matched"):
-        conditions += [
-            Condition(f"svd {baseline}", f"svd {baseline}", "effective", "main"),
-            Condition(f"svd1 {baseline}", f"svd1 {baseline}", "effective", "main"),
-            Condition(f"som {baseline}, equal weight", f"som {baseline}", "weight", "equal"),
-            Condition(f"raw {baseline}", f"raw {baseline}", "weight", "equal"),
-        ]
-    conditions.append(Condition("lengthened matched", "lengthened matched", "weight", "equal"))
+    names = [f"{method} {baseline}" for method in METHODS for baseline in baselines]
+    conditions = _named(names, "effective", "main")
+    for name in ("unmatched", "matched"):
+        conditions += _named([f"svd {name}", f"svd1 {name}"], "effective", "main")
+        conditions.append(Condition(f"som {name}, equal weight", f"som {name}", "weight", "equal"))
+        conditions += _named([f"raw {name}"], "weight", "equal")
+    conditions += _named(["lengthened matched"], "weight", "equal")
     for method in METHODS:
-        conditions += [
-            Condition(
-                f"{method} matched, filtered", f"{method} matched, filtered", "effective", "control"
-            ),
-            Condition(f"{method} random", f"{method} random", "effective", "control"),
-        ]
-    for category in left_out:
-        conditions += [
-            Condition(
-                f"som {baseline}, left out",
-                f"som {baseline} without {category}",
-                "effective",
-                "control",
-                category,
-            )
-            for baseline in ("unmatched", "matched")
-        ]
-    return conditions
+        names = [f"{method} matched, filtered", f"{method} random"]
+        conditions += _named(names, "effective", "control")
+    return conditions + [
+        Condition(
+            f"som {name}, left out",
+            f"som {name} without {category}",
+            "effective",
+            "control",
+            category,
+        )
+        for category in left_out
+        for name in ("unmatched", "matched")
+    ]
 
 
 def single_layer_conditions() -> list[Condition]:
@@ -87,11 +82,11 @@ def single_layer_conditions() -> list[Condition]:
 
     paper = ("som unmatched", "som matched", "svd matched", "raw matched", "raw unmatched")
     strong = ("mean unmatched", "mean matched", "svd matched", "svd1 matched")
-    return [Condition(f"{name}, equal weight", name, "weight", "paper") for name in paper] + [
-        Condition(name, name, "effective", "strong") for name in strong
-    ]
+    conditions = [Condition(f"{name}, equal weight", name, "weight", "paper") for name in paper]
+    return conditions + _named(strong, "effective", "strong")
 
 
+@dataclass(frozen=True)
 class DirectionsMaker:
     """
     Makes the directions of a seed by name, each once.
@@ -101,21 +96,12 @@ class DirectionsMaker:
     uses prompts that the model treats as assumed; "METHOD random"; "som BASELINE without CATEGORY".
     """
 
-    def __init__(
-        self,
-        pools: StudyPools,
-        residuals: Mapping[str, Tensor],
-        refused: Mapping[str, list[bool]],
-        draw: Draw,
-        provenance: Mapping[str, Any],
-    ) -> None:
-        self._pools = pools
-        self._residuals = residuals
-        self._refused = refused
-        self._draw = draw
-        self._provenance = provenance
-        self._made: dict[str, Directions] = {}
-        self._pool_residuals: dict[tuple[str, bool], Residuals] = {}
+    pools: StudyPools
+    residuals: Mapping[str, Tensor]
+    refused: Mapping[str, list[bool]]
+    draw: Draw
+    provenance: Mapping[str, Any]
+    _made: dict[str, Directions] = field(default_factory=dict)
 
     def make(self, name: str) -> Directions:
         """Returns the directions of that name."""
@@ -130,7 +116,7 @@ class DirectionsMaker:
         method, baseline = base.split(" ")
         settings: dict[str, Any] = {
             "baseline": "matched" if baseline == SENSITIVE else baseline,
-            "seed": self._draw.seed,
+            "seed": self.draw.seed,
         }
         if baseline == "random":
             settings |= {"baseline": "unmatched", "control": "random"}
@@ -146,7 +132,7 @@ class DirectionsMaker:
             settings["exclude_categories"] = [excluded]
         pool = SENSITIVE if baseline == SENSITIVE else MATCHED
         directions = extract_directions(
-            self._residuals_of(pool, filtered), ContrastSettings(**settings), self._provenance
+            self._residuals_of(pool, filtered), ContrastSettings(**settings), self.provenance
         )
         return self._relative(directions) if method in ("raw", "lengthened") else directions
 
@@ -164,35 +150,30 @@ class DirectionsMaker:
     def _residuals_of(self, pool: str, filtered: bool) -> Residuals:
         """Returns the residuals of the drawn prompts, with the matched pool of that name."""
 
-        key = (pool, filtered)
-        if key in self._pool_residuals:
-            return self._pool_residuals[key]
-
         def chosen(name: str, should_refuse: bool) -> list[int]:
             return [
                 index
-                for index in self._draw.fitted[name]
-                if not filtered or self._refused[name][index] == should_refuse
+                for index in self.draw.fitted[name]
+                if not filtered or self.refused[name][index] == should_refuse
             ]
 
         harmful, bulk = chosen("harmful", True), chosen("bulk", False)
         matched = chosen(pool, False)
-        classes = [self._pools.harmful[index].category or "" for index in harmful]
+        classes = [self.pools.harmful[index].category or "" for index in harmful]
         if pool == SENSITIVE:
             # One reference for all classes, since this pool does not cover each of them.
             names = sorted(set(classes))
             matched_classes = [name for name in names for _ in matched]
             matched = matched * len(names)
         else:
-            matched_classes = [self._pools.matched[pool][index].category or "" for index in matched]
-        self._pool_residuals[key] = Residuals(
-            harmful=self._residuals["harmful"][harmful],
+            matched_classes = [self.pools.matched[pool][index].category or "" for index in matched]
+        return Residuals(
+            harmful=self.residuals["harmful"][harmful],
             harmful_classes=tuple(classes),
-            bulk=self._residuals["bulk"][bulk],
-            matched=self._residuals[pool][matched],
+            bulk=self.residuals["bulk"][bulk],
+            matched=self.residuals[pool][matched],
             matched_classes=tuple(matched_classes),
         )
-        return self._pool_residuals[key]
 
 
 def distinct(
@@ -204,12 +185,6 @@ def distinct(
     Where a filter drops nothing, for example, two names mean the same directions, which need measuring only once.
     """
 
-    by_digest: dict[str, str] = {}
-    kept: dict[str, Directions] = {}
-    stands_for: dict[str, str] = {}
-    for name in names:
-        directions = make(name)
-        first = by_digest.setdefault(directions.digest(), name)
-        kept.setdefault(first, directions)
-        stands_for[name] = first
-    return kept, stands_for
+    first: dict[str, str] = {}
+    stands_for = {name: first.setdefault(make(name).digest(), name) for name in names}
+    return {name: make(name) for name in first.values()}, stands_for

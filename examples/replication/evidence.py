@@ -3,8 +3,6 @@
 """Stored results, read for the report: conditions as outcomes, the sweep's cells, and what directions look like."""
 
 import json
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,74 +36,36 @@ class SweepCell(NamedTuple):
     kl: float
     kl_error: float
 
+    def rank(self) -> tuple[int, float, list[int], float]:
+        """Puts the fewest refusals first, then the least divergence."""
 
-@dataclass(frozen=True)
+        return self.refusals, self.kl, self.layers, self.weight
+
+
 class Study:
     """The stored results of one model."""
 
-    data: dict[str, Any]
-    _found: dict[tuple[str, str, str | None], Outcomes | None] = field(default_factory=dict)
-    _contrasts: dict[tuple[str, str, str, str | None], Contrast | None] = field(
-        default_factory=dict
-    )
-
-    @property
-    def name(self) -> str:
-        """What the model is called."""
-
-        return str(self.data["name"])
-
-    @property
-    def n_seeds(self) -> int:
-        """The number of seeds."""
-
-        return len(self.data["seeds"])
-
-    @property
-    def n_cells(self) -> int:
-        """The number of cells of all seeds."""
-
-        return sum(len(curve["weights"]) for seed in self.data["seeds"] for curve in seed["curves"])
-
-    @cached_property
-    def draws(self) -> Draws:
-        """The bootstrap's draws, shared by all conditions."""
-
-        return Draws.make(self.n_seeds, len(self.data["judged_categories"]))
-
-    @cached_property
-    def cells(self) -> list[SweepCell]:
-        """The sweep's cells."""
-
-        return [SweepCell(*cell) for cell in self.data["sweep"]["cells"]]
-
-    @property
-    def sweep_floor(self) -> float:
-        """The divergence of the unmodified model in the sweep."""
-
-        return float(self.data["sweep"]["baseline"]["kl"])
-
-    @property
-    def sweep_base(self) -> int:
-        """The refusals of the unmodified model in the sweep."""
-
-        return int(self.data["sweep"]["baseline"]["refusals"])
-
-    @property
-    def sweep_prompts(self) -> int:
-        """How many prompts the sweep judged."""
-
-        return int(self.data["sweep"]["baseline"]["n_harmful"])
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data = data
+        self.name: str = data["name"]
+        self.n_seeds = len(data["seeds"])
+        self.n_cells = sum(
+            len(curve["weights"]) for seed in data["seeds"] for curve in seed["curves"]
+        )
+        # The bootstrap's draws are shared by all conditions.
+        self.draws = Draws.make(self.n_seeds, len(data["judged_categories"]))
+        self.cells = [SweepCell(*cell) for cell in data["sweep"]["cells"]]
+        # What the unmodified model does in the sweep.
+        base = data["sweep"]["baseline"]
+        self.sweep_base: int = base["refusals"]
+        self.sweep_prompts: int = base["n_harmful"]
+        self.sweep_floor: float = base["kl"]
 
     def single_cells(self, configuration: str, strength: str = "weight") -> list[SweepCell]:
         """Returns the sweep's cells of single layers."""
 
-        return [
-            cell
-            for cell in self.cells
-            if (cell.configuration, cell.strength) == (configuration, strength)
-            and len(cell.layers) == 1
-        ]
+        of = (configuration, strength)
+        return [cell for cell in self.cells if cell[:2] == of and len(cell.layers) == 1]
 
     def layer_cells(
         self, configuration: str, strength: str = "weight"
@@ -113,10 +73,7 @@ class Study:
         """Returns the cells of single layers by layer, in the order of their weights."""
 
         found: dict[int, list[SweepCell]] = {}
-        for cell in sorted(
-            self.single_cells(configuration, strength),
-            key=lambda cell: (cell.layers[0], cell.weight),
-        ):
+        for cell in sorted(self.single_cells(configuration, strength)):
             found.setdefault(cell.layers[0], []).append(cell)
         return found
 
@@ -138,9 +95,9 @@ class Study:
         return self._layers_below(1, configuration, strength)
 
     def best_cell(self, configuration: str) -> SweepCell:
-        """Returns the sweep's cell with the fewest refusals, then the least divergence, at equal weight."""
+        """Returns the best of the sweep's cells at equal weight."""
 
-        return min(self.single_cells(configuration), key=_rank)
+        return min(self.single_cells(configuration), key=SweepCell.rank)
 
     def chosen_cell(self, configuration: str, condition: str) -> SweepCell | None:
         """Returns the best of the sweep's cells at which a condition was measured again, or None where there is none."""
@@ -151,12 +108,9 @@ class Study:
             if curve["condition"] == condition
             for weight in curve["weights"]
         }
-        cells = [
-            cell
-            for cell in self.single_cells(configuration)
-            if (str(cell.layers[0]), cell.weight) in measured
-        ]
-        return min(cells, key=_rank) if cells else None
+        cells = self.single_cells(configuration)
+        found = (cell for cell in cells if (str(cell.layers[0]), cell.weight) in measured)
+        return min(found, key=SweepCell.rank, default=None)
 
     def outcomes(
         self, condition: str, scope: str = "all", like: str | None = None
@@ -168,24 +122,36 @@ class Study:
         same prompts as that other one, row by row.
         """
 
-        key = (condition, scope, like)
-        if key not in self._found:
-            self._found[key] = _outcomes(self, condition, scope, like)
-        return self._found[key]
+        categories = self.data["judged_categories"]
+        rows = []
+        for position, seed in enumerate(self.data["seeds"]):
+            curves = [curve for curve in seed["curves"] if curve["scope"] == scope]
+            for curve in curves:
+                if curve["condition"] != condition:
+                    continue
+                judged_on = [curve["excluded"]]
+                if like is not None:
+                    judged_on = [item["excluded"] for item in curves if item["condition"] == like]
+                for category in judged_on:
+                    judged = {
+                        index: category is None or categories[index] == category
+                        for index in seed["judged"]
+                    }
+                    rows.append(
+                        {**curve, "floor": seed["kl_floor"], "judged": judged, "seed": position}
+                    )
+        return stack_outcomes(rows, len(categories)) if rows else None
 
-    def contrast(
-        self, condition: str, reference: str, scope: str = "all", like: str | None = None
-    ) -> Contrast | None:
-        """Returns one condition against another at equal divergence, or None where that is not possible."""
+    def contrast(self, condition: str, reference: str) -> Contrast | None:
+        """
+        Returns one condition against another on all layers at equal divergence, or None where that is not possible.
 
-        key = (condition, reference, scope, like)
-        if key not in self._contrasts:
-            first = self.outcomes(condition, scope)
-            second = self.outcomes(reference, scope, like)
-            self._contrasts[key] = (
-                None if first is None or second is None else contrast(first, second, self.draws)
-            )
-        return self._contrasts[key]
+        Where the condition leaves categories out, both are judged on these.
+        """
+
+        like = condition if condition.endswith(", left out") else None
+        first, second = self.outcomes(condition), self.outcomes(reference, like=like)
+        return None if first is None or second is None else contrast(first, second, self.draws)
 
     def share(self, condition: str, scope: str, weight: float) -> Interval | None:
         """Returns the share of refusals of a condition at a weight."""
@@ -200,26 +166,24 @@ class Study:
     ) -> Interval | None:
         """Returns the difference in the share of refusals at the same weight, paired."""
 
-        first, second = self.outcomes(condition, scope), self.outcomes(reference, scope)
-        if first is None or second is None or not {weight} <= {*first.weights} & {*second.weights}:
-            return None
-        a = shares(first, self.draws)[:, first.weights.index(weight)]
-        b = shares(second, self.draws)[:, second.weights.index(weight)]
-        return interval(a - b)
+        drawn = []
+        for name in (condition, reference):
+            found = self.outcomes(name, scope)
+            if found is None or weight not in found.weights:
+                return None
+            drawn.append(shares(found, self.draws)[:, found.weights.index(weight)])
+        return interval(drawn[0] - drawn[1])
 
     def shape(
         self, directions: str, what: str, layers: list[int] | None = None
     ) -> list[list[float | None]] | None:
         """Returns a property of directions by seed and layer (or pair), or None where it was not recorded."""
 
-        rows = []
-        for seed in self.data["seeds"]:
-            described = seed["shape"].get(directions)
-            if described is None:
-                return None
-            values = described[what]
-            rows.append(values if layers is None else [values[layer] for layer in layers])
-        return rows
+        described = [seed["shape"].get(directions) for seed in self.data["seeds"]]
+        if None in described:
+            return None
+        rows = [item[what] for item in described]
+        return rows if layers is None else [[row[layer] for layer in layers] for row in rows]
 
     def shape_interval(
         self, directions: str, what: str, layers: list[int] | None = None
@@ -232,9 +196,8 @@ class Study:
     def shape_by_layer(self, directions: str, what: str) -> list[float | None]:
         """Returns the mean of a property over seeds, for each layer."""
 
-        rows = self.shape(directions, what) or []
         means: list[float | None] = []
-        for column in zip(*rows, strict=True):
+        for column in zip(*(self.shape(directions, what) or []), strict=True):
             values = [value for value in column if value is not None]
             means.append(sum(values) / len(values) if values else None)
         return means
@@ -250,41 +213,6 @@ class Study:
             for pair in zip(a, b, strict=True)
         ]
         return mean_interval(rows)
-
-
-def _rank(cell: SweepCell) -> tuple[int, float, list[int], float]:
-    return cell.refusals, cell.kl, cell.layers, cell.weight
-
-
-def _outcomes(study: Study, condition: str, scope: str, like: str | None) -> Outcomes | None:
-    """Collects the rows of a condition over the seeds."""
-
-    categories = study.data["judged_categories"]
-    rows = []
-    for position, seed in enumerate(study.data["seeds"]):
-        curves = [curve for curve in seed["curves"] if curve["scope"] == scope]
-        own = [curve for curve in curves if curve["condition"] == condition]
-        excluded = [
-            curve["excluded"] for curve in curves if curve["condition"] == (like or condition)
-        ]
-        for curve, category in (
-            zip(own, excluded, strict=True)
-            if like is None
-            else [(curve, category) for curve in own for category in excluded]
-        ):
-            counted = [
-                category is None or categories[index] == category for index in seed["judged"]
-            ]
-            rows.append(
-                {
-                    **curve,
-                    "floor": seed["kl_floor"],
-                    "judged": seed["judged"],
-                    "counted": counted,
-                    "seed": position,
-                }
-            )
-    return stack_outcomes(rows, len(categories)) if rows else None
 
 
 def load_studies(directory: Path) -> list[Study]:

@@ -8,37 +8,23 @@ from pathlib import Path
 import numpy as np
 
 from heretic_contrast.files import write_bytes_atomically
-from heretic_contrast.report.plots import COLORS, MARKERS, _figure, _png, lines
+from heretic_contrast.report.plots import COLORS, MARKERS, _figure, _png, _write_values, lines
 
 from .claims import MATCHED, SVD, UNMATCHED
 from .evidence import Study
 from .statistics import divergences, share_at, shares
 from .wording import label
 
-CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (
-        "one mean direction",
-        (
-            "mean unmatched",
-            "mean matched",
-            "mean sensitive",
-            "mean residualized",
-            "mean nearest",
-            "mean random",
-        ),
-    ),
-    (
-        "class directions",
-        (
-            "som unmatched",
-            "som matched",
-            "svd matched",
-            "svd1 matched",
-            "som residualized",
-            "som random",
-        ),
-    ),
-)
+CURVES = {
+    "one mean direction": [
+        f"mean {name}"
+        for name in ("unmatched", "matched", "sensitive", "residualized", "nearest", "random")
+    ],
+    "class directions": [
+        *("som unmatched", "som matched", "svd matched", "svd1 matched"),
+        *("som residualized", "som random"),
+    ],
+}
 
 
 def curves(study: Study) -> bytes | None:
@@ -50,7 +36,7 @@ def curves(study: Study) -> bytes | None:
 
     panels = [
         (title, [name for name in names if study.outcomes(name) is not None])
-        for title, names in CURVES
+        for title, names in CURVES.items()
     ]
     panels = [(title, names) for title, names in panels if names]
     if not panels:
@@ -125,17 +111,7 @@ def heat_maps(study: Study) -> bytes:
             image = axes.imshow(
                 values, aspect="auto", cmap="cividis", vmin=0, vmax=study.sweep_base
             )
-            for (y, x), value in np.ndenumerate(values):
-                light = value / max(study.sweep_base, 1) > 0.55
-                axes.text(
-                    x,
-                    y,
-                    str(value),
-                    ha="center",
-                    va="center",
-                    fontsize=6,
-                    color="black" if light else "white",
-                )
+            _write_values(axes, values, 0, study.sweep_base, "{}", fontsize=6)
             axes.set_xticks(range(len(weights)), [f"{w:g}" for w in weights], fontsize=7)
             axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=6)
             kind = "equal weight" if strength == "weight" else "equal effective weight"

@@ -77,15 +77,6 @@ class StudyOptions:
         weights: tuple[float, ...] = getattr(self, f"{condition.grid}_weights")
         return weights
 
-    def wanted(self, conditions: Sequence[Condition]) -> list[Condition]:
-        """Returns the conditions that were asked for; all, where none was named."""
-
-        return [
-            condition
-            for condition in conditions
-            if not self.conditions or condition.name in self.conditions
-        ]
-
 
 def measure_study(
     model: LanguageModel,
@@ -106,15 +97,16 @@ def measure_study(
     """
 
     model = model.identified()
+    all_pools = {**pools.fitted(), "judged": pools.judged, "references": pools.references}
     fingerprint = {
         "format": FORMAT,
         "model": identify(
             model,
-            _all_pools(pools),
+            all_pools,
             rules=program_digest(RULES, classify_response) + numbers_digest(),
         ),
         "options": json.loads(json.dumps(asdict(replace(options, seeds=0)))),
-        "pools": {key: prompts_digest(prompts) for key, prompts in _all_pools(pools).items()},
+        "pools": {key: prompts_digest(prompts) for key, prompts in all_pools.items()},
         "versions": {key: version(key) for key in ("numpy", "torch", "transformers", "minisom")},
     }
     log("Looking at what the unmodified model refuses...")
@@ -168,7 +160,7 @@ def measure_study(
         "n_layers": model.n_layers,
         "hidden_size": model.hidden_size,
         "n_parameters": sum(parameter.numel() for parameter in model.model.parameters()),
-        "n_prompts": {key: len(prompts) for key, prompts in _all_pools(pools).items()},
+        "n_prompts": {key: len(prompts) for key, prompts in all_pools.items()},
         "n_refused": {key: sum(values) for key, values in refused.items()},
         "judged_categories": [prompt.category for prompt in pools.judged],
         "n_pairs": [len(pairs), len(pools.pairs)],
@@ -176,10 +168,6 @@ def measure_study(
         "sweep": compact_sweep(swept),
         "seeds": seeds,
     }
-
-
-def _all_pools(pools: StudyPools) -> dict[str, tuple[Prompt, ...]]:
-    return {**pools.fitted(), "judged": pools.judged, "references": pools.references}
 
 
 def _refused(model: LanguageModel, pools: StudyPools, tokens: int) -> dict[str, list[bool]]:
@@ -213,7 +201,8 @@ def _measure_seed(
     planned = [
         (scope, at, condition)
         for scope, at, conditions in scopes
-        for condition in options.wanted(conditions)
+        for condition in conditions
+        if not options.conditions or condition.name in options.conditions
     ]
     log("* Extracting directions...")
     kept, stands_for = distinct(
@@ -248,14 +237,10 @@ def _measure_seed(
     wanted.sort(key=lambda key: (-len(key.layers), key.layers))
     cells = dict(zip(wanted, state.run(wanted, evaluator.evaluate, show), strict=True))
     log(f"* {len(wanted)} cells in {time.monotonic() - started:.0f} s.")
-    curves = [
-        _curve(
-            scope,
-            condition,
-            [cells[key] for key in keys[scope, condition.name, condition.excluded]],
-        )
-        for scope, _, condition in planned
-    ]
+    curves = []
+    for scope, _, condition in planned:
+        own = keys[scope, condition.name, condition.excluded]
+        curves.append(_curve(scope, condition, [cells[key] for key in own]))
     return {
         "seed": drawn.seed,
         "judged": drawn.judged,

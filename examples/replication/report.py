@@ -48,8 +48,8 @@ CAPTIONS = {
 
 GOOD = ("equal", "better")
 
-Pair = tuple[str, str, str, str | None]
-"""What is compared, a condition, its reference, and the condition whose judged prompts count."""
+Pair = tuple[str, str, str]
+"""What is compared, a condition, and its reference."""
 
 
 def write_report(results: Path, output: Path) -> None:
@@ -113,8 +113,8 @@ def contrast_table(study: Study, pairs: Sequence[Pair]) -> str:
     """Returns contrasts at equal divergence: what is compared, with its conditions."""
 
     rows = []
-    for what, condition, reference, like in pairs:
-        found = study.contrast(condition, reference, like=like)
+    for what, condition, reference in pairs:
+        found = study.contrast(condition, reference)
         cells = [NONE, NONE, NONE, "not measured"]
         if found is not None:
             cells = [small(found.level), signed(found.difference), ratio(found.ratio)]
@@ -131,23 +131,20 @@ def baseline_pairs(study: Study) -> list[Pair]:
     for method, text in (("mean", "one mean direction"), ("som", "class directions")):
         for baseline in ("matched", "sensitive", "mixed", "nearest", "random"):
             what = f"{baseline} − unmatched, {text}"
-            pairs.append((what, f"{method} {baseline}", f"{method} unmatched", None))
+            pairs.append((what, f"{method} {baseline}", f"{method} unmatched"))
     words = {
         "som": "class directions",
         "mean": "mean direction",
         "svd": "SVD",
         "svd1": "first singular vector",
     }
-    for first, second, baselines in (
-        ("svd", "som", ("unmatched",)),
-        ("svd1", "som", ("unmatched",)),
-        ("svd", "som", ("matched",)),
-        ("svd1", "som", ("matched",)),
-        ("som", "mean", ("unmatched", "matched")),
-    ):
-        for baseline in baselines:
-            what = f"{baseline} {words[first]} − {baseline} {words[second]}"
-            pairs.append((what, f"{first} {baseline}", f"{second} {baseline}", None))
+    compared = [
+        (first, "som", name) for name in ("unmatched", "matched") for first in ("svd", "svd1")
+    ]
+    compared += [("som", "mean", name) for name in ("unmatched", "matched")]
+    for first, second, baseline in compared:
+        what = f"{baseline} {words[first]} − {baseline} {words[second]}"
+        pairs.append((what, f"{first} {baseline}", f"{second} {baseline}"))
     return [pair for pair in pairs if study.outcomes(pair[1]) is not None]
 
 
@@ -155,19 +152,19 @@ def topic_pairs(study: Study) -> list[Pair]:
     """Without the topic's part, without the category that is judged, and with other matched pools."""
 
     pairs: list[Pair] = [
-        ("residualized − unmatched, mean", "mean residualized", "mean unmatched", None),
-        ("residualized − unmatched, SOM", "som residualized", "som unmatched", None),
+        ("residualized − unmatched, mean", "mean residualized", "mean unmatched"),
+        ("residualized − unmatched, SOM", "som residualized", "som unmatched"),
     ]
     for name in ("unmatched", "matched"):
-        what, left_out = f"{name} without the judged category − with it", f"som {name}, left out"
-        pairs.append((what, left_out, f"som {name}", left_out))
+        what = f"{name} without the judged category − with it"
+        pairs.append((what, f"som {name}, left out", f"som {name}"))
     for what, condition in (
         ("matched, filtered by behavior − unfiltered", "matched, filtered"),
         ("XSTest safe as matched pool − shipped pool", "sensitive"),
     ):
         for method, text in (("mean", "mean"), ("som", "SOM")):
             name = f"{method} {condition}"
-            pairs.append((f"{what}, {text}", name, f"{method} matched", None))
+            pairs.append((f"{what}, {text}", name, f"{method} matched"))
     return [pair for pair in pairs if study.outcomes(pair[1]) is not None]
 
 
@@ -255,8 +252,7 @@ def topic_reading(study: Study) -> str:
         readings = ["Taking out what subjects alone contribute costs at equal KL"]
     else:
         readings = ["Whether directions need what subjects contribute is not decided"]
-    left_out = "som unmatched, left out"
-    without = study.contrast(left_out, "som unmatched", like=left_out)
+    without = study.contrast("som unmatched, left out", "som unmatched")
     if without is not None:
         never = "on a category that they never saw"
         readings.append(

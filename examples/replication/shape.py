@@ -3,9 +3,11 @@
 """What is recorded of directions themselves: lengths, angles, capture, and perturbation against natural variation."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from heretic_contrast.directions.directions import Directions
@@ -35,46 +37,33 @@ def describe_shape(configurations: Mapping[str, Directions], differences: Tensor
         reference = configurations[f"{method} unmatched"]
         layers = range(directions.tensor.shape[0] - 1)
         comparisons = [compare("reference", reference, name, directions, layer) for layer in layers]
-        subspace = [
-            subspace_capture(differences[:, layer + 1], directions.tensor[layer + 1])
-            for layer in layers
-        ]
-        cosines = [
-            max_cosine(differences[:, layer + 1], directions.tensor[layer + 1]) for layer in layers
-        ]
+        # Of shape (n_layers, n_pairs).
+        subspace, cosines = (
+            torch.stack([measure(differences[:, i + 1], directions.tensor[i + 1]) for i in layers])
+            for measure in (subspace_capture, max_cosine)
+        )
+        angles = [list(item.class_angles.values()) for item in comparisons]
         described[name] = {
-            "norm_ratio": [_rounded(item.norm_ratio) for item in comparisons],
-            "cosine": [_mean_cosine(list(item.class_angles.values())) for item in comparisons],
-            "parallel": [
-                _rounded(measure_layer(name, directions, layer).effective_weight)
-                for layer in layers
-            ],
-            "capture": [_rounded(float(values.nanmean())) for values in subspace],
-            "max_cosine": [_rounded(float(values.nanmean())) for values in cosines],
-            "pair_capture": _pair_means(subspace),
-            "pair_max_cosine": _pair_means(cosines),
+            "norm_ratio": _rounded(item.norm_ratio for item in comparisons),
+            "cosine": _rounded(np.cos(np.radians(of)).mean() if of else None for of in angles),
+            "parallel": _rounded(
+                measure_layer(name, directions, layer).effective_weight for layer in layers
+            ),
+            "capture": _rounded(subspace.nanmean(dim=1).tolist()),
+            "max_cosine": _rounded(cosines.nanmean(dim=1).tolist()),
+            "pair_capture": _rounded(subspace.mean(dim=0).tolist()),
+            "pair_max_cosine": _rounded(cosines.mean(dim=0).tolist()),
         }
     return described
 
 
-def _pair_means(by_layer: Sequence[Tensor]) -> list[float | None]:
-    n_pairs = len(by_layer[0])
-    return [
-        _rounded(sum(float(values[pair]) for values in by_layer) / len(by_layer))
-        for pair in range(n_pairs)
-    ]
-
-
-def _mean_cosine(degrees: Sequence[float]) -> float | None:
-    if not degrees:
-        return None
-    return _rounded(sum(math.cos(math.radians(value)) for value in degrees) / len(degrees))
-
-
-def _rounded(value: float | None) -> float | None:
+def _rounded(values: Iterable[float | None]) -> list[float | None]:
     """Rounds for storage; None where there is no number."""
 
-    return None if value is None or value != value else round(value, DIGITS)
+    return [
+        None if value is None or math.isnan(value) else round(float(value), DIGITS)
+        for value in values
+    ]
 
 
 def noise_floor(
@@ -98,7 +87,7 @@ def noise_floor(
     found: dict[str, Any] = {"weights": list(WEIGHTS)}
     for name in names:
         found[name] = [
-            [_rounded(value) for _, value in activity.perturbations]
+            _rounded(value for _, value in activity.perturbations)
             for activity in activities
             if activity.configuration == name
         ]

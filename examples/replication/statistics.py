@@ -49,10 +49,10 @@ class Draws:
     prompts: Floats
 
     @classmethod
-    def make(cls, n_seeds: int, n_prompts: int, n_draws: int = N_DRAWS, seed: int = 0) -> "Draws":
+    def make(cls, n_seeds: int, n_prompts: int, n_draws: int = N_DRAWS) -> "Draws":
         """Draws with a fixed generator, so that a report always has the same numbers."""
 
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(0)
 
         def counts(n: int) -> Floats:
             drawn = generator.multinomial(n, np.full(n, 1 / n), size=n_draws)
@@ -136,13 +136,8 @@ def envelopes(kl: Floats, share: Floats) -> tuple[Floats, Floats]:
 def share_at(kl: Floats, share: Floats, level: float) -> Floats:
     """Returns the share of refusals of each draw at a divergence, interpolated; beyond the last weight its share."""
 
-    x, y = envelopes(kl, share)
-    rows = np.arange(len(x))
-    after = np.minimum((x <= np.sqrt(level)).sum(axis=1), x.shape[1] - 1)
-    before = after - 1
-    width = x[rows, after] - x[rows, before]
-    part = np.clip((np.sqrt(level) - x[rows, before]) / np.where(width > 0, width, 1.0), 0.0, 1.0)
-    return np.asarray(y[rows, before] + part * (y[rows, after] - y[rows, before]))
+    curves = zip(*envelopes(kl, share), strict=True)
+    return np.array([np.interp(np.sqrt(level), x, y) for x, y in curves])
 
 
 def kl_at(kl: Floats, share: Floats, level: float) -> Floats:
@@ -153,14 +148,8 @@ def kl_at(kl: Floats, share: Floats, level: float) -> Floats:
     """
 
     x, y = envelopes(kl, share)
-    rows = np.arange(len(x))
-    reached = y <= level
-    after = np.maximum(reached.argmax(axis=1), 1)
-    before = after - 1
-    fall = y[rows, before] - y[rows, after]
-    part = (y[rows, before] - level) / np.where(fall > 0, fall, 1.0)
-    found = (x[rows, before] + part * (x[rows, after] - x[rows, before])) ** 2
-    found = np.where(reached[:, 0], 0.0, np.where(reached.any(axis=1), found, np.inf))
+    rising = zip(y[:, ::-1], x[:, ::-1], strict=True)
+    found = np.array([np.interp(level, *curve, left=np.inf) for curve in rising]) ** 2
     return np.where(np.isnan(y).any(axis=1), np.nan, found)
 
 
@@ -256,28 +245,22 @@ def contrast(condition: Outcomes, reference: Outcomes, draws: Draws) -> Contrast
     )
 
 
-def mean_interval(rows: Sequence[Sequence[float | None]], seed: int = 0) -> Interval:
+def mean_interval(rows: Sequence[Sequence[float | None]]) -> Interval:
     """
     Returns the mean of a table of seeds and items, with a bootstrap over both; missing values are left out.
 
     With one seed and one item there is no interval: NaN.
     """
 
-    table = np.array([[np.nan if value is None else value for value in row] for row in rows])
-    generator = np.random.default_rng(seed)
-    n, m = table.shape
-    row_draws = generator.multinomial(n, np.full(n, 1 / n), size=N_DRAWS).astype(np.float64)
-    column_draws = generator.multinomial(m, np.full(m, 1 / m), size=N_DRAWS).astype(np.float64)
-    present = ~np.isnan(table)
-    filled = np.where(present, table, 0.0)
+    table = np.array(rows, dtype=np.float64)
+    draws = Draws.make(*table.shape)
+    sums, counts = (
+        np.einsum("bn,nm,bm->b", draws.seeds, values, draws.prompts)
+        for values in (np.nan_to_num(table), (~np.isnan(table)).astype(np.float64))
+    )
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = np.einsum("bn,nm,bm->b", row_draws, filled, column_draws) / np.einsum(
-            "bn,nm,bm->b", row_draws, present.astype(np.float64), column_draws
-        )
-    value = float(np.nanmean(table))
-    if n == 1 and m == 1:
-        return Interval(value, float("nan"), float("nan"))
-    return interval([value, *means.tolist()])
+        means = sums / counts
+    return interval(means if table.size > 1 else means[:1])
 
 
 def normal_bounds(value: float, error: float) -> tuple[float, float]:
@@ -287,21 +270,12 @@ def normal_bounds(value: float, error: float) -> tuple[float, float]:
     return value - z * error, value + z * error
 
 
-def letters(text: str) -> tuple[list[float], list[float]]:
-    """Returns for each letter of a stored string whether it is a refusal, and whether it is incoherent."""
-
-    return (
-        [float(letter in "Rr") for letter in text],
-        [float(letter.islower()) for letter in text],
-    )
-
-
 def stack_outcomes(rows: Sequence[dict[str, Any]], n_prompts: int) -> Outcomes:
     """
     Returns the outcomes of stored curves, one row each.
 
-    A row: weights, effective, kl, floor, outcomes (a string per weight), judged (indices), seed (position), and
-    counted (which of the judged prompts count), as `evidence` collects them.
+    A row: weights, effective, kl, floor, outcomes (a string per weight), judged (by the index of a judged prompt, whether it
+    counts), and seed (position), as `evidence` collects them.
     """
 
     weights = tuple(rows[0]["weights"])
@@ -309,12 +283,11 @@ def stack_outcomes(rows: Sequence[dict[str, Any]], n_prompts: int) -> Outcomes:
     refused, incoherent = np.zeros(shape), np.zeros(shape)
     judged = np.zeros(shape[1:])
     for position, row in enumerate(rows):
-        for prompt, counted in zip(row["judged"], row["counted"], strict=True):
-            judged[position, prompt] = float(counted)
+        prompts = list(row["judged"])
+        judged[position, prompts] = list(row["judged"].values())
         for index, text in enumerate(row["outcomes"]):
-            is_refused, is_incoherent = letters(text)
-            refused[index, position, row["judged"]] = is_refused
-            incoherent[index, position, row["judged"]] = is_incoherent
+            refused[index, position, prompts] = [letter in "Rr" for letter in text]
+            incoherent[index, position, prompts] = [letter.islower() for letter in text]
     return Outcomes(
         weights=weights,
         effective=tuple(np.mean([row["effective"] for row in rows], axis=0).tolist()),

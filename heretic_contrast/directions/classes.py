@@ -36,15 +36,7 @@ class ClassSelection:
 
     @property
     def names(self) -> list[str]:
-        """The sorted names of the classes."""
-
         return sorted(set(self.harmful_classes))
-
-
-def smallest_class(settings: ContrastSettings) -> int:
-    """Returns how many prompts a class needs: a map cannot tell more of them apart than it has neurons to win them."""
-
-    return settings.som_rows * settings.som_columns if settings.method is Method.SOM else 1
 
 
 def select_classes(
@@ -62,7 +54,8 @@ def select_classes(
     if settings.classes is Classes.SINGLE:
         # With one class for everything, the matched pool of that class is all matched prompts.
         return _selection(kept, ["all"] * len(harmful_classes), ["all"] * len(matched_classes))
-    needed = smallest_class(settings)
+    # A map cannot tell more prompts apart than it has neurons to win them.
+    needed = settings.som_rows * settings.som_columns if settings.method is Method.SOM else 1
     counts = Counter(harmful_classes[index] for index in kept)
     small = {name: count for name, count in sorted(counts.items()) if count < needed}
     if not small:

@@ -55,14 +55,10 @@ class Directions:
 
     @property
     def n_directions(self) -> int:
-        """The number of directions per layer."""
-
         return self.tensor.shape[1]
 
     @property
     def class_direction_names(self) -> tuple[str, ...]:
-        """The names of the class directions as trained."""
-
         n_winners = self.class_directions.shape[1] // len(self.class_names)
         return names_of_winners(self.class_names, n_winners)
 

@@ -54,12 +54,7 @@ def write_directions(path: Path | str, fields: Mapping[str, Any]) -> None:
 
 
 def read_directions(path: Path | str) -> dict[str, Any]:
-    """
-    Returns the fields of `Directions` from a file.
-
-    Raises `ContrastError` when the file is missing, is not a whole directions file, holds damaged or non-finite
-    numbers, or contradicts itself.
-    """
+    """Returns the fields of `Directions` from a file. Raises `ContrastError` as `Directions.load` does."""
 
     # A pipe would be waited for, and a device read without an end.
     if not os.path.isfile(path):

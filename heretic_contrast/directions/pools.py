@@ -29,8 +29,6 @@ class Pools:
     """What a behavior filter found: name of the pool, number of misbehaving prompts, number of all prompts."""
 
     def all(self) -> tuple[tuple[Prompt, ...], ...]:
-        """Returns all three pools."""
-
         return (self.harmful, self.bulk, self.matched)
 
 
@@ -127,8 +125,6 @@ def select(pools: Pools, settings: ContrastSettings) -> ClassSelection:
 
 
 def class_names_of(prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """Returns the class of each prompt."""
-
     return tuple(prompt.category or "all" for prompt in prompts)
 
 

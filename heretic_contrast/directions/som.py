@@ -39,21 +39,12 @@ LARGEST_TABLE = 200_000_000
 @dataclass(frozen=True)
 class SomSettings:
     """
-    Settings of a self-organizing map (paper, section 3.2).
+    Settings of a self-organizing map (paper, section 3.2), as `ContrastSettings` describes them.
 
-    From the paper (section 3): the 3 × 3 grid and 10,000 iterations. The paper gives nothing else; the other defaults are
-    MiniSom's, except the seed, which MiniSom leaves open.
+    Neuron r · columns + c stands in row r and column c. The neighborhood "mexican_hat" pushes neurons away from samples, and
+    "triangle" moves them beyond samples where sigma² · learning_rate exceeds 1: with many iterations they may diverge.
 
-    - `rows`, `columns`: shape of the grid. Neuron r · columns + c stands in row r and column c.
-    - `iterations`: visits of one sample each, in an order drawn at random.
-    - `sigma`: initial width of the neighborhood in grid steps, at most the diagonal √(rows² + columns²).
-    - `learning_rate`: initial share of its way to the sample that the winner moves.
-    - `neighborhood`: how the movement falls with the distance from the winner. "mexican_hat" pushes neurons away from samples, and
-      "triangle" moves them beyond samples where sigma² · learning_rate exceeds 1: with many iterations they may diverge.
-    - `topology`: arrangement of the neurons.
-    - `seed`: of the generator, for every map alike.
-
-    `ContrastSettings` says which values are usable by themselves. Raises `ContrastError` where they are not together.
+    Raises `ContrastError` where values that are usable by themselves do not work together.
     """
 
     rows: int = 3
@@ -283,8 +274,6 @@ def _rates(settings: SomSettings) -> tuple[NDArray[np.float64], NDArray[np.int64
 
 
 def _train_by_minisom(index: int, samples: NDArray[Any], settings: SomSettings) -> TrainedMap:
-    """Trains a map with MiniSom itself."""
-
     from minisom import MiniSom
 
     with warnings.catch_warnings():

@@ -194,13 +194,9 @@ class SweepResult:
         return list(dict.fromkeys((cell.configuration, cell.strength) for cell in self.cells))
 
     def single_cells(self, configuration: str, strength: str) -> list[Cell]:
-        """Returns the cells of single layers of one configuration."""
-
         return single_cells(self.cells, configuration, strength)
 
     def efficiency(self, cell: Cell) -> float | None:
-        """Returns the efficiency of a cell."""
-
         return efficiency(
             self.baseline.refusals,
             cell.measurement.refusals,
@@ -214,8 +210,6 @@ class SweepResult:
         return [item for pair in self.configurations() for item in self.summaries_of(*pair)]
 
     def summaries_of(self, configuration: str, strength: str) -> list[LayerSummary]:
-        """Returns what one configuration achieves on each layer."""
-
         columns: dict[int, list[Cell]] = {}
         for cell in sorted(self.single_cells(configuration, strength), key=Cell.key):
             columns.setdefault(cell.layers[0], []).append(cell)
@@ -256,8 +250,6 @@ class SweepResult:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "SweepResult":
-        """Restores a sweep from what `to_dict` returned."""
-
         return TypeAdapter(cls).validate_python(data)
 
     def to_json(self) -> str:

@@ -34,12 +34,7 @@ class SparseLogProbabilities:
     tails: Tensor
 
     def n_bytes(self) -> int:
-        """Returns the memory that the tensors take."""
-
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for tensor in (self.tokens, self.values, self.tails)
-        )
+        return self.tokens.nbytes + self.values.nbytes + self.tails.nbytes
 
     def at(self, positions: Tensor) -> "SparseLogProbabilities":
         """Returns what is kept of some positions, in a new order. `positions`: integer Tensor of shape (n_positions,)."""
@@ -144,14 +139,9 @@ class References:
             del chunk
         parts = [(item.tokens, item.values, item.tails) for _, item in chunks]
         statistics = (torch.cat(column) for column in zip(*parts, strict=True))
-        self._base = SparseLogProbabilities(*statistics).at(
+        self.base = SparseLogProbabilities(*statistics).at(
             torch.cat([positions for positions, _ in chunks]).argsort()
         )
-
-    def n_bytes(self) -> int:
-        """Returns the memory that the unmodified model's statistics take."""
-
-        return self._base.n_bytes()
 
     def measure(
         self,
@@ -167,9 +157,9 @@ class References:
 
         lengths = self.known.lengths
         shape = (1 if interventions is None else len(interventions), sum(lengths))
-        found = torch.zeros(shape, dtype=torch.float64, device=self._base.tails.device)
+        found = torch.zeros(shape, dtype=torch.float64, device=self.base.tails.device)
         for chunk in engine.logits(self.known, interventions, count):
-            values = divergences(self._base.at(chunk.positions), chunk.values)
+            values = divergences(self.base.at(chunk.positions), chunk.values)
             found[chunk.interventions, chunk.positions] = values
             # Not to be held beside the next one.
             del chunk

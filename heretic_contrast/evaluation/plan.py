@@ -121,8 +121,6 @@ class SweepOptions:
 
     @classmethod
     def of(cls, settings: SweepPlanSettings) -> "SweepOptions":
-        """Returns the options that settings ask for."""
-
         return cls(
             layers=settings.layer_indices(),
             weights=tuple(settings.weights),
@@ -139,8 +137,6 @@ class SweepOptions:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values."""
-
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -313,11 +309,10 @@ def prepare_sweep(
     )
     require_apart(harmful, harmless, "harmless evaluation", "counted on both sides")
     canaries, references = _harmless(settings, harmless, contrast.seed, log)
-    if contrast.category_source is not CategorySource.MODEL:
-        harmful = tuple(_judged(settings, contrast, harmful, None, log))
     options = SweepOptions.of(settings)
     known: dict[str, Any] = {"options": options.to_dict()}
     if contrast.category_source is not CategorySource.MODEL:
+        harmful = tuple(_judged(settings, contrast, harmful, None, log))
         pools = {"harmful": harmful, "canaries": canaries, "references": references}
         known["texts"] = {name: prompts_digest(pool) for name, pool in pools.items()}
     require_own_sweep(storage, known)

@@ -127,8 +127,6 @@ class Comparison:
 
     @property
     def mean_class_angle(self) -> float | None:
-        """The mean of the classes' angles, in degrees."""
-
         angles = self.class_angles.values()
         return sum(angles) / len(angles) if angles else None
 

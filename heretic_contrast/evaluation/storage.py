@@ -245,8 +245,6 @@ class SweepState:
                 self._study.enqueue_trial({**key._asdict(), "layers": layers})
 
     def _done(self) -> dict[CellKey, Cell]:
-        """Returns the finished cells."""
-
         return {
             _key(trial): _CELL.validate_python(trial.user_attrs["cell"])
             for trial in reversed(

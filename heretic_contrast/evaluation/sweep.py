@@ -101,8 +101,6 @@ class SweepEvaluator:
         return self._split(self._known.tokens)[0]
 
     def layers(self) -> list[int]:
-        """Returns the layers that are swept."""
-
         return list(
             range(self.model.n_layers) if self.options.layers is None else self.options.layers
         )

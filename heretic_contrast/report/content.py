@@ -112,8 +112,6 @@ class Table:
         note: str = "",
         n_keys: int = 1,
     ) -> "Table":
-        """Returns the table with a row for each item."""
-
         values = [
             attrgetter(column.value) if isinstance(column.value, str) else column.value
             for column in columns
@@ -147,8 +145,6 @@ class Figure:
         *arguments: Any,
         **options: Any,
     ) -> "Figure":
-        """Returns the figure that a function draws of arguments."""
-
         return cls(name, title, alternative, partial(draw, *arguments, **options))
 
     @cached_property

@@ -95,8 +95,6 @@ def extraction_report(extraction: Extraction) -> Report:
 
 
 def summary(extraction: Extraction) -> tuple[str, ...]:
-    """Returns what was found, in a sentence for each configuration."""
-
     sentences = []
     captured = {row[0]: row for row in capture_table(extraction.capture).rows}
     for name, directions in extraction.directions.items():

@@ -28,8 +28,6 @@ MAX_TICKS = 26
 
 
 def can_plot() -> bool:
-    """Returns whether matplotlib is installed."""
-
     return find_spec("matplotlib") is not None
 
 
@@ -198,16 +196,17 @@ def hit_maps(hits: Sequence[NDArray[Any]], titles: Sequence[str]) -> bytes:
     return _png(figure)
 
 
-def _write_values(axes: Any, values: NDArray[Any], low: float, high: float, form: str) -> None:
+def _write_values(
+    axes: Any, values: NDArray[Any], low: float, high: float, form: str, fontsize: int = 8
+) -> None:
     """Writes every finite value into its cell."""
 
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             # Black on the light half of the color map, white on the dark half.
             color = "black" if (value - low) / (high - low) > 0.55 else "white"
-            axes.text(
-                column, row, form.format(value), ha="center", va="center", fontsize=8, color=color
-            )
+            place = {"ha": "center", "va": "center", "fontsize": fontsize, "color": color}
+            axes.text(column, row, form.format(value), **place)
 
 
 def _style(index: int) -> dict[str, Any]:

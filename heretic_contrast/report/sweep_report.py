@@ -13,6 +13,7 @@ from rich.markup import escape
 from ..evaluation.cells import Cell, Measurement, SweepResult
 from ..evaluation.results import CaptureResult, Geometry
 from ..evaluation.statistics import wilson_interval
+from ..search.stopping import front
 from . import plots
 from .content import (
     Column,
@@ -144,8 +145,6 @@ def sweep_report(
 
 
 def summary(result: SweepResult) -> tuple[str, ...]:
-    """Returns what was found, in a sentence for each configuration."""
-
     base = result.baseline
     sentences = [
         f"Unmodified, the model refuses {base.refusals} of {base.n_harmful} harmful prompts {_interval(base)} and "
@@ -163,8 +162,6 @@ def summary(result: SweepResult) -> tuple[str, ...]:
 
 
 def _layer_count(layers: Sequence[int], total: int) -> str:
-    """Returns how many layers, and which ones."""
-
     if not layers:
         return "no layer"
     return f"{len(layers)} of {total} layers ({layers_text(layers)})"
@@ -352,13 +349,11 @@ def refusal_figure(result: SweepResult, configuration: str, strength: str) -> Fi
 def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
     """Returns the cells that no other one beats in refusals and divergence, by increasing divergence."""
 
-    front: list[Cell] = []
-    for cell in sorted(
-        cells, key=lambda cell: (cell.measurement.kl_divergence, cell.measurement.refusals)
-    ):
-        if not front or cell.measurement.refusals < front[-1].measurement.refusals:
-            front.append(cell)
-    return front
+    points = {
+        index: (cell.measurement.refusals, cell.measurement.kl_divergence)
+        for index, cell in enumerate(cells)
+    }
+    return [cells[index] for index in reversed(front(points))]
 
 
 def divergence_section(result: SweepResult) -> Section:
@@ -370,12 +365,12 @@ def divergence_section(result: SweepResult) -> Section:
         series = {}
         for configuration in names:
             cells = result.single_cells(configuration, strength)
-            front = pareto_front(cells)
-            on_fronts += front
+            best = pareto_front(cells)
+            on_fronts += best
             series[configuration] = (
                 [max(cell.measurement.kl_divergence, SMALLEST_DIVERGENCE) for cell in cells],
                 [cell.measurement.refusals for cell in cells],
-                [cell in front for cell in cells],
+                [cell in best for cell in cells],
             )
         figures.append(
             Figure.of(

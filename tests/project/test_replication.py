@@ -319,8 +319,7 @@ def small_outcomes() -> tuple[Any, list[dict[str, Any]]]:
                 "kl": [0.1 + 0.02 * seed, 0.5],
                 "floor": 0.01,
                 "outcomes": ["".join(generator.choice("RCe") for _ in judged) for _ in range(2)],
-                "judged": judged,
-                "counted": [index != 3 for index in judged],
+                "judged": {index: index != 3 for index in judged},
                 "seed": seed,
             }
         )
@@ -337,9 +336,8 @@ def test_bootstrap_counts_outcomes_as_often_as_seed_and_prompt_were_drawn() -> N
             hits = total = 0.0
             for row in rows:
                 times_seed = draws.seeds[number, row["seed"]]
-                for prompt, counted, letter in zip(
-                    row["judged"], row["counted"], row["outcomes"][weight], strict=True
-                ):
+                letters = zip(row["judged"].items(), row["outcomes"][weight], strict=True)
+                for (prompt, counted), letter in letters:
                     times = times_seed * draws.prompts[number, prompt] * counted
                     hits += times * (letter == "R")
                     total += times
@@ -362,8 +360,7 @@ def test_interval_of_a_share_has_about_the_normal_width() -> None:
             "kl": [0.1],
             "floor": 0.0,
             "outcomes": ["".join("R" if x < 0.4 else "C" for x in generator.random(n_prompts))],
-            "judged": list(range(n_prompts)),
-            "counted": [True] * n_prompts,
+            "judged": dict.fromkeys(range(n_prompts), True),
             "seed": seed,
         }
         for seed in range(n_seeds)
