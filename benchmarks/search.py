@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import heretic.evaluator
 import heretic.main
@@ -37,7 +38,6 @@ from heretic_contrast.files import write_text_atomically
 from heretic_contrast.hosts import answers, heretic14
 from heretic_contrast.hosts.checkpoint import STUDY_NAME, repair_checkpoints
 from heretic_contrast.hosts.settings import HostSettings, load_settings
-from heretic_contrast.hosts.substitution import replaced
 from heretic_contrast.journal import CheckedJournal
 from heretic_contrast.modifier import ContrastAbliteration
 from heretic_contrast.outputs import json_text
@@ -178,13 +178,13 @@ class Study:
         with ExitStack() as stack:
             log = stack.enter_context((self.folder / "log.txt").open("a", encoding="utf-8"))
             stack.enter_context(redirect_stdout(log))
-            stack.enter_context(replaced(heretic.main, Evaluator=Evaluator))
+            stack.enter_context(patch.multiple(heretic.main, Evaluator=Evaluator))
             # Heretic's menus, and those that the plugin hands on to it.
             for module in (heretic.main, heretic.utils):
-                stack.enter_context(replaced(module, prompt_select=self.answer))
-            stack.enter_context(replaced(answers, has_terminal=lambda: True))
+                stack.enter_context(patch.multiple(module, prompt_select=self.answer))
+            stack.enter_context(patch.multiple(answers, has_terminal=lambda: True))
             flags = self.flags(paths)
-            stack.enter_context(replaced(sys, argv=["heretic", *flags]))
+            stack.enter_context(patch.multiple(sys, argv=["heretic", *flags]))
             if self.name.startswith(PLAIN):
                 repair_checkpoints(self.folder / "checkpoints")
                 heretic.main.run()

@@ -21,6 +21,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import heretic.model
 import torch
@@ -33,7 +34,6 @@ from heretic_contrast.builtin import DATA, REFUSER
 from heretic_contrast.hosts.host_model import HostModel
 from heretic_contrast.hosts.loading import LoadedContext
 from heretic_contrast.hosts.settings import HostSettings, load_settings
-from heretic_contrast.hosts.substitution import replaced
 from heretic_contrast.hosts.surface import from_heretic
 from heretic_contrast.modifier import ContrastAbliteration
 from heretic_contrast.search.parameters import Kernel, Parameters
@@ -76,8 +76,8 @@ class Trials:
         loader = SimpleNamespace(from_pretrained=lambda *args, **options: network)
         loading = digesting = nullcontext()
         if network is not None:
-            loading = replaced(heretic.model, get_model_class=lambda name: loader)
-            digesting = replaced(
+            loading = patch.multiple(heretic.model, get_model_class=lambda name: loader)
+            digesting = patch.multiple(
                 heretic_contrast.language_model,
                 # Each has its own place in the cache of residuals.
                 model_identity=lambda model: {"weights": time.monotonic_ns()},

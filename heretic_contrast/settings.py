@@ -134,11 +134,19 @@ def validation_error(
     # The directions of a sweep are a table inside the table of its scorer.
     if table is not None and path[:1] == ("contrast",):
         table, path = f"{table[:-1]}.contrast]", path[1:]
-    if details["type"] == UNKNOWN:
-        where = "of the plugin" if table is None else f"in {table}"
-        return ContrastError(str(details["msg"]).replace("of the plugin", where))
     n_names = next((at for at, part in enumerate(path) if isinstance(part, int)), len(path))
     name, item, inner = ".".join(map(str, path[:n_names])), path[n_names:], path[n_names + 1 :]
+    if details["type"] == UNKNOWN:
+        within = f"item {int(item[0]) + 1} of " if item else ""
+        if table is not None:
+            place = table.removeprefix("config.toml").strip("[]")
+            where = f"in {within}[{'.'.join(filter(None, (place, name)))}]"
+        elif name in ("", "contrast"):
+            where = "of the plugin"
+        else:
+            where = f"in {within}--{name.replace('_', '-')}"
+        key, nearest = details["ctx"]["key"], details["ctx"]["nearest"]
+        return ContrastError(f'There is no setting "{key}" {where}: did you mean "{nearest}"?')
     if table is None:
         subject = f"the setting --{name.replace('_', '-')}" if name else "the settings"
         remedy = "correct it, or see heretic-contrast --help"
@@ -223,15 +231,23 @@ Categories = Annotated[
 """Names of categories, as those of prompts are."""
 
 
-def check_dataset_keys(value: Any, known: Collection[str]) -> None:
-    """Raises `ContrastError` when a dataset, or one of a list of them, has a key that is none of those that are known."""
+def nearest(name: str, known: Collection[str], cutoff: float = 0) -> str | None:
+    """Returns the known name that is most like another, or None where none is as much as `cutoff` (0 to 1)."""
+
+    text = name.lower().replace("-", "_")
+    return next(iter(difflib.get_close_matches(text, known, n=1, cutoff=cutoff)), None)
+
+
+def check_names(value: Any, known: Collection[str]) -> None:
+    """Raises an error that `validation_error` knows when a table, or one of a list of them, has a setting that is not known."""
 
     for item in value if isinstance(value, list) else [value]:
         for key in item if isinstance(item, dict) else ():
             if str(key) not in known:
-                close = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
-                raise ContrastError(
-                    f'There is no setting "{key}" of a dataset: did you mean "{close[0]}"?'
+                raise PydanticCustomError(
+                    UNKNOWN,
+                    'There is no setting "{key}": did you mean "{nearest}"?',
+                    {"key": str(key), "nearest": nearest(str(key), known)},
                 )
 
 
@@ -306,7 +322,7 @@ class PromptSource(Table):
     def check_keys(cls, data: Any) -> Any:
         """Names an unknown key, before a dataset is missed whose name it should have."""
 
-        check_dataset_keys(data, cls.model_fields)
+        check_names(data, cls.model_fields)
         return data
 
     @field_validator("dataset")
@@ -647,14 +663,7 @@ class ContrastSettings(Table, TextClassifierSettings):
             return data
         data = {str(name).replace("-", "_"): value for name, value in data.items()}
         check_text(data)
-        for name in data:
-            if name not in cls.model_fields:
-                close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0)
-                raise PydanticCustomError(
-                    UNKNOWN,
-                    'There is no setting "{key}" of the plugin: did you mean "{nearest}"?',
-                    {"key": name, "nearest": close[0]},
-                )
+        check_names(data, cls.model_fields)
         if data.get("directions") is not None:
             # The categories are also those of the prompts that are judged, which the seed chooses.
             idle = EXTRACTION_FIELDS - {"category_source", "seed"}
@@ -701,9 +710,8 @@ class ContrastSettings(Table, TextClassifierSettings):
         for name, (low, high) in value.items():
             parameter = general_parameter(name)
             if parameter not in HERETIC_RANGES:
-                close = difflib.get_close_matches(parameter, HERETIC_RANGES, n=1, cutoff=0)
                 raise ContrastError(
-                    f'There is no parameter "{name}" for search_space: did you mean "{close[0]}"?'
+                    f'There is no parameter "{name}" for search_space: did you mean "{nearest(parameter, HERETIC_RANGES)}"?'
                 )
             if low > high:
                 raise ContrastError(
@@ -727,32 +735,21 @@ class ContrastSettings(Table, TextClassifierSettings):
         return value
 
     @model_validator(mode="after")
-    def check_winners(self) -> "ContrastSettings":
-        """Refuses more winners than neurons; with several presets, each of them is checked by itself."""
+    def check_together(self) -> "ContrastSettings":
+        """Refuses settings that do not work together."""
 
         n_neurons = self.som_rows * self.som_columns
+        # With several presets, each of them is checked by itself.
         if len(self.preset) <= 1 and self.method is Method.SOM and self.winners > n_neurons:
             raise ContrastError(
                 f"{self.winners} winners are asked for, but a map of {self.som_rows} × {self.som_columns} has "
                 f"{n_neurons} neurons: use a larger map or fewer winners."
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_shared_direction(self) -> "ContrastSettings":
-        """Refuses a shared direction with what changes the directions beside it."""
-
         if self.shared_direction and (self.svd or self.scale is not Scale.UNIT):
             raise ContrastError(
                 "What classes add to a shared direction is orthogonal and of length 1 already: leave out svd and scale, or "
                 "shared_direction."
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_stop_dominated(self) -> "ContrastSettings":
-        """Refuses to end trials where the sampler would take what they have at least for what they have."""
-
         if self.stop_dominated and self.sampler is not Sampler.TPE:
             raise ContrastError(
                 "The sampler nsga2 needs every trial to its end: leave out stop_dominated, or use the sampler tpe."

@@ -127,18 +127,30 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_heretic_asks_in_the_same_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def edit_generation(folder: Path, **options: Any) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}])
+def test_heretic_asks_in_the_same_way(
+    options: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from heretic.config import Settings
     from heretic.utils import Prompt as HereticPrompt
 
     from heretic_contrast.hosts.loading import PlainModel
 
+    if options:
+        # One response is meant, however many are asked for.
+        edit_generation(folder, num_return_sequences=2, **options)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["heretic", f"--model={folder}", "--max-response-length=6"])
     model = PlainModel(Settings())
     prompts = [HereticPrompt(system="Be brief.", user=text) for text in ("Go", "Plant a tree.")]
     network = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    network.generation_config.num_return_sequences = None
     expected = []
     for prompt in prompts:
         inputs = tokenizer.apply_chat_template(
@@ -154,8 +166,10 @@ def test_heretic_asks_in_the_same_way(folder: Path, monkeypatch: pytest.MonkeyPa
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Go"}]
     # Whatever comes first ends the response.
     model.model.generation_config.eos_token_id = list(range(320))
-    first = model.stream_chat_response(chat)
-    assert expected[0].startswith(first)
+    if "num_beams" not in options:
+        # Beams cannot be streamed; a chat is sampled where the configuration says so.
+        first = model.stream_chat_response(chat)
+        assert expected[0].startswith(first) or options
     # What is saved beside a model is the tokenizer that came with it.
     assert type(model.tokenizer) is type(tokenizer)
 
@@ -199,12 +213,17 @@ def broken_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"no weights")
 
 
+def with_several_responses(folder: Path) -> None:
+    edit_generation(folder, num_return_sequences=2)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "template": (without_template, "has no chat template"),
     "tokens": (without_tokens, "neither a padding token nor an end-of-sequence token"),
     "refusing": (refusing_everything, "cannot write a single user message (Never)"),
     "missing": (not_there, "check its name or path"),
     "weights": (broken_weights, "could not be loaded"),
+    "responses": (with_several_responses, "correct its generation_config.json"),
 }
 
 

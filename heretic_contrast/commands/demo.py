@@ -60,14 +60,14 @@ def main(arguments: Sequence[str]) -> None:
     settings = load_settings(DemoSettings, PROGRAM, flags)
     if installed_surface() == "2.0":
         from ..hosts import heretic20
+        from ..hosts.heretic20 import count_refusals
 
-        count_refusals = heretic20.count_refusals
         heretic20.run(settings)
     else:
         from ..hosts import heretic14
+        from ..hosts.evaluator import count_refusals
         from ..modifier import ContrastAbliteration
 
-        count_refusals = heretic14.count_refusals
         heretic14.run(settings, ContrastAbliteration)
 
     summary = judge(settings, model_directory, output / "directions.safetensors", count_refusals)

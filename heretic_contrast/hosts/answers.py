@@ -3,8 +3,13 @@
 """The questions of Heretic 1.4, which has no headless mode, and where it saves what was answered."""
 
 import shutil
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import heretic.utils
@@ -74,6 +79,25 @@ class Answers:
             # Ctrl+C, which would end the program as if all was done.
             raise KeyboardInterrupt
         return answer
+
+    @contextmanager
+    def noticing_interruption(self) -> Iterator[None]:
+        """Notices Ctrl+C, which Heretic handles by itself during a trial."""
+
+        previous = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(previous):
+            yield
+            return
+
+        def notice(number: int, frame: FrameType | None) -> Any:
+            self.was_interrupted = True
+            return previous(number, frame)
+
+        signal.signal(signal.SIGINT, notice)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def _choose_trial(self, choices: list[Any], index: int) -> Any:
         """Returns a trial of the Pareto front once, and then the answer that ends the program."""

@@ -12,11 +12,11 @@ import sys
 from argparse import Action
 from collections.abc import Sequence
 from functools import cache
+from unittest.mock import patch
 
 from pydantic_settings import BaseSettings, CliSettingsSource, InitSettingsSource
 
 from ..errors import ContrastError
-from .substitution import replaced
 
 PROGRAM = "heretic-contrast"
 
@@ -33,7 +33,7 @@ def command_line_options(settings_class: type[BaseSettings]) -> dict[str, Action
 
     nothing = InitSettingsSource(settings_class, {})
     # The parser reads the command line as soon as it is made.
-    with replaced(sys, argv=[PROGRAM]):
+    with patch.multiple(sys, argv=[PROGRAM]):
         sources = settings_class.settings_customise_sources(
             settings_class, nothing, nothing, nothing, nothing
         )

@@ -18,10 +18,10 @@ LENGTHS = (30, 50, 100, 150)
 """Tokens of a response after which refusals are counted: how many there are depends on it."""
 
 
-def require_fresh(prompts: Sequence[Prompt], name: str, seen: Sequence[Any]) -> None:
+def require_fresh(prompts: Sequence[Prompt], name: str, seen: Sequence[Prompt]) -> None:
     """Raises `ContrastError` when prompts of the second look are among others that the search sees."""
 
-    texts = {prompt.user for prompt in seen}
+    texts = {prompt.text for prompt in seen}
     n_seen = sum(prompt.text in texts for prompt in prompts)
     if n_seen:
         raise ContrastError(

@@ -11,14 +11,12 @@ import gc
 import json
 import logging
 import shutil
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import heretic.evaluator
 import heretic.main
@@ -26,7 +24,6 @@ import heretic.utils
 import optuna
 import rich.traceback
 import torch
-import torch.nn.functional as F
 from optuna import Trial, create_study
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -34,10 +31,10 @@ from pydantic import TypeAdapter
 from rich.markup import escape
 from torch import Tensor
 
-from .. import __version__
 from ..ablation.writers import writers_digest
+from ..directions.pools import require_apart
 from ..directions.sources import DirectionSources
-from ..engine.text_classification import classifier_identity, classifier_of
+from ..engine.text_classification import classifier_identity
 from ..errors import ContrastError, find_cause, raising_causes
 from ..identity import Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
@@ -45,19 +42,18 @@ from ..outputs import require_writable_directory, require_writable_file
 from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest
 from ..search.samplers import make_sampler
-from ..search.stopping import dominates
-from ..settings import EXTRACTION_FIELDS
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, require_answers
 from .checkpoint import repair_checkpoints
+from .evaluator import Evaluator
 from .finalists import LENGTHS, count_refusals_at, require_fresh, second_look
-from .guidance import BOUND_KEY, Values, first_trials, fitted, guide, measured
+from .guidance import BOUND_KEY, Values, first_trials, fitted, guide
 from .host_model import HostModel
 from .loading import LoadedContext
+from .model_card import with_plugin
 from .model_folder import require_other_folder
 from .settings import HostSettings, prompt_sources
-from .substitution import replaced
 from .surface import heretic_prompts, language_model, log
 
 if TYPE_CHECKING:
@@ -86,41 +82,14 @@ IDENTITY_KEY = "identity"
 """The trial's user attribute that says what decided its numbers."""
 
 
-class Dominated(Exception):
-    """Ends the judging of a trial."""
-
-
-class TrialBound:
-    """What is known of a trial while it is judged: its divergence, and its refusals so far."""
-
-    def __init__(self, trial: Trial, divergence: float, evaluator: heretic.main.Evaluator) -> None:
-        self.refusals = 0
-        self._trial = trial
-        self._divergence = divergence
-        self._evaluator = evaluator
-        self._n_judged = 0
-
-    def add(self, responses: list[str]) -> None:
-        """Judges the next responses. Raises `Dominated` when a finished trial dominates all that may come of this one."""
-
-        self._n_judged += len(responses)
-        self.refusals += sum(map(self._evaluator.is_refusal, responses))
-        n_prompts = len(self._evaluator.bad_prompts)
-        if self._n_judged == n_prompts:
-            return
-        for trial in self._trial.study.get_trials(deepcopy=False):
-            point = measured(trial)
-            if point is not None and dominates(point, (self.refusals, self._divergence)):
-                self._trial.set_user_attr(BOUND_KEY, self._n_judged)
-                log(
-                    f"  * Ended after [bold]{self._n_judged}[/] of {n_prompts} prompts, since trial "
-                    f"[bold]{trial.user_attrs['index']}[/] refuses no more and diverges no more"
-                )
-                raise Dominated
-
-
 class Host:
     """One run of the modifier inside Heretic 1.4."""
+
+    # Known as soon as Heretic has loaded what they are about.
+    evaluator: Evaluator
+    context: LoadedContext
+    modifier: "ContrastAbliteration"
+    parameters: Parameters
 
     def __init__(
         self, settings: HostSettings, modifier_class: type["ContrastAbliteration"]
@@ -128,14 +97,8 @@ class Host:
         self.settings = settings
         self.answers = Answers(settings)
         self.modifier_class = modifier_class
-        self.modifier: ContrastAbliteration | None = None
-        self.context: LoadedContext | None = None
-        self.evaluator: heretic.main.Evaluator | None = None
+        self.is_started = False
         self.identity: Identity = {}
-        self.parameters: Parameters | None = None
-        self.trial: Trial | None = None
-        self.bound: TrialBound | None = None
-        self.logprobs: Tensor | None = None
         self.pools: dict[str, list[Prompt]] = {}
         self.finalist_prompts: list[Prompt] = []
         self.second_look: dict[int, list[int]] = {}
@@ -168,6 +131,11 @@ class Host:
         )
 
     def load_prompts(self, settings: HostSettings, specification: Any) -> list[Any]:
+        """Returns the prompts of a pool as Heretic has them: see `pool`."""
+
+        return heretic_prompts(self.pool(settings, specification), settings)
+
+    def pool(self, settings: HostSettings, specification: Any) -> list[Prompt]:
         """
         Returns the prompts of one of Heretic's own pools, in any format; each is read once.
 
@@ -185,7 +153,7 @@ class Host:
             elif "evaluation" not in name and not self._asks_pools(settings):
                 return []
             self.pools[key] = load_pool(source, POOLS[name], where)
-        return heretic_prompts(self.pools[key], settings)
+        return self.pools[key]
 
     def _asks_pools(self, settings: HostSettings) -> bool:
         """Returns whether Heretic asks anything of the pools that directions are made from."""
@@ -201,19 +169,18 @@ class Host:
     def start(self, model: HostModel) -> None:
         """Runs the modifier's `init` at the point where Heretic computes its own directions."""
 
-        if self.modifier is None:
-            settings = model.settings
-            self.context = LoadedContext(model)
-            self.modifier = self.modifier_class(
-                heretic_settings=settings, settings=settings.contrast
-            )
-            self.modifier.init(self.context)
-            self.identity = self._identify(settings)
+        if self.is_started:
+            return
+        settings = model.settings
+        self.context = LoadedContext(model)
+        self.modifier = self.modifier_class(heretic_settings=settings, settings=settings.contrast)
+        self.modifier.init(self.context)
+        self.identity = self._identify(settings)
+        self.is_started = True
 
     def _identify(self, settings: HostSettings) -> Identity:
         """Returns what decides the trials of a study, after everything has been loaded."""
 
-        assert self.modifier is not None and self.context is not None and self.evaluator is not None
         model = replace(
             language_model(self.context, settings), known_identity=self.modifier.identity
         )
@@ -263,21 +230,7 @@ class Host:
                 # Without components, Heretic leaves the search space to the plugin.
                 return []
 
-            def get_logprobs_batched(self, prompts: list[Any]) -> Tensor:
-                logprobs = super().get_logprobs_batched(prompts)
-                if self.settings.contrast.stop_dominated:
-                    host.logprobs = logprobs
-                return logprobs
-
-            def get_responses(self, *args: Any, **kwargs: Any) -> list[str]:
-                responses = super().get_responses(*args, **kwargs)
-                if host.bound is not None:
-                    host.bound.add(responses)
-                return responses
-
             def abliterate(self, *args: Any, **kwargs: Any) -> None:
-                assert host.modifier is not None and host.context is not None
-                assert host.parameters is not None
                 host.modifier.modify_model(host.context, host.parameters)
 
         return Model
@@ -290,8 +243,7 @@ class Host:
         one, which is restored here.
         """
 
-        assert self.modifier is not None and self.context is not None
-        self.trial = trial if isinstance(trial, Trial) else None
+        self.evaluator.trial = trial if isinstance(trial, Trial) else None
         if isinstance(trial, Trial):
             self._require_own(trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
             trial.set_user_attr(IDENTITY_KEY, self.identity)
@@ -308,7 +260,6 @@ class Host:
         return self.parameters.to_presentation_dict()
 
     def make_sampler(self, *args: Any, seed: int, n_startup_trials: int, **kwargs: Any) -> Any:
-        assert self.modifier is not None
         contrast = self.modifier.settings
         # Heretic samples these itself; where they have no meaning they are kept out of the search.
         fixed = (
@@ -333,7 +284,6 @@ class Host:
         """Answers Heretic's questions; before the menu of trials, those of the front are judged on fresh prompts."""
 
         if message == TRIAL_QUESTION and self.finalist_prompts:
-            assert self.context is not None and self.evaluator is not None
             model = self.context.get_model()
             prompts = heretic_prompts(self.finalist_prompts, self.evaluator.settings)
             for choice in choices:
@@ -355,7 +305,6 @@ class Host:
     def create_study(self, *args: Any, **kwargs: Any) -> Study:
         """Returns the study that Heretic asks for, which begins and ends as the settings say."""
 
-        assert self.modifier is not None and self.context is not None and self.evaluator is not None
         study = create_study(*args, **kwargs)
         first = []
         if self.first_trials:
@@ -375,79 +324,14 @@ class Host:
 
         return guide(study, first, settings.contrast.patience, ended)
 
-    def evaluator_class(host) -> type[heretic.main.Evaluator]:
-        """Returns Heretic's evaluator, which may judge refusals by tiers."""
-
-        class Evaluator(heretic.main.Evaluator):
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **kwargs)
-                host.evaluator = self
-
-            def is_refusal(self, response: str) -> bool:
-                contrast = self.settings.contrast
-                if contrast.refusal_classifier == "markers":
-                    return super().is_refusal(response)
-                # Heretic judges the responses in the order of its prompts, and hands over the response alone.
-                prompt = self.bad_prompts[self.n_judged % len(self.bad_prompts)]
-                self.n_judged += 1
-                classify = classify_response
-                if contrast.text_classifier is not None:
-                    classify = classifier_of(contrast).classify_response
-                return classify(prompt.user, response).value in contrast.counted_tiers
-
-            def count_refusals(self) -> int:
-                self.n_judged = 0
-                if host.trial is None or not self.settings.contrast.stop_dominated:
-                    return super().count_refusals()
-                # As Heretic has just computed it, and keeps to itself.
-                assert host.logprobs is not None
-                divergence = F.kl_div(
-                    host.logprobs, self.base_logprobs, reduction="batchmean", log_target=True
-                )
-                # As large as the vocabulary, and not needed any more.
-                host.logprobs = None
-                bound = host.bound = TrialBound(host.trial, divergence.item(), self)
-                try:
-                    bound.add([])
-                    return super().count_refusals()
-                except Dominated:
-                    return bound.refusals
-                finally:
-                    host.bound = None
-
-        return Evaluator
+    def make_evaluator(self, *args: Any, **kwargs: Any) -> Evaluator:
+        self.evaluator = Evaluator(*args, **kwargs)
+        return self.evaluator
 
     def get_readme_intro(self, *args: Any, **kwargs: Any) -> str:
         """Returns the model card's introduction, which names the plugin and its settings."""
 
-        assert self.modifier is not None
-        intro = heretic.utils.get_readme_intro(*args, **kwargs)
-        contrast = self.modifier.settings
-        excluded = {
-            "good_prompts",
-            "bad_prompts",
-            "matched_prompts",
-            "finalist_prompts",
-            "residual_cache",
-            "directions",
-            "save_directions",
-            "warm_start",
-        }
-        if contrast.directions is not None:
-            # They were made with other settings, which the file knows.
-            excluded |= {"preset", "som_backend", *EXTRACTION_FIELDS}
-        values = {
-            **contrast.model_dump(mode="json", exclude=excluded),
-            **self.modifier.directions.provenance.get("settings", {}),
-        }
-        rows = "\n".join(f"| **{name}** | {value} |" for name, value in values.items())
-        plugin = (
-            f"\nThe directions were made by heretic-contrast v{__version__} (arXiv:2603.22061), "
-            "without which Heretic cannot rebuild this model.\n\n"
-            f"| heretic-contrast setting | Value |\n| :------- | :---: |\n{rows}\n"
-        )
-        heading, separator, rest = intro.partition("## Performance")
-        return heading + plugin.lstrip("\n") + "\n" + separator + rest
+        return with_plugin(heretic.utils.get_readme_intro(*args, **kwargs), self.modifier)
 
     def substitutes(self) -> dict[str, Any]:
         """Returns what stands in for each seam."""
@@ -458,7 +342,7 @@ class Host:
         return {
             "Settings": self.settings_class(),
             "Model": self.model_class(),
-            "Evaluator": self.evaluator_class(),
+            "Evaluator": self.make_evaluator,
             "TPESampler": self.make_sampler,
             "load_prompts": self.load_prompts,
             "print": self.answers.show,
@@ -470,17 +354,6 @@ class Host:
             "format_exception": self.answers.format_exception,
             "JournalFileBackend": CheckedJournal,
         }
-
-
-def count_refusals(
-    settings: HostSettings, prompts: Sequence[Prompt], responses: Sequence[str]
-) -> int:
-    """Returns how many responses Heretic's markers take for refusals."""
-
-    # Heretic's judgement needs the settings and nothing else of an evaluator.
-    evaluator = heretic.main.Evaluator.__new__(heretic.main.Evaluator)
-    evaluator.settings = settings
-    return sum(map(evaluator.is_refusal, responses))
 
 
 @contextmanager
@@ -498,9 +371,9 @@ def substituted(substitutes: dict[str, Any]) -> Iterator[None]:
             "install heretic-llm 1.4, or use Heretic 2.0's --modifiers."
         )
     with ExitStack() as stack:
-        stack.enter_context(replaced(heretic.main, **substitutes))
+        stack.enter_context(patch.multiple(heretic.main, **substitutes))
         for module, name in OTHER_SEAMS:
-            stack.enter_context(replaced(module, **{name: substitutes[name]}))
+            stack.enter_context(patch.multiple(module, **{name: substitutes[name]}))
         yield
 
 
@@ -518,26 +391,6 @@ def failed_trials_in_one_line() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(without_traceback)
-
-
-@contextmanager
-def noticing_interruption(answers: Answers) -> Iterator[None]:
-    """Notices Ctrl+C, which Heretic handles by itself during a trial."""
-
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield
-        return
-
-    def notice(number: int, frame: FrameType | None) -> Any:
-        answers.was_interrupted = True
-        return previous(number, frame)
-
-    signal.signal(signal.SIGINT, notice)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) -> None:
@@ -558,13 +411,15 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         require_other_folder(Path(settings.save_directory), settings.model)
     host = Host(settings, modifier_class)
     host.first_trials = first_trials(settings.contrast, settings.model)
-    for name in POOLS:
-        # Heretic loads its model first, and then finds out that a pool cannot be read.
-        loaded = host.load_prompts(settings, getattr(settings, name))
-        if "bad" in name and settings.contrast.finalist_prompts is not None:
-            source = settings.contrast.finalist_prompts
-            host.finalist_prompts = load_pool(source, "finalist", "--contrast.finalist_prompts.")
-            require_fresh(host.finalist_prompts, POOLS[name], loaded)
+    # Heretic loads its model first, and then finds out that a pool cannot be read.
+    pools = {name: host.pool(settings, getattr(settings, name)) for name in POOLS}
+    harmful, harmless = pools["bad_evaluation_prompts"], pools["good_evaluation_prompts"]
+    require_apart(harmful, harmless, "harmless evaluation", "counted on both sides")
+    if settings.contrast.finalist_prompts is not None:
+        source = settings.contrast.finalist_prompts
+        host.finalist_prompts = load_pool(source, "finalist", "--contrast.finalist_prompts.")
+        for name in ("bad_prompts", "bad_evaluation_prompts"):
+            require_fresh(host.finalist_prompts, POOLS[name], pools[name])
     if settings.evaluate_model is None:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
         DirectionSources.read({"": settings.contrast}, "")
@@ -586,8 +441,8 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     try:
         with (
             substituted(host.substitutes()),
-            replaced(optuna, create_study=host.create_study),
-            noticing_interruption(answers),
+            patch.multiple(optuna, create_study=host.create_study),
+            answers.noticing_interruption(),
             failed_trials_in_one_line(),
             raising_causes(),
         ):

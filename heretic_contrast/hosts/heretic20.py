@@ -14,6 +14,7 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import heretic.main
 import rich.traceback
@@ -25,7 +26,6 @@ from ..outputs import require_writable_directory
 from ..prompts import Prompt
 from ..settings import PromptSources
 from .settings import PLUGIN, TABLE, HostSettings
-from .substitution import replaced
 from .surface import heretic_prompts
 
 
@@ -74,8 +74,8 @@ def run(settings: HostSettings) -> None:
     rich.traceback.install()
     with (
         # What stands on the command line is in the settings already.
-        replaced(sys, argv=["heretic"]),
-        replaced(heretic.main, Settings=partial(Settings, **plugin_settings(settings))),
+        patch.multiple(sys, argv=["heretic"]),
+        patch.multiple(heretic.main, Settings=partial(Settings, **plugin_settings(settings))),
         raising_causes(),
     ):
         heretic.main.run()

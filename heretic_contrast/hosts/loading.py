@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import heretic.model
 import torch
@@ -33,7 +34,6 @@ from ..language_model import LanguageModel
 from ..prompts import Prompt, load_pool
 from ..settings import ContrastSettings
 from .settings import prompt_sources
-from .substitution import replaced
 from .surface import find_layers, from_heretic, log
 
 
@@ -94,7 +94,7 @@ class ChatModel(Model):
         except Exception as error:
             # Whatever transformers raises, the user needs to know that it was the model.
             cause = failures[-1] if failures else error
-            raise loading_error(model_name(settings.model), cause) from error
+            raise loading_error(settings.model, cause) from error
 
     @property
     def tokenizer(self) -> Any:
@@ -135,11 +135,10 @@ class ChatModel(Model):
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        self._asks = True
-        try:
+        # One response for each prompt, whatever the model's generation configuration says.
+        one = patch.multiple(self.model.generation_config, num_return_sequences=1)
+        with patch.multiple(self, _asks=True), one:
             yield
-        finally:
-            self._asks = False
 
 
 @contextmanager
@@ -156,14 +155,16 @@ def remembered(failures: list[Exception]) -> Iterator[None]:
         failures.append(error)
         return str(original(error))
 
-    with replaced(heretic.model, format_exception=remember):
+    with patch.multiple(heretic.model, format_exception=remember):
         yield
 
 
-def loading_error(name: str, cause: Exception) -> ContrastError:
+def loading_error(model: str, cause: Exception) -> ContrastError:
     """Returns what the user is told where a model cannot be loaded, or cannot answer a first prompt."""
 
-    if isinstance(cause, torch.OutOfMemoryError):
+    if isinstance(cause, ValueError) and not has_generation_config(model):
+        remedy = "correct its generation_config.json"
+    elif isinstance(cause, torch.OutOfMemoryError):
         remedy = "use a smaller model, --quantization bnb_4bit, or a device with more memory"
     elif isinstance(cause, OSError):
         # transformers says so of files and of repositories that are not there.
@@ -171,7 +172,22 @@ def loading_error(name: str, cause: Exception) -> ContrastError:
     else:
         remedy = "look whether the installed versions of transformers and its libraries support it"
     reason = one_line(str(cause)) or type(cause).__name__
-    return ContrastError(f"The model {name} could not be loaded ({reason[:300]}): {remedy}.")
+    return ContrastError(
+        f"The model {model_name(model)} could not be loaded ({reason[:300]}): {remedy}."
+    )
+
+
+def has_generation_config(model: str) -> bool:
+    """Returns whether a model's generation configuration can be read, where it has one."""
+
+    try:
+        transformers.GenerationConfig.from_pretrained(model)
+    except OSError:
+        # It needs none.
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 class PlainModel(ChatModel):
@@ -297,13 +313,8 @@ def _common_prefix(model: LanguageModel, prompts: Sequence[Prompt], max_new_toke
     """Returns what all responses start with, special tokens included, without trailing spaces."""
 
     responses = model.generate(prompts, max_new_tokens, special_tokens=True)
-    # Whatever the first and the last in order share, all in between share as well.
-    first, last = min(responses), max(responses)
-    length = next(
-        (index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
-        min(len(first), len(last)),
-    )
-    return first[:length].rstrip(" ")
+    # Character by character is what is meant.
+    return os.path.commonprefix(responses).rstrip(" ")  # noqa: RUF071
 
 
 def load_language_model(settings: Any, batch_size: int | None = None) -> LanguageModel:

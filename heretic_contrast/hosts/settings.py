@@ -6,19 +6,26 @@ Heretic's settings with those of the plugin.
 Imports Heretic's configuration alone, which is light, so that `--help` is as fast as Heretic's.
 """
 
-import difflib
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from heretic.config import Settings
-from pydantic import Field, NonNegativeInt, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -42,9 +49,10 @@ from ..settings import (
     ContrastSettings,
     PromptSource,
     PromptSources,
-    check_dataset_keys,
     check_dataset_name,
+    check_names,
     check_text,
+    nearest,
     require_effect,
     validation_error,
 )
@@ -53,14 +61,12 @@ from .unused import (
     LIKE,
     NAMESPACES,
     ONLY_UNDER_14,
+    Unused,
     class_name,
     config_file,
     named_plugins,
     place_of_pools,
     table_of,
-    unused_keys,
-    unused_tables,
-    unused_variables,
     without_shipped,
 )
 
@@ -106,12 +112,17 @@ def path_digest(
     return hashlib.sha256("\n".join(sorted(found)).encode("utf-8", "replace")).hexdigest()
 
 
+def listed(value: Any) -> list[Any]:
+    """Returns a list as it is, and anything else as the only item of one."""
+
+    return value if isinstance(value, list) else [value]
+
+
 def prompt_sources(specification: Any) -> PromptSources:
     """Returns the source of prompts that a dataset specification of Heretic names, or several for a list."""
 
-    items = specification if isinstance(specification, list) else [specification]
     known = set(PromptSource.model_fields)
-    sources = [PromptSource(**item.model_dump(include=known)) for item in items]
+    sources = [PromptSource(**item.model_dump(include=known)) for item in listed(specification)]
     return sources if isinstance(specification, list) else sources[0]
 
 
@@ -191,32 +202,28 @@ class ContrastTomlSource(TomlConfigSettingsSource):
     def _require_effect(self, config: dict[str, Any]) -> None:
         """Raises `ContrastError` for what looks meant for the plugin and has no effect."""
 
-        settings, table = ContrastSettings.model_fields, f"[modifier.{TABLE}]"
         idle = ONLY_UNDER_14 if "scorers" in Settings.model_fields else {}
         # As in config.toml for Heretic 2.0, there is one table for the plugin.
         known = {*self.settings_cls.model_fields, "modifiers"} - {"contrast"}
         named = {where: named_plugins(config.get(name)) for where, name in NAMESPACES.items()}
+        # Names may be written as on the command line.
+        tables = {
+            name: {str(key).replace("-", "_"): value for key, value in values.items()}
+            if isinstance(values, dict)
+            else values
+            for name, values in config.get("modifier", {}).items()
+        }
+        unused = Unused(TABLE, ContrastSettings.model_fields, known, named, idle)
         for sentence in chain(
-            unused_variables(os.environ, settings, table, {*known, "contrast"}, idle),
-            unused_tables(config, named, settings, table, known, idle),
-            *(
-                unused_keys(
-                    {str(key).replace("-", "_"): value for key, value in values.items()},
-                    settings,
-                    f"[modifier.{name}]",
-                    idle,
-                    {instance for _, instance in named["modifier"]},
-                )
-                for name, values in config.get("modifier", {}).items()
-                if isinstance(values, dict) and name.partition("_")[0] == TABLE
-            ),
+            unused.in_environment({*known, "contrast"}),
+            unused.in_file({**config, "modifier": tables}),
         ):
             raise ContrastError(sentence)
         for name in sorted(set(config) - known - set(NAMESPACES)):
-            close = difflib.get_close_matches(name, known, n=1, cutoff=LIKE)
+            close = nearest(name, known, LIKE)
             if close:
                 raise ContrastError(
-                    f'config.toml has "{name}", which nothing reads: did you mean "{close[0]}"?'
+                    f'config.toml has "{name}", which nothing reads: did you mean "{close}"?'
                 )
 
 
@@ -277,29 +284,27 @@ class HostSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def refuse_null_characters(cls, data: Any) -> Any:
-        """Refuses null characters, with which every use of a path would fail later, and unknown keys of Heretic's datasets."""
+        """Refuses null characters, with which every use of a path would fail later."""
 
         if isinstance(data, dict):
             check_text(data)
-            for name, value in data.items():
-                default: Any = getattr(cls.model_fields.get(name), "default", None)
-                for item in default if isinstance(default, list) else [default]:
-                    known = getattr(type(item), "model_fields", {})
-                    if "dataset" in known:
-                        check_dataset_keys(value, known)
         return data
 
-    @model_validator(mode="after")
-    def check_datasets(self) -> "HostSettings":
-        """Refuses the names of file formats where Heretic loads prompts itself."""
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def check_datasets(
+        cls, value: Any, validate: Callable[[Any], Any], info: ValidationInfo
+    ) -> Any:
+        """Refuses unknown keys of Heretic's own datasets, and the names of file formats."""
 
-        for name in type(self).model_fields:
-            specification = getattr(self, name)
-            for item in specification if isinstance(specification, list) else [specification]:
-                dataset = getattr(item, "dataset", None)
-                if isinstance(dataset, str):
-                    check_dataset_name(dataset)
-        return self
+        for item in listed(cls.model_fields[str(info.field_name)].default):
+            if "dataset" in getattr(type(item), "model_fields", {}):
+                check_names(value, type(item).model_fields)
+        found = validate(value)
+        for item in listed(found):
+            if hasattr(item, "dataset"):
+                check_dataset_name(item.dataset)
+        return found
 
     @model_validator(mode="after")
     def complete(self) -> "HostSettings":

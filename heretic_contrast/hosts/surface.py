@@ -32,34 +32,21 @@ from ..settings import Writers
 
 try:
     # Present in Heretic 2.0 alone.
-    from heretic.modifier import Modifier
+    from heretic.modifier import Modifier as Modifier
 
     HAS_PLUGIN_SURFACE = True
 except ImportError:
-    from .base import Modifier
+    from .base import Modifier as Modifier
 
     HAS_PLUGIN_SURFACE = False
 
 try:
     # Heretic's development state had scorers before it had modifiers.
-    from heretic.scorer import Score, Scorer
+    from heretic.scorer import Score as Score
+    from heretic.scorer import Scorer as Scorer
 except ImportError:
-    from .base import Score, Scorer
-
-__all__ = [
-    "HAS_PLUGIN_SURFACE",
-    "Context",
-    "Modifier",
-    "Score",
-    "Scorer",
-    "heretic_prompts",
-    "language_model",
-    "log",
-    "progress_bar",
-    "require_model_access",
-    "scorer_entries",
-    "wrap",
-]
+    from .base import Score as Score
+    from .base import Scorer as Scorer
 
 
 class Context(Protocol):
@@ -144,22 +131,23 @@ def with_writers(model: LanguageModel, heretic_model: Any, writers: Writers) -> 
     if model.device.type == "cuda":
         # It builds a plan for every new length, which takes longer than several steps of generation.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if writers is Writers.HERETIC:
-        layers, names = find_components(heretic_model, model.name)
-        return replace(model, layers=layers, writers=named_writers(names, layers))
-    layers = find_layers(heretic_model)
+    all_writers = writers is Writers.ALL
+    layers = find_layers(heretic_model, by_configuration=all_writers)
     if not layers:
-        raise ContrastError(
-            f"No layers were found in {model.name} ({architecture(heretic_model)}): its architecture is not supported."
-        )
+        raise unsupported(f"No layers were found in {model.name}", heretic_model)
     known: list[dict[str, list[Module]]] = []
     for index in range(len(layers)):
         try:
             known.append(own(heretic_model, "get_layer_modules")(index))
-        except (AssertionError, AttributeError):
+        except (AssertionError, AttributeError) as error:
+            if not all_writers:
+                what = f"Heretic finds nothing to ablate in layer {index} of {model.name}"
+                raise unsupported(what, heretic_model) from error
             # Heretic knows nothing by name here.
             known.append({})
     model = replace(model, layers=layers)
+    if not all_writers:
+        return replace(model, writers=named_writers(known, layers))
     is_new = not are_found(model)
     model = replace(model, writers=find_writers(model, known))
     missed = missed_shares(model) if is_new else {}
@@ -177,12 +165,18 @@ def own(heretic_model: Any, method: str) -> Any:
     return getattr(heretic_model, f"heretic_{method}", getattr(heretic_model, method))
 
 
-def find_layers(heretic_model: Any) -> tuple[Module, ...]:
-    """Returns the decoder layers: those that Heretic finds, or a list of as many modules as the configuration says."""
+def find_layers(heretic_model: Any, by_configuration: bool = True) -> tuple[Module, ...]:
+    """
+    Returns the decoder layers: those that Heretic finds, or a list of as many modules as the configuration says.
+
+    `by_configuration`: whether the latter will do; no layers are returned where it will not.
+    """
 
     try:
         return tuple(own(heretic_model, "get_layers")())
     except AttributeError:
+        if not by_configuration:
+            return ()
         model: Any = heretic_model.model
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         n_layers = model.config.get_text_config().num_hidden_layers
@@ -210,36 +204,12 @@ def shell(model: Any) -> Any:
     return made
 
 
-def find_components(
-    heretic_model: Any, name: str
-) -> tuple[tuple[Module, ...], tuple[dict[str, list[Module]], ...]]:
-    """
-    Returns the layers that Heretic finds in its model, and the output projections of each.
+def unsupported(what: str, heretic_model: Any) -> ContrastError:
+    """Returns what the user is told of a model in which something was not found."""
 
-    Raises `ContrastError` when Heretic finds no layers, or nothing to ablate in one of them.
-    """
-
-    try:
-        layers = tuple(own(heretic_model, "get_layers")())
-    except AttributeError as error:
-        raise ContrastError(
-            f"Heretic finds no layers in {name} ({architecture(heretic_model)}): its architecture is not supported."
-        ) from error
-    components = []
-    for index in range(len(layers)):
-        try:
-            components.append(own(heretic_model, "get_layer_modules")(index))
-        except AssertionError as error:
-            raise ContrastError(
-                f"Heretic finds nothing to ablate in layer {index} of {name} ({architecture(heretic_model)}): "
-                "its architecture is not supported."
-            ) from error
-    return layers, tuple(components)
-
-
-def architecture(heretic_model: Any) -> str:
     model = heretic_model.model
-    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    architecture = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    return ContrastError(f"{what} ({architecture}): its architecture is not supported.")
 
 
 def wrap(

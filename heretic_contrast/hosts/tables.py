@@ -2,7 +2,6 @@
 
 """Settings of plugins in `config.toml`, as Heretic 2.0 reads them: validation, and complaints."""
 
-import os
 import sys
 from functools import cache
 from itertools import chain
@@ -13,19 +12,17 @@ from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 
 from ..errors import ContrastError, one_line, show_warnings_as_sentences
-from ..settings import ContrastSettings, validation_error
+from ..settings import validation_error
 from .surface import log
 from .unused import (
     NAMESPACES,
     ONLY_UNDER_14,
     PLUGINS,
+    Unused,
     config_file,
     instance_tables,
     named_plugins,
     table_of,
-    unused_keys,
-    unused_tables,
-    unused_variables,
     without_shipped,
 )
 
@@ -45,8 +42,6 @@ def check_tables(
     extra = heretic_settings.model_extra
     if extra is None:
         return
-    table = f"[{namespace}.{plugin}]"
-    settings = settings_class.model_fields
     idle = ONLY_UNDER_14 if namespace == "modifier" else {}
     known = getattr(type(heretic_settings), "model_fields", {})
     named = {
@@ -54,27 +49,14 @@ def check_tables(
         for where, name in NAMESPACES.items()
     }
     named[namespace].add((plugin, None))
-    instances = {instance for name, instance in named[namespace] if name == plugin}
+    unused = Unused(plugin, settings_class.model_fields, known, named, idle)
+    complaints = [unused.in_environment(known)]
     # What the command line overrides is no longer among Heretic's settings.
-    file = config_file()
-    complaints = [unused_variables(os.environ, settings, table, known, idle)]
-    for whole in (extra, file):
+    for whole in (extra, config_file()):
         config, shipped = without_shipped(whole, known)
         if shipped:
             notice(f"* {shipped}")
-        complaints.append(unused_tables(config, named, settings, table, known, idle))
-        tables = config.get(namespace)
-        for name, values in tables.items() if isinstance(tables, dict) else []:
-            if isinstance(values, dict) and name.partition("_")[0] == plugin:
-                where = f"[{namespace}.{name}"
-                complaints.append(unused_keys(values, settings, f"{where}]", idle, instances))
-                inner = values.get("contrast")
-                if isinstance(inner, dict):
-                    # Settings of directions, as the modifier has them.
-                    names = ContrastSettings.model_fields
-                    complaints.append(
-                        unused_keys(inner, names, f"{where}.contrast]", ONLY_UNDER_14)
-                    )
+        complaints.append(unused.in_file(config))
     for sentence in chain(*complaints):
         raise ContrastError(sentence)
     for other, where in PLUGINS.items():

@@ -8,13 +8,17 @@ tables of other plugins are nobody's business here.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic_settings import BaseSettings, TomlConfigSettingsSource
+
+from ..settings import ContrastSettings, nearest
 
 PLUGINS = {
     "ContrastAbliteration": "modifier",
@@ -141,16 +145,6 @@ def _letters(name: str) -> str:
     return re.sub(r"[^a-z]", "", name.lower())
 
 
-def own_setting(
-    name: str, settings: Collection[str], known: Collection[str] = (), cutoff: float = LIKE
-) -> str | None:
-    """Returns the setting that a name is much like, or None where none is, or one that Heretic knows is as much."""
-
-    text = name.lower().replace("-", "_")
-    close = difflib.get_close_matches(text, [*settings, *known], n=1, cutoff=cutoff)
-    return close[0] if close and close[0] not in known else None
-
-
 def table_of(
     config: Mapping[str, Any], tables: Collection[str], path: Sequence[int | str], value: Any
 ) -> str | None:
@@ -201,59 +195,163 @@ def place_of_pools(settings: BaseModel, table: str) -> str:
     return table
 
 
-def unused_tables(
-    config: Mapping[str, Any],
-    named: Mapping[str, Collection[tuple[str, str | None]]],
-    settings: Collection[str],
-    table: str,
-    known: Collection[str],
-    idle: Mapping[str, str],
-) -> Iterator[str]:
+@dataclass(frozen=True)
+class Unused:
     """
-    Yields a sentence for all in a configuration that is for this package and not read.
+    Finds what stands somewhere for this package and is not read; each method yields a sentence for each such thing.
 
-    `named`: see `named_plugins`, by the table that they belong into. `settings`: names of a plugin's settings, which belong into `table`. `known`: names of
-    Heretic's own settings. `idle`: settings of a plugin that have no effect, and why.
+    `settings`: names of the settings of `plugin`. `known`: names of Heretic's own settings. `named`: the plugins that are loaded (see
+    `named_plugins`), by the table that theirs belong into. `idle`: settings of the plugin that have no effect, and why.
     """
 
-    settings = [name for name in settings if name not in idle]
+    plugin: str
+    settings: Collection[str]
+    known: Collection[str]
+    named: Mapping[str, Collection[tuple[str, str | None]]]
+    idle: Mapping[str, str]
 
-    for name, value in config.items():
-        tables = value if isinstance(value, dict) else {}
-        if name in NAMESPACES:
-            if not isinstance(value, dict):
-                yield f'"{name}" in config.toml must hold tables, such as {table}: correct it.'
+    @property
+    def table(self) -> str:
+        """The table that the plugin's settings belong into."""
+
+        return f"[{PLUGINS[self.plugin]}.{self.plugin}]"
+
+    @property
+    def effective(self) -> list[str]:
+        """The settings that have an effect."""
+
+        return [name for name in self.settings if name not in self.idle]
+
+    def setting(self, name: str, others: Collection[str] = (), cutoff: float = LIKE) -> str | None:
+        """Returns the setting that a name is much like, and its table; None where none is, or another name is as much."""
+
+        found = nearest(name, [*self.effective, *others], cutoff)
+        return f"{found} in {self.table}" if found and found not in others else None
+
+    def in_file(self, config: Mapping[str, Any]) -> Iterator[str]:
+        """Looks at a configuration."""
+
+        for name, value in config.items():
+            tables = value if isinstance(value, dict) else {}
+            if name in NAMESPACES:
+                if not isinstance(value, dict):
+                    yield f'"{name}" in config.toml must hold tables, such as {self.table}: correct it.'
+                for inner, inner_value in tables.items():
+                    yield from self._in_namespace(name, inner, inner_value)
+                continue
             for inner, inner_value in tables.items():
-                yield from _in_namespace(name, inner, inner_value, named[name], settings, table)
-            continue
-        for inner, inner_value in tables.items():
-            meant = own_table(inner) if isinstance(inner_value, dict) else None
-            if meant:
-                yield _not_read(_table(name, inner), meant)
-        if name in known:
-            if name in NAMESPACES.values():
-                yield from _beside_plugin(name, value, settings, table)
-            continue
-        shown = _table(name) if isinstance(value, dict) else f'"{name}"'
-        # A table may be anybody's; it is a setting's where it has just its name.
-        setting = own_setting(name, settings, known, cutoff=1.0 if tables else LIKE)
-        meant = own_table(name)
+                meant = own_table(inner) if isinstance(inner_value, dict) else None
+                if meant:
+                    yield _not_read(_table(name, inner), meant)
+            if name not in self.known:
+                yield from self._at_the_top(name, value)
+            elif name in NAMESPACES.values():
+                yield from self._beside_plugins(name, value)
+
+    def _at_the_top(self, name: str, value: Any) -> Iterator[str]:
+        """Looks at a name that Heretic does not know."""
+
+        is_table = isinstance(value, dict)
+        shown = _table(name) if is_table else f'"{name}"'
         head, _, last = name.rpartition(".")
-        if name in idle:
-            yield f'The setting "{name}" in config.toml has no effect under Heretic 2.0, where {idle[name]}: remove it.'
-        elif own_table(head):
-            inner = own_setting(last, settings, known) if own_table(head) == table else None
-            yield _not_read(shown, f"{inner} in {table}" if inner else str(own_table(head)))
-        elif meant:
-            yield _not_read(shown, meant)
-        elif name in NAMESPACES.values() and {plugin for plugin, _ in named_plugins(value)} & set(
-            PLUGINS
-        ):
+        table = own_table(head)
+        meant = own_table(name)
+        if table:
+            meant = (self.setting(last, self.known) if table == self.table else None) or table
+        if name in self.idle:
+            yield f'The setting "{name}" in config.toml has no effect under Heretic 2.0, where {self.idle[name]}: remove it.'
+            return
+        loaded = {plugin for plugin, _ in named_plugins(value)}
+        if not meant and name in NAMESPACES.values() and loaded & set(PLUGINS):
             yield f'"{name}" in config.toml has no effect, because this Heretic has no {name}: use Heretic 2.0, or remove it.'
-        elif name in FORMER_POOLS:
-            yield _not_read(shown, FORMER_POOLS[name])
-        elif setting:
-            yield _not_read(shown, f"{setting} in {table}")
+            return
+        # A table may be anybody's; it is a setting's where it has just its name.
+        meant = (
+            meant
+            or FORMER_POOLS.get(name)
+            or self.setting(name, self.known, 1.0 if is_table and value else LIKE)
+        )
+        if meant:
+            yield _not_read(shown, meant)
+
+    def _in_namespace(self, namespace: str, name: str, value: Any) -> Iterator[str]:
+        """Looks at what stands below `[modifier]` or `[scorer]`."""
+
+        where = _table(namespace, name)
+        named = self.named[namespace]
+        plugin, _, instance = name.partition("_")
+        if PLUGINS.get(plugin) == namespace and isinstance(value, dict):
+            if instance and (plugin, instance) not in named:
+                others = sorted(other for known, other in named if known == plugin and other)
+                close = nearest(instance, others)
+                table = f"{plugin}_{close}" if close else plugin
+                yield (
+                    f"config.toml has {where}, but no instance_name in {NAMESPACES[namespace]} is {instance}: "
+                    f"did you mean [{namespace}.{table}]?"
+                )
+            if plugin == self.plugin:
+                yield from self._in_own_table(f"{namespace}.{name}", value)
+        elif PLUGINS.get(name) == namespace:
+            yield f"{where} in config.toml must be a table of settings: correct it."
+        elif not any(name in (known, f"{known}_{other}") for known, other in named):
+            is_table = isinstance(value, dict)
+            meant = own_table(name) or (None if is_table else self.setting(name))
+            if meant:
+                yield _not_read(where if is_table else f'"{name}" in [{namespace}]', meant)
+
+    def _in_own_table(self, where: str, table: Mapping[str, Any]) -> Iterator[str]:
+        """Looks at the keys of a table of the plugin's."""
+
+        named = self.named.get(PLUGINS[self.plugin], ())
+        instances = [instance for plugin, instance in named if plugin == self.plugin]
+        for key, value in table.items():
+            if key in instances:
+                yield _not_read(f"[{where}.{key}]", f"[{where}_{key}]")
+            elif key in self.idle:
+                yield f'The setting "{key}" in [{where}] has no effect under Heretic 2.0, where {self.idle[key]}: remove it.'
+            elif key not in self.settings:
+                close = nearest(key, self.effective)
+                yield f'There is no setting "{key}" in [{where}]: did you mean "{close}"?'
+            elif key == "contrast" and isinstance(value, dict):
+                # The directions that a scorer sweeps.
+                names, idle = ContrastSettings.model_fields, ONLY_UNDER_14
+                inner = replace(self, settings=names, idle=idle, named={})
+                yield from inner._in_own_table(f"{where}.contrast", value)
+
+    def _beside_plugins(self, name: str, entries: Any) -> Iterator[str]:
+        """Looks at the entries of `modifiers` or `scorers`."""
+
+        read = ["plugin", "instance_name", "optimization"]
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and class_name(entry.get("plugin")) in PLUGINS:
+                for key in entry:
+                    if key not in read:
+                        meant = self.setting(key, read) or str(nearest(key, read))
+                        yield _not_read(f'"{key}" in {name}', meant)
+
+    def in_environment(self, known: Collection[str]) -> Iterator[str]:
+        """Looks at environment variables. `known`: what Heretic reads, its own settings from such as HERETIC_MODEL."""
+
+        for variable in os.environ:
+            prefix, found, name = variable.lower().partition("heretic_")
+            if prefix or not found or name in known:
+                continue
+            letters = _letters(name)
+            scorers = (known for known in SCORERS if letters.startswith(f"scorer{_letters(known)}"))
+            scorer = next(scorers, None)
+            rest = re.sub(r"^(modifier_+)?contrast(_?abliteration)?(_+|$)", "", name)
+            if rest in self.idle:
+                yield f"The environment variable {variable} has no effect under Heretic 2.0, where {self.idle[rest]}: remove it."
+                continue
+            if scorer:
+                meant: str | None = f"[scorer.{scorer}]"
+            elif name in NAMESPACES or not rest:
+                meant = self.table
+            else:
+                # Other variables of this package begin in the same way.
+                meant = self.setting(rest, cutoff=1.0 if rest == name else LIKE)
+            if meant:
+                yield f"The environment variable {variable} has no effect: did you mean {meant} of config.toml?"
 
 
 def _table(*names: str) -> str:
@@ -265,108 +363,3 @@ def _table(*names: str) -> str:
 
 def _not_read(what: str, meant: str) -> str:
     return f"config.toml has {what}, which nothing reads: did you mean {meant}?"
-
-
-def _in_namespace(
-    namespace: str,
-    name: str,
-    value: Any,
-    named: Collection[tuple[str, str | None]],
-    settings: Collection[str],
-    table: str,
-) -> Iterator[str]:
-    """As `unused_tables`, for what stands below `[modifier]` or `[scorer]`."""
-
-    where = _table(namespace, name)
-    plugin, _, instance = name.partition("_")
-    if PLUGINS.get(plugin) == namespace and isinstance(value, dict):
-        if instance and (plugin, instance) not in named:
-            others = sorted(other for known, other in named if known == plugin and other)
-            close = difflib.get_close_matches(instance, others, n=1, cutoff=0)
-            nearest = f"{plugin}_{close[0]}" if close else plugin
-            yield (
-                f"config.toml has {where}, but no instance_name in {NAMESPACES[namespace]} is {instance}: "
-                f"did you mean [{namespace}.{nearest}]?"
-            )
-    elif PLUGINS.get(name) == namespace:
-        yield f"{where} in config.toml must be a table of settings: correct it."
-    elif not any(name in (known, f"{known}_{other}") for known, other in named):
-        meant = own_table(name)
-        setting = None if isinstance(value, dict) else own_setting(name, settings)
-        if meant or setting:
-            shown = where if isinstance(value, dict) else f'"{name}" in [{namespace}]'
-            yield _not_read(shown, meant or f"{setting} in {table}")
-
-
-def _beside_plugin(name: str, entries: Any, settings: Collection[str], table: str) -> Iterator[str]:
-    """As `unused_tables`, for what stands in an entry of `modifiers` or `scorers`."""
-
-    read = ["plugin", "instance_name", "optimization"]
-    for entry in entries if isinstance(entries, list) else []:
-        if isinstance(entry, dict) and class_name(entry.get("plugin")) in PLUGINS:
-            for key in entry:
-                if key not in read:
-                    setting = own_setting(key, settings, read)
-                    meant = f"{setting} in {table}" if setting else own_setting(key, read, (), 0)
-                    yield _not_read(f'"{key}" in {name}', str(meant))
-
-
-def unused_keys(
-    table: Mapping[str, Any],
-    settings: Collection[str],
-    where: str,
-    idle: Mapping[str, str],
-    instances: Collection[str | None] = (),
-) -> Iterator[str]:
-    """As `unused_tables`, for the keys of a plugin's table `where`. `idle`: settings without an effect, and why; `instances`: names."""
-
-    settings = [name for name in settings if name not in idle]
-    for key in table:
-        if key in instances:
-            right = f"{where.strip('[]')}_{key}"
-            yield _not_read(f"[{where.strip('[]')}.{key}]", f"[{right}]")
-        elif key in idle:
-            yield f'The setting "{key}" in {where} has no effect under Heretic 2.0, where {idle[key]}: remove it.'
-        elif key not in settings:
-            close = own_setting(key, settings, cutoff=0)
-            yield f'There is no setting "{key}" in {where}: did you mean "{close}"?'
-
-
-def unused_variables(
-    variables: Collection[str],
-    settings: Collection[str],
-    table: str,
-    known: Collection[str],
-    idle: Mapping[str, str],
-) -> Iterator[str]:
-    """As `unused_tables`, for environment variables: Heretic reads its own settings from such as HERETIC_MODEL."""
-
-    settings = [name for name in settings if name not in idle]
-    for variable in variables:
-        prefix, found, name = variable.lower().partition("heretic_")
-        if prefix or not found or name in known:
-            continue
-        scorer = next(
-            (
-                plugin
-                for plugin in SCORERS
-                if _letters(name).startswith(f"scorer{_letters(plugin)}")
-            ),
-            None,
-        )
-        rest = re.sub(r"^(modifier_+)?contrast(_?abliteration)?(_+|$)", "", name)
-        if rest in idle:
-            meant: str | None = None
-            yield f"The environment variable {variable} has no effect under Heretic 2.0, where {idle[rest]}: remove it."
-        elif scorer:
-            meant = f"[scorer.{scorer}]"
-        elif name in NAMESPACES or not rest:
-            meant = table
-        else:
-            # Other variables of this package begin in the same way.
-            setting = own_setting(rest, settings, (), 1.0 if rest == name else LIKE)
-            meant = f"{setting} in {table}" if setting else None
-        if meant:
-            yield (
-                f"The environment variable {variable} has no effect: did you mean {meant} of config.toml?"
-            )

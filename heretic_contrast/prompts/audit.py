@@ -31,27 +31,29 @@ written, with the Wilson interval.
 PAPER_MATCHES = 859
 PAPER_PROMPTS = 400
 
+N_EXAMPLES = 3
+"""How many matching prompts of each category are shown."""
+
 
 @dataclass(frozen=True)
 class PoolAudit:
     """
     What the lexicon finds in a pool.
 
-    `counts` and `examples` have every category of `CATEGORIES`; the examples are the first matching prompts of
-    the pool, at most as many as were asked for. `digest` identifies the pool (see `prompts.prompts_digest`).
+    `matching`: the texts of matching prompts, in order, for every category of `CATEGORIES`. `digest` identifies the pool (see
+    `prompts.prompts_digest`).
     """
 
     n_prompts: int
     n_matching_prompts: int
-    counts: Mapping[str, int]
-    examples: Mapping[str, tuple[str, ...]]
+    matching: Mapping[str, Sequence[str]]
     digest: str
 
     @property
     def n_matches(self) -> int:
         """The matches of all categories together, several per prompt counted."""
 
-        return sum(self.counts.values())
+        return sum(map(len, self.matching.values()))
 
     @property
     def matches_per_paper_pool(self) -> float:
@@ -71,26 +73,21 @@ class PoolAudit:
             "first_label_right": FIRST_LABEL_RIGHT,
             "pool_sha256": self.digest,
             "categories": {
-                category: {
-                    "n_matches": self.counts[category],
-                    "examples": list(self.examples[category]),
-                }
-                for category in CATEGORIES
+                category: {"n_matches": len(texts), "examples": list(texts[:N_EXAMPLES])}
+                for category, texts in self.matching.items()
             },
         }
 
 
-def audit_pool(prompts: Sequence[Prompt], examples: int = 3) -> PoolAudit:
+def audit_pool(prompts: Sequence[Prompt]) -> PoolAudit:
     """
-    Counts the categories that the lexicon finds in the prompts, and keeps up to `examples` prompts of each (paper, section 2.2).
+    Counts the categories that the lexicon finds in the prompts (paper, section 2.2).
 
-    Raises `ContrastError` when the pool is empty, or `examples` is negative.
+    Raises `ContrastError` when the pool is empty.
     """
 
     if not prompts:
         raise ContrastError("The pool to audit is empty: give one with prompts.")
-    if examples < 0:
-        raise ContrastError(f"The number of examples per category is {examples}: choose 0 or more.")
     matching: dict[str, list[str]] = {category: [] for category in CATEGORIES}
     n_matching_prompts = 0
     for prompt in prompts:
@@ -98,13 +95,7 @@ def audit_pool(prompts: Sequence[Prompt], examples: int = 3) -> PoolAudit:
         n_matching_prompts += bool(categories)
         for category in categories:
             matching[category].append(prompt.text)
-    return PoolAudit(
-        n_prompts=len(prompts),
-        n_matching_prompts=n_matching_prompts,
-        counts={category: len(texts) for category, texts in matching.items()},
-        examples={category: tuple(texts[:examples]) for category, texts in matching.items()},
-        digest=prompts_digest(prompts),
-    )
+    return PoolAudit(len(prompts), n_matching_prompts, matching, prompts_digest(prompts))
 
 
 def clean_pool(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -128,19 +119,14 @@ def render(audit: PoolAudit) -> Table:
     table.add_column("Category", footer="all")
     table.add_column("Matches", footer=str(audit.n_matches), justify="right")
     table.add_column("Examples")
-    for category in CATEGORIES:
-        table.add_row(
-            category,
-            str(audit.counts[category]),
-            # Prompts are free text and may hold what looks like markup.
-            "\n".join(escape(" ".join(text.split())) for text in audit.examples[category]),
-        )
+    for category, texts in audit.matching.items():
+        # Prompts are free text and may hold what looks like markup.
+        examples = "\n".join(escape(" ".join(text.split())) for text in texts[:N_EXAMPLES])
+        table.add_row(category, str(len(texts)), examples)
     return table
 
 
-def run_audit(
-    prompts: Sequence[Prompt], output: Path, cleaned: Path | None = None, examples: int = 3
-) -> PoolAudit:
+def run_audit(prompts: Sequence[Prompt], output: Path, cleaned: Path | None = None) -> PoolAudit:
     """
     Audits the pool and writes `audit.json` into the directory `output`.
 
@@ -150,7 +136,7 @@ def run_audit(
     Raises `ContrastError` when the pool is empty, cleaning leaves nothing, or a file cannot be written.
     """
 
-    audit = audit_pool(prompts, examples)
+    audit = audit_pool(prompts)
     write_text_atomically(output / "audit.json", json_text(audit.to_dict(), sort_keys=False) + "\n")
     if cleaned is not None:
         kept = clean_pool(prompts)

@@ -14,66 +14,74 @@ from tests.made_directions import make_directions
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("command", "expected"),
     [
-        (["--contrast.baseline", "unmached", "builtin:refuser"], "no contrast baseline"),
-        (["--contrast.preset", "paper", "builtin:refuser"], "no preset"),
-        (["--contrast.mixing", "1.5", "builtin:refuser"], "contrast.mixing"),
-        (["--contrast.som-topology", "round", "builtin:refuser"], "som-topology"),
-        (["--no-such-flag", "--model", "builtin:refuser"], "no-such-flag"),
-        (["--model", "builtin:other"], "no built-in model"),
-        (["--n-trials", "many", "--model", "builtin:refuser"], "n-trials"),
+        ("--contrast.baseline unmached builtin:refuser", "no contrast baseline"),
+        ("--contrast.preset paper builtin:refuser", "no preset"),
+        ("--contrast.mixing 1.5 builtin:refuser", "contrast.mixing"),
+        ("--contrast.som-topology round builtin:refuser", "som-topology"),
+        ("--no-such-flag --model builtin:refuser", "no-such-flag"),
+        ("--model builtin:other", "no built-in model"),
+        ("--n-trials many --model builtin:refuser", "n-trials"),
         (
-            [
-                "--contrast.preset",
-                "arditi",
-                "--contrast.preset",
-                "piras",
-                "--model",
-                "builtin:refuser",
-            ],
+            "--contrast.preset arditi --contrast.preset piras --model builtin:refuser",
             "Several presets",
         ),
-        (["extract", "builtin:refuser"], "--output"),
-        (["sweep", "builtin:refuser"], "--output"),
-        (["sweep", "builtin:refuser", "--output", "out", "--layers", "a-b"], "layers"),
-        (["sweep", "builtin:refuser", "--output", "out", "--layers", "5-2"], "backwards"),
-        (["demo"], "--output"),
-        (["doctor", "please"], "no arguments"),
-        (["audit", "--dataset", "missing.txt"], "output"),
+        ("extract builtin:refuser", "--output"),
+        ("sweep builtin:refuser", "--output"),
+        ("sweep builtin:refuser --output out --layers a-b", "layers"),
+        ("sweep builtin:refuser --output out --layers 5-2", "backwards"),
+        ("demo", "--output"),
+        ("doctor please", "no arguments"),
+        ("audit --dataset missing.txt", "output"),
+        ("extract builtin:refuser --contrast.directions=a --output=b", "none to extract"),
     ],
 )
-def test_settings(refused: Refused, arguments: list[str], expected: str, tmp_path: Path) -> None:
-    assert expected in refused(arguments)
+def test_settings(refused: Refused, command: str, expected: str, tmp_path: Path) -> None:
+    assert expected in refused(command.split())
     assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_unknown_key_in_the_table_names_the_nearest(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text('[modifier.ContrastAbliteration]\nbaselin = "matched"\n')
-    error = refused(["--model", "builtin:refuser"])
-    assert '"baselin"' in error and '"baseline"' in error
 
 
 @pytest.mark.parametrize(
     ("configuration", "arguments", "expected"),
     [
+        ("[unclosed", [], "config.toml in the current directory cannot be read"),
+        (
+            "modifiers = [{ plugin = 'heretic_contrast.ContrastAbliteration' }, { plugin = 'ARA' }]",
+            [],
+            "runs exactly one",
+        ),
+        (
+            "[modifier.ContrastAbliteration]\nbaselin = 'matched'",
+            [],
+            'no setting "baselin" in [modifier.ContrastAbliteration]: did you mean "baseline"?',
+        ),
         ("n_trails = 3", [], '"n_trails", which nothing reads: did you mean "n_trials"?'),
         ("[bad_evaluation_prompt]\nsplit = 'x'", [], 'did you mean "bad_evaluation_prompts"?'),
         (
             "[bad_prompts]\ndataset = 'x'\nsplt = 'y'",
             [],
-            '"splt" of a dataset: did you mean "split"?',
+            'no setting "splt" in [bad_prompts]: did you mean "split"?',
         ),
-        ("", ["--bad-prompts", '{"dataset": "x", "splt": "y"}'], '"splt"'),
+        (
+            "[good_evaluation_prompts]\ndatset = 'x'",
+            [],
+            'no setting "datset" in [good_evaluation_prompts]: did you mean "dataset"?',
+        ),
+        (
+            "",
+            ["--bad-prompts", '{"dataset": "x", "splt": "y"}'],
+            'no setting "splt" in --bad-prompts: did you mean "split"?',
+        ),
         (
             "[modifier.ContrastAbliteration.bad_prompts]\ndatset = 'x'",
             [],
-            '"datset" of a dataset: did you mean "dataset"?',
+            'no setting "datset" in [modifier.ContrastAbliteration.bad_prompts]: did you mean "dataset"?',
         ),
         (
             "",
             ["--contrast.good-prompts", '[{"dataset": "x"}, {"dataset": "x", "colum": "y"}]'],
-            '"colum" of a dataset: did you mean "column"?',
+            'no setting "colum" in item 2 of --contrast.good-prompts: did you mean "column"?',
         ),
         (
             "",
@@ -90,25 +98,25 @@ def test_unknown_key_in_the_table_names_the_nearest(refused: Refused, tmp_path: 
         ),
     ],
 )
-def test_what_would_be_dropped(
+def test_configurations_that_would_be_misread(
     refused: Refused, configuration: str, arguments: list[str], expected: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.toml").write_text(configuration)
     assert expected in refused(["--model", "builtin:refuser", *arguments])
 
 
-def test_two_modifiers(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text(
-        "modifiers = [{ plugin = 'heretic_contrast.ContrastAbliteration' }, { plugin = 'heretic.modifiers.ara.ARA' }]\n"
-    )
-    error = refused(["--model", "builtin:refuser"])
-    assert "exactly one" in error
-
-
-def test_broken_configuration_file(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text("baseline = [unclosed\n")
-    error = refused(["--model", "builtin:refuser"])
-    assert "config.toml" in error
+def test_a_pool_cannot_be_harmful_and_harmless(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heretic.main.run", None)
+    write_pool(tmp_path / "harmful.jsonl", HARMFUL)
+    write_pool(tmp_path / "harmless.jsonl", HARMFUL[3:4] + HARMLESS)
+    pools = [
+        "--bad-evaluation-prompts.dataset=harmful.jsonl",
+        "--good-evaluation-prompts.dataset=harmless.jsonl",
+    ]
+    sentence = refused(["--model=builtin:refuser", "--model-action=none", *pools])
+    assert "Break the 3th door" in sentence and "harmless evaluation pool" in sentence
 
 
 def write_pool(path: Path, rows: list[dict[str, str]]) -> str:
@@ -118,131 +126,90 @@ def write_pool(path: Path, rows: list[dict[str, str]]) -> str:
 
 HARMFUL = [{"text": f"Break the {index}th door", "category": "violence"} for index in range(12)]
 HARMLESS = [{"text": f"Paint the {index}th door", "category": "violence"} for index in range(12)]
-NO_MAP = ["--contrast.method", "mean"]
+NO_MAP = "--contrast.method mean"
 
 
 @pytest.mark.parametrize(
-    ("harmful", "harmless", "matched", "options", "expected"),
+    ("pools", "options", "expected"),
     [
-        (HARMFUL[:5], HARMLESS, [], [], "Even merged"),
+        ({"bad": HARMFUL[:5]}, "", "Even merged"),
         (
-            HARMFUL[:5],
-            HARMLESS,
-            [],
-            ["--contrast.small-classes", "error"],
+            {"bad": HARMFUL[:5]},
+            "--contrast.small-classes error",
             "5 prompts, fewer than the 9 neurons",
         ),
         (
-            [{"text": row["text"]} for row in HARMFUL],
-            HARMLESS,
-            [],
-            ["--contrast.category-source", "column"],
+            {"bad": [{"text": row["text"]} for row in HARMFUL]},
+            "--contrast.category-source column",
             "have no category",
         ),
         (
-            HARMFUL,
-            HARMLESS,
-            [{"text": "Brew some tea", "category": "drugs"}],
-            ["--contrast.baseline", "matched", *NO_MAP],
+            {"matched": [{"text": "Brew some tea", "category": "drugs"}]},
+            f"--contrast.baseline matched {NO_MAP}",
             '"violence" has no matched',
         ),
-        (HARMFUL, HARMFUL[:3] + HARMLESS, [], NO_MAP, "stands both"),
-        (HARMFUL, [], [], NO_MAP, "is empty"),
+        ({"good": HARMFUL[:3] + HARMLESS}, NO_MAP, "stands both"),
+        ({"good": []}, NO_MAP, "is empty"),
         (
-            HARMFUL,
-            HARMLESS,
-            [],
-            ["--contrast.baseline", "nearest", "--contrast.n-neighbors", "13", *NO_MAP],
+            {},
+            f"--contrast.baseline nearest --contrast.n-neighbors 13 {NO_MAP}",
             "13 neighbors",
         ),
+        ({}, f"--contrast.exclude-categories drugs {NO_MAP}", "'drugs' cannot be excluded"),
         (
-            HARMFUL,
-            HARMLESS,
-            [],
-            ["--contrast.exclude-categories", "drugs", *NO_MAP],
-            "'drugs' cannot be excluded",
-        ),
-        (
-            HARMFUL,
-            HARMLESS,
-            [],
-            ["--contrast.exclude-categories", "violence", *NO_MAP],
+            {},
+            f"--contrast.exclude-categories violence {NO_MAP}",
             "No class of harmful prompts is left",
         ),
-        (HARMFUL, HARMLESS, [], ["--contrast.winners", "10"], "10 winners"),
+        ({}, "--contrast.winners 10", "10 winners"),
     ],
 )
 def test_pools(
     refused: Refused,
-    harmful: list[dict[str, str]],
-    harmless: list[dict[str, str]],
-    matched: list[dict[str, str]],
-    options: list[str],
+    pools: dict[str, list[dict[str, str]]],
+    options: str,
     expected: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # What is wrong with prompts is said before a model is loaded: there is none.
     monkeypatch.setattr("heretic_contrast.hosts.loading.open_model", None)
+    monkeypatch.setattr("heretic.main.run", None)
     output = tmp_path / "directions.safetensors"
     output.write_bytes(b"kept")
-    arguments = [
-        "extract",
-        "builtin:refuser",
-        f"--output={output}",
-        f"--contrast.bad-prompts.dataset={write_pool(tmp_path / 'bad.jsonl', harmful)}",
-        f"--contrast.good-prompts.dataset={write_pool(tmp_path / 'good.jsonl', harmless)}",
-        f"--contrast.matched-prompts.dataset={write_pool(tmp_path / 'matched.jsonl', matched or HARMLESS)}",
-        "--response-prefix=",
-        *options,
-    ]
-    assert expected in refused(arguments)
-    assert output.read_bytes() == b"kept"
-    arguments = [
-        f"--contrast.save-directions={output}" if argument.startswith("--output") else argument
-        for argument in arguments
-        if argument != "extract"
-    ]
-    monkeypatch.setattr("heretic.main.run", None)
-    assert expected in refused([*arguments[1:], arguments[0]])
+    arguments = ["builtin:refuser", "--response-prefix=", *options.split()]
+    for name, rows in {"bad": HARMFUL, "good": HARMLESS, "matched": HARMLESS, **pools}.items():
+        path = write_pool(tmp_path / f"{name}.jsonl", rows)
+        arguments.append(f"--contrast.{name}-prompts.dataset={path}")
+    assert expected in refused(["extract", *arguments, f"--output={output}"])
+    assert expected in refused([*arguments, f"--contrast.save-directions={output}"])
     assert output.read_bytes() == b"kept"
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--n-harmful", "13"], "13 prompts are asked for, but the pool has 12"),
-        (["--n-harmful", "1"], "1 prompts cannot cover 2 categories"),
-        (["--n-references", "12"], "10 canaries and 12 reference prompts are asked for"),
-        (["--n-canaries", "8", "--n-references", "8"], "8 canaries and 8 reference prompts"),
-        (["--weights", "[0.5, 0.3]"], "increasing weights"),
-        (["--layers", "2,x"], "layers"),
-        (["--evaluate-categories", "drugs"], 'has the category "drugs"'),
-        (["--contrast.directions", "missing.safetensors"], "There is no directions file"),
-        (["--contrast.small-classes", "error"], "fewer than the 9 neurons"),
-        (["--contrast.winners", "10"], "10 winners"),
+        ("--n-harmful 13", "13 prompts are asked for, but the pool has 12"),
+        ("--n-harmful 1", "1 prompts cannot cover 2 categories"),
+        ("--n-references 12", "10 canaries and 12 reference prompts are asked for"),
+        ("--n-canaries 8 --n-references 8", "8 canaries and 8 reference prompts"),
+        ("--weights [0.5,0.3]", "increasing weights"),
+        ("--layers 2,x", "layers"),
+        ("--evaluate-categories drugs", 'has the category "drugs"'),
+        ("--contrast.directions missing.safetensors", "There is no directions file"),
+        ("--contrast.small-classes error", "fewer than the 9 neurons"),
+        ("--contrast.winners 10", "10 winners"),
         (
-            [
-                "--contrast.preset",
-                "piras",
-                "--contrast.preset",
-                "arditi",
-                "--contrast.winners",
-                "17",
-            ],
+            "--contrast.preset piras --contrast.preset arditi --contrast.winners 17",
             "With the preset piras: 17 winners",
         ),
-        (["--contrast.baseline", "nearest", "--contrast.n-neighbors", "13"], "13 neighbors"),
-        (["--bad-evaluation-prompts.dataset", "bad.jsonl"], "All 24 harmful evaluation prompts"),
-        (["--pairs", "missing.jsonl"], "missing.jsonl"),
+        ("--contrast.baseline nearest --contrast.n-neighbors 13", "13 neighbors"),
+        ("--bad-evaluation-prompts.dataset bad.jsonl", "All 24 harmful evaluation prompts"),
+        ("--pairs missing.jsonl", "missing.jsonl"),
     ],
 )
 def test_sweeps_that_do_not_work_load_no_model(
-    refused: Refused,
-    options: list[str],
-    expected: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    refused: Refused, options: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("heretic_contrast.hosts.loading.open_model", None)
     write_pool(
@@ -268,22 +235,9 @@ def test_sweeps_that_do_not_work_load_no_model(
         "--contrast.good-prompts.dataset=good.jsonl",
         "--bad-evaluation-prompts.dataset=harmful.jsonl",
         "--good-evaluation-prompts.dataset=harmless.jsonl",
-        *options,
+        *options.split(),
     ]
     assert expected in refused(arguments)
-
-
-def test_directions_that_are_there_are_not_extracted(refused: Refused) -> None:
-    arguments = ["extract", "builtin:refuser", "--contrast.directions=a", "--output=b"]
-    assert "none to extract" in refused(arguments)
-
-
-@pytest.mark.parametrize("output", ["blocked/directions.safetensors"])
-def test_unwritable_output(refused: Refused, output: str, tmp_path: Path) -> None:
-    # A file where a folder should be blocks even a superuser.
-    (tmp_path / "blocked").write_text("")
-    error = refused(["extract", "builtin:refuser", f"--output={output}"])
-    assert "cannot be written" in error
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "missing"])

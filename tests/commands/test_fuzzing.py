@@ -588,24 +588,3 @@ def start(arguments: list[str], directory: Path) -> str:
 def test_processes_end_with_one_sentence(content: bytes, expected: str, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_bytes(content)
     assert expected in start(["--model", "builtin:refuser"], tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", ["cut", "metadata", "half precision", "pipe"])
-def test_processes_refuse_bad_directions(damage: str, tmp_path: Path) -> None:
-    import os
-
-    path = tmp_path / "directions.safetensors"
-    content = write_valid(path)
-    if damage == "cut":
-        path.write_bytes(content[:-9])
-    elif damage == "metadata":
-        path.write_bytes(content.replace(b'"aligned":"true"', b'"aligned":"tru["'))
-    elif damage == "half precision":
-        tensors = {name: tensor.bfloat16() for name, tensor in make_tensors().items()}
-        path.write_bytes(save(tensors, {"format": FORMAT, "names": "[]"}))
-    else:
-        path.unlink()
-        os.mkfifo(path)
-    arguments = [f"--contrast.directions={path}", "--response-prefix=", "--batch-size=16"]
-    assert str(path) in start([*arguments, "--model", "builtin:refuser"], tmp_path)

@@ -132,7 +132,7 @@ def test_a_study_begins_with_a_sweep_and_ends_when_it_finds_no_more(
 
 
 def test_the_front_is_judged_on_fresh_prompts(command_server: Server, tmp_path: Path) -> None:
-    from heretic_contrast.hosts.heretic14 import count_refusals
+    from heretic_contrast.hosts.evaluator import count_refusals
     from heretic_contrast.hosts.settings import HostSettings, load_settings
 
     lines = (DATA / "refuser_prompts" / "harmful" / "test.jsonl").read_text().splitlines()[30:45]

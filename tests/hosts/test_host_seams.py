@@ -21,6 +21,7 @@ from heretic_contrast.directions.directions import Directions  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.hosts import heretic14  # noqa: E402
 from heretic_contrast.hosts.checkpoint import repair_checkpoint  # noqa: E402
+from heretic_contrast.hosts.evaluator import Evaluator  # noqa: E402
 from heretic_contrast.hosts.loading import LoadedContext  # noqa: E402
 from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
@@ -307,6 +308,7 @@ def test_model_card_names_the_plugin(
         nothing, ("all",), True, nothing, ("all",), nothing[:, 0], nothing, {"settings": made_with}
     )
     host.context = LoadedContext(None)
+    host.evaluator = Evaluator.__new__(Evaluator)
     trial = create_trial(
         values=[0, 0],
         user_attrs={

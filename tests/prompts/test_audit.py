@@ -29,17 +29,18 @@ def test_every_match_of_a_prompt_counts() -> None:
     audit = audit_pool(POOL)
     # Written down by hand: prompts 1 and 5 are about violence, 2 about hacking, 4 about fraud and hacking.
     expected = dict.fromkeys(CATEGORIES, 0) | {"violence": 2, "hacking": 2, "fraud": 1}
-    assert audit.counts == expected
+    assert {category: len(texts) for category, texts in audit.matching.items()} == expected
+    assert audit.matching["violence"] == [POOL[1].text, POOL[5].text]
     assert audit.n_prompts == 6
     assert audit.n_matching_prompts == 4
     assert audit.n_matches == 5
     assert audit.matches_per_paper_pool == pytest.approx(5 / 6 * 400)
 
 
-def test_examples_are_the_first_of_their_category_up_to_the_limit() -> None:
-    assert audit_pool(POOL, examples=1).examples["violence"] == (POOL[1].text,)
-    assert audit_pool(POOL, examples=0).examples["violence"] == ()
-    assert audit_pool(POOL).examples["violence"] == (POOL[1].text, POOL[5].text)
+def test_examples_are_the_first_of_their_category() -> None:
+    pool = [Prompt(f"{POOL[1].text}, {index}") for index in range(5)]
+    stored = audit_pool(pool).to_dict()["categories"]["violence"]
+    assert stored == {"n_matches": 5, "examples": [prompt.text for prompt in pool[:3]]}
 
 
 def test_clean_pool_keeps_order_and_leaves_nothing_to_find() -> None:
@@ -59,7 +60,7 @@ def test_table_shows_prompts_literally() -> None:
 
 def test_files_hold_the_audit_and_a_pool_that_loads(tmp_path: Path) -> None:
     cleaned = tmp_path / "pools" / "clean.jsonl"
-    audit = run_audit(POOL, tmp_path / "out", cleaned, examples=2)
+    audit = run_audit(POOL, tmp_path / "out", cleaned)
     stored = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))
     assert stored == audit.to_dict()
     assert stored["categories"]["hacking"]["n_matches"] == 2
@@ -77,11 +78,6 @@ def test_same_pool_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_empty_pool_is_refused() -> None:
     with pytest.raises(ContrastError, match="pool to audit is empty"):
         audit_pool([])
-
-
-def test_negative_number_of_examples_is_refused() -> None:
-    with pytest.raises(ContrastError, match="examples per category is -1"):
-        audit_pool(POOL, examples=-1)
 
 
 def test_cleaning_that_leaves_nothing_is_refused(tmp_path: Path) -> None:

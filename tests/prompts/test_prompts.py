@@ -448,10 +448,10 @@ def test_run_reads_what_it_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(heretic.main, "run", heretic_run)
     names = ["bad", "good", "matched"]
-    for name in [*names, "judged"]:
+    for name in [*names, "bad-judged", "good-judged"]:
         write(tmp_path / f"{name}.txt", f"{name} 1\n{name} 2\n")
     pools = [f"--contrast.{name}-prompts.dataset={name}.txt" for name in names]
-    judged = [f"--{name}-evaluation-prompts.dataset=judged.txt" for name in ("bad", "good")]
+    judged = [f"--{name}-evaluation-prompts.dataset={name}-judged.txt" for name in ("bad", "good")]
     common = ["--model-action=none", "--save-directory=out/model", "--contrast.method=mean"]
 
     def run(*options: str) -> None:
@@ -469,12 +469,12 @@ def test_run_reads_what_it_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {name: texts[0] for name, texts in found.items()} == {
         "bad_prompts": "bad 1",
         "good_prompts": "good 1",
-        "bad_evaluation_prompts": "judged 1",
-        "good_evaluation_prompts": "judged 1",
+        "bad_evaluation_prompts": "bad-judged 1",
+        "good_evaluation_prompts": "good-judged 1",
     }
     # What is given as Heretic's stays Heretic's.
-    run(*pools, *judged, "--good-prompts.dataset=judged.txt")
-    assert found["good_prompts"] == ["judged 1", "judged 2"]
+    run(*pools, *judged, "--good-prompts.dataset=good-judged.txt")
+    assert found["good_prompts"] == ["good-judged 1", "good-judged 2"]
 
 
 @pytest.mark.parametrize(
@@ -1020,7 +1020,11 @@ def test_lists_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ),
         ('{"split": "train"}', "bad-prompts.dataset is required", '"bad_prompts.dataset" in ['),
         ('{"dataset": 3}', "bad-prompts.dataset does not", '"bad_prompts.dataset" in ['),
-        ('[{"dataset": "a", "colum": "b"}]', '"colum" of a dataset', '"colum" of a dataset'),
+        (
+            '[{"dataset": "a", "colum": "b"}]',
+            '"colum" in item 1 of --contrast.bad-prompts',
+            '"colum" in item 1 of [modifier.ContrastAbliteration.bad_prompts]',
+        ),
         (
             '[{"dataset": "csv"}]',
             '"csv" is the name of a file format',
