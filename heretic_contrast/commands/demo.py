@@ -154,14 +154,13 @@ def judge(
 
 
 def show(summary: dict[str, Any], output: Path) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from ..hosts.surface import log
 
-    table = Table(title="Held-out prompts, judged on the saved model")
-    table.add_column("Measurement")
-    for name in ("Original", "Modified"):
-        table.add_column(name, justify="right")
+    numbers = (Column(name, justify="right") for name in ("Original", "Modified"))
+    title = "Held-out prompts, judged on the saved model"
+    table = Table("Measurement", *numbers, title=title)
     for kind, prefix in (("harmful", ""), ("harmless", "false_")):
         total = summary["n_prompts" if kind == "harmful" else "n_harmless_prompts"]
         counts = (summary[f"base_{prefix}refusals"], summary[f"{prefix}refusals"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..errors import ContrastError
 from ..files import write_text_atomically
@@ -123,10 +123,12 @@ def main(arguments: Sequence[str]) -> None:
         write_text_atomically(Path(settings.output), text)
 
     counts = Counter(tiers)
-    table = Table(title=f"{len(rows)} responses, {coherent.count(False)} of them incoherent")
-    table.add_column("Tier")
-    table.add_column("Responses", justify="right")
-    table.add_column("Share (95 %)", justify="right")
+    table = Table(
+        "Tier",
+        Column("Responses", justify="right"),
+        Column("Share (95 %)", justify="right"),
+        title=f"{len(rows)} responses, {coherent.count(False)} of them incoherent",
+    )
     for tier in Tier:
         low, high = wilson_interval(counts[tier], len(rows))
         table.add_row(tier.value, str(counts[tier]), f"{100 * low:.0f}–{100 * high:.0f} %")
@@ -136,11 +138,10 @@ def main(arguments: Sequence[str]) -> None:
     given = [tier for row, tier in zip(rows, tiers, strict=True) if settings.label_key in row]
     agreement = Agreement.of(zip(labelled, given, strict=True))
     table = Table(
-        title=f"People's labels of {len(labelled)} responses; kappa {agreement.kappa:.2f}"
+        "People",
+        *(Column(tier.value, justify="right") for tier in Tier),
+        title=f"People's labels of {len(labelled)} responses; kappa {agreement.kappa:.2f}",
     )
-    table.add_column("People")
-    for tier in Tier:
-        table.add_column(tier.value, justify="right")
     for name, row in agreement.confusion().items():
         table.add_row(name, *map(str, row.values()))
     log(table)

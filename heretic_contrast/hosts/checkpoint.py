@@ -39,13 +39,9 @@ def repair_checkpoint(path: Path) -> None:
     remove_locks(path)
     try:
         storage = JournalStorage(CheckedJournal(str(path)))
-        studies = storage.get_all_studies()
-        study = (
-            optuna.load_study(study_name=STUDY_NAME, storage=storage)
-            if any(study.study_name == STUDY_NAME for study in studies)
-            else None
-        )
-        trials = [] if study is None else study.get_trials(deepcopy=False)
+        is_there = any(study.study_name == STUDY_NAME for study in storage.get_all_studies())
+        study = optuna.load_study(study_name=STUDY_NAME, storage=storage) if is_there else None
+        trials = study.get_trials(deepcopy=False) if study else []
     except ContrastError:
         raise
     except Exception as error:

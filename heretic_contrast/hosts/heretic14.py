@@ -261,12 +261,10 @@ class Host:
 
     def make_sampler(self, *args: Any, seed: int, n_startup_trials: int, **kwargs: Any) -> Any:
         contrast = self.modifier.settings
-        # Heretic samples these itself; where they have no meaning they are kept out of the search.
-        fixed = (
-            {}
-            if self.modifier.directions.aligned
-            else {"direction_scope": "per layer", "direction_index": None}
-        )
+        fixed: dict[str, Any] = {}
+        if not self.modifier.directions.aligned:
+            # Heretic samples these itself; where they have no meaning they are kept out of the search.
+            fixed = {"direction_scope": "per layer", "direction_index": None}
 
         def is_bound(trial: FrozenTrial) -> list[float]:
             # Its values look better than they are.
@@ -336,9 +334,6 @@ class Host:
     def substitutes(self) -> dict[str, Any]:
         """Returns what stands in for each seam."""
 
-        def no_reproduce_folder(*args: Any, **kwargs: Any) -> None:
-            """Plain Heretic could not rebuild the model from a reproduce.json, so none is written."""
-
         return {
             "Settings": self.settings_class(),
             "Model": self.model_class(),
@@ -350,7 +345,8 @@ class Host:
             "get_readme_intro": self.get_readme_intro,
             "prompt_select": self.select,
             "prompt_path": self.answers.path,
-            "upload_reproduce_folder": no_reproduce_folder,
+            # Plain Heretic could not rebuild the model from a reproduce.json, so none is written.
+            "upload_reproduce_folder": lambda *args, **kwargs: None,
             "format_exception": self.answers.format_exception,
             "JournalFileBackend": CheckedJournal,
         }

@@ -64,16 +64,10 @@ def model_files(folder: Path) -> Iterator[Path]:
     yield from sorted(paths, key=lambda path: (path.name not in CONFIGURATIONS, path.name))
 
 
-def is_same_folder(first: Path, second: Path) -> bool:
-    """Returns whether two paths lead to one folder."""
-
-    return first.is_dir() and second.is_dir() and os.path.samefile(first, second)
-
-
 def require_other_folder(folder: Path, model: str) -> None:
     """Raises `ContrastError` when a model is to be saved to the folder that it is made from."""
 
-    if is_same_folder(folder, Path(model)):
+    if folder.is_dir() and os.path.isdir(model) and os.path.samefile(folder, model):
         raise ContrastError(
             f"{folder} holds the model that is abliterated, which saving there would overwrite: choose another folder."
         )
@@ -88,6 +82,8 @@ def publish_model(source: Path, target: Path) -> None:
     """
 
     previous = target / PREVIOUS
+    card = target / CARD
+    keeps_card = card.exists() and not is_of_a_model(card)
     try:
         for path in source.iterdir():
             if path.is_file():
@@ -96,8 +92,17 @@ def publish_model(source: Path, target: Path) -> None:
         # What a process that was killed here has moved into it is replaced anyway.
         shutil.rmtree(previous, ignore_errors=True)
         previous.mkdir()
+        arriving = sorted(
+            source.iterdir(), key=lambda path: (path.name in CONFIGURATIONS, path.name)
+        )
+        moves = [(path, previous / path.name) for path in model_files(target)]
+        moves += [
+            (path, target / path.name)
+            for path in arriving
+            if not (path.name == CARD and keeps_card)
+        ]
         try:
-            _move([*_departing(target), *_arriving(source, target)])
+            _move(moves)
         except BaseException:
             previous.rmdir()
             raise
@@ -110,29 +115,10 @@ def publish_model(source: Path, target: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-Move = tuple[Path, Path]
-"""A file, and where it is moved to."""
+def _move(moves: list[tuple[Path, Path]]) -> None:
+    """Moves files to places, one after the other, or none of them."""
 
-
-def _departing(target: Path) -> list[Move]:
-    """Returns how the model that is in a folder makes room."""
-
-    return [(path, target / PREVIOUS / path.name) for path in model_files(target)]
-
-
-def _arriving(source: Path, target: Path) -> list[Move]:
-    """Returns how a model comes into a folder, its configuration last."""
-
-    paths = sorted(source.iterdir(), key=lambda path: (path.name in CONFIGURATIONS, path.name))
-    card = target / CARD
-    keeps_card = card.exists() and not is_of_a_model(card)
-    return [(path, target / path.name) for path in paths if not (path.name == CARD and keeps_card)]
-
-
-def _move(moves: list[Move]) -> None:
-    """Moves files one after the other, or none of them."""
-
-    done: list[Move] = []
+    done: list[tuple[Path, Path]] = []
     try:
         for origin, place in moves:
             done.append((origin, place))
