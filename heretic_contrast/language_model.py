@@ -73,41 +73,27 @@ class Batches:
 
     size: int
 
-    def run(
-        self,
-        n_items: int,
-        run: Callable[[slice], Result],
-        rows_per_item: int = 1,
-        start: int = 0,
-    ) -> Iterator[Result]:
-        """
-        Yields what `run` gives for one batch of items after the other, from the item `start` on.
+    def run(self, n_items: int, run: Callable[[slice], Result]) -> Iterator[Result]:
+        """Yields what `run` gives for one batch of items after the other. Raises what it raises for a single one."""
 
-        Raises what it raises for a single one.
-        """
-
+        start = 0
         while start < n_items:
-            n = max(1, min(self.size // rows_per_item, n_items - start))
+            n = min(self.size, n_items - start)
             found = []
             try:
                 found.append(run(slice(start, start + n)))
             except Exception as error:
                 if n == 1 or not is_out_of_memory(error):
                     raise
-            if not found:
-                # Only now has the error let go of what it held.
-                self.halve(n * rows_per_item)
+            if found:
+                start += n
+                # Held by no name here while the next batch is run.
+                yield found.pop()
                 continue
-            start += n
-            # Held by no name here while the next batch is run.
-            yield found.pop()
-
-    def halve(self, n_rows: int) -> None:
-        """Makes batches half as large as one of `n_rows` that did not fit into memory."""
-
-        self.size = max(1, n_rows // 2)
-        torch.cuda.empty_cache()
-        warn(f"Memory is exhausted by {n_rows} sequences at once: going on with {self.size}.")
+            # Only now has the error let go of what it held.
+            self.size = n // 2
+            torch.cuda.empty_cache()
+            warn(f"Memory is exhausted by {n} sequences at once: going on with {self.size}.")
 
 
 def winsorize(residuals: Tensor, quantile: float) -> Tensor:

@@ -8,7 +8,7 @@ unmodified model has computed.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ...language_model import LanguageModel, Reached, batches
+from ...vectors import to_device
 from ..compat import CACHE, Cache, shares_its_cache
 from ..cpu.layers import fast_on_cpu
 
@@ -40,11 +41,6 @@ class TokenBatch:
     input_ids: Tensor
     attention_mask: Tensor
 
-    def repeat(self, count: int) -> "TokenBatch":
-        """Returns the batch `count` times, one after the other."""
-
-        return TokenBatch(self.input_ids.repeat(count, 1), self.attention_mask.repeat(count, 1))
-
 
 @dataclass(frozen=True)
 class LayerInput:
@@ -59,15 +55,11 @@ class LayerInput:
     hidden_states: Tensor
     n_outputs: int = 0
 
-    def repeat(self, count: int) -> "LayerInput":
-        """Returns the batch `count` times, one after the other."""
+    def select(self, samples: Sequence[int], length: int) -> "LayerInput":
+        """Returns the first tokens of some samples, which may be repeated."""
 
-        return replace(self, hidden_states=self.hidden_states.repeat(count, 1, 1))
-
-    def select(self, samples: slice, length: int) -> "LayerInput":
-        """Returns the first tokens of some samples."""
-
-        return replace(self, hidden_states=self.hidden_states[samples, :length])
+        rows = to_device(samples, self.hidden_states.device)
+        return replace(self, hidden_states=self.hidden_states[:, :length][rows])
 
 
 class Decoder:

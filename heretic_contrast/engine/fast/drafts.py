@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ablation.hooks import Intervention, ablated_samples
-from ...language_model import Batches, Tokens, batches, is_out_of_memory, until_end
+from ...language_model import Batches, Tokens, until_end
 from ...vectors import to_device
 from ..compat import (
     CACHE,
@@ -158,38 +158,40 @@ class Drafts:
         interventions: Sequence[Intervention],
         found: list[list[Tokens]],
     ) -> None:
-        """Generates responses to their end, all in one batch unless memory does not suffice for that. None waits any more."""
+        """Generates responses to their end, in one batch where memory suffices for that. None waits any more."""
 
         rows = [row for departures in waiting for row in departures.rows]
         caches = [departures.cache for departures in waiting if departures.cache is not None]
         waiting.clear()
-        try:
-            if rows:
-                self._generate_together(rows, caches, interventions, found)
-            return
-        except Exception as error:
-            if len(rows) == 1 or not is_out_of_memory(error):
-                raise
-        self._batches.halve(len(rows))
-        # What there is of a response stays, and is read again.
-        left = [row for row in rows if not self._has_ended(found[row[0]][row[1]])]
-        for part in batches(len(left), self._batches.size):
-            self._generate([Departures(left[part], None)], interventions, found)
+
+        def generate(part: slice) -> None:
+            # What there is of a response stays where memory was exhausted, and is read again.
+            left = [row for row in rows[part] if not self._has_ended(found[row[0]][row[1]])]
+            cache = concatenate(caches) if caches and len(left) == len(rows) else None
+            # Not to be held beside it.
+            caches.clear()
+            self._generate_together(left, cache, interventions, found)
+
+        for _ in self._batches.run(len(rows), generate):
+            pass
 
     @torch.no_grad()
     def _generate_together(
         self,
         rows: list[tuple[int, int]],
-        caches: list[Cache],
+        cache: Cache | None,
         interventions: Sequence[Intervention],
         found: list[list[Tokens]],
     ) -> None:
-        """Generates responses to their end. Those that have ended leave the batch."""
+        """
+        Generates responses to their end. Those that have ended leave the batch.
 
+        `cache`: of the tokens of the drafts, None where they have to be read.
+        """
+
+        if not rows:
+            return
         sequences = [self._known.prompts[prompt] + found[index][prompt] for index, prompt in rows]
-        cache = concatenate(caches) if caches else None
-        # Not to be held beside it.
-        caches.clear()
         if cache is None:
             inputs = self._model.pad(sequences)
             tokens, mask = inputs["input_ids"], inputs["attention_mask"]

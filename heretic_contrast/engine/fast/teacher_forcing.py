@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...ablation.hooks import Intervention, ablated_samples, carries_samples
-from ...language_model import Batches, Tokens, batches, is_out_of_memory
+from ...language_model import Batches, Tokens
 from ...vectors import to_device
 from ..compat import Cache, join, new_cache, select_rows
 from ..interface import Continuations, pad_right
@@ -86,10 +86,11 @@ class TeacherForcing:
         cache = self._read_prefix()
 
         def read(part: slice) -> Pass:
-            tokens = self._batch(part)
-            known = _for_each(cache, 1, len(tokens.input_ids))
+            sequences = range(len(self._order))[part]
+            tokens = self._batch(sequences)
+            known = _select(cache, [0] * len(sequences))
             hidden_states = self._decoder.run(tokens, known, len(self.prefix))
-            return self._pass((0,), part, hidden_states, known, 0)
+            return self._pass([(index, 0) for index in sequences], hidden_states, known, 0)
 
         yield from self._batches.run(len(self._order), read)
 
@@ -97,73 +98,66 @@ class TeacherForcing:
         """Yields the hidden states under each intervention. The unmodified model must be the same in all calls."""
 
         for layer, group in self._shared_passes(interventions):
+            prefix, start = self._layer_inputs(layer)
+
+            def read_prefix(
+                part: slice, group: list[int] = group, prefix: LayerInput | None = prefix
+            ) -> tuple[list[int], Cache | None]:
+                ablated = [interventions[index] for index in group[part]]
+                return group[part], prefix and self._read_ablated_prefix(ablated, prefix)
+
             # Interventions that do not fit into one pass beside each other take turns.
-            while group:
-                chosen, group = group[: self._batches.size], group[self._batches.size :]
-                yield from self._turn(layer, chosen, interventions)
-
-    def _turn(
-        self, layer: int, chosen: list[int], interventions: Sequence[Intervention], first: int = 0
-    ) -> Iterator[Pass]:
-        """Yields the passes of some interventions from a sequence on; not all at once where memory does not suffice for that."""
-
-        try:
-            for item in self._passes(layer, chosen, interventions, first):
-                first += len(item.rows) // len(chosen)
-                yield item
-                # Not to be held beside the next one.
-                del item
-            return
-        except Exception as error:
-            if len(chosen) == 1 or not is_out_of_memory(error):
-                raise
-        self._batches.halve(len(chosen))
-        for part in batches(len(chosen), self._batches.size):
-            yield from self._turn(layer, chosen[part], interventions, first)
+            for chosen, cache in self._batches.run(len(group), read_prefix):
+                yield from self._passes(interventions, chosen, start, cache)
 
     def _passes(
-        self, layer: int, chosen: list[int], interventions: Sequence[Intervention], first: int
+        self,
+        interventions: Sequence[Intervention],
+        chosen: list[int],
+        start: LayerInput,
+        cache: Cache | None,
     ) -> Iterator[Pass]:
-        prefix, rest = self._layer_inputs(layer)
-        ablated = [interventions[index] for index in chosen]
-        cache = None if prefix is None else self._read_ablated_prefix(ablated, prefix)
+        """Yields the passes of some interventions. `cache`: of the prefix, a sample for each of these."""
+
+        # Those of one sequence beside each other, since they are of one length.
+        rows = [(sequence, index) for sequence in range(len(self._order)) for index in chosen]
 
         def read(part: slice) -> Pass:
-            tokens = self._batch(part)
-            n_sequences, width = tokens.input_ids.shape
-            known = _for_each(cache, len(chosen), n_sequences, layer)
-            rows = [intervention for intervention in ablated for _ in range(n_sequences)]
-            with ablated_samples(self._decoder.model, rows):
-                hidden_states = self._decoder.run(
-                    tokens.repeat(len(chosen)),
-                    known,
-                    len(self.prefix),
-                    rest.select(part, width).repeat(len(chosen)),
-                )
-            return self._pass(chosen, part, hidden_states, known, layer)
+            sequences = [sequence for sequence, _ in rows[part]]
+            indices = [index for _, index in rows[part]]
+            tokens = self._batch(sequences)
+            known = _select(cache, [chosen.index(index) for index in indices], start.layer)
+            own = start.select(sequences, tokens.input_ids.shape[1])
+            with ablated_samples(self._decoder.model, [interventions[index] for index in indices]):
+                hidden_states = self._decoder.run(tokens, known, len(self.prefix), own)
+            return self._pass(rows[part], hidden_states, known, start.layer)
 
-        yield from self._batches.run(len(self._order), read, len(chosen), first)
+        yield from self._batches.run(len(rows), read)
 
     def _pass(
         self,
-        interventions: Sequence[int],
-        part: slice,
+        rows: Sequence[tuple[int, int]],
         hidden_states: Tensor,
         cache: Cache | None,
         first_layer: int,
     ) -> Pass:
-        """Returns what is predicted of the continuations, from the hidden states at all positions."""
+        """
+        Returns what is predicted of the continuations, from the hidden states at all positions.
 
-        rows = [(index, prompt) for index in interventions for prompt in self._order[part]]
-        lengths = torch.tensor([len(self._known.tokens[prompt]) for _, prompt in rows])
+        `rows`: sequence and intervention of each sample.
+        """
+
+        prompts = [self._order[sequence] for sequence, _ in rows]
+        lengths = torch.tensor([len(self._known.tokens[prompt]) for prompt in prompts])
         starts = torch.tensor(
-            [len(self._known.prompts[prompt]) - 1 - len(self.prefix) for _, prompt in rows]
+            [len(self._known.prompts[prompt]) - 1 - len(self.prefix) for prompt in prompts]
         )
         steps = torch.arange(int(lengths.max()))
         samples, columns = (steps < lengths[:, None]).nonzero(as_tuple=True)
         places = torch.stack([samples, columns + starts[samples]])
         samples, columns = to_device(places, hidden_states.device)
-        return Pass(tuple(rows), hidden_states[samples, columns], cache, first_layer)
+        shown = tuple((index, prompt) for (_, index), prompt in zip(rows, prompts, strict=True))
+        return Pass(shown, hidden_states[samples, columns], cache, first_layer)
 
     def _shared_passes(
         self, interventions: Sequence[Intervention]
@@ -189,7 +183,7 @@ class TeacherForcing:
         if not self.prefix:
             return None
         cache = new_cache(self._decoder.config)
-        self._decoder.run(self._prefix_batch(), cache)
+        self._decoder.run(self._prefix_batch(1), cache)
         return cache
 
     def _read_ablated_prefix(
@@ -198,8 +192,9 @@ class TeacherForcing:
         """Returns the KV cache of the prefix, a sample for each intervention in the layers that are ablated."""
 
         above, count = new_cache(self._decoder.config), len(interventions)
+        own = start.select([0] * count, len(self.prefix))
         with ablated_samples(self._decoder.model, interventions):
-            self._decoder.run(self._prefix_batch().repeat(count), above, 0, start.repeat(count))
+            self._decoder.run(self._prefix_batch(count), above, 0, own)
         assert self._prefix_cache is not None
         return join(self._prefix_cache, above, start.layer)
 
@@ -211,18 +206,18 @@ class TeacherForcing:
             return known
         if known is not None and known[1].layer > layer:
             known = None
-        below, start = (None, None) if known is None else known
+        below, start = known or (None, None)
         prefix = None
         if self.prefix:
             if self._prefix_cache is None:
                 self._prefix_cache = self._read_prefix()
-            prefix = self._decoder.layer_input(self._prefix_batch(), layer, start=below)
+            prefix = self._decoder.layer_input(self._prefix_batch(1), layer, start=below)
 
         def read(part: slice) -> LayerInput:
-            tokens = self._batch(part)
-            n_sequences, width = tokens.input_ids.shape
-            cache = _for_each(self._prefix_cache, 1, n_sequences)
-            own = None if start is None else start.select(part, width)
+            sequences = range(len(self._order))[part]
+            tokens = self._batch(sequences)
+            cache = _select(self._prefix_cache, [0] * len(sequences))
+            own = start and start.select(sequences, tokens.input_ids.shape[1])
             return self._decoder.layer_input(tokens, layer, cache, len(self.prefix), own)
 
         parts = list(self._batches.run(len(self._order), read))
@@ -231,15 +226,16 @@ class TeacherForcing:
         self._inputs = prefix, LayerInput(layer, torch.cat(padded), parts[0].n_outputs)
         return self._inputs
 
-    def _batch(self, part: slice) -> TokenBatch:
+    def _batch(self, sequences: Sequence[int]) -> TokenBatch:
         """Returns the tokens of some sequences, padded on the right no further than they need."""
 
         model = self._decoder.model
-        tokens, mask = pad_right(self._sequences[part], model.pad_token_id())
+        chosen = [self._sequences[index] for index in sequences]
+        tokens, mask = pad_right(chosen, model.pad_token_id())
         return TokenBatch(to_device(tokens, model.device), to_device(mask, model.device))
 
-    def _prefix_batch(self) -> TokenBatch:
-        tokens = to_device([self.prefix], self._decoder.model.device)
+    def _prefix_batch(self, count: int) -> TokenBatch:
+        tokens = to_device([self.prefix] * count, self._decoder.model.device)
         return TokenBatch(tokens, torch.ones_like(tokens))
 
 
@@ -250,12 +246,9 @@ def common_prefix(prompts: Sequence[Tokens]) -> Tokens:
     return tuple(column[0] for column in takewhile(lambda items: len(set(items)) == 1, columns))
 
 
-def _for_each(
-    cache: Cache | None, n_samples: int, n_sequences: int, first_layer: int = 0
-) -> Cache | None:
-    """Returns a cache with each of its samples once for every sequence."""
+def _select(cache: Cache | None, rows: Sequence[int], first_layer: int = 0) -> Cache | None:
+    """Returns a cache with some of its samples, if there is one."""
 
     if cache is None:
         return None
-    rows = torch.arange(n_samples).repeat_interleave(n_sequences)
-    return select_rows(cache, rows, slice(first_layer, None))
+    return select_rows(cache, torch.tensor(rows), slice(first_layer, None))
