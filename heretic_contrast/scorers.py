@@ -183,6 +183,7 @@ class FixedWeightSweep(ContrastScorer):
             log,
             progress_bar,
             self.heretic_settings.max_response_length,
+            self.heretic_settings.batch_size or self.heretic_settings.max_batch_size,
         )
         write_sweep_report(result, Path(self.settings.output), log, capture, geometry)
         shown = []

@@ -66,7 +66,12 @@ def main(arguments: Sequence[str]) -> None:
     model = load_language_model(settings, settings.contrast.batch_size)
     model = with_common_prefix(model, settings, prepared.sources)
     result, capture, geometry = run_prepared(
-        model, prepared, log, progress_bar, settings.max_response_length
+        model,
+        prepared,
+        log,
+        progress_bar,
+        settings.max_response_length,
+        settings.batch_size or settings.max_batch_size,
     )
     write_sweep_report(result, output, log, capture, geometry)
     log(f"Report written to [bold]{escape(str(output / 'report.html'))}[/].")

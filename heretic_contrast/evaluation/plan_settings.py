@@ -140,8 +140,11 @@ class SweepPlanSettings(PairsSettings, TextClassifierSettings):
     output directory.
     """
 
-    sweep_batch_size: PositiveInt = 128
-    """Largest number of samples in one pass of the sweep, fewer with long prompts or little memory; several cells share a pass."""
+    sweep_batch_size: PositiveInt | None = None
+    """
+    Largest number of samples in one pass of the sweep, which several cells share: fewer with long prompts, and halved when memory
+    is exhausted. Unset for Heretic's batch_size, or its max_batch_size where that is 0.
+    """
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -429,13 +429,14 @@ def run_prepared(
     log: Log,
     show_progress: ShowProgress,
     max_response_length: int,
+    batch_size: int = 128,
 ) -> tuple[SweepResult, CaptureResult, Geometry]:
     """
     Extracts directions and sweeps a loaded model, as the command and Heretic's scorer do.
 
     `model`: with the response prefix that prompts are read with. `max_response_length`: in tokens, of the responses that a
-    filter of the extraction looks at. Raises `ContrastError` when something that was asked for cannot be swept, or the
-    storage belongs to another sweep.
+    filter of the extraction looks at. `batch_size`: the largest in the sweep, unless its settings name another. Raises
+    `ContrastError` when something that was asked for cannot be swept, or the storage belongs to another sweep.
     """
 
     plan = prepared.plan(model, log, show_progress, max_response_length)
@@ -444,7 +445,7 @@ def run_prepared(
     classify: Classifier = classify_response
     if prepared.settings.text_classifier is not None:
         classify = classifier_of(prepared.settings).classify_response
-    batched = replace(model, batch_size=prepared.settings.sweep_batch_size)
+    batched = replace(model, batch_size=prepared.settings.sweep_batch_size or batch_size)
     evaluator = SweepEvaluator(batched, plan, classify)
     base = evaluator.baseline
     log(f"* Initial refusals: [bold]{base.refusals}[/]/{base.n_harmful}")

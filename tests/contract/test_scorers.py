@@ -11,8 +11,11 @@ import pytest
 
 from heretic_contrast import cli
 from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation import sweep
 from heretic_contrast.evaluation.cells import SweepResult
+from heretic_contrast.evaluation.sweep import SweepEvaluator
 from heretic_contrast.hosts.surface import Modifier, Scorer
+from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import load_pool
 from tests.contract.conftest import MODEL
 from tests.contract.standin import load_plugin, make_settings
@@ -169,8 +172,19 @@ def test_incoherent_responses_can_count(
 
 
 def test_sweep_is_run_once_and_reported(
-    run: Any, scorer_tables: dict[str, Any], modifier_table: dict[str, Any], tmp_path: Path
+    run: Any,
+    scorer_tables: dict[str, Any],
+    modifier_table: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    sizes = []
+
+    def make_evaluator(model: LanguageModel, *arguments: Any) -> Any:
+        sizes.append(model.batch_size)
+        return SweepEvaluator(model, *arguments)
+
+    monkeypatch.setattr(sweep, "SweepEvaluator", make_evaluator)
     run.loaded_modifier.reset_model(run.context())
     table = {
         "contrast": modifier_table,
@@ -187,11 +201,13 @@ def test_sweep_is_run_once_and_reported(
         "strength": "weight",
         "random_control": False,
     }
-    loaded = scorer("FixedWeightSweep", table)
+    loaded = scorer("FixedWeightSweep", table, batch_size=5)
     loaded.init(run.context())
     with pytest.raises(ContrastError, match="has not been taken yet"):
         loaded.get_score(run.context())
     baseline = loaded.get_baseline_score(run.context())
+    # Heretic's own.
+    assert sizes == [5]
     result = SweepResult.from_dict(json.loads((tmp_path / "sweep" / "sweep.json").read_text()))
     summaries = result.summaries()
     assert [summary.layer for summary in summaries] == [0, 3]
