@@ -51,6 +51,9 @@ PLAIN = "heretic"
 AS_HERETIC = "--row-normalization=full --orthogonalize-direction=true"
 """What Heretic 1.4 does unless told otherwise, and the plugin does not."""
 
+ONE_DIRECTION = "--contrast.preset=arditi --contrast.embeddings=false"
+"""Heretic's direction, removed from what Heretic changes."""
+
 CONFIGURATIONS = {
     PLAIN: "",
     "heretic, no normalization": "--row-normalization=none --orthogonalize-direction=false",
@@ -61,8 +64,8 @@ CONFIGURATIONS = {
     "equal weight, as Heretic": f"{AS_HERETIC} --contrast.equal-effective-weight",
     "shared, as Heretic": f"{AS_HERETIC} --contrast.shared-direction",
     "shared means, as Heretic": f"{AS_HERETIC} --contrast.shared-direction --contrast.method=mean",
-    "one direction, as Heretic": f"{AS_HERETIC} --contrast.preset=arditi",
-    "one direction, as Heretic, ended early": f"{AS_HERETIC} --contrast.preset=arditi --contrast.stop-dominated",
+    "one direction, as Heretic": f"{AS_HERETIC} {ONE_DIRECTION}",
+    "one direction, as Heretic, ended early": f"{AS_HERETIC} {ONE_DIRECTION} --contrast.stop-dominated",
     **{preset: f"--contrast.preset={preset}" for preset in PRESETS},
 }
 """Options by name; those whose names begin with "heretic" are options of plain Heretic."""

@@ -27,7 +27,7 @@ from heretic_contrast.ablation.lora import (
     zero_factors,
 )
 from heretic_contrast.ablation.operator import Operator, compose, equalize
-from heretic_contrast.ablation.writers import Writer
+from heretic_contrast.ablation.writers import EMBEDDINGS, Writer, with_embeddings
 from heretic_contrast.builtin import is_builtin, with_refuser_pools
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract
@@ -80,7 +80,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
     def changes(self) -> Changes:
         """What a trial changes beside the adapters."""
 
-        return Changes()
+        return Changes(self.settings.embeddings)
 
     @property
     def modifier_name(self) -> str:
@@ -136,7 +136,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             require_effect(sorted(idle & self.settings.model_fields_set))
         if is_builtin(self.heretic_settings.model):
             self.settings = with_refuser_pools(self.settings)
-        model = self._model(ctx, self.settings.batch_size).identified()
+        model = self.model(ctx, self.settings.batch_size).identified()
         require_no_adapters(model.model, model.name)
         # Hours before they are modified.
         self._require_changeable(model)
@@ -171,17 +171,18 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         log(f"* Directions: [bold]{self.directions.n_directions}[/] per layer ({names})")
         self._apply_lora(ctx)
 
-    def _model(self, ctx: Context, batch_size: int | None = None) -> LanguageModel:
-        """Returns the wrapper around the model that is loaded at this moment."""
+    def model(self, ctx: Context, batch_size: int | None = None) -> LanguageModel:
+        """Returns the wrapper around the model that is loaded at this moment, with all that is ablated."""
 
-        return language_model(ctx, self.heretic_settings, batch_size, self.settings.writers)
+        model = language_model(ctx, self.heretic_settings, batch_size, self.settings.writers)
+        return with_embeddings(model) if self.settings.embeddings else model
 
     def _apply_lora(self, ctx: Context) -> None:
         heretic_model = ctx.get_model()
         # The host for Heretic 1.4 applies adapters by itself after it has loaded the model again.
         heretic_model.changes = self.changes
         heretic_model.writers = self.settings.writers
-        with adapters_on_writers(heretic_model, self._model(ctx), self.changes):
+        with adapters_on_writers(heretic_model, self.model(ctx), self.changes):
             heretic_model.apply_lora(self.lora_rank)
 
     def _require_changeable(self, model: LanguageModel) -> None:
@@ -192,15 +193,16 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         beyond = beyond_adapters(model)
         strategy = getattr(self.heretic_settings, "export_strategy", None)
         if beyond and getattr(strategy, "value", strategy) == "adapter":
+            remedy = "embeddings = false" if beyond == [EMBEDDINGS] else "writers = heretic"
             raise ContrastError(
                 f"No LoRA adapter carries {', '.join(beyond)} of {model.name}: give --export-strategy merge, or leave them as "
-                "they are with writers = heretic."
+                f"they are with {remedy}."
             )
         fixed = {
             writer.component
             for writers in model.writers
             for writer in writers
-            if not takes_adapter(writer)
+            if not takes_adapter(writer) and writer.component != EMBEDDINGS
         }
         if fixed and self.settings.row_normalization is not RowNormalization.NONE:
             raise ContrastError(
@@ -211,7 +213,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
     def suggest_parameters(self, ctx: Context, trial: Trial) -> Parameters:
         """Samples the parameters of a trial: see `search.suggest_parameters`."""
 
-        model = self._model(ctx)
+        model = self.model(ctx)
         return suggest_parameters(
             trial,
             model.component_names,
@@ -232,7 +234,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         the same parameters must give the same factors after any history.
         """
 
-        model = self._model(ctx)
+        model = self.model(ctx)
         parameters.require_fit(self.directions, model.component_names)
         scales = torch.tensor(
             [parameters.scales[name] for name in self.directions.names], dtype=torch.float64

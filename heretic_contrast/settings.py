@@ -367,9 +367,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "som_topology": "hexagonal",
         "winners": 7,
         "composition": "sequential",
+        "embeddings": True,
     },
-    # Arditi et al. (2024): the difference in means.
-    "arditi": {"baseline": "unmatched", "method": "mean", "classes": "single"},
+    # Arditi et al. (2024): the difference in means, removed from everything that writes into the residual stream.
+    "arditi": {
+        "baseline": "unmatched",
+        "method": "mean",
+        "classes": "single",
+        "embeddings": True,
+    },
     # Heretic's pull request 196, with the winners it meant to take: the densest neurons. There each direction has a
     # maximum and a minimum weight per component.
     "heretic-soma": {
@@ -564,6 +570,12 @@ class ContrastSettings(Table, TextClassifierSettings):
     and with regard to norms behind it), "heretic" (the output projections that Heretic finds, as Heretic ablates them).
     """
 
+    embeddings: bool = False
+    """
+    Whether the embeddings (of tokens, and of positions where these are learned) are ablated as well, with the directions of
+    the first layer. A sweep does so where it ablates the first layer and all its components.
+    """
+
     composition: Literal["sum", "sequential", "capped"] = "sum"
     """
     How the ablations of several directions are put together. Options: "sum" (the paper), "sequential" (one after the other),
@@ -683,7 +695,10 @@ class ContrastSettings(Table, TextClassifierSettings):
                         f'There is no preset "{name}": choose one of {", ".join(PRESETS)}.'
                     )
             if len(presets) == 1 and isinstance(presets[0], str):
-                data = {**PRESETS[presets[0]], **data}
+                preset = PRESETS[presets[0]]
+                if data.get("writers") == Writers.HERETIC.value:
+                    preset = {key: value for key, value in preset.items() if key != "embeddings"}
+                data = {**preset, **data}
         return data
 
     @field_validator("search_space", mode="before")
@@ -744,6 +759,10 @@ class ContrastSettings(Table, TextClassifierSettings):
             raise ContrastError(
                 f"{self.winners} winners are asked for, but a map of {self.som_rows} × {self.som_columns} has "
                 f"{n_neurons} neurons: use a larger map or fewer winners."
+            )
+        if self.embeddings and self.writers is Writers.HERETIC:
+            raise ContrastError(
+                "Heretic ablates no embeddings: leave out embeddings, or use the writers all."
             )
         if self.shared_direction and (self.svd or self.scale is not Scale.UNIT):
             raise ContrastError(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
 """
-What is changed of a model where LoRA adapters cannot reach: experts in one tensor, and biases.
+What is changed of a model where LoRA adapters cannot reach: experts in one tensor, biases, and embeddings.
 
 While a study runs, hooks on the modules do it, which costs no memory and leaves every weight as it is. Where a model is to be
 saved, the weights are changed once. docs/writers.md says why.
@@ -14,20 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Embedding, Module, Parameter
 
-from ..errors import ContrastError
+from ..errors import ContrastError, warn
 from ..language_model import LanguageModel
 from ..weights import FULL_PRECISION, is_plain, is_projection, is_transposed, require_known
 from .hooks import ablated
 from .operator import Operator
-from .writers import Writer
+from .writers import EMBEDDINGS, Writer
+
+ROWS_AT_A_TIME = 2**16
+"""Rows of a matrix that are held in float32 at the same time."""
 
 
 def takes_adapter(writer: Writer) -> bool:
     """Returns whether a LoRA adapter can be put on a writer."""
 
-    return is_projection(writer.layer)
+    return writer.component != EMBEDDINGS and is_projection(writer.layer)
 
 
 def beyond_adapters(model: LanguageModel) -> list[str]:
@@ -71,6 +74,8 @@ def require_editable(writer: Writer) -> None:
     if writer.is_fused:
         tensor = _expert_tensor(layer)
         known = tensor is not None and tensor.dtype in FULL_PRECISION
+    elif isinstance(layer, Embedding):
+        known = type(layer.weight) is Parameter and layer.weight.dtype in FULL_PRECISION
     else:
         known = is_plain(layer)
     if not known:
@@ -127,15 +132,24 @@ def subtract(writer: Writer, operator: Operator, weight: bool = True) -> None:
             remove(bias.data)
         return
     if weight:
-        remove(layer.weight.data if is_transposed(layer) else layer.weight.data.T)
+        as_rows = is_transposed(layer) or isinstance(layer, Embedding)
+        rows = layer.weight.data if as_rows else layer.weight.data.T
+        # Vocabularies are large, and a part in float32 is enough.
+        for part in rows.split(ROWS_AT_A_TIME):
+            remove(part)
     if writer.bias is not None:
         remove(layer.bias.data)
 
 
 class Changes:
-    """The changes of a trial that no adapter carries: hooks until `undo`, and new weights by `write`."""
+    """
+    The changes of a trial that no adapter carries: hooks until `undo`, and new weights by `write`.
 
-    def __init__(self) -> None:
+    `embeddings`: whether these are among them.
+    """
+
+    def __init__(self, embeddings: bool = False) -> None:
+        self.embeddings = embeddings
         self._hooks = ExitStack()
         self._kept: list[tuple[int, Writer, Operator, bool]] = []
 
@@ -164,9 +178,32 @@ class Changes:
 
         self._hooks.callback(writer.module.register_forward_hook(hook).remove)
 
-    def write(self, layers: Sequence[Module]) -> None:
-        """Changes the weights of the layers of a model whose adapters have been merged. The hooks stay where they are."""
+    def write(self, network: Any, layers: Sequence[Module]) -> None:
+        """
+        Changes the weights of a model whose adapters have been merged, which has these layers. The hooks stay where they are.
+
+        A head that shares the weights of the embeddings gets its own, since it is not ablated.
+        """
 
         for layer, writer, operator, is_adapted in self._kept:
-            module = layers[layer].get_submodule(writer.path)
+            is_embedding = writer.component == EMBEDDINGS
+            module = (network if is_embedding else layers[layer]).get_submodule(writer.path)
+            if is_embedding:
+                untie(network, module)
             subtract(replace(writer, module=module), operator, not is_adapted)
+
+
+def untie(network: Any, embedding: Any) -> None:
+    """Gives the output head of a model weights of its own, where it shares those of an embedding."""
+
+    head = network.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    head.weight = Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    for configuration in (network.config, network.config.get_text_config()):
+        if getattr(configuration, "tie_word_embeddings", False):
+            configuration.tie_word_embeddings = False
+    warn(
+        "The output head shares the weights of the embeddings, which are ablated: the saved model has a head of its own, and is "
+        "larger by that."
+    )

@@ -17,7 +17,7 @@ from ..language_model import LanguageModel
 from ..offloading import loaded
 from ..vectors import to_device
 from .operator import Operator
-from .writers import Writer, some_tokens
+from .writers import Writer, find_embeddings, some_tokens
 
 LENGTH = 0.125
 """Root mean square that no stream is above where writers are looked for that were missed."""
@@ -69,9 +69,12 @@ class BatchOperator:
         shape and dtype.
         """
 
+        if output.ndim == 3 and len(output) == 1:
+            # Embeddings of positions, which all samples share.
+            output = output.expand(len(self.vectors), -1, -1)
         outputs = output.reshape(len(self.vectors), -1, output.shape[-1]).float()
         coefficients = torch.bmm(outputs, self.vectors.transpose(1, 2))
-        return torch.bmm(coefficients, self.mixed_vectors).to(output.dtype).view_as(output)
+        return torch.bmm(coefficients, self.mixed_vectors).to(output.dtype).view(output.shape)
 
 
 @contextmanager
@@ -120,11 +123,13 @@ class Intervention:
     """
     Operators by layer: what is done to the output projections of one sample.
 
-    `components` names the projections, such as "attn.o_proj"; None means all.
+    `components` names the projections, such as "attn.o_proj"; None means all. `embeddings`: whether the embeddings are ablated
+    as the first layer is, where that is.
     """
 
     operators: Mapping[int, Operator]
     components: tuple[str, ...] | None = None
+    embeddings: bool = False
 
     @property
     def first_layer(self) -> int:
@@ -198,12 +203,21 @@ def ablated_samples(model: LanguageModel, interventions: Sequence[Intervention])
     place = {key: index for index, key in enumerate(unique)}
     rows = to_device([place[id(intervention)] for intervention in interventions], device)
     layers = sorted({layer for item in unique.values() for layer in item.operators})
+    ablations = [
+        (
+            [item.operators.get(layer) for item in unique.values()],
+            writers_of(model, layer, interventions[0].components),
+        )
+        for layer in layers
+    ]
+    embedded = [item.operators.get(0) if item.embeddings else None for item in unique.values()]
+    if any(embedded):
+        ablations.append((embedded, list(find_embeddings(model))))
     with ExitStack() as stack:
-        for layer in layers:
-            originals = [item.operators.get(layer) for item in unique.values()]
+        for originals, writers in ablations:
             # Most writers have no norm behind them, and share what is on the device.
             shared: Operator | BatchOperator | None = None
-            for writer in writers_of(model, layer, interventions[0].components):
+            for writer in writers:
                 operator = shared if writer.gain is None else None
                 if operator is None:
                     operators = [item and writer.operator(item) for item in originals]

@@ -9,7 +9,7 @@ modules that hold matrices. No family of models is known here; names only decide
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -23,6 +23,9 @@ from ..language_model import LanguageModel
 from ..offloading import loaded
 from .operator import Operator
 
+EMBEDDINGS = "embeddings"
+"""The component that belongs to no layer: what the residual stream starts from."""
+
 Names = Sequence[Mapping[str, Sequence[Module]]]
 """The modules of each layer that have a component's name already."""
 
@@ -32,9 +35,9 @@ class Writer:
     """
     A module whose output is added to the residual stream, perhaps times something, and behind norms.
 
-    `component`: what it is called, as "attn.o_proj", "mlp.experts". `path`: the module's name inside its layer. `norms`: the
-    paths of the norms behind it, the last one first. `gain`: what these multiply it by, float64 Tensor of shape
-    (hidden_size,), or None. `with_bias`: whether its bias is ablated as well; Heretic leaves it.
+    `component`: what it is called, as "attn.o_proj", "mlp.experts". `path`: the module's name inside its layer, or, of an
+    embedding, inside the model. `norms`: the paths of the norms behind it, the last one first. `gain`: what these multiply it
+    by, float64 Tensor of shape (hidden_size,), or None. `with_bias`: whether its bias is ablated as well; Heretic leaves it.
     """
 
     component: str
@@ -109,6 +112,9 @@ def named_writers(names: Names, layers: Sequence[Module]) -> tuple[tuple[Writer,
 _FOUND: WeakKeyDictionary[Module, tuple[tuple[Writer, ...], ...]] = WeakKeyDictionary()
 """The writers of each model that is loaded, by its first layer, which adapters leave in its place; `module` is not used."""
 
+_FOUND_EMBEDDINGS: WeakKeyDictionary[Module, tuple[Writer, ...]] = WeakKeyDictionary()
+"""The same for its embeddings, where they have been looked for."""
+
 
 def are_found(model: LanguageModel) -> bool:
     """Returns whether the writers of a model are known already."""
@@ -137,33 +143,62 @@ def find_writers(model: LanguageModel, names: Names) -> tuple[tuple[Writer, ...]
                 f"Nothing was found in {model.name} that writes into the residual stream, and could be ablated: its "
                 "architecture is not supported."
             )
-        _FOUND[first] = tuple(
-            tuple(_placeholder(writer) for writer in writers) for writers in found
-        )
-    return _resolved(model, _FOUND[first])
+        _FOUND[first] = tuple(map(_without_modules, found))
+    return tuple(map(_resolved, model.layers, _FOUND[first]))
 
 
-def _placeholder(writer: Writer) -> Writer:
-    # A weak dictionary whose values hold its keys would never lose them.
-    return Writer(writer.component, writer.path, Module(), writer.norms, writer.gain)
+def find_embeddings(model: LanguageModel) -> tuple[Writer, ...]:
+    """
+    Returns what enters the first layer: the embeddings of tokens, and of positions where these are learned.
 
+    They are found once, in a pass of their own. Raises `ContrastError` when there are none.
+    """
 
-def _resolved(
-    model: LanguageModel, found: tuple[tuple[Writer, ...], ...]
-) -> tuple[tuple[Writer, ...], ...]:
-    return tuple(
-        tuple(
-            Writer(
-                writer.component,
-                writer.path,
-                layer.get_submodule(writer.path),
-                writer.norms,
-                writer.gain,
+    first, network = model.layers[0], base_model(model)
+    if first not in _FOUND_EMBEDDINGS:
+        with torch.enable_grad(), ExitStack() as stack:
+            trace = _Trace(network, model.hidden_size, stack)
+            stack.callback(
+                first.register_forward_pre_hook(
+                    lambda module, args, kwargs: trace.leave(
+                        args[0] if args else kwargs["hidden_states"]
+                    ),
+                    with_kwargs=True,
+                ).remove
             )
-            for writer in writers
+            model.decoder()(input_ids=some_tokens(model), use_cache=False)
+        found = tuple(
+            replace(writer, component=EMBEDDINGS) for writer in _complete(network, trace, {})
         )
-        for layer, writers in zip(model.layers, found, strict=True)
-    )
+        if not found:
+            raise ContrastError(
+                f"No embeddings were found in {model.name} that could be ablated: leave them as they are (embeddings = false)."
+            )
+        _FOUND_EMBEDDINGS[first] = _without_modules(found)
+    return _resolved(network, _FOUND_EMBEDDINGS[first])
+
+
+def with_embeddings(model: LanguageModel) -> LanguageModel:
+    """Returns a model whose embeddings are ablated with its first layer, as writers of this."""
+
+    first, *others = model.writers
+    return replace(model, writers=((*find_embeddings(model), *first), *others))
+
+
+def base_model(model: LanguageModel) -> Module:
+    """Returns the network, with PEFT looked through."""
+
+    network: Module = getattr(model.model, "get_base_model", lambda: model.model)()
+    return network
+
+
+def _without_modules(writers: tuple[Writer, ...]) -> tuple[Writer, ...]:
+    # A weak dictionary whose values hold its keys would never lose them.
+    return tuple(replace(writer, module=Module()) for writer in writers)
+
+
+def _resolved(root: Module, found: tuple[Writer, ...]) -> tuple[Writer, ...]:
+    return tuple(replace(writer, module=root.get_submodule(writer.path)) for writer in found)
 
 
 def _complete(
@@ -262,7 +297,7 @@ def _leaves(layer: Module) -> Iterator[tuple[str, Module, int]]:
 
 class _Trace:
     """
-    Hooks of one layer that cut the graph at every matrix, and walk back from what the layer returns.
+    Hooks of one layer, or of a network, that cut the graph at every matrix, to walk back from what the layer returns.
 
     `found`: for each module that was reached, in the order that they ran in, the norms behind it.
     `entered`, `left`: the layer's input and output, for all tokens.
@@ -283,14 +318,6 @@ class _Trace:
                     )
                 ).remove
             )
-        stack.callback(layer.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-        stack.callback(layer.register_forward_hook(self._leave).remove)
-
-    def _enter(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        def cut(value: Any) -> Any:
-            return value.detach() if isinstance(value, Tensor) else value
-
-        return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
 
     def _cut(self, path: str, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -308,7 +335,9 @@ class _Trace:
         if isinstance(output, Tensor) and output.grad_fn is not None:
             self._norms[output.grad_fn] = path
 
-    def _leave(self, module: Module, args: Any, output: Any) -> None:
+    def leave(self, output: Any) -> None:
+        """Walks back from what the layer returns."""
+
         state = output[0] if isinstance(output, tuple) else output
         # The shortest chain of norms by which each node was reached.
         chains: dict[Any, tuple[str, ...]] = {}
@@ -334,9 +363,23 @@ def some_tokens(model: LanguageModel) -> Tensor:
     return (torch.arange(3, 15, device=model.device) % model.vocabulary_size).view(2, 6)
 
 
+def _enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def cut(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) else value
+
+    return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
+
+
 def _trace(model: LanguageModel) -> list[_Trace]:
     decoder = model.decoder()
     with torch.enable_grad(), ExitStack() as stack:
         traces = [_Trace(layer, model.hidden_size, stack) for layer in model.layers]
+        for layer, trace in zip(model.layers, traces, strict=True):
+            stack.callback(layer.register_forward_pre_hook(_enter, with_kwargs=True).remove)
+            stack.callback(
+                layer.register_forward_hook(
+                    lambda module, args, output, trace=trace: trace.leave(output)
+                ).remove
+            )
         decoder(input_ids=some_tokens(model), use_cache=False)
     return traces

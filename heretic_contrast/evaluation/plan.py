@@ -39,17 +39,24 @@ class Configuration:
     What is swept under one name: directions, and how their ablations are put together.
 
     `equal_effective_weight`: the configuration is always ablated at equal effective weight, and swept at no other strength.
+    `embeddings`: whether they are ablated with the first layer.
     """
 
     directions: Directions
     composition: Composition = Composition.SUM
     equal_effective_weight: bool = False
+    embeddings: bool = False
 
     @classmethod
     def of(cls, directions: Directions, settings: ContrastSettings) -> "Configuration":
         """Returns directions as settings say that they are ablated."""
 
-        return cls(directions, Composition(settings.composition), settings.equal_effective_weight)
+        return cls(
+            directions,
+            Composition(settings.composition),
+            settings.equal_effective_weight,
+            settings.embeddings,
+        )
 
     def strengths(self, asked: Sequence[str]) -> tuple[str, ...]:
         """Returns the strengths that the configuration is swept at, of those that are asked for."""
@@ -72,6 +79,8 @@ class Configuration:
             "digest": self.directions.digest(),
             "composition": Composition(self.composition).value,
             "equal_effective_weight": self.equal_effective_weight,
+            # Cells of earlier versions have no embeddings.
+            **({"embeddings": True} if self.embeddings else {}),
         }
 
     def to_dict(self) -> dict[str, Any]:

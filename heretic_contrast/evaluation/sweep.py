@@ -189,7 +189,15 @@ class SweepEvaluator:
             }
             for key in keys
         ]
-        interventions = [Intervention(item, self.options.components) for item in operators]
+        components = self.options.components
+        interventions = [
+            Intervention(
+                item,
+                components,
+                self.configurations[key.configuration].embeddings and components is None,
+            )
+            for key, item in zip(keys, operators, strict=True)
+        ]
         responses = self._engine.respond(
             self._known, self.options.max_new_tokens, interventions, count
         )

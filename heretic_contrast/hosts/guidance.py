@@ -123,6 +123,7 @@ def _trial_of(cell: Cell) -> Values:
         "rest": 1.0,
         "scale.": 1.0,
         "component.max_weight": cell.weight,
+        "embeddings.max_weight": 0.0 if cell.layers[0] else cell.weight,
         "component.max_weight_position": cell.layers[0],
         "component.min_weight": 0.0,
         "component.min_weight_distance": 0.0,

@@ -54,7 +54,7 @@ from .loading import LoadedContext
 from .model_card import with_plugin
 from .model_folder import require_other_folder
 from .settings import HostSettings, prompt_sources
-from .surface import heretic_prompts, language_model, log
+from .surface import heretic_prompts, log
 
 if TYPE_CHECKING:
     from ..modifier import ContrastAbliteration
@@ -181,9 +181,7 @@ class Host:
     def _identify(self, settings: HostSettings) -> Identity:
         """Returns what decides the trials of a study, after everything has been loaded."""
 
-        model = replace(
-            language_model(self.context, settings), known_identity=self.modifier.identity
-        )
+        model = replace(self.modifier.model(self.context), known_identity=self.modifier.identity)
         pools = {
             "harmful evaluation prompts": self.evaluator.bad_prompts,
             "harmless evaluation prompts": self.evaluator.good_prompts,

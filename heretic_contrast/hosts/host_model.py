@@ -8,6 +8,7 @@ from heretic.config import ExportStrategy, RowNormalization
 
 from ..ablation.changes import Changes
 from ..ablation.lora import require_mergeable
+from ..ablation.writers import with_embeddings
 from ..settings import Writers
 from .loading import ChatModel
 from .lora_targets import adapters_on_writers
@@ -43,6 +44,8 @@ class HostModel(ChatModel):
             }
         )
         model = from_heretic(self, settings, writers=self.writers)
+        if self.changes is not None and self.changes.embeddings:
+            model = with_embeddings(model)
         try:
             with adapters_on_writers(self, model, self.changes):
                 super()._apply_lora()

@@ -103,7 +103,7 @@ def merge(heretic_model: Any, changes: Changes | None) -> Any:
         merged = type(heretic_model).get_merged_model(heretic_model)
     if changes is not None:
         found = layers_of(merged)
-        changes.write(found)
+        changes.write(merged, found)
         if found[0] is layers[0]:
             changes.undo()
     return merged

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from ..ablation.writers import EMBEDDINGS
 from ..directions.directions import Directions
 from ..errors import ContrastError
 from ..settings import HERETIC_RANGES, Range, Scale, general_parameter
@@ -131,6 +132,9 @@ def configuration_digest(directions: Directions) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+EMBEDDINGS_RANGES: dict[str, Range] = {f"{EMBEDDINGS}.max_weight": (-0.25, 1.5)}
+"""What is searched of the embeddings, which can be left alone as well."""
+
 HERETIC_20_RANGES: dict[str, Range] = {"mlp.down_proj.max_weight": (-0.25, 1.5)}
 """What Heretic 2.0 searches otherwise: a weight below 0 counts as 0, so that the MLP can be left alone."""
 
@@ -167,7 +171,8 @@ def suggest_parameters(
     Names and ranges of the kernel and the direction index are Heretic's, so that one direction searches exactly
     Heretic's space. Several directions add one scale each; parallel directions add up, so the range of the
     kernel's maximum then reaches down to where their sum is as strong as Heretic's weakest single one. Beside a shared direction,
-    which is Heretic's and has its kernel, what the classes add has scales that are 0 where `rest` is not above 0.
+    which is Heretic's and has its kernel, what the classes add has scales that are 0 where `rest` is not above 0. Embeddings
+    have a weight instead of a kernel.
 
     `space`: ranges that the user has given, and `default`: those in which the installed Heretic differs from 1.4. In
     both, a range of one component or direction stands before that of all.
@@ -189,7 +194,8 @@ def suggest_parameters(
     if n_directions > 1 and not directions.has_shared:
         # The average scale is 0.5, so n parallel directions remove n / 2 times the kernel's weight.
         lowest = min(lowest, 2 * lowest / n_directions)
-    spaces = (space or {}, default or {}, {**HERETIC_RANGES, "max_weight": (lowest, highest)})
+    ranges = {**HERETIC_RANGES, **EMBEDDINGS_RANGES, "max_weight": (lowest, highest)}
+    spaces = (space or {}, default or {}, ranges)
 
     def limits(name: str) -> Range:
         keys = (name, general_parameter(name))
@@ -200,6 +206,10 @@ def suggest_parameters(
         max_weight = max(
             0.0, trial.suggest_float(f"{component}.max_weight", *limits(f"{component}.max_weight"))
         )
+        if component == EMBEDDINGS:
+            # They stand before the first layer alone.
+            kernels[component] = Kernel(max_weight, 0.0, 0.0, 0.0)
+            continue
         low, high = limits(f"{component}.max_weight_position")
         position = trial.suggest_float(
             f"{component}.max_weight_position", low * last_layer_index, high * last_layer_index

@@ -50,7 +50,8 @@ IDLE: dict[str, Any] = {
 """What decides how directions are made, and nothing else."""
 
 EFFECTIVE: dict[str, Any] = {
-    "writers": "heretic",
+    "writers": "all",
+    "embeddings": True,
     "composition": "capped",
     "equal_effective_weight": True,
     "row_normalization": "full",

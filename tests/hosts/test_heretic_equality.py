@@ -88,6 +88,7 @@ def initialized(
         settings=ContrastSettings.model_validate(
             {
                 "preset": "arditi",
+                "embeddings": False,
                 **{name: {"dataset": str(path)} for name, path in files.items()},
                 **options,
             }

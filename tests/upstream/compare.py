@@ -57,6 +57,7 @@ def compare(row_normalization: str, direction_index: float | None) -> float:
         Abliteration: {"orthogonalize_direction": True, "full_normalization_lora_rank": 3},
         ContrastAbliteration: {
             "preset": "arditi",
+            "embeddings": False,
             "orthogonalize_direction": True,
             "full_normalization_lora_rank": 3,
             "seed": 3,

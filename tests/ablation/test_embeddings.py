@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Embeddings that are ablated with the first layer: by hooks, in a study, in a sweep, and in the model that is saved."""
+
+import warnings
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from heretic_contrast.ablation.hooks import Intervention, ablated_samples
+from heretic_contrast.ablation.operator import compose
+from heretic_contrast.ablation.writers import find_embeddings
+from heretic_contrast.engine.check import checked_engine
+from heretic_contrast.engine.fast.engine import FastEngine
+from heretic_contrast.errors import ContrastError
+from heretic_contrast.evaluation.plan import Configuration, SweepOptions
+from heretic_contrast.evaluation.sweep import sweep
+from heretic_contrast.hosts.surface import wrap
+from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.search.parameters import Kernel, Parameters, suggest_parameters
+from heretic_contrast.settings import ContrastSettings
+from tests.ablation.test_writers import EXACT, model_of, states, unit_direction
+from tests.engine.test_architectures import Case, logits, make_case, relative
+from tests.evaluation.test_sweep import (
+    CANARIES,
+    HARMFUL,
+    REFERENCES,
+    always_refuse_at_base,
+    changed_weights,
+    full_divergence,
+    known_references,
+    random_directions,
+)
+
+KINDS = ["Llama", "Gemma 2", "GPT-2"]
+"""A head of its own; scaled, and shared with the head; positions besides, and shared with the head."""
+
+ALL = [pytest.param(name, marks=[] if name in KINDS else [pytest.mark.slow]) for name in EXACT]
+
+
+def worst(model: LanguageModel, direction: Tensor) -> float:
+    """Returns the largest |v·h_l| / ‖h_l‖ of any layer and token, from what enters the first layer on."""
+
+    return max(
+        float(((state @ direction).abs() / state.norm(dim=-1)).max()) for state in states(model)
+    )
+
+
+def everything(case: Case, *scales: float) -> Parameters:
+    """Parameters of weight 1 in all layers, and of the embeddings, times a scale for each direction."""
+
+    names = case.modifier.model(case.context).component_names
+    assert "embeddings" in names
+    kernels = {name: Kernel(1.0, 0.0, 1.0, 99.0) for name in names}
+    kernels["embeddings"] = Kernel(1.0, 0.0, 0.0, 0.0)
+    return Parameters(None, kernels, dict(zip(case.modifier.directions.names, scales, strict=True)))
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_nothing_of_a_direction_is_in_the_stream(name: str, tmp_path: Path) -> None:
+    case = make_case(name, tmp_path / "model", embeddings=True)
+    model = case.plain
+    direction = unit_direction(model)
+    tensor = case.modifier.directions.tensor
+    tensor[:, 0] = direction
+    scales = (1.0, 0.0)
+    operators = {
+        layer: compose(tensor[layer + 1], torch.tensor(scales)) for layer in range(model.n_layers)
+    }
+    assert worst(model, direction) > 0.01
+    intervention = Intervention(operators, embeddings=True)
+    # Where the first layer is not ablated, neither are the embeddings.
+    last = Intervention({3: operators[3]}, embeddings=True)
+    base = logits(model.model, model)
+    with ablated_samples(model, [intervention]):
+        assert worst(model, direction) < 1e-4
+        hooked = logits(model.model, model)
+    assert relative(hooked, base) > 0.01
+    with ablated_samples(model, [intervention, last]):
+        first, second = states(model)[0]
+    assert float((first @ direction).abs().max()) < 1e-4 < float((second @ direction).abs().max())
+
+    head = case.host.model.get_output_embeddings().weight.clone()
+    before = states(model)
+    case.modifier.modify_model(case.context, everything(case, *scales))
+    assert relative(logits(case.host.model, model), hooked) < 1e-4
+    case.modifier.reset_model(case.context)
+    assert relative(logits(case.host.model, model), base) < 1e-6
+    assert all(map(torch.equal, states(model), before))
+
+    case.modifier.modify_model(case.context, everything(case, *scales))
+    network = case.host.model.get_base_model()
+    is_tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        case.host.get_merged_model().save_pretrained(tmp_path / "saved")
+    assert any("a head of its own" in str(item.message) for item in said) == is_tied
+    kind = type(model.model) if case.family.processor else AutoModelForCausalLM
+    reloaded = kind.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert torch.equal(reloaded.get_output_embeddings().weight, head)
+    saved = wrap(reloaded, model.tokenizer, name)
+    assert worst(saved, direction) < 1e-4
+    assert relative(logits(reloaded, model), hooked) < 1e-4
+    # Heretic loads the model anew after an export.
+    case.modifier.reset_model(case.context)
+    assert relative(logits(case.host.model, model), base) < 1e-6
+
+
+@torch.no_grad()
+def test_a_table_of_embeddings_loses_the_operator() -> None:
+    """By dense algebra, for several directions and weights below 1, behind a number that scales the embeddings."""
+
+    model = model_of("Gemma 2")
+    vectors = torch.randn(3, model.hidden_size, generator=torch.Generator().manual_seed(3)) / 5
+    operator = compose(vectors, torch.tensor([0.9, 0.4, 0.7]), "sequential")
+    identity = torch.eye(model.hidden_size, dtype=torch.float64)
+    rest = identity
+    for vector, weight in zip(vectors.double(), (0.9, 0.4, 0.7), strict=True):
+        rest = rest @ (identity - weight * torch.outer(vector, vector))
+    table = model.model.get_input_embeddings().weight.double()
+    expected = (table @ rest.T)[torch.arange(40, 52).view(2, 6)] * model.hidden_size**0.5
+    (embeddings,) = find_embeddings(model)
+    assert embeddings.gain is None
+    with ablated_samples(model, [Intervention({0: operator}, embeddings=True)] * 2):
+        assert relative(states(model)[0], expected.float()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+@torch.no_grad()
+def test_sweep_ablates_embeddings_with_the_first_layer(name: str) -> None:
+    model = model_of(name, batch_size=4)
+    directions = random_directions(model, 2, 1)
+    options = SweepOptions(
+        layers=(0, 1), weights=(1.0,), max_new_tokens=12, kl_tokens=6, top_k=320, synergy_size=0
+    )
+    classify = always_refuse_at_base(model, HARMFUL)
+    known = known_references(model, 6)
+    assert type(checked_engine(model, model.token_ids(HARMFUL))) is FastEngine
+    with_embeddings = Configuration(directions, embeddings=True)
+    result = sweep(
+        model,
+        {"plain": directions, "embedded": with_embeddings},
+        *(HARMFUL, CANARIES, REFERENCES, options),
+        classify=classify,
+    )
+    cells = {(cell.configuration, cell.layers[0]): cell for cell in result.cells}
+    tables = [item.module.weight for item in find_embeddings(model)]
+    assert len(tables) == (2 if name == "GPT-2" else 1)
+    head = model.model.get_output_embeddings()
+    original, own = [table.data for table in tables], head.weight
+    divergences = []
+    for (configuration, layer), cell in cells.items():
+        vectors = directions.tensor[layer + 1].double()
+        change = vectors.T @ vectors
+        try:
+            if configuration == "embedded" and layer == 0:
+                head.weight = torch.nn.Parameter(own.detach().clone())
+                for table in tables:
+                    table.data = (table.double() - table.double() @ change).float()
+            with changed_weights(model, layer, change):
+                assert list(cell.responses) == model.generate(HARMFUL, 12)
+                expected = full_divergence(model, known)
+        finally:
+            head.weight = own
+            for table, data in zip(tables, original, strict=True):
+                table.data = data
+        assert cell.measurement.kl_divergence == pytest.approx(expected, rel=1e-2, abs=1e-5)
+        divergences.append(cell.measurement.kl_divergence)
+    assert cells["plain", 0].measurement != cells["embedded", 0].measurement
+    assert cells["plain", 1].measurement == cells["embedded", 1].measurement
+    assert with_embeddings.key() != Configuration(directions).key()
+
+
+def test_presets_ablate_what_their_authors_do() -> None:
+    found = {
+        preset: ContrastSettings.model_validate({"preset": preset}).embeddings
+        for preset in ("arditi", "piras", "paper-unmatched", "heretic-soma")
+    }
+    assert found == {
+        "arditi": True,
+        "piras": True,
+        "paper-unmatched": False,
+        "heretic-soma": False,
+    }
+    settings = ContrastSettings.model_validate({"preset": "arditi", "writers": "heretic"})
+    assert not settings.embeddings
+    with pytest.raises((ContrastError, ValidationError), match="Heretic ablates no embeddings"):
+        ContrastSettings.model_validate({"embeddings": True, "writers": "heretic"})
+
+
+def test_embeddings_have_one_weight_in_the_search(tiny_llama: LanguageModel) -> None:
+    directions = random_directions(tiny_llama, 1, 0)
+    trial = optuna.create_study().ask()
+    names = ["attn.o_proj", "embeddings"]
+    parameters = suggest_parameters(trial, names, 4, directions)
+    assert [name for name in trial.params if name.startswith("embeddings")] == [
+        "embeddings.max_weight"
+    ]
+    kernel = parameters.kernels["embeddings"]
+    assert kernel.weight(0) == max(0.0, trial.params["embeddings.max_weight"])
+    trial = optuna.create_study().ask()
+    space = {"embeddings.max_weight": (0.25, 0.25)}
+    fixed = suggest_parameters(trial, names, 4, directions, space)
+    assert fixed.kernels["embeddings"].weight(0) == 0.25
+
+
+def test_an_adapter_without_embeddings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ContrastError, match=r"No LoRA adapter carries embeddings of .*embeddings = false"
+    ):
+        make_case(
+            "Llama", tmp_path / "asked", embeddings=True, options=["--export-strategy=adapter"]
+        )
+    case = make_case("Llama", tmp_path / "model", embeddings=True, row_normalization="full")
+    with pytest.raises(ContrastError, match="no LoRA adapter carries embeddings: merge it"):
+        case.host.model.save_pretrained(tmp_path / "adapter")
+    case.modifier.modify_model(case.context, everything(case, 1.0, 0.5))
+    case.host.get_merged_model()
+    # The model that is loaded again has none either.
+    case.modifier.reset_model(case.context)
+    with pytest.raises(ContrastError, match="no LoRA adapter carries embeddings: merge it"):
+        case.host.model.save_pretrained(tmp_path / "adapter")
