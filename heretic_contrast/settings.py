@@ -775,6 +775,11 @@ class ContrastSettings(Table, TextClassifierSettings):
             )
         return self
 
+    def given(self) -> dict[str, Any]:
+        """Returns the settings that were given, by name."""
+
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
     def configurations(self) -> dict[str, "ContrastSettings"]:
         """
         Returns one settings object per configuration to compare, by name.
@@ -789,11 +794,10 @@ class ContrastSettings(Table, TextClassifierSettings):
             return {PurePath(self.directions).stem: self}
         if len(self.preset) <= 1:
             return {self.preset[0] if self.preset else self.baseline: self}
-        explicit = {name: getattr(self, name) for name in self.model_fields_set if name != "preset"}
         found = {}
         for name in self.preset:
             try:
-                found[name] = ContrastSettings.model_validate({"preset": [name], **explicit})
+                found[name] = ContrastSettings.model_validate({**self.given(), "preset": [name]})
             except ValidationError as error:
                 # Each setting works by itself, so that only what they are together can be wrong.
                 cause = error.errors()[0].get("ctx", {}).get("error", error)

@@ -311,11 +311,7 @@ class HostSettings(Settings):
         """Fills in what follows from other settings: pools, Heretic's own options, the checkpoint folder."""
 
         given = set(self.model_fields_set)
-        own = {
-            name
-            for name in self.contrast.model_fields_set
-            if getattr(self.contrast, name) is not None
-        }
+        own = {name for name, value in self.contrast.given().items() if value is not None}
         if self.contrast.directions is not None:
             require_effect(sorted(own & self.idle_beside_directions))
         pools = {"bad_prompts", "good_prompts"}
@@ -343,15 +339,7 @@ class HostSettings(Settings):
                 if value != ContrastSettings.model_fields[name].default:
                     updates[name] = value
         if updates:
-            self.contrast = ContrastSettings.model_validate(
-                {
-                    **{
-                        name: getattr(self.contrast, name)
-                        for name in self.contrast.model_fields_set
-                    },
-                    **updates,
-                }
-            )
+            self.contrast = ContrastSettings.model_validate({**self.contrast.given(), **updates})
         directory: str = self.study_checkpoint_dir  # type: ignore[has-type]
         self.study_checkpoint_dir = str(
             Path(directory) / f"contrast-{self.configuration_digest()[:16]}"

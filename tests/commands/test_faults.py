@@ -358,7 +358,7 @@ def content_of(directions: Directions) -> tuple[Any, ...]:
     )
 
 
-def test_no_flipped_bit_of_a_directions_file_is_believed(tmp_path: Path) -> None:
+def test_no_flipped_bit_of_a_directions_file_is_believed_and_no_cut(tmp_path: Path) -> None:
     path = tmp_path / "directions.safetensors"
     expected = content_of(saved_directions(path))
     content = path.read_bytes()
@@ -375,6 +375,10 @@ def test_no_flipped_bit_of_a_directions_file_is_believed(tmp_path: Path) -> None
             # Spaces say nothing.
             assert content_of(found) == expected
     assert n_named > 0.95 * len(content)
+    for position in range(0, len(content), 7):
+        path.write_bytes(content[:position])
+        with pytest.raises(ContrastError):
+            Directions.load(path)
 
 
 @pytest.fixture

@@ -398,35 +398,9 @@ def test_mutated_directions_files(tmp_path: Path, data: st.DataObject) -> None:
             assert torch.equal(getattr(found, name), tensor)
 
 
-def test_every_cut_and_every_flipped_byte_of_a_directions_file(tmp_path: Path) -> None:
-    path = tmp_path / "directions.safetensors"
-    content = write_valid(path)
-    expected = make_tensors()
-    for position in range(0, len(content), 7):
-        path.write_bytes(content[:position])
-        assert load(path) is None
-    for position in range(0, len(content), 11):
-        path.write_bytes(
-            content[:position] + bytes([content[position] ^ 255]) + content[position + 1 :]
-        )
-        found = load(path)
-        assert found is None or torch.equal(found.tensor, expected["tensor"])
-
-
 dtypes = st.sampled_from(
-    [
-        torch.float32,
-        torch.float64,
-        torch.float16,
-        torch.bfloat16,
-        torch.float8_e4m3fn,
-        torch.int8,
-        torch.int64,
-        torch.uint16,
-        torch.bool,
-        torch.complex64,
-    ]
-)
+    "float32 float64 float16 bfloat16 float8_e4m3fn int8 int64 uint16 bool complex64".split()
+).map(lambda name: getattr(torch, name))
 shapes = st.lists(st.integers(0, 5), max_size=4)
 nested = st.integers(1, 3000).map(lambda depth: '{"a":' * depth + "1" + "}" * depth)
 texts_of_metadata = (
