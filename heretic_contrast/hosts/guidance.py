@@ -103,14 +103,11 @@ def _of_sweep(path: Path, settings: ContrastSettings) -> tuple[str, list[Values]
             f"The sweep {path} has no configuration {configuration} ({strength}) but {there}: sweep it, or choose one of these for "
             "the study."
         )
-    cells = {
-        index: cell
-        for index, cell in enumerate(sweep.single_cells(configuration, strength))
-        if cell.measurement.refusals < sweep.baseline.refusals
-    }
+    cells = sweep.single_cells(configuration, strength)
     points = {
         index: (cell.measurement.refusals, cell.measurement.kl_divergence)
-        for index, cell in cells.items()
+        for index, cell in enumerate(cells)
+        if cell.measurement.refusals < sweep.baseline.refusals
     }
     return sweep.model, [_trial_of(cells[index]) for index in front(points)]
 

@@ -25,7 +25,7 @@ from ..errors import ContrastError, raising_causes
 from ..outputs import require_writable_directory
 from ..prompts import Prompt
 from ..settings import PromptSources
-from .settings import PLUGIN, TABLE, HostSettings
+from .settings import PLUGIN, TABLE, HostSettings, listed
 from .surface import heretic_prompts
 
 
@@ -56,8 +56,7 @@ def specifications(sources: PromptSources) -> list[dict[str, Any]]:
     """Returns Heretic's specifications of the datasets that prompts come from."""
 
     known = set(SingleDatasetSpecification.model_fields)
-    items = sources if isinstance(sources, list) else [sources]
-    return [source.model_dump(include=known, exclude_none=True) for source in items]
+    return [source.model_dump(include=known, exclude_none=True) for source in listed(sources)]
 
 
 def run(settings: HostSettings) -> None:
