@@ -135,9 +135,11 @@ class ChatModel(Model):
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        # One response for each prompt, whatever the model's generation configuration says.
-        one = patch.multiple(self.model.generation_config, num_return_sequences=1)
-        with patch.multiple(self, _asks=True), one:
+        # Tokens of one response for each prompt, whatever the model's generation configuration says.
+        form = patch.multiple(
+            self.model.generation_config, num_return_sequences=1, return_dict_in_generate=False
+        )
+        with patch.multiple(self, _asks=True), form:
             yield
 
 
