@@ -98,8 +98,8 @@ It then reads whatever the current directory holds in that format. "pandas" unpi
 """
 
 
-def check_dataset_name(name: str) -> None:
-    """Raises `ContrastError` when the name of a dataset is empty, or that of a file format."""
+def check_dataset_name(name: str) -> str:
+    """Returns the name of a dataset. Raises `ContrastError` when it is empty, or that of a file format."""
 
     if not name.strip():
         raise ContrastError(
@@ -110,6 +110,7 @@ def check_dataset_name(name: str) -> None:
             f'"{name}" is the name of a file format and not of a dataset: give the ID of a dataset or the path of a file, or '
             f"./{name} for a folder of that name."
         )
+    return name
 
 
 UNKNOWN = "unknown_setting"
@@ -262,6 +263,14 @@ class Table(Described):
 
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def check_keys(cls, data: Any) -> Any:
+        """Names an unknown key, before something is missed whose name it should have."""
+
+        check_names(data, cls.model_fields)
+        return data
+
 
 class TextClassifierSettings(Described):
     """The settings of whatever may judge responses by a model of the user's choice."""
@@ -282,7 +291,7 @@ class TextClassifierSettings(Described):
 class PromptSource(Table):
     """Where a pool of prompts comes from: Heretic's dataset specification, with a category column."""
 
-    dataset: str
+    dataset: Annotated[str, AfterValidator(check_dataset_name)]
     """
     Hugging Face dataset ID, or path to a dataset on disk, a folder of data files, or a file of text (one prompt per line),
     JSON Lines, JSON, CSV, Parquet or Arrow.
@@ -316,22 +325,6 @@ class PromptSource(Table):
 
     system_prompt: str | None = None
     """System prompt to use with the prompts (overrides the model's if set)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def check_keys(cls, data: Any) -> Any:
-        """Names an unknown key, before a dataset is missed whose name it should have."""
-
-        check_names(data, cls.model_fields)
-        return data
-
-    @field_validator("dataset")
-    @classmethod
-    def check_dataset(cls, value: str) -> str:
-        """Refuses the names of file formats."""
-
-        check_dataset_name(value)
-        return value
 
 
 _SOURCES = TypeAdapter(Annotated[list[PromptSource], Field(min_length=1)])
@@ -669,13 +662,12 @@ class ContrastSettings(Table, TextClassifierSettings):
     @model_validator(mode="before")
     @classmethod
     def apply_preset(cls, data: Any) -> Any:
-        """Names unknown keys with the nearest known one, then fills in what a single preset says."""
+        """Fills in what a single preset says."""
 
         if not isinstance(data, dict):
             return data
         data = {str(name).replace("-", "_"): value for name, value in data.items()}
         check_text(data)
-        check_names(data, cls.model_fields)
         if data.get("directions") is not None:
             # The categories are also those of the prompts that are judged, which the seed chooses.
             idle = EXTRACTION_FIELDS - {"category_source", "seed"}
