@@ -6,6 +6,7 @@ Random and mutated configurations and directions files: success, or one sentence
 Never a traceback, and never a wait without end: pytest's timeout and the limits of each case see to that.
 """
 
+import hashlib
 import json
 import math
 import subprocess
@@ -427,7 +428,7 @@ texts_of_metadata = (
 
 
 def forge(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str | None]) -> None:
-    """Writes a file whose digest of the numbers is right, as whoever forges one can make it."""
+    """Writes a file whose digests are right, as whoever forges one can make it."""
 
     try:
         digest = content_digest(tensors)
@@ -442,10 +443,11 @@ def forge(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, s
         "digest": digest,
         **metadata,
     }
+    written = {name: text for name, text in texts.items() if text is not None}
+    content = json.dumps(written, sort_keys=True).encode()
+    written["metadata_digest"] = hashlib.sha256(content).hexdigest()
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    path.write_bytes(
-        save(tensors, {name: text for name, text in texts.items() if text is not None})
-    )
+    path.write_bytes(save(tensors, written))
 
 
 @pytest.mark.parametrize(
