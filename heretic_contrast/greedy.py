@@ -118,28 +118,23 @@ def goes_row_by_row(network: Any) -> bool:
     return peculiarities(network) <= ROW_BY_ROW
 
 
-def generation_batches(
-    network: Any, kinds: Sequence[Hashable], batch_size: int
-) -> Iterator[list[int]]:
+def generation_groups(network: Any, kinds: Sequence[Hashable]) -> list[list[int]]:
     """
-    Yields which prompts may be answered together, so that each gets the response that it gets by itself.
+    Returns which prompts may be answered together, so that each gets the response that it gets by itself.
 
     `kinds`: the number of tokens of each, and whatever else must be the same in a batch. Padding is masked, but penalties
     see it: only under plain decoding do prompts of several lengths share a batch. Under settings that nothing is known
     about, none do.
     """
 
-    groups = [list(range(len(kinds)))]
-    if not is_plainly_greedy(network):
-        by_kind: dict[Hashable, list[int]] = {}
-        for index, kind in enumerate(kinds):
-            by_kind.setdefault(kind, []).append(index)
-        groups = list(by_kind.values())
-        if not goes_row_by_row(network):
-            batch_size = 1
-    for group in groups:
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+    if is_plainly_greedy(network):
+        return [list(range(len(kinds)))]
+    if not goes_row_by_row(network):
+        return [[index] for index in range(len(kinds))]
+    by_kind: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        by_kind.setdefault(kind, []).append(index)
+    return list(by_kind.values())
 
 
 @contextmanager

@@ -251,7 +251,7 @@ class LanguageModel:
         """
 
         # Directions come from residuals; responses are another matter.
-        from .greedy import explained_settings, generation_batches
+        from .greedy import explained_settings, generation_groups
 
         found: list[Tokens] = [()] * len(sequences)
         ends = self.end_tokens()
@@ -273,8 +273,8 @@ class LanguageModel:
             for index, row in zip(batch, rows, strict=True):
                 found[index] = until_end(tuple(row), limits[index], ends)
 
-        for batch in generation_batches(self.model, kinds, self.batch_size):
-            for _ in sizes.run(len(batch), lambda part, batch=batch: answer(batch[part])):  # type: ignore[misc]
+        for group in generation_groups(self.model, kinds):
+            for _ in sizes.run(len(group), lambda part, group=group: answer(group[part])):  # type: ignore[misc]
                 pass
         return found
 

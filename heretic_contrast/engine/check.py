@@ -20,14 +20,8 @@ from .plain import PlainEngine
 N_PROMPTS = 3
 N_TOKENS = 4
 
-TOLERANCES = {torch.float32: 5e-3, torch.float64: 5e-3}
-"""Relative difference of logits that rounding explains, by the data type of the model."""
-
 DEVICE_FAILS = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
 """What PyTorch raises from 2.8 on when a device does not work any more."""
-
-TOLERANCE = 0.1
-"""The same for data types with fewer digits."""
 
 
 def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> Engine:
@@ -87,7 +81,8 @@ def reason_against(
 ) -> str:
     """Returns in what an engine differs from the plain one by more than rounding explains; nothing where it does not."""
 
-    tolerance = TOLERANCES.get(plain.model.model.dtype, TOLERANCE)
+    # Relative difference of logits that rounding explains.
+    tolerance = 5e-3 if plain.model.model.dtype in (torch.float32, torch.float64) else 0.1
     for chosen in (None, *([intervention] for intervention in interventions)):
         (found,), (right,) = (all_logits(item, known, chosen) for item in (engine, plain))
         if not same_logits(found, right, tolerance):

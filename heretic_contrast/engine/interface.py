@@ -33,6 +33,12 @@ class Continuations:
     tokens: tuple[Tokens, ...]
 
     @property
+    def sequences(self) -> list[Tokens]:
+        """What is read of each prompt and its continuation, whose last token predicts nothing."""
+
+        return [a + b[:-1] for a, b in zip(self.prompts, self.tokens, strict=True)]
+
+    @property
     def lengths(self) -> list[int]:
         """The number of positions of each prompt."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from ..ablation.hooks import contributions
 from ..language_model import LanguageModel, Tokens, plain_settings
@@ -35,9 +35,9 @@ def observe_decoding(
     inputs = model.pad(prompts)
     length = inputs["input_ids"].shape[1]
     ends = to_device(torch.tensor(sorted(model.end_tokens()), dtype=torch.long), model.device)
-    with plain_settings(model.model), _last_positions(model) as (outputs, states):
+    with plain_settings(model.model), _last_positions(model, len(prompts)) as (outputs, states):
 
-        def step(tokens: Tensor) -> None:
+        def step(tokens: Tensor, logits: Tensor) -> Tensor:
             rows = ~torch.isin(tokens[:, length:], ends).any(dim=1)
             # Layers may lie on several devices.
             found = [
@@ -46,29 +46,21 @@ def observe_decoding(
             ]
             outputs.clear()
             observe(rows, found[0].double(), found[1].double())
+            return logits
 
         model.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=model.pad_token_id(),
-            logits_processor=LogitsProcessorList([_EveryStep(step)]),
+            logits_processor=LogitsProcessorList([step]),
         )
 
 
-class _EveryStep(LogitsProcessor):
-    """Calls a function with the tokens so far after every step of a generation, and changes nothing."""
-
-    def __init__(self, step: Callable[[Tensor], None]) -> None:
-        self._step = step
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self._step(input_ids)
-        return scores
-
-
 @contextmanager
-def _last_positions(model: LanguageModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+def _last_positions(
+    model: LanguageModel, n_samples: int
+) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
     """
     Collects, by layer, the sum of what its writers contribute, and the layer's own output.
 
@@ -78,12 +70,6 @@ def _last_positions(model: LanguageModel) -> Iterator[tuple[dict[int, Tensor], d
 
     outputs: dict[int, Tensor] = {}
     states: dict[int, Tensor] = {}
-
-    n_samples = 0
-
-    def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal n_samples
-        n_samples = len(args[0] if args else kwargs["hidden_states"])
 
     def add_output(layer: int, with_bias: bool) -> Callable[..., None]:
         def hook(module: Module, args: Any, output: Any) -> None:
@@ -107,7 +93,6 @@ def _last_positions(model: LanguageModel) -> Iterator[tuple[dict[int, Tensor], d
     try:
         for index, layer in enumerate(model.layers):
             handles.append(layer.register_forward_hook(keep_state(index)))
-            handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
             for module, with_bias in contributions(model, index).items():
                 handles.append(module.register_forward_hook(add_output(index, with_bias)))
         yield outputs, states

@@ -61,8 +61,7 @@ class PlainEngine:
     ) -> Iterator[Logits]:
         """See `Engine.logits`."""
 
-        # The last token predicts nothing.
-        sequences = [a + b[:-1] for a, b in zip(known.prompts, known.tokens, strict=True)]
+        sequences = known.sequences
         # Logits are asked for from the first prediction on, and not of what comes before.
         length = max(map(len, sequences), default=1) - min(map(len, known.prompts), default=1) + 1
         n_rows = ELEMENTS // (length * self.model.vocabulary_size)

@@ -133,19 +133,15 @@ def gated_delta_rule(
     state = torch.zeros(shape) if initial_state is None else initial_state.float().clone()
     output = torch.empty(value.shape)
     if output.numel() > 0:
-        n_torch_threads = torch.get_num_threads()
-        n_threads = numba.get_num_threads()
-        numba.set_num_threads(min(n_torch_threads, numba.config.NUMBA_NUM_THREADS))
+        n_threads = torch.get_num_threads()
+        numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
         # Numba starts its threads here, and thereby sets PyTorch's number to its own: both are OpenMP's. Processes that
         # were told to use one thread each would compete for the cores.
-        torch.set_num_threads(n_torch_threads)
-        try:
-            _compiled_run()(
-                *(item.float().numpy() for item in (query, key, value, g, beta)),
-                use_qk_l2norm_in_kernel,
-                state.numpy(),
-                output.numpy(),
-            )
-        finally:
-            numba.set_num_threads(n_threads)
+        torch.set_num_threads(n_threads)
+        _compiled_run()(
+            *(item.float().numpy() for item in (query, key, value, g, beta)),
+            use_qk_l2norm_in_kernel,
+            state.numpy(),
+            output.numpy(),
+        )
     return output.to(query.dtype), state if output_final_state else None

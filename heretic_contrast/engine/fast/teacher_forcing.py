@@ -59,8 +59,7 @@ class TeacherForcing:
     def __init__(self, decoder: Decoder, known: Continuations, n_rows: int) -> None:
         self._decoder = decoder
         self._known = known
-        # The last token of a continuation predicts nothing.
-        sequences = [a + b[:-1] for a, b in zip(known.prompts, known.tokens, strict=True)]
+        sequences = known.sequences
         self._order = sorted(
             range(len(sequences)), key=lambda index: (len(sequences[index]), index)
         )
@@ -87,7 +86,7 @@ class TeacherForcing:
 
         def read(part: slice) -> Pass:
             sequences = range(len(self._order))[part]
-            tokens = self._batch(sequences)
+            tokens = self._batch([self._sequences[index] for index in sequences])
             known = _select(cache, [0] * len(sequences))
             hidden_states = self._decoder.run(tokens, known, len(self.prefix))
             return self._pass([(index, 0) for index in sequences], hidden_states, known, 0)
@@ -125,7 +124,7 @@ class TeacherForcing:
         def read(part: slice) -> Pass:
             sequences = [sequence for sequence, _ in rows[part]]
             indices = [index for _, index in rows[part]]
-            tokens = self._batch(sequences)
+            tokens = self._batch([self._sequences[sequence] for sequence in sequences])
             known = _select(cache, [chosen.index(index) for index in indices], start.layer)
             own = start.select(sequences, tokens.input_ids.shape[1])
             with ablated_samples(self._decoder.model, [interventions[index] for index in indices]):
@@ -183,7 +182,7 @@ class TeacherForcing:
         if not self.prefix:
             return None
         cache = new_cache(self._decoder.config)
-        self._decoder.run(self._prefix_batch(1), cache)
+        self._decoder.run(self._batch([self.prefix]), cache)
         return cache
 
     def _read_ablated_prefix(
@@ -194,7 +193,7 @@ class TeacherForcing:
         above, count = new_cache(self._decoder.config), len(interventions)
         own = start.select([0] * count, len(self.prefix))
         with ablated_samples(self._decoder.model, interventions):
-            self._decoder.run(self._prefix_batch(count), above, 0, own)
+            self._decoder.run(self._batch([self.prefix] * count), above, 0, own)
         assert self._prefix_cache is not None
         return join(self._prefix_cache, above, start.layer)
 
@@ -211,11 +210,11 @@ class TeacherForcing:
         if self.prefix:
             if self._prefix_cache is None:
                 self._prefix_cache = self._read_prefix()
-            prefix = self._decoder.layer_input(self._prefix_batch(1), layer, start=below)
+            prefix = self._decoder.layer_input(self._batch([self.prefix]), layer, start=below)
 
         def read(part: slice) -> LayerInput:
             sequences = range(len(self._order))[part]
-            tokens = self._batch(sequences)
+            tokens = self._batch([self._sequences[index] for index in sequences])
             cache = _select(self._prefix_cache, [0] * len(sequences))
             own = start and start.select(sequences, tokens.input_ids.shape[1])
             return self._decoder.layer_input(tokens, layer, cache, len(self.prefix), own)
@@ -226,17 +225,12 @@ class TeacherForcing:
         self._inputs = prefix, LayerInput(layer, torch.cat(padded), parts[0].n_outputs)
         return self._inputs
 
-    def _batch(self, sequences: Sequence[int]) -> TokenBatch:
-        """Returns the tokens of some sequences, padded on the right no further than they need."""
+    def _batch(self, sequences: Sequence[Tokens]) -> TokenBatch:
+        """Returns sequences as a batch, padded on the right no further than they need."""
 
         model = self._decoder.model
-        chosen = [self._sequences[index] for index in sequences]
-        tokens, mask = pad_right(chosen, model.pad_token_id())
+        tokens, mask = pad_right(sequences, model.pad_token_id())
         return TokenBatch(to_device(tokens, model.device), to_device(mask, model.device))
-
-    def _prefix_batch(self, count: int) -> TokenBatch:
-        tokens = to_device([self.prefix] * count, self._decoder.model.device)
-        return TokenBatch(tokens, torch.ones_like(tokens))
 
 
 def common_prefix(prompts: Sequence[Tokens]) -> Tokens:
