@@ -103,7 +103,8 @@ class TeacherForcing:
                 part: slice, group: list[int] = group, prefix: LayerInput | None = prefix
             ) -> tuple[list[int], Cache | None]:
                 ablated = [interventions[index] for index in group[part]]
-                return group[part], prefix and self._read_ablated_prefix(ablated, prefix)
+                cache = None if prefix is None else self._read_ablated_prefix(ablated, prefix)
+                return group[part], cache
 
             # Interventions that do not fit into one pass beside each other take turns.
             for chosen, cache in self._batches.run(len(group), read_prefix):
