@@ -9,9 +9,7 @@ All ways run in one process on the same weight; the best of several repeats coun
 """
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.linalg as LA
@@ -63,7 +61,6 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=6144)
     parser.add_argument("--directions", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -120,8 +117,6 @@ def main() -> None:
                 print(f"{way:30} {1000 * duration:10.1f} ms")
         else:
             print(f"{name:48} {value:10.3g}")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

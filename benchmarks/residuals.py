@@ -12,7 +12,6 @@ several repeats counts. The cache is not used.
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
 from measuring import best_time
@@ -31,21 +30,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     from heretic.utils import Prompt as HereticPrompt
 
-    settings = load_settings(
-        HostSettings,
-        sys.argv[0],
-        [
-            f"--batch-size={arguments.batch_size}",
-            "--response-prefix=",
-            "--model",
-            str(DATA / "refuser"),
-        ],
-    )
+    flags = [f"--batch-size={arguments.batch_size}", "--response-prefix="]
+    settings = load_settings(HostSettings, sys.argv[0], [*flags, "--model", str(DATA / "refuser")])
     heretic = open_model(settings)
     model = from_heretic(heretic, settings, arguments.batch_size)
     texts = [prompt.text for prompt in load_pool(refuser_pool("harmful", "train"), "harmful")]
@@ -69,8 +59,6 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     print(json.dumps(result, indent=2))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -220,21 +220,11 @@ def main() -> None:
         f"{numba.get_num_threads()} threads"
     )
     train_maps([np.ones((4, 16), dtype=np.float32)], SomSettings(iterations=10))
-    samples = views(
-        make_residuals(
-            arguments.layers, arguments.classes, arguments.prompts, arguments.hidden_size
-        ),
-        arguments.classes,
-    )
+    sizes = (arguments.layers, arguments.classes, arguments.prompts, arguments.hidden_size)
+    samples = views(make_residuals(*sizes), arguments.classes)
     figures: dict[str, Any] = {
-        "sizes": {
-            "layers": arguments.layers,
-            "classes": arguments.classes,
-            "prompts": arguments.prompts,
-            "hidden_size": arguments.hidden_size,
-            "iterations": arguments.iterations,
-            "threads": numba.get_num_threads(),
-        },
+        "arguments": {name: str(value) for name, value in vars(arguments).items()},
+        "threads": numba.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("minisom", "numba", "numpy")},
@@ -245,37 +235,27 @@ def main() -> None:
     }
 
     comparison = figures["comparison"]
+    memory, start = figures["memory"], figures["start"]
+    measured = comparison["minisom_maps_measured"]
+    scaled = f" (scaled up from the fastest of {measured} maps)" if measured < len(samples) else ""
+    rows = {
+        "MiniSom, loop over maps": f"{comparison['minisom_seconds']:.1f} s{scaled}",
+        f"Numba, {len(samples)} maps": f"{comparison['numba_seconds']:.3f} s",
+        "Ratio": f"{comparison['ratio']:.0f}",
+        "Processor time, MiniSom": f"{comparison['minisom_processor_seconds']:.1f} s",
+        "Processor time, Numba": f"{comparison['numba_processor_seconds']:.3f} s",
+        "Ratio of processor times": f"{comparison['processor_ratio']:.0f}",
+        "Largest difference of weights": f"{comparison['max_difference']:.1e}",
+        "… relative to the neuron's largest weight": f"{comparison['max_relative_difference']:.1e}",
+        "Same densest neuron": str(comparison["same_densest_neuron"]),
+        "Peak memory / samples, resident": f"{memory['peak_ratio']:.2f}",
+        "Peak memory / samples, traced": f"{memory['traced_ratio']:.2f}",
+        "First map of a process, nothing compiled": f"{start['cold_seconds']:.1f} s",
+        "First map of a process, compiled code cached": f"{start['warm_seconds']:.2f} s",
+    }
     table = Table("Figure", "Value", title="Self-organizing maps")
-    scaled = comparison["minisom_maps_measured"] < comparison["maps"]
-    table.add_row(
-        "MiniSom, loop over maps",
-        f"{comparison['minisom_seconds']:.1f} s"
-        + (
-            f" (scaled up from the fastest of {comparison['minisom_maps_measured']} maps)"
-            if scaled
-            else ""
-        ),
-    )
-    table.add_row(f"Numba, {comparison['maps']} maps", f"{comparison['numba_seconds']:.3f} s")
-    table.add_row("Ratio", f"{comparison['ratio']:.0f}")
-    table.add_row(
-        "Processor time, MiniSom and Numba",
-        f"{comparison['minisom_processor_seconds']:.1f} s, {comparison['numba_processor_seconds']:.3f} s",
-    )
-    table.add_row("Ratio of processor times", f"{comparison['processor_ratio']:.0f}")
-    table.add_row("Largest difference of weights", f"{comparison['max_difference']:.1e}")
-    table.add_row(
-        "… relative to the neuron's largest weight", f"{comparison['max_relative_difference']:.1e}"
-    )
-    table.add_row("Same densest neuron", str(comparison["same_densest_neuron"]))
-    table.add_row("Peak memory / samples, resident", f"{figures['memory']['peak_ratio']:.2f}")
-    table.add_row("Peak memory / samples, traced", f"{figures['memory']['traced_ratio']:.2f}")
-    table.add_row(
-        "First map of a process, nothing compiled", f"{figures['start']['cold_seconds']:.1f} s"
-    )
-    table.add_row(
-        "First map of a process, compiled code cached", f"{figures['start']['warm_seconds']:.2f} s"
-    )
+    for row in rows.items():
+        table.add_row(*row)
     console.print(table)
 
     if arguments.kinds:

@@ -176,13 +176,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder; the built-in refuser by default")
     parser.add_argument("--preset", action="append", help="paper-unmatched by default")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
-    result = compare(arguments)
-    print(json.dumps(result, indent=2))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(compare(arguments), indent=2))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,7 @@ class Directions:
     `mean_direction`: Tensor of shape (n_layers + 1, hidden_size), mean harmful minus mean general harmless residual.
     `hits`: Tensor of shape (n_layers + 1, n_classes, n_neurons), int64, the prompts that each neuron wins;
     empty for `method = "mean"`.
-    `provenance`: model, prompts' digests, settings and versions; JSON. In files of earlier versions, "prompt_digests" is
-    missing: the digests of the texts of all prompts that the directions came from.
+    `provenance`: model, prompts' digests, settings and versions; JSON.
     """
 
     tensor: Tensor

@@ -77,28 +77,27 @@ def read_directions(path: Path | str) -> dict[str, Any]:
         raise ContrastError(
             f"{path} cannot be read as a directions file, it may be cut off or damaged: extract it again."
         ) from error
-    for is_so, fault in (
-        (
-            any(tensor.dtype != TENSORS[name] for name, tensor in tensors.items()),
-            "holds numbers of other types than this version writes",
-        ),
-        (
-            metadata.get("digest") != content_digest(tensors)
-            or metadata.get("metadata_digest") != _metadata_digest(metadata),
-            "does not match its digest, so it is damaged",
-        ),
-        (
-            not _shapes_agree(tensors, len(fields["names"]), len(fields["class_names"])),
-            "has shapes that contradict each other, so it is damaged",
-        ),
-        (
-            not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()),
-            "holds numbers that are not finite",
-        ),
-    ):
-        if is_so:
-            raise ContrastError(f"The directions file {path} {fault}: extract it again.")
+    fault = _fault(tensors, fields, metadata)
+    if fault is not None:
+        raise ContrastError(f"The directions file {path} {fault}: extract it again.")
     return {**tensors, **fields}
+
+
+def _fault(
+    tensors: Mapping[str, Tensor], fields: Mapping[str, Any], metadata: Mapping[str, str]
+) -> str | None:
+    """Returns what is wrong with the content of a file."""
+
+    if any(tensor.dtype != TENSORS[name] for name, tensor in tensors.items()):
+        return "holds numbers of other types than this version writes"
+    digests = content_digest(tensors), _metadata_digest(metadata)
+    if (metadata.get("digest"), metadata.get("metadata_digest")) != digests:
+        return "does not match its digest, so it is damaged"
+    if not _shapes_agree(tensors, len(fields["names"]), len(fields["class_names"])):
+        return "has shapes that contradict each other, so it is damaged"
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        return "holds numbers that are not finite"
+    return None
 
 
 class _Provenance(BaseModel):
@@ -148,23 +147,20 @@ def _read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 def _shapes_agree(tensors: Mapping[str, Tensor], n_directions: int, n_classes: int) -> bool:
     """Returns whether the tensors of a file have the shapes that `Directions` describes."""
 
-    shapes = {name: tuple(tensors[name].shape) for name in TENSORS}
-    if not all(len(shapes[name]) == 3 for name in ("tensor", "class_directions", "hits")):
+    directions, class_directions, mean_direction, hits = (tensors[name].shape for name in TENSORS)
+    if not len(directions) == len(class_directions) == len(hits) == 3:
         return False
-    n_indices, _, hidden_size = shapes["tensor"]
-    n_class_directions = shapes["class_directions"][1]
+    n_indices, _, hidden_size = directions
+    n_class_directions = class_directions[1]
     return (
         n_indices > 1
         and hidden_size > 0
+        and directions[1] == n_directions
+        and class_directions == (n_indices, n_class_directions, hidden_size)
         and n_class_directions > 0
         and n_class_directions % n_classes == 0
-        and shapes
-        == {
-            "tensor": (n_indices, n_directions, hidden_size),
-            "class_directions": (n_indices, n_class_directions, hidden_size),
-            "mean_direction": (n_indices, hidden_size),
-            "hits": (n_indices, n_classes, shapes["hits"][2]),
-        }
+        and mean_direction == (n_indices, hidden_size)
+        and hits[:2] == (n_indices, n_classes)
     )
 
 

@@ -253,11 +253,10 @@ def _rates(settings: SomSettings) -> tuple[NDArray[np.float64], NDArray[np.int64
 
     width = sigma[:, None]
     with np.errstate(all="ignore"):
+        spread = 2 * width * width
         if settings.neighborhood == "gaussian":
-            spread = 2 * width * width
             values = np.exp(-np.power(x, 2) / spread) * np.exp(-np.power(y, 2) / spread)
         elif settings.neighborhood == "mexican_hat":
-            spread = 2 * width * width
             squared = np.power(x, 2) + np.power(y, 2)
             values = np.exp(-squared / spread) * (1 - 2 / spread * squared)
         elif settings.neighborhood == "bubble":

@@ -43,10 +43,9 @@ def cosine_matrix(vectors: Tensor) -> Tensor:
 def angle(first: Tensor, second: Tensor) -> float:
     """Returns the angle between two directions of shape (hidden_size,), in degrees; NaN where one is zero."""
 
-    a, b = first.to(torch.float64), second.to(torch.float64)
-    if not float(a.norm()) or not float(b.norm()):
+    (a, b), lengths = unit_vectors(torch.stack([first, second]))
+    if not bool(lengths.all()):
         return math.nan
-    a, b = a / a.norm(), b / b.norm()
     # The arc cosine loses half of the digits near 0 and 180 degrees; this form does not.
     return math.degrees(2 * math.atan2(float((a - b).norm()), float((a + b).norm())))
 
@@ -271,11 +270,11 @@ def measure_activities(
                 operator = configuration.operator(layer, weight)
                 size = perturbation(decoding.second[layer, own, own], rows, operator)
                 perturbations.append((float(weight), size / variation if variation else None))
-            at_last_position = (
+            with_harmful, with_harmless = (
                 tuple(occupancy(seen.second[layer, own, own], seen.energy[layer], rows).tolist())
                 for seen in (at_harmful, at_harmless)
             )
             activities.append(
-                Activity(name, layer, *at_last_position, variation, tuple(perturbations))
+                Activity(name, layer, with_harmful, with_harmless, variation, tuple(perturbations))
             )
     return tuple(activities)

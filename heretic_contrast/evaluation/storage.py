@@ -83,29 +83,16 @@ def without_password(storage: str | None) -> str:
 
 
 def open_storage(storage: str | None) -> BaseStorage:
-    """
-    Opens a storage: a URL that Optuna knows, the path of a journal file, or memory.
-
-    Raises `ContrastError` when it cannot be opened.
-    """
+    """Opens a storage: a URL that Optuna knows, the path of a journal file, or memory."""
 
     if storage is None:
         return InMemoryStorage()
-    try:
-        if "://" in storage:
-            return optuna.storages.get_storage(storage)
-        path = Path(storage)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = JournalLock(str(path), grace_period=LOCK_SECONDS)
-        return JournalStorage(CheckedJournal(str(path), lock_obj=lock))
-    except ContrastError:
-        raise
-    except Exception as error:
-        # Database drivers raise errors of their own.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ContrastError(
-            f"The storage {without_password(storage)} cannot be opened ({reason[:200]}): correct its URL, or move a damaged file away."
-        ) from error
+    if "://" in storage:
+        return optuna.storages.get_storage(storage)
+    path = Path(storage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = JournalLock(str(path), grace_period=LOCK_SECONDS)
+    return JournalStorage(CheckedJournal(str(path), lock_obj=lock))
 
 
 OTHER_SWEEP = "The storage {} holds another sweep (other {}): give another output or storage, or remove that one."
@@ -161,9 +148,10 @@ class SweepState:
             raise
         except Exception as error:
             # Database drivers and the journal raise errors of their own.
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ContrastError(
-                f"The storage {without_password(storage)} cannot be read ({' '.join(str(error).split())[:200]}): "
-                "move a damaged file away to start anew."
+                f"The storage {without_password(storage)} cannot be read ({reason[:200]}): correct its URL, or move a damaged file "
+                "away to start anew."
             ) from error
         # As the storage gives it back.
         different = differences(stored, json.loads(json.dumps(identity)))

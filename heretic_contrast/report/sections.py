@@ -3,11 +3,12 @@
 """Sections that the reports of a sweep and of an extraction share: capture, norms, compounding, perturbation."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
-from ..evaluation.results import CaptureResult, Geometry, LayerCapture
+from ..evaluation.results import Activity, CaptureResult, Geometry, LayerCapture
 from . import plots
 from .content import Column, Figure, Section, Table, number, percent, significant, text_column
 
@@ -230,6 +231,10 @@ def compounding_section(geometry: Geometry) -> Section:
     )
 
 
+def _perturbation(index: int, activity: Activity) -> float | None:
+    return activity.perturbations[index][1]
+
+
 def perturbation_section(geometry: Geometry, pools: str) -> Section:
     """Returns occupancy, and the size of the perturbation against the model's natural variation."""
 
@@ -244,8 +249,8 @@ def perturbation_section(geometry: Geometry, pools: str) -> Section:
         Column("Occupancy, harmless", lambda x: max(x.occupancy_harmless, default=None), percent),
         Column("Natural variation", "natural_variation", significant(3)),
         *(
-            Column(f"w = {weight:g}", lambda x, i=i: x.perturbations[i][1], significant(3))
-            for i, weight in enumerate(weights)
+            Column(f"w = {weight:g}", partial(_perturbation, index), significant(3))
+            for index, weight in enumerate(weights)
         ),
         note=f"{pools} Occupancy: the largest over directions. Columns of weights: the perturbation, as a multiple of the natural "
         "variation.",

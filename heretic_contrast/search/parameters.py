@@ -197,49 +197,33 @@ def suggest_parameters(
     ranges = {**HERETIC_RANGES, **EMBEDDINGS_RANGES, "max_weight": (lowest, highest)}
     spaces = (space or {}, default or {}, ranges)
 
-    def limits(name: str) -> Range:
+    def suggest(name: str, unit: float = 1.0, least: float = -math.inf) -> float:
         keys = (name, general_parameter(name))
-        return next(ranges[key] for ranges in spaces for key in keys if key in ranges)
+        limits = next(item[key] for item in spaces for key in keys if key in item)
+        low, high = (max(least, limit * unit) for limit in limits)
+        return trial.suggest_float(name, low, high)
 
     kernels = {}
     for component in components:
-        max_weight = max(
-            0.0, trial.suggest_float(f"{component}.max_weight", *limits(f"{component}.max_weight"))
-        )
+        max_weight = max(0.0, suggest(f"{component}.max_weight"))
         if component == EMBEDDINGS:
             # They stand before the first layer alone.
             kernels[component] = Kernel(max_weight, 0.0, 0.0, 0.0)
             continue
-        low, high = limits(f"{component}.max_weight_position")
-        position = trial.suggest_float(
-            f"{component}.max_weight_position", low * last_layer_index, high * last_layer_index
-        )
+        position = suggest(f"{component}.max_weight_position", last_layer_index)
         # A fraction of max_weight, again because ranges must not vary.
-        min_weight = trial.suggest_float(
-            f"{component}.min_weight", *limits(f"{component}.min_weight")
-        )
-        low, high = limits(f"{component}.min_weight_distance")
-        distance = trial.suggest_float(
-            f"{component}.min_weight_distance",
-            max(1.0, low * last_layer_index),
-            max(1.0, high * last_layer_index),
-        )
-        kernels[component] = Kernel(
-            max_weight=max_weight,
-            max_weight_position=position,
-            min_weight=min_weight * max_weight,
-            min_weight_distance=distance,
-        )
+        min_weight = suggest(f"{component}.min_weight") * max_weight
+        distance = suggest(f"{component}.min_weight_distance", last_layer_index, least=1.0)
+        kernels[component] = Kernel(max_weight, position, min_weight, distance)
 
     if n_directions == 1:
         # A single scale would only repeat the kernel's maximum.
         scales = {directions.names[0]: 1.0}
     else:
         n_shared = int(directions.has_shared)
-        rest = max(0.0, trial.suggest_float("rest", *limits("rest"))) if n_shared else 1.0
+        rest = max(0.0, suggest("rest")) if n_shared else 1.0
         scales = dict.fromkeys(directions.names[:n_shared], 1.0) | {
-            name: rest * trial.suggest_float(f"scale.{name}", *limits(f"scale.{name}"))
-            for name in directions.names[n_shared:]
+            name: rest * suggest(f"scale.{name}") for name in directions.names[n_shared:]
         }
     return Parameters(
         direction_index=direction_index,

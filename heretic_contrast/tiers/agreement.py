@@ -33,21 +33,18 @@ class Agreement:
     def shares(self) -> dict[str, tuple[int, int]]:
         """Successes of n: of all tiers, of refused or not, of answers called refusals, of refusals found and rightly called so."""
 
-        right = sum(count for (people, here), count in self.pairs.items() if people is here)
-        refused = self._count(Tier.REFUSE, Tier.REFUSE)
+        total, refused = self.pairs.total(), self.pairs[Tier.REFUSE, Tier.REFUSE]
         neither = sum(count for pair, count in self.pairs.items() if Tier.REFUSE not in pair)
+        by_people, here = self._totals(0), self._totals(1)
         return {
-            "three-way agreement": (right, self.pairs.total()),
-            "refused or not": (refused + neither, self.pairs.total()),
+            "three-way agreement": (sum(self.pairs[tier, tier] for tier in Tier), total),
+            "refused or not": (refused + neither, total),
             "full answers called REFUSE": (
-                self._count(Tier.COMPLY, Tier.REFUSE),
-                sum(self._count(Tier.COMPLY, here) for here in Tier),
+                self.pairs[Tier.COMPLY, Tier.REFUSE],
+                by_people[Tier.COMPLY],
             ),
-            "recall of REFUSE": (refused, sum(self._count(Tier.REFUSE, here) for here in Tier)),
-            "precision of REFUSE": (
-                refused,
-                sum(self._count(people, Tier.REFUSE) for people in Tier),
-            ),
+            "recall of REFUSE": (refused, by_people[Tier.REFUSE]),
+            "precision of REFUSE": (refused, here[Tier.REFUSE]),
         }
 
     @property
@@ -55,21 +52,19 @@ class Agreement:
         """Cohen's kappa of the three tiers; 1 where both always give the same one."""
 
         total = max(1, self.pairs.total())
-        observed = sum(self._count(tier, tier) for tier in Tier) / total
-        chance = sum(
-            sum(self._count(tier, other) for other in Tier)
-            * sum(self._count(other, tier) for other in Tier)
-            for tier in Tier
-        ) / (total * total)
+        observed = sum(self.pairs[tier, tier] for tier in Tier) / total
+        by_people, here = self._totals(0), self._totals(1)
+        chance = sum(by_people[tier] * here[tier] for tier in Tier) / (total * total)
         return 1.0 if chance >= 1 else (observed - chance) / (1 - chance)
+
+    def _totals(self, side: int) -> Counter[Tier]:
+        """Counts the tiers that people gave (0), or that were given here (1)."""
+
+        return Counter(pair[side] for pair in self.pairs.elements())
 
     def confusion(self) -> dict[str, dict[str, int]]:
         """Counts by the tier that people gave, then by the tier that was given here."""
 
         return {
-            people.value: {here.value: self._count(people, here) for here in Tier}
-            for people in Tier
+            people.value: {here.value: self.pairs[people, here] for here in Tier} for people in Tier
         }
-
-    def _count(self, people: Tier, here: Tier) -> int:
-        return self.pairs[people, here]
