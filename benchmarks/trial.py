@@ -3,10 +3,11 @@
 """
 Measures the cost of a trial of the plugin against plain Heretic's, in one run with the same prompts.
 
-    python benchmarks/trial.py [--model MODEL] [--trials 6] [--prompts 100]
+    python benchmarks/trial.py [--model MODEL] [--trials 6] [--prompts 100] [--experts]
 
 A trial is what Heretic 1.4 does in one: reset, modify, evaluate. Both kinds take turns, and the ratio is that of the
-medians. Target: at most 1.1.
+medians. Target: at most 1.1. `--experts`: instead, a trial of the plugin on a mixture against the same one that leaves its routed
+experts alone. Target: at most 1.3.
 """
 
 import argparse
@@ -38,6 +39,8 @@ from heretic_contrast.hosts.surface import from_heretic
 from heretic_contrast.modifier import ContrastAbliteration
 from heretic_contrast.search.parameters import Kernel, Parameters
 from heretic_contrast.settings import RowNormalization
+
+EXPERTS = "mlp.experts"
 
 KERNEL = {"max_weight": 1.0, "min_weight": 0.5}
 
@@ -181,23 +184,38 @@ def main() -> None:
     parser.add_argument("--model", default=REFUSER)
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--experts", action="store_true")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     ours = Trials(arguments.model, n_prompts=arguments.prompts)
-    theirs = Trials(ours.settings.model, plain=True, n_prompts=arguments.prompts)
-    parameters, directions = ours.parameters(), ours.modifier.directions
-
-    def plain_trial() -> None:
-        theirs.modify_plainly(directions.mean_direction)
-        theirs.score()
+    directions = ours.modifier.directions
+    parameters = ours.parameters()
 
     def hosted_trial() -> None:
         ours.modify(parameters)
         ours.score()
 
-    times: dict[str, list[float]] = {"heretic": [], "heretic-contrast": []}
+    if arguments.experts:
+        if EXPERTS not in parameters.kernels:
+            parser.error(f"{arguments.model} has no {EXPERTS}: give --model a mixture")
+        attention = ours.parameters([EXPERTS])
+
+        def other_trial() -> None:
+            ours.modify(attention)
+            ours.score()
+
+    else:
+        theirs = Trials(ours.settings.model, plain=True, n_prompts=arguments.prompts)
+
+        def other_trial() -> None:
+            theirs.modify_plainly(directions.mean_direction)
+            theirs.score()
+
+    other = f"without {EXPERTS}" if arguments.experts else "heretic"
+    trials = {other: other_trial, "heretic-contrast": hosted_trial}
+    times: dict[str, list[float]] = {name: [] for name in trials}
     for number in range(arguments.trials + 1):
-        for name, trial in (("heretic", plain_trial), ("heretic-contrast", hosted_trial)):
+        for name, trial in trials.items():
             started = time.perf_counter()
             trial()
             # The first round warms up.
@@ -207,7 +225,7 @@ def main() -> None:
     print(f"directions per layer: {directions.n_directions}")
     for name, median in medians.items():
         print(f"{name}: {median:.3f} s per trial")
-    print(f"ratio: {medians['heretic-contrast'] / medians['heretic']:.3f}")
+    print(f"ratio: {medians['heretic-contrast'] / medians[other]:.3f}")
 
 
 if __name__ == "__main__":

@@ -565,7 +565,8 @@ UNSUPPORTED = {
                 **{**WINDOW, "intermediate_size": [48] * 4},
             ),
         ),
-        "Its layers pass on four hidden states per token, of which Heretic 1.4 makes no residuals.",
+        "Its writers are found, but `Gemma3nTextDecoderLayer` passes on four hidden states per token (AltUp): "
+        "no single one is the residual stream, so that there are no residuals to extract directions from, nor does Heretic 1.4 make any.",
     ),
     "Llama 3.2 with vision": (
         Family(
@@ -587,6 +588,7 @@ UNSUPPORTED = {
                 image_token_index=FIRST_SPECIAL,
             ),
         ),
-        "Layers of cross-attention do not run on text alone, so that Heretic 1.4 has fewer residuals than layers.",
+        "Its writers are found where layers run, but `MllamaTextModel` skips every `MllamaCrossAttentionDecoderLayer` without an image: "
+        "these have no residuals, and write nothing; Heretic 1.4 has fewer residuals than layers.",
     ),
 }

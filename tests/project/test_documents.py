@@ -102,6 +102,7 @@ NOT_RUN = {
     "python examples/make_refuser.py --mixture DIR": (
         "trains for two minutes: tests/ablation/test_taught_mixture.py does the same"
     ),
+    "python benchmarks/trial.py --model DIR --experts": "needs the mixture that the command before makes",
     "python benchmarks/estimate.py --check --layers 8 --references 20": RANDOM_MODEL,
     "python benchmarks/gpu.py --output gpu": "needs a GPU: test_gpu_benchmark.py runs its small form",
     "python benchmarks/gpu.py --device cpu --small": "takes a minute: test_gpu_benchmark.py runs it",
