@@ -3,6 +3,7 @@
 """`heretic-contrast doctor`: says what this installation can do, and what mends it."""
 
 import importlib.util
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -136,9 +137,14 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when something required is missing, or an argument is given.
     """
 
-    if arguments:
+    parser = ArgumentParser(
+        prog="heretic-contrast doctor",
+        description="Says what this installation can do, and what mends it.",
+    )
+    _, superfluous = parser.parse_known_args(arguments)
+    if superfluous:
         raise ContrastError(
-            f"doctor takes no arguments, but {arguments[0]} was given: leave it out."
+            f"doctor takes no arguments, but {superfluous[0]} was given: leave it out."
         )
     from rich.console import Console
     from rich.markup import escape

@@ -94,6 +94,10 @@ def main(arguments: Sequence[str]) -> None:
     ]
     if settings.output is not None:
         require_writable_file(Path(settings.output))
+        if Path(settings.output).resolve() == path.resolve():
+            raise ContrastError(
+                f"{path} is read, so it cannot be the output as well: give another --output."
+            )
 
     from ..evaluation.statistics import wilson_interval
     from ..hosts.surface import log

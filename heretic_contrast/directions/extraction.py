@@ -115,6 +115,10 @@ def _log_classes(pools: Pools, settings: ContrastSettings, log: Log) -> None:
         counts = Counter(prompt.category for prompt in pools.harmful)
         listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=str))
         log(f"* Harmful prompts by category: {escape(one_line(listed))}")
+    for name, pool in zip(("harmful", "harmless", "matched"), pools.all(), strict=True):
+        n_repeated = len(pool) - len(set(pool))
+        if n_repeated:
+            log(f"* [bold]{n_repeated}[/] of the {len(pool)} {name} prompts repeat another")
     selection = select(pools, settings)
     if selection.note:
         log(f"* {escape(one_line(selection.note))}")

@@ -35,13 +35,14 @@ from ..ablation.writers import writers_digest
 from ..directions.pools import require_apart
 from ..directions.sources import DirectionSources
 from ..engine.text_classification import classifier_identity
-from ..errors import ContrastError, find_cause, raising_causes
+from ..errors import ContrastError, find_cause, one_line, raising_causes
 from ..identity import Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
 from ..outputs import require_writable_directory, require_writable_file
 from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest
 from ..search.samplers import make_sampler
+from ..settings import PromptSources
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, require_answers
@@ -53,7 +54,7 @@ from .host_model import HostModel
 from .loading import LoadedContext
 from .model_card import with_plugin
 from .model_folder import require_other_folder
-from .settings import HostSettings, prompt_sources
+from .settings import HostSettings, listed, prompt_sources
 from .surface import heretic_prompts, log
 
 if TYPE_CHECKING:
@@ -131,9 +132,19 @@ class Host:
         )
 
     def load_prompts(self, settings: HostSettings, specification: Any) -> list[Any]:
-        """Returns the prompts of a pool as Heretic has them: see `pool`."""
+        """Returns the prompts of a pool as Heretic has them: see `pool`. Heretic has said that it loads its own."""
 
+        for source in listed(self._plugins_pool(settings, specification) or []):
+            log(f"* [bold]{escape(one_line(source.dataset))}[/] takes their place")
         return heretic_prompts(self.pool(settings, specification), settings)
+
+    def _plugins_pool(self, settings: HostSettings, specification: Any) -> PromptSources | None:
+        """Returns what takes the place of one of Heretic's pools, where something does."""
+
+        for name in settings._own_pools - settings._heretic_pools:
+            if getattr(settings, name) == specification:
+                return getattr(settings.contrast, name)
+        return None
 
     def pool(self, settings: HostSettings, specification: Any) -> list[Prompt]:
         """
@@ -147,9 +158,8 @@ class Host:
         if key not in self.pools:
             name = next(name for name in POOLS if getattr(settings, name) == specification)
             source, where = prompt_sources(specification), f"--{name}."
-            if name in settings._own_pools - settings._heretic_pools:
-                source = getattr(settings.contrast, name)
-                where = f"{settings.contrast_setting}{name}."
+            if (own := self._plugins_pool(settings, specification)) is not None:
+                source, where = own, f"{settings.contrast_setting}{name}."
             elif "evaluation" not in name and not self._asks_pools(settings):
                 return []
             self.pools[key] = load_pool(source, POOLS[name], where)
@@ -403,12 +413,24 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         )
     if settings.save_directory is not None:
         require_other_folder(Path(settings.save_directory), settings.model)
+    if settings.n_trials < 1:
+        raise ContrastError(
+            f"The number of trials is {settings.n_trials}: give --n-trials 1 or more."
+        )
     host = Host(settings, modifier_class)
     host.first_trials = first_trials(settings.contrast, settings.model)
     # Heretic loads its model first, and then finds out that a pool cannot be read.
     pools = {name: host.pool(settings, getattr(settings, name)) for name in POOLS}
     harmful, harmless = pools["bad_evaluation_prompts"], pools["good_evaluation_prompts"]
     require_apart(harmful, harmless, "harmless evaluation", "counted on both sides")
+    for name in ("bad_prompts", "good_prompts"):
+        judged = pools[name.replace("_prompts", "_evaluation_prompts")]
+        n_known = len({prompt.text for prompt in judged} & {prompt.text for prompt in pools[name]})
+        if n_known:
+            log(
+                f"[yellow]* {n_known} of the {len(judged)} {POOLS[name]} evaluation prompts are among those that directions "
+                "are made from, and say less about prompts that are new.[/]"
+            )
     if settings.contrast.finalist_prompts is not None:
         source = settings.contrast.finalist_prompts
         host.finalist_prompts = load_pool(source, "finalist", "--contrast.finalist_prompts.")

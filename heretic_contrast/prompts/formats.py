@@ -86,6 +86,8 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
         )
     if suffix in TEXT_FORMATS:
         raise ContrastError(f"{path} has a format that no prompts are read from: {ONE_PER_LINE}.")
+    if not path.exists():
+        raise ContrastError(f"There is no file {path}: give the name of one.")
     try:
         content = path.read_bytes()
         for start, decompress in COMPRESSIONS.values():
@@ -197,6 +199,8 @@ def _read_json(text: str, path: Path, columns: Collection[str]) -> Rows:
     Raises `ContrastError` when the text is not that.
     """
 
+    # What is cut off ends in its own line, not in an empty one after it.
+    text = text.rstrip()
     decoder = json.JSONDecoder(object_pairs_hook=_object)
     values: list[tuple[str, Any]] = []
     line = 1

@@ -33,6 +33,7 @@ from tests.made_directions import make_directions
         ("sweep builtin:refuser --output out --layers 5-2", "backwards"),
         ("demo", "--output"),
         ("doctor please", "no arguments"),
+        ("--n-trials 0 --model-action none --model builtin:refuser", "The number of trials is 0"),
         ("audit --dataset missing.txt", "output"),
         ("extract builtin:refuser --contrast.directions=a --output=b", "none to extract"),
     ],

@@ -104,6 +104,7 @@ def test_a_text_classifier_judges(tmp_path: Path) -> None:
     [
         ("", "has no lines"),
         ("{", "Line 1 of .* is not JSON"),
+        ('{"prompt": "p", "response": "r"}\n{"prompt": "p"\n', "Line 2 of .* is not JSON"),
         ('{"prompt": "p"}', 'Line 1 of .* has no text under "response"'),
         ('{"response": "r", "label": "odd"}', 'the label "odd"'),
     ],
@@ -113,8 +114,16 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ContrastError, match=message):
         main([str(path)])
-    with pytest.raises(ContrastError, match="cannot be read"):
+    with pytest.raises(ContrastError, match="There is no file"):
         main([str(tmp_path / "missing.jsonl")])
+
+
+def test_a_file_is_not_replaced_by_its_own_judgement(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"response": "r"}', encoding="utf-8")
+    with pytest.raises(ContrastError, match="cannot be the output as well"):
+        main([str(path), f"--output={tmp_path / '.' / path.name}"])
+    assert path.read_text(encoding="utf-8") == '{"response": "r"}'
 
 
 def test_kappa_of_a_known_table() -> None:

@@ -225,7 +225,9 @@ def test_sentences_that_cannot_be_shown(tmp_path: Path, monkeypatch: pytest.Monk
     assert b"Error: The layers" in error.buffer.getvalue()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("arguments", [["doctor"], ["--version"], ["--help"], [], ["audit", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["doctor"], ["--version"], ["--help"], [], ["audit", "-h"], ["doctor", "-h"]]
+)
 def test_output_that_nobody_reads(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -577,7 +577,11 @@ PARQUET = Path("pool.parquet")
 REFUSALS: dict[str, tuple[str, str | bytes, str]] = {
     "CSV called JSON Lines": ("pool.jsonl", csv_text(), "Line 1 of {} is not JSON"),
     "text called JSON": ("pool.json", TEXT, "Line 1 of {} is not JSON"),
-    "a broken line": ("pool.jsonl", JSON_LINES + '{"text": "a"\n', "Line 9 of {} is not JSON"),
+    "a broken line": (
+        "pool.jsonl",
+        JSON_LINES + '{"text": "a"\n',
+        f"Line {len(OBJECTS) + 1} of {{}} is not JSON",
+    ),
     "a broken list": ("pool.json", '[\n{"text": "a"},\n"b"\n"c"]', "Line 4 of {} is not JSON"),
     "a broken list without an ending": ("pool", '[\n{"text": "a"},\n"b', "Line 3 of {} is not"),
     "brackets": ("pool.json", "[" * 100_000, "Line 1 of {} is not JSON"),
