@@ -84,7 +84,9 @@ class Parameters:
         }
         for component, kernel in self.kernels.items():
             for name, value in asdict(kernel).items():
-                shown[f"{component}.{name}"] = f"{value:.2f}"
+                # Embeddings have no other.
+                if component != EMBEDDINGS or name == "max_weight":
+                    shown[f"{component}.{name}"] = f"{value:.2f}"
         for name, value in self.scales.items():
             shown[f"scale.{name}"] = f"{value:.2f}"
         return shown

@@ -208,6 +208,8 @@ def test_embeddings_have_one_weight_in_the_search(tiny_llama: LanguageModel) -> 
     space = {"embeddings.max_weight": (0.25, 0.25)}
     fixed = suggest_parameters(trial, names, 4, directions, space)
     assert fixed.kernels["embeddings"].weight(0) == 0.25
+    shown = fixed.to_presentation_dict()
+    assert [name for name in shown if name.startswith("embeddings")] == ["embeddings.max_weight"]
 
 
 def test_an_adapter_without_embeddings_is_refused(tmp_path: Path) -> None:
