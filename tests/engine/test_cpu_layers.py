@@ -5,6 +5,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,6 +184,30 @@ def test_compiled_functions_leave_the_number_of_threads_alone(code: str) -> None
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
     output = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
     assert output.split() == ["1", "1"]
+
+
+@pytest.mark.slow
+def test_numbers_do_not_depend_on_whether_they_are_compiled_or_cached(tmp_path: Path) -> None:
+    code = """
+import hashlib
+import torch
+from heretic_contrast.directions.som import SomSettings, train_maps
+from heretic_contrast.engine.cpu.gated_delta_rule import gated_delta_rule
+
+torch.manual_seed(0)
+for length, size in ((50, 7), (64, 32), (100, 16)):
+    pairs, single = torch.randn(3, 4, length, 2, size), torch.rand(2, 4, length, 2)
+    output, state = gated_delta_rule(*pairs, -single[0], single[1], None, True, True)
+    (trained,) = train_maps([torch.randn(length, 9 * size).numpy()], SomSettings())
+    for array in (output.numpy(), state.numpy(), trained.vectors(range(9))):
+        print(hashlib.sha256(array.tobytes()).hexdigest())
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+        for _ in range(2)
+    )
+    assert first == second and len(set(first.split())) == 9
 
 
 def test_passes_and_generation_use_the_fast_functions(

@@ -25,7 +25,7 @@ EPSILON = 1e-6
 """What transformers adds to squared lengths of queries and keys."""
 
 
-@compiled(fastmath={"contract"})
+@compiled()
 def _inverse_length(vector: Any) -> Any:
     total = np.float32(EPSILON)
     for i in range(vector.shape[0]):
@@ -103,7 +103,7 @@ def _compiled_run() -> Any:
     strided = [numba.float32[(slice(None),) * n] for n in (4, 4, 4, 3, 3)]
     whole = [numba.float32[:, :, :, ::1]] * 2
     signature = numba.void(*strided, numba.boolean, *whole)
-    return compiled(signature, parallel=True, fastmath={"contract"})(_run)
+    return compiled(signature, parallel=True)(_run)
 
 
 def gated_delta_rule(
