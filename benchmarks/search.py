@@ -158,8 +158,10 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._waiting = None
         study = self
+        is_plain = self.name.startswith(PLAIN)
+        own = heretic.evaluator.Evaluator if is_plain else heretic14.Evaluator
 
-        class Evaluator(heretic.main.Evaluator):
+        class Evaluator(own):  # type: ignore[misc, valid-type]
             """Heretic's evaluator, and a second one of fresh prompts."""
 
             def __init__(self, settings: Any, model: Any) -> None:
@@ -181,14 +183,16 @@ class Study:
         with ExitStack() as stack:
             log = stack.enter_context((self.folder / "log.txt").open("a", encoding="utf-8"))
             stack.enter_context(redirect_stdout(log))
-            stack.enter_context(patch.multiple(heretic.main, Evaluator=Evaluator))
+            stack.enter_context(
+                patch.multiple(heretic.main if is_plain else heretic14, Evaluator=Evaluator)
+            )
             # Heretic's menus, and those that the plugin hands on to it.
             for module in (heretic.main, heretic.utils):
                 stack.enter_context(patch.multiple(module, prompt_select=self.answer))
             stack.enter_context(patch.multiple(answers, has_terminal=lambda: True))
             flags = self.flags(paths)
             stack.enter_context(patch.multiple(sys, argv=["heretic", *flags]))
-            if self.name.startswith(PLAIN):
+            if is_plain:
                 repair_checkpoints(self.folder / "checkpoints")
                 heretic.main.run()
             else:

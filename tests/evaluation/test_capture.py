@@ -122,7 +122,7 @@ def test_pairs_of_the_user(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ContrastError, match=message):
             load_pairs(path)
-    with pytest.raises(ContrastError, match="cannot be read"):
+    with pytest.raises(ContrastError, match="There is no file"):
         load_pairs(tmp_path / "missing.jsonl")
 
 

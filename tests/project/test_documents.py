@@ -270,6 +270,7 @@ def refusals(model: str | Path, prompts: list[str]) -> int:
 GROUPS = (
     ("README.md",),
     ("docs/baselines.md",),
+    ("docs/maps.md",),
     ("docs/benchmarks.md",),
     ("docs/prompts.md",),
     ("docs/replication.md",),

@@ -24,7 +24,17 @@ TESTS = Path(__file__).parents[1]
 )
 def test_thoroughly(name: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", str(TESTS / name)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "not slow",
+            "-n",
+            "0",
+            *map(str, TESTS.rglob(name)),
+        ],
         cwd=TESTS.parent,
         env={**os.environ, "HERETIC_CONTRAST_PROPERTIES": "thorough"},
         capture_output=True,
