@@ -297,7 +297,9 @@ class HostSettings(Settings):
     ) -> Any:
         """Refuses unknown keys of Heretic's own datasets, and the names of file formats."""
 
-        for item in listed(cls.model_fields[str(info.field_name)].default):
+        # Pydantic 2.12.0 does not name the field whose default it validates, in which no key is unknown.
+        field = cls.model_fields.get(info.field_name or "")
+        for item in listed(field and field.default):
             if "dataset" in getattr(type(item), "model_fields", {}):
                 check_names(value, type(item).model_fields)
         found = validate(value)
