@@ -32,12 +32,18 @@ class Pools:
         return (self.harmful, self.bulk, self.matched)
 
 
+def shared_texts(first: Sequence[Prompt], second: Sequence[Prompt]) -> set[str]:
+    """Returns the texts that stand in both of two pools."""
+
+    return {prompt.text for prompt in first} & {prompt.text for prompt in second}
+
+
 def require_apart(
     harmful: Sequence[Prompt], harmless: Sequence[Prompt], name: str, consequence: str
 ) -> None:
     """Raises `ContrastError` when a prompt is called both harmful and harmless."""
 
-    shared = {prompt.text for prompt in harmful} & {prompt.text for prompt in harmless}
+    shared = shared_texts(harmful, harmless)
     if shared:
         raise ContrastError(
             f'The prompt "{min(shared)}" stands both in the harmful and in the {name} pool, so it would be {consequence}: '

@@ -9,6 +9,7 @@ from typing import Any
 from questionary import Choice
 from rich.table import Table
 
+from ..directions.pools import shared_texts
 from ..errors import ContrastError
 from ..evaluation.statistics import wilson_interval
 from ..language_model import batches
@@ -21,8 +22,8 @@ LENGTHS = (30, 50, 100, 150)
 def require_fresh(prompts: Sequence[Prompt], name: str, seen: Sequence[Prompt]) -> None:
     """Raises `ContrastError` when prompts of the second look are among others that the search sees."""
 
-    texts = {prompt.text for prompt in seen}
-    n_seen = sum(prompt.text in texts for prompt in prompts)
+    shared = shared_texts(prompts, seen)
+    n_seen = sum(prompt.text in shared for prompt in prompts)
     if n_seen:
         raise ContrastError(
             f"{n_seen} of the {len(prompts)} finalist prompts are among the {name} prompts, so that they are not fresh: give "

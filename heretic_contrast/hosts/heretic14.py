@@ -32,7 +32,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from ..ablation.writers import writers_digest
-from ..directions.pools import require_apart
+from ..directions.pools import require_apart, shared_texts
 from ..directions.sources import DirectionSources
 from ..engine.text_classification import classifier_identity
 from ..errors import ContrastError, find_cause, one_line, raising_causes
@@ -425,7 +425,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     require_apart(harmful, harmless, "harmless evaluation", "counted on both sides")
     for name in ("bad_prompts", "good_prompts"):
         judged = pools[name.replace("_prompts", "_evaluation_prompts")]
-        n_known = len({prompt.text for prompt in judged} & {prompt.text for prompt in pools[name]})
+        n_known = len(shared_texts(judged, pools[name]))
         if n_known:
             log(
                 f"[yellow]* {n_known} of the {len(judged)} {POOLS[name]} evaluation prompts are among those that directions "

@@ -103,7 +103,13 @@ def _compiled_run() -> Any:
     strided = [numba.float32[(slice(None),) * n] for n in (4, 4, 4, 3, 3)]
     whole = [numba.float32[:, :, :, ::1]] * 2
     signature = numba.void(*strided, numba.boolean, *whole)
-    return compiled(signature, parallel=True)(_run)
+    # To start Numba's threads sets PyTorch's number to theirs, since both are OpenMP's: processes that were told to use one
+    # thread each would compete for the cores. They are started here, once.
+    n_threads = torch.get_num_threads()
+    run = compiled(signature, parallel=True)(_run)
+    numba.get_num_threads()
+    torch.set_num_threads(n_threads)
+    return run
 
 
 def gated_delta_rule(
@@ -133,12 +139,9 @@ def gated_delta_rule(
     state = torch.zeros(shape) if initial_state is None else initial_state.float().clone()
     output = torch.empty(value.shape)
     if output.numel() > 0:
-        n_threads = torch.get_num_threads()
-        numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
-        # Numba starts its threads here, and thereby sets PyTorch's number to its own: both are OpenMP's. Processes that
-        # were told to use one thread each would compete for the cores.
-        torch.set_num_threads(n_threads)
-        _compiled_run()(
+        run = _compiled_run()
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        run(
             *(item.float().numpy() for item in (query, key, value, g, beta)),
             use_qk_l2norm_in_kernel,
             state.numpy(),
