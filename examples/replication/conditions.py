@@ -17,7 +17,7 @@ from torch import Tensor
 from heretic_contrast.directions.baselines import Residuals
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract_directions
-from heretic_contrast.settings import ContrastSettings
+from heretic_contrast.settings import PRESETS, ContrastSettings
 
 from .pools import MATCHED, SENSITIVE, Draw, StudyPools
 
@@ -26,6 +26,19 @@ BASELINES = ("unmatched", "matched", "sensitive", "mixed", "nearest", "residuali
 
 METHODS = ("mean", "som")
 """One mean direction, or one direction per class from self-organizing maps."""
+
+_LINEAGE = ("som_rows", "som_columns", "som_sigma", "som_learning_rate", "som_topology")
+
+MAPS: dict[str, dict[str, Any]] = {
+    "small": {"som_rows": 2, "som_columns": 2},
+    "slow": {"som_learning_rate": 0.01},
+    "piras": {name: PRESETS["piras"][name] for name in _LINEAGE},
+}
+"""Other settings of the maps, which the paper leaves open: four neurons, a learning rate of 0.01, those of Piras et al."""
+
+
+SHUFFLED = "shuffled"
+"""The control whose labels mean nothing: harmful and general harmless prompts are mixed before they are contrasted."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +74,9 @@ def all_layer_conditions(pools: StudyPools, left_out: list[str]) -> list[Conditi
         conditions.append(Condition(f"som {name}, equal weight", f"som {name}", "weight", "equal"))
         conditions += _named([f"raw {name}"], "weight", "equal")
     conditions += _named(["lengthened matched"], "weight", "equal")
+    conditions += _named([f"{name} unmatched" for name in MAPS], "effective", "main")
     for method in METHODS:
-        names = [f"{method} matched, filtered", f"{method} random"]
+        names = [f"{method} {name}" for name in ("matched, filtered", "random", SHUFFLED)]
         conditions += _named(names, "effective", "control")
     return conditions + [
         Condition(
@@ -91,9 +105,9 @@ class DirectionsMaker:
     """
     Makes the directions of a seed by name, each once.
 
-    Names: METHOD BASELINE, with the methods "mean", "som", "svd" (of the som directions), "svd1" (its first vector alone);
-    "raw BASELINE" and "lengthened matched" are som directions whose length counts; "METHOD matched, filtered" only
-    uses prompts that the model treats as assumed; "METHOD random"; "som BASELINE without CATEGORY".
+    Names: METHOD BASELINE, with the methods "mean", "som", "svd" (of the som directions), "svd1" (its first vector alone), and
+    those of `MAPS` (som directions of other maps); "raw BASELINE" and "lengthened matched" are som directions whose length counts; "METHOD matched, filtered" only
+    uses prompts that the model treats as assumed; "METHOD random"; "METHOD shuffled"; "som BASELINE without CATEGORY".
     """
 
     pools: StudyPools
@@ -120,10 +134,14 @@ class DirectionsMaker:
         }
         if baseline == "random":
             settings |= {"baseline": "unmatched", "control": "random"}
+        elif baseline == SHUFFLED:
+            settings |= {"baseline": "unmatched"}
         if method == "mean":
             settings |= {"method": "mean", "classes": "single"}
         elif method.startswith("svd"):
             settings |= {"svd": True, "svd_rank": 1 if method == "svd1" else None}
+        elif method in MAPS:
+            settings |= MAPS[method]
         elif method == "raw":
             settings |= {"scale": "raw"}
         elif method == "lengthened":
@@ -131,9 +149,10 @@ class DirectionsMaker:
         if excluded:
             settings["exclude_categories"] = [excluded]
         pool = SENSITIVE if baseline == SENSITIVE else MATCHED
-        directions = extract_directions(
-            self._residuals_of(pool, filtered), ContrastSettings(**settings), self.provenance
-        )
+        residuals = self._residuals_of(pool, filtered)
+        if baseline == SHUFFLED:
+            residuals = shuffled(residuals, self.draw.seed)
+        directions = extract_directions(residuals, ContrastSettings(**settings), self.provenance)
         return self._relative(directions) if method in ("raw", "lengthened") else directions
 
     def _relative(self, directions: Directions) -> Directions:
@@ -174,6 +193,15 @@ class DirectionsMaker:
             matched=self.residuals[pool][matched],
             matched_classes=tuple(matched_classes),
         )
+
+
+def shuffled(residuals: Residuals, seed: int) -> Residuals:
+    """Returns residuals whose harmful and general harmless prompts have changed places at random; their numbers stay."""
+
+    both = torch.cat([residuals.harmful, residuals.bulk])
+    both = both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
+    n_harmful = len(residuals.harmful)
+    return replace(residuals, harmful=both[:n_harmful], bulk=both[n_harmful:])
 
 
 def distinct(

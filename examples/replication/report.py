@@ -17,6 +17,7 @@ from heretic_contrast.files import write_text_atomically
 from heretic_contrast.report.plots import can_plot
 
 from . import claims, wording
+from .conditions import SHUFFLED
 from .evidence import Study, load_studies
 from .statistics import Contrast, Interval, share_interval
 from .wording import NONE, label, percent, plain, ratio, reading, signed, small, table
@@ -129,7 +130,7 @@ def baseline_pairs(study: Study) -> list[Pair]:
 
     pairs: list[Pair] = []
     for method, text in (("mean", "one mean direction"), ("som", "class directions")):
-        for baseline in ("matched", "sensitive", "mixed", "nearest", "random"):
+        for baseline in ("matched", "sensitive", "mixed", "nearest", "random", SHUFFLED):
             what = f"{baseline} − unmatched, {text}"
             pairs.append((what, f"{method} {baseline}", f"{method} unmatched"))
     words = {
@@ -145,6 +146,13 @@ def baseline_pairs(study: Study) -> list[Pair]:
     for first, second, baseline in compared:
         what = f"{baseline} {words[first]} − {baseline} {words[second]}"
         pairs.append((what, f"{first} {baseline}", f"{second} {baseline}"))
+    for name, text in (
+        ("small", "maps of 2 × 2"),
+        ("slow", "learning rate 0.01"),
+        ("piras", "maps as in Piras et al."),
+    ):
+        pairs.append((f"{text} − MiniSom's defaults", f"{name} unmatched", "som unmatched"))
+        pairs.append((f"{text} − mean direction", f"{name} unmatched", "mean unmatched"))
     return [pair for pair in pairs if study.outcomes(pair[1]) is not None]
 
 
