@@ -70,7 +70,7 @@ class Operator:
         """
         Returns the operator on x that removes C from the contribution g ∘ x / rms(x): see docs/writers.md.
 
-        With an orthonormal basis B of the span of V (columns) and a damped inverse D = g / (g² + DAMPING · mean g²), it is
+        With an orthonormal basis B of the span of the columns of V that C uses and a damped inverse D = g / (g² + DAMPING · mean g²), it is
         A (Bᵀ C B) (G B)ᵀ with A = D B (Bᵀ G D B)⁻¹, so that Bᵀ G (I − C′) x = Bᵀ (I − C) G x: exact for any C, but for the norm's
         own division. Equal gains give C itself.
 
@@ -83,8 +83,10 @@ class Operator:
             return self
         gain = gain / scale
         vectors = self.vectors.to(torch.float64).cpu()
-        _, sizes, basis = torch.linalg.svd(vectors, full_matrices=False)
-        basis = basis[sizes > 1e-6 * sizes.max().clamp_min(1e-30)] if len(sizes) else basis
+        # A direction of weight 0 is no part of C, and shapes nothing.
+        used = ((self.kernel != 0).any(dim=0) | (self.kernel != 0).any(dim=1)).cpu()
+        _, sizes, basis = torch.linalg.svd(unit_vectors(vectors[used])[0], full_matrices=False)
+        basis = basis[sizes > 1e-6]
         inverse = gain / (gain.square() + DAMPING)
         damped = torch.linalg.solve((basis * (gain * inverse)) @ basis.T, basis * inverse)
         return Operator(

@@ -17,13 +17,13 @@ from heretic_contrast.ablation.hooks import (
     ablated_writers,
     missed_shares,
 )
-from heretic_contrast.ablation.operator import Operator, compose
+from heretic_contrast.ablation.operator import Composition, Operator, compose
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.settings import Writers
 from tests.architectures import FAMILIES
-from tests.evaluation.test_sweep import changed_weights
+from tests.evaluation.test_sweep import before_norms, changed_weights
 
 KINDS = ["Gemma 4 MoE", "gpt-oss", "GPT-2"]
 """Norms in a row and experts; transposed experts with biases; transposed weights with biases."""
@@ -183,6 +183,29 @@ def test_a_norm_behind_leaves_the_rest_of_the_operator(n_directions: int) -> Non
     assert float(((found - wanted) @ along).norm()) < 1e-5 * scale
     even = operator.behind(torch.full((64,), -3.0))
     assert torch.allclose(dense(even), dense(operator), atol=1e-6)
+
+
+@pytest.mark.parametrize("composition", list(Composition))
+def test_a_weight_of_0_changes_nothing_behind_a_norm(composition: Composition) -> None:
+    generator = torch.Generator().manual_seed(5)
+    gain = 1 + 0.6 * torch.randn(64, generator=generator, dtype=torch.float64)
+    # Of lengths that differ as those of trained directions do, and more.
+    vectors = torch.randn(4, 64, generator=generator) * torch.tensor([[1e-7], [0.3], [0.1], [0.2]])
+    weights = torch.tensor([5e13, 0.0, 20.0, 0.0])
+    found, without = (
+        compose(vectors[rows], weights[rows], composition)
+        for rows in (torch.arange(4), torch.tensor([0, 2]))
+    )
+    matrices = [
+        (item.mixed_vectors.T @ item.vectors).double()
+        for item in (found.behind(gain), without.behind(gain), found)
+    ]
+    assert torch.allclose(matrices[0], matrices[1], rtol=1e-4, atol=1e-6)
+    if composition is not Composition.SEQUENTIAL:
+        # Dense algebra of a symmetric operator.
+        assert torch.allclose(matrices[0], before_norms(matrices[2], gain), rtol=1e-4, atol=1e-5)
+    nothing = compose(vectors, torch.zeros(4), composition).behind(gain)
+    assert not nothing.mixed_vectors.any()
 
 
 def quantized_experts(name: str, config: Any) -> Any:
