@@ -17,7 +17,7 @@ from ..language_model import LanguageModel
 from ..offloading import loaded
 from ..vectors import to_device
 from .operator import Operator
-from .writers import Writer, find_embeddings, some_tokens
+from .writers import EMBEDDINGS, Writer, some_tokens, with_embeddings
 
 LENGTH = 0.125
 """Root mean square that no stream is above where writers are looked for that were missed."""
@@ -137,6 +137,15 @@ class Intervention:
 
         return min(self.operators)
 
+    def operator(self, layer: int, writer: Writer) -> Operator | None:
+        """Returns what is removed from a writer's contribution, if anything is."""
+
+        if writer.component == EMBEDDINGS:
+            takes = self.embeddings
+        else:
+            takes = self.components is None or writer.component in self.components
+        return self.operators.get(layer) if takes else None
+
 
 def output_projections(
     model: LanguageModel, layer: int, components: tuple[str, ...] | None
@@ -203,22 +212,18 @@ def ablated_samples(model: LanguageModel, interventions: Sequence[Intervention])
     place = {key: index for index, key in enumerate(unique)}
     rows = to_device([place[id(intervention)] for intervention in interventions], device)
     layers = sorted({layer for item in unique.values() for layer in item.operators})
-    ablations = [
-        (
-            [item.operators.get(layer) for item in unique.values()],
-            writers_of(model, layer, interventions[0].components),
-        )
-        for layer in layers
-    ]
-    embedded = [item.operators.get(0) if item.embeddings else None for item in unique.values()]
-    if any(embedded):
-        ablations.append((embedded, list(find_embeddings(model))))
+    if any(item.embeddings for item in unique.values()):
+        model = with_embeddings(model)
     with ExitStack() as stack:
-        for originals, writers in ablations:
+        for layer in layers:
             # Most writers have no norm behind them, and share what is on the device.
-            shared: Operator | BatchOperator | None = None
-            for writer in writers:
-                operator = shared if writer.gain is None else None
+            shared: dict[tuple[int, ...], Operator | BatchOperator] = {}
+            for writer in model.writers[layer]:
+                originals = [item.operator(layer, writer) for item in unique.values()]
+                if not any(originals):
+                    continue
+                key = tuple(map(id, originals))
+                operator = shared.get(key) if writer.gain is None else None
                 if operator is None:
                     operators = [item and writer.operator(item) for item in originals]
                     if len(operators) == 1 and operators[0] is not None:
@@ -226,7 +231,8 @@ def ablated_samples(model: LanguageModel, interventions: Sequence[Intervention])
                     else:
                         operator = BatchOperator.stack(operators, model.hidden_size)
                         operator = operator.to(device).select(rows)
-                shared = operator if writer.gain is None else shared
+                if writer.gain is None:
+                    shared[key] = operator
                 stack.enter_context(ablated([writer.module], operator, writer.with_bias))
         yield
 
