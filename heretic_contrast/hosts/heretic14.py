@@ -447,6 +447,13 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         require_writable_file(Path(settings.contrast.save_directions))
     if settings.checkpoint_action != "restart":
         repair_checkpoints(Path(settings.study_checkpoint_dir))
+        if settings.checkpoint_action == "continue" and not any(
+            Path(settings.study_checkpoint_dir).glob("*.jsonl")
+        ):
+            log(
+                f"[yellow]* There is no study of this model, these settings and these prompts in "
+                f"{Path(settings.study_checkpoint_dir).parent}: a new one begins.[/]"
+            )
     else:
         shutil.rmtree(settings.study_checkpoint_dir, ignore_errors=True)
     # Heretic's main() would show an interruption as an ordinary end.

@@ -2,9 +2,11 @@
 
 """Prompts, and loading them with their categories."""
 
+import ast
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +85,8 @@ def _prompts(rows: Rows, source: PromptSource, setting: Setting) -> list[Prompt]
         text, system = row.cells.get(column), None
         if text is None or (isinstance(text, str) and not text.strip()):
             raise ContrastError(f'{row.place} has no "{column}": write one, or remove the row.')
+        if rows.columns is not None and isinstance(text, str) and text.lstrip().startswith("[{"):
+            text = _written_conversation(text, column)
         if isinstance(text, list):
             text, system = _turns(text)
         if not (is_text(text) and is_text(system or "")):
@@ -136,6 +140,21 @@ def _columns(rows: Rows, source: PromptSource, setting: Setting) -> tuple[str, s
             f"name the one that holds the prompts with {setting('column')}."
         )
     return column, source.category_column or CATEGORY_COLUMN
+
+
+def _written_conversation(text: str, column: str) -> Any:
+    """
+    Returns the conversation that a cell of text holds as JSON or, as pandas writes it, as Python; else the text.
+
+    In a column of conversations, a text that looks like one and cannot be read becomes an empty one, so that nobody is asked its brackets.
+    """
+
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            found = read(text.strip())
+            if isinstance(found, list) and all(isinstance(m, Mapping) and "role" in m for m in found):
+                return found
+    return [] if column == "messages" else text
 
 
 def _turns(messages: Sequence[Any]) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -241,6 +242,22 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Written]] = {
         lambda directory: (
             Dataset.from_list(CONVERSATIONS).to_parquet(directory / "pool.parquet"),
             directory / "pool.parquet",
+        )[1],
+        [(text, None) for text, _ in ROWS],
+    ),
+    "conversations in CSV by pandas": (
+        lambda directory: (
+            pandas.DataFrame(CONVERSATIONS).to_csv(directory / "pool.csv", index=False),
+            directory / "pool.csv",
+        )[1],
+        [(text, None) for text, _ in ROWS],
+    ),
+    "conversations in CSV as JSON": (
+        lambda directory: (
+            pandas.DataFrame(
+                {"messages": [json.dumps(row["messages"]) for row in CONVERSATIONS]}
+            ).to_csv(directory / "pool.csv", index=False),
+            directory / "pool.csv",
         )[1],
         [(text, None) for text, _ in ROWS],
     ),
@@ -713,6 +730,11 @@ REFUSALS: dict[str, tuple[str, str | bytes, str]] = {
     "a missing text": ("pool.jsonl", '{"text": "a"}\n{"txt": "b"}\n', 'Line 2 of {} has no "text"'),
     "a number": ("pool.jsonl", '{"text": 3}\n', 'Line 1 of {} has a "text" that is not text'),
     "half a character": ("pool.jsonl", '{"text": "\\ud800"}\n', 'has a "text" that is not text'),
+    "half a conversation": (
+        "pool.csv",
+        'messages\n"[{\'role\': \'user\', \'content\': ..."\n',
+        'has a "messages" that is not text (or holds half a character), and no conversation',
+    ),
     "an answer alone": (
         "pool.jsonl",
         '{"messages": [{"role": "assistant", "content": "a"}]}',
