@@ -152,7 +152,9 @@ def _written_conversation(text: str, column: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             found = read(text.strip())
-            if isinstance(found, list) and all(isinstance(m, Mapping) and "role" in m for m in found):
+            if isinstance(found, list) and all(
+                isinstance(m, Mapping) and "role" in m for m in found
+            ):
                 return found
     return [] if column == "messages" else text
 

@@ -732,7 +732,7 @@ REFUSALS: dict[str, tuple[str, str | bytes, str]] = {
     "half a character": ("pool.jsonl", '{"text": "\\ud800"}\n', 'has a "text" that is not text'),
     "half a conversation": (
         "pool.csv",
-        'messages\n"[{\'role\': \'user\', \'content\': ..."\n',
+        "messages\n\"[{'role': 'user', 'content': ...\"\n",
         'has a "messages" that is not text (or holds half a character), and no conversation',
     ),
     "an answer alone": (
