@@ -833,7 +833,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float, float]] = {
     "attention": (attention, 5, 25),
     "whole sweep, 2b": (whole_sweep, 15, 65),
     "cells, 8b": (partial(cells, name="8b"), 15, 55),
-    "mixture": (mixture, 15, 50),
+    "mixture": (mixture, 40, 150),
     "residuals, 8b": (partial(residuals, name="8b"), 8, 30),
     "cells, refuser": (partial(cells, name=REFUSER), 5, 40),
     "devices": (devices, 5, 40),

@@ -192,7 +192,13 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         require_known_writers(model, getattr(quantization, "value", quantization) == "bnb_4bit")
         beyond = beyond_adapters(model)
         strategy = getattr(self.heretic_settings, "export_strategy", None)
-        if beyond and getattr(strategy, "value", strategy) == "adapter":
+        strategy = getattr(strategy, "value", strategy)
+        if strategy == "merge" and getattr(model.model, "is_loaded_in_8bit", False):
+            raise ContrastError(
+                f"The weights of {model.name} have 8 bits, which transformers cannot save merged: give --export-strategy adapter, "
+                "or the model in full precision."
+            )
+        if beyond and strategy == "adapter":
             remedy = "embeddings = false" if beyond == [EMBEDDINGS] else "writers = heretic"
             raise ContrastError(
                 f"No LoRA adapter carries {', '.join(beyond)} of {model.name}: give --export-strategy merge, or leave them as "

@@ -79,13 +79,18 @@ def remove_empty_directories() -> None:
     _made.clear()
 
 
-def require_writable_file(path: Path) -> None:
+def require_writable_file(path: Path, inputs: Iterable[str] = ()) -> None:
     """
     Checks that a file of this name can be made, and creates the directory that it will lie in.
 
-    Raises `ContrastError` when `path` is a directory, or its directory cannot be written to.
+    `inputs`: names of what is read, which may be files. Raises `ContrastError` when `path` is one of them or a directory, or its
+    directory cannot be written to.
     """
 
     if os.path.isdir(path):
         raise ContrastError(f"{path} is a directory: give the name of a file to write.")
+    if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in inputs):
+        raise ContrastError(
+            f"{path} is read, so it cannot be written as well: give another name for what is written."
+        )
     require_writable_directory(path.parent)

@@ -5,6 +5,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import ContrastError
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
 from ..outputs import require_writable_directory, require_writable_file
@@ -32,7 +33,11 @@ def main(arguments: Sequence[str]) -> None:
     cleaned = None if settings.cleaned is None else Path(settings.cleaned)
     require_writable_directory(Path(settings.output))
     if cleaned is not None:
-        require_writable_file(cleaned)
+        require_writable_file(cleaned, [settings.dataset])
+        if cleaned.suffix not in (".jsonl", ".ndjson"):
+            raise ContrastError(
+                f"--cleaned writes JSON Lines, and {cleaned} would be read as something else: give a name that ends in .jsonl."
+            )
 
     from ..hosts.surface import log
     from ..prompts import load_pool

@@ -14,7 +14,7 @@ from ..errors import ContrastError
 from ..evaluation.plan_settings import PairsSettings
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
-from ..hosts.settings import HostSettings, load_settings
+from ..hosts.settings import HostSettings, datasets_of, load_settings
 from ..outputs import require_writable_directory, require_writable_file
 
 
@@ -58,8 +58,10 @@ def main(arguments: Sequence[str]) -> None:
             "and give --report DIR, or leave --contrast.directions out."
         )
     if settings.output is not None:
+        read = datasets_of(settings.model_dump(mode="json"))
         for name in configurations:
-            require_writable_file(output_path(settings.output, name, len(configurations) > 1))
+            path = output_path(settings.output, name, len(configurations) > 1)
+            require_writable_file(path, read)
     if settings.report is not None:
         require_writable_directory(Path(settings.report))
 

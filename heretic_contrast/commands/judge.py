@@ -93,11 +93,7 @@ def main(arguments: Sequence[str]) -> None:
         if settings.label_key in row
     ]
     if settings.output is not None:
-        require_writable_file(Path(settings.output))
-        if Path(settings.output).resolve() == path.resolve():
-            raise ContrastError(
-                f"{path} is read, so it cannot be the output as well: give another --output."
-            )
+        require_writable_file(Path(settings.output), [settings.file])
 
     from ..evaluation.statistics import wilson_interval
     from ..hosts.surface import log

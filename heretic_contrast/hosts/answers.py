@@ -15,7 +15,7 @@ from typing import Any
 import heretic.utils
 from questionary import Choice
 
-from ..errors import ContrastError
+from ..errors import ContrastError, one_line
 from ..outputs import require_writable_directory
 from .model_folder import CONFIGURATIONS, UNFINISHED, publish_model, require_other_folder
 from .settings import HostSettings
@@ -192,7 +192,7 @@ class Answers:
         what = "uploaded" if action == "upload" else f"saved to {self.settings.save_directory}"
         reason = ""
         if self.failure is not None:
-            reason = f" ({' '.join(heretic.utils.format_exception(self.failure).split())[:300]})"
+            reason = f" ({type(self.failure).__name__}: {one_line(str(self.failure))[:300]})"
         raise ContrastError(
             f"The model could not be {what}{reason}; the study and what was there before are kept: "
             "give --checkpoint-action continue to try again."

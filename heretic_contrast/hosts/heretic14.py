@@ -54,7 +54,7 @@ from .host_model import HostModel
 from .loading import LoadedContext
 from .model_card import with_plugin
 from .model_folder import require_other_folder
-from .settings import HostSettings, listed, prompt_sources
+from .settings import HostSettings, datasets_of, listed, prompt_sources
 from .surface import heretic_prompts, log
 
 if TYPE_CHECKING:
@@ -444,7 +444,8 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     if settings.save_directory is not None:
         require_writable_directory(Path(settings.save_directory))
     if settings.contrast.save_directions is not None:
-        require_writable_file(Path(settings.contrast.save_directions))
+        read = datasets_of(settings.model_dump(mode="json"))
+        require_writable_file(Path(settings.contrast.save_directions), read)
     if settings.checkpoint_action != "restart":
         repair_checkpoints(Path(settings.study_checkpoint_dir))
         if settings.checkpoint_action == "continue" and not any(

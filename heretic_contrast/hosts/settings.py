@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -410,7 +410,7 @@ class HostSettings(Settings):
         # Where the trials are kept may lie within a folder of prompts.
         own = Path(self.study_checkpoint_dir)
         content["files"] = [path_digest(Path(self.model), MODEL_FILES)] + [
-            path_digest(Path(name), ignored=own) for name in sorted(set(_datasets(content)))
+            path_digest(Path(name), ignored=own) for name in datasets_of(content)
         ]
         for name in ("directions", "warm_start"):
             file = getattr(self.contrast, name)
@@ -419,16 +419,17 @@ class HostSettings(Settings):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _datasets(content: Any) -> Iterator[str]:
-    """Yields the name or path of every dataset among settings."""
+def datasets_of(content: Any) -> list[str]:
+    """Returns the name or path of every dataset among settings, each once."""
 
+    found: set[str] = set()
     if isinstance(content, dict):
         if isinstance(content.get("dataset"), str):
-            yield content["dataset"]
+            found.add(content["dataset"])
         content = list(content.values())
     if isinstance(content, list):
-        for value in content:
-            yield from _datasets(value)
+        found.update(name for value in content for name in datasets_of(value))
+    return sorted(found)
 
 
 class CommandSettings(BaseSettings):

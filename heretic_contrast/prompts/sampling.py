@@ -22,7 +22,8 @@ def stratified_sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[
 
     if len(prompts) < count:
         raise ContrastError(
-            f"{count} prompts are asked for, but the pool has {len(prompts)}: ask for fewer, or give a larger pool."
+            f"{count} prompts are asked for, but the pool has {len(prompts)} that directions were not extracted from: ask for "
+            "fewer, or give a larger pool."
         )
     strata: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in sorted(prompts, key=lambda prompt: (prompt.category or "", prompt.text)):

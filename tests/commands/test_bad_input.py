@@ -187,6 +187,28 @@ def test_pools(
     assert output.read_bytes() == b"kept"
 
 
+def test_what_is_read_is_not_written_to(refused: Refused, tmp_path: Path) -> None:
+    harmful, harmless = (
+        Path(write_pool(tmp_path / f"{name}.jsonl", rows))
+        for name, rows in (("bad", HARMFUL), ("good", HARMLESS))
+    )
+    content = harmless.read_bytes()
+    # Another name for the same file.
+    again = tmp_path / "sub" / ".." / harmless.name
+    (tmp_path / "sub").mkdir()
+    pools = [f"--contrast.bad-prompts.dataset={harmful}", f"--contrast.good-prompts.dataset={harmless}"]
+    for words in (
+        ["audit", f"--dataset={harmless}", f"--output={tmp_path / 'a'}", f"--cleaned={again}"],
+        ["extract", "builtin:refuser", *pools, f"--output={again}"],
+        ["builtin:refuser", *pools, f"--contrast.save-directions={again}", "--model-action=none"],
+    ):
+        assert "cannot be written as well" in refused(words)
+    assert harmless.read_bytes() == content
+    assert "JSON Lines" in refused(
+        ["audit", f"--dataset={harmless}", f"--output={tmp_path / 'a'}", f"--cleaned={tmp_path / 'c.csv'}"]
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -121,7 +121,7 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
 def test_a_file_is_not_replaced_by_its_own_judgement(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"response": "r"}', encoding="utf-8")
-    with pytest.raises(ContrastError, match="cannot be the output as well"):
+    with pytest.raises(ContrastError, match="cannot be written as well"):
         main([str(path), f"--output={tmp_path / '.' / path.name}"])
     assert path.read_text(encoding="utf-8") == '{"response": "r"}'
 

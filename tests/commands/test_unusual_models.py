@@ -91,6 +91,10 @@ def test_checkpoints_of_8_bits_are_modified_as_in_full_precision(
     AutoModelForCausalLM.from_pretrained(
         refusing, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
     ).save_pretrained(quantized)
+    words = [*arguments(tmp_path, "search", quantized), "--export-strategy=merge"]
+    refused = command_server.run(words, tmp_path / "merged")
+    assert refused.code == 2
+    assert "8 bits, which transformers cannot save merged" in " ".join(refused.output().split())
     divergences = []
     for model in (refusing, quantized):
         folder, _ = run(
