@@ -196,7 +196,10 @@ def test_what_is_read_is_not_written_to(refused: Refused, tmp_path: Path) -> Non
     # Another name for the same file.
     again = tmp_path / "sub" / ".." / harmless.name
     (tmp_path / "sub").mkdir()
-    pools = [f"--contrast.bad-prompts.dataset={harmful}", f"--contrast.good-prompts.dataset={harmless}"]
+    pools = [
+        f"--contrast.bad-prompts.dataset={harmful}",
+        f"--contrast.good-prompts.dataset={harmless}",
+    ]
     for words in (
         ["audit", f"--dataset={harmless}", f"--output={tmp_path / 'a'}", f"--cleaned={again}"],
         ["extract", "builtin:refuser", *pools, f"--output={again}"],
@@ -205,7 +208,12 @@ def test_what_is_read_is_not_written_to(refused: Refused, tmp_path: Path) -> Non
         assert "cannot be written as well" in refused(words)
     assert harmless.read_bytes() == content
     assert "JSON Lines" in refused(
-        ["audit", f"--dataset={harmless}", f"--output={tmp_path / 'a'}", f"--cleaned={tmp_path / 'c.csv'}"]
+        [
+            "audit",
+            f"--dataset={harmless}",
+            f"--output={tmp_path / 'a'}",
+            f"--cleaned={tmp_path / 'c.csv'}",
+        ]
     )
 
 
