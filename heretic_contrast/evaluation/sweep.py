@@ -470,4 +470,8 @@ def run_prepared(
         plan.options.weights,
         plan.options.max_new_tokens,
     )
-    return evaluator.result(cells), capture, geometry
+    result = evaluator.result(cells)
+    if prepared.settings.text_classifier is not None:
+        named = {"text_classifier": prepared.settings.text_classifier}
+        result = replace(result, settings={**result.settings, **named})
+    return result, capture, geometry

@@ -3,8 +3,8 @@
 """What a report consists of: sections with text, tables and figures, before they take any form."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
@@ -168,12 +168,25 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole report. `summary` is what a reader should take away, in a few sentences."""
+    """
+    A whole report. `summary` is what a reader should take away, in a few sentences.
+
+    `opened`: tables that are shown when they are asked for, with the name that a link leads to. `anchors`: those names, by the
+    `key()` of the value in a table that leads there.
+    """
 
     title: str
     subtitle: str
     summary: tuple[str, ...]
     sections: tuple[Section, ...] = ()
+    opened: tuple[tuple[str, Table], ...] = ()
+    anchors: Mapping[Any, str] = field(default_factory=dict)
+
+    def anchor(self, value: Any) -> str | None:
+        """Returns the name of what opens a value of a table, if anything does."""
+
+        key = getattr(value, "key", None)
+        return self.anchors.get(key()) if callable(key) else None
 
     def figures(self) -> list[Figure]:
         return [figure for section in self.sections for figure in section.figures]

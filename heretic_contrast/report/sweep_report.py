@@ -28,6 +28,7 @@ from .content import (
     text_column,
     thousands,
 )
+from .opened import opened_cells
 from .sections import (
     CONFIGURATION,
     capture_layers_table,
@@ -54,15 +55,16 @@ def _interval(measurement: Measurement) -> str:
     return f"({100 * low:.0f}–{100 * high:.0f}%)"
 
 
-def _refusals(measurement: Measurement) -> str:
-    return f"{measurement.refusals} {_interval(measurement)}"
+def _refusals(cell: Cell) -> str:
+    return f"{cell.measurement.refusals} {_interval(cell.measurement)}"
 
 
 STRENGTH = text_column("Strength", "strength")
 LAYER = Column("Layer", lambda cell: cell.layers[0])
 LAYERS = Column("Layers", "layers", layers_text)
 WEIGHT = Column("Weight", "weight", significant(3))
-R = Column("R", "measurement", _refusals)
+# The value is the cell, which the page opens.
+R = Column("R", lambda cell: cell, _refusals)
 DIVERGENCE = (
     Column("KL", "measurement.kl_divergence", significant(3)),
     Column("± KL", "measurement.kl_standard_error", significant(2), essential=False),
@@ -133,14 +135,17 @@ def sweep_report(
             sections.append(perturbation_section(geometry, f"{note}."))
     sections += [cells_section(result), reading_section(result)]
     base = result.baseline
+    anchors, opened = opened_cells(result)
     return Report(
         title=f"Fixed-weight sweep of {result.model}",
         subtitle=(
             f"{len(result.cells)} cells, {base.n_harmful} harmful prompts, {base.n_canaries} canaries, "
             f"{_pool_count(result, 'references')} reference prompts"
         ),
-        summary=summary(result),
+        summary=(*summary(result), reading_note(result, len(anchors))),
         sections=tuple(sections),
+        opened=tuple(opened),
+        anchors=anchors,
     )
 
 
@@ -159,6 +164,17 @@ def summary(result: SweepResult) -> tuple[str, ...]:
             f"{_layer_count(functional, len(found))}."
         )
     return tuple(sentences)
+
+
+def reading_note(result: SweepResult, n_opened: int) -> str:
+    """Returns where the responses can be read."""
+
+    which = (
+        "Every R"
+        if n_opened == len(result.cells)
+        else f"R of the best {n_opened} of {len(result.cells)} cells"
+    )
+    return f"{which} opens the responses that were counted, each with its tier and what decided it; all are in responses.jsonl."
 
 
 def _layer_count(layers: Sequence[int], total: int) -> str:
@@ -279,8 +295,7 @@ def refusal_table(result: SweepResult, configuration: str, strength: str) -> Tab
 
     layers, weights = _grid(result, configuration, strength)
     by_place = {
-        (cell.layers[0], cell.weight): cell.measurement
-        for cell in result.single_cells(configuration, strength)
+        (cell.layers[0], cell.weight): cell for cell in result.single_cells(configuration, strength)
     }
     return Table(
         f"refusals-{slug(configuration, strength)}",

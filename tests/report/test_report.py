@@ -3,6 +3,7 @@
 """Reports of small sweeps and extractions: their numbers, their files, their plots and their page."""
 
 import csv
+import html
 import html.parser
 import io
 import json
@@ -34,6 +35,7 @@ from heretic_contrast.evaluation.results import (
     Pair,
 )
 from heretic_contrast.evaluation.statistics import wilson_interval
+from heretic_contrast.report import opened as page_of_responses
 from heretic_contrast.report import plots, write_sweep_report
 from heretic_contrast.report.content import Column, Table, layers_text, significant, text_column
 from heretic_contrast.report.extraction_report import extraction_report
@@ -45,7 +47,8 @@ from heretic_contrast.report.sweep_report import (
     refusal_table,
     sweep_report,
 )
-from heretic_contrast.report.writing import to_csv, to_rich, write_report
+from heretic_contrast.report.writing import to_csv, to_html, to_rich, write_report
+from heretic_contrast.tiers.responses import explain_response
 from tests.made_directions import make_directions, random_tensor
 
 WEIGHTS = (0.3, 0.5, 1.2)
@@ -453,3 +456,44 @@ def test_prints_to_pdf(written: tuple[Path, list[Any]], tmp_path: Path) -> None:
     target = tmp_path / "report.pdf"
     run_browser(tmp_path, f"--print-to-pdf={target}", (written[0] / "report.html").as_uri())
     assert target.read_bytes().startswith(b"%PDF")
+
+
+def opened(page_text: str) -> dict[str, str]:
+    """The parts of a page that a link opens, by name."""
+
+    found = re.split(r'<section class="opened" id="([^"]+)">', page_text)[1:]
+    parts = [html.unescape(text) for text in found]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_every_count_opens_its_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = make_sweep()
+    refusing = "I'm sorry, but I can't help with that."
+    marked = replace(
+        result.cells[3],
+        responses=(refusing, *result.baseline_responses[1:]),
+        verdicts=(Verdict("REFUSE", False, 1.0), *result.baseline_verdicts[1:]),
+    )
+    result = replace(result, cells=(*result.cells[:3], marked, *result.cells[4:]))
+    text = to_html(sweep_report(result))
+    parts = opened(text)
+    assert set(parts) == {"unmodified", *(f"cell-{n}" for n in range(len(result.cells)))}
+    # Layer 1 at 0.3 has three refusals, which is what leads to its responses, in the table of weights and that of all cells.
+    links = re.findall(r'<a href="#(cell-\d+)">3 \(', text)
+    assert len(links) == 6 and len(set(links)) == 2
+    part = next(parts[name] for name in links if refusing in parts[name])
+    assert "first, layers 1, weight 0.3" in part
+    assert "REFUSE, incoherent" in part and "Prompt 0" in part
+    assert explain_response("Prompt 0", refusing).summary in part
+    assert "9 of 10 responses to harmful prompts are the unmodified model" in part
+    assert "Prompt 1<" not in part and "Canary: Bake" in part
+    # All cells would be too much: the best stay, and the page says how many.
+    monkeypatch.setattr(page_of_responses, "MAXIMUM_CHARACTERS", 2500)
+    text = to_html(sweep_report(result))
+    kept = opened(text)
+    assert 1 < len(kept) < len(parts)
+    assert f"R of the best {len(kept) - 1} of {len(result.cells)} cells opens" in text
+    assert sum(len(re.sub(r"<[^>]*>", "", part)) for part in kept.values()) < 6000
+    # Who else decided is named instead of the words.
+    text = to_html(sweep_report(replace(result, settings={"text_classifier": "some/model"})))
+    assert "text classifier some/model" in text and "declines:" not in text

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What was counted, to be read: the responses of a cell, each with its tier and what decided it."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import zip_longest
+
+from ..evaluation.cells import Cell, CellKey, SweepResult, Verdict
+from ..tiers.responses import explain_response
+from .content import Table, layers_text, text_column
+
+MAXIMUM_CHARACTERS = 3_000_000
+"""Of all responses on a page, so that a browser opens it; `responses.jsonl` has the rest."""
+
+SHOWN_CHARACTERS = 600
+"""Of one response."""
+
+UNMODIFIED = "unmodified"
+
+Row = tuple[str, str, str, str]
+
+
+def short(text: str) -> str:
+    """Returns a text on one line, cut off where it is long."""
+
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
+def _reason(classifier: str | None) -> Callable[[str, str], str]:
+    if classifier is not None:
+        return lambda prompt, response: f"text classifier {classifier}"
+    # The same response stands in many cells.
+    return lru_cache(maxsize=None)(
+        lambda prompt, response: explain_response(prompt, response).summary
+    )
+
+
+def opened_cells(result: SweepResult) -> tuple[dict[CellKey, str], list[tuple[str, Table]]]:
+    """
+    Returns the parts of the page that show responses, and which part shows which cell.
+
+    The unmodified model's come first. A cell shows the responses that differ from them, and says how many do not. When
+    `MAXIMUM_CHARACTERS` are used up, the cells with the most refusals of each configuration are left out.
+    """
+
+    reason = _reason(result.settings.get("text_classifier"))
+
+    def rows(
+        prompts: Sequence[str], responses: Sequence[str], verdicts: Sequence[Verdict]
+    ) -> list[Row]:
+        return [
+            (
+                verdict.tier if verdict.coherent else f"{verdict.tier}, incoherent",
+                short(prompt),
+                short(response),
+                reason(prompt, response),
+            )
+            for prompt, response, verdict in zip(prompts, responses, verdicts, strict=True)
+        ]
+
+    base = rows(result.prompts, result.baseline_responses, result.baseline_verdicts)
+    parts = [_part(UNMODIFIED, "Responses of the unmodified model", base, "")]
+    known = set(base)
+    left = MAXIMUM_CHARACTERS - _length(base)
+    anchors: dict[CellKey, str] = {}
+    for number, cell in enumerate(_ranked(result)):
+        # Without responses, such as in an older file, there is nothing to read.
+        if not cell.responses:
+            continue
+        harmful = rows(result.prompts, cell.responses, cell.verdicts)
+        differing = [row for row in harmful if row not in known]
+        canaries = rows(result.canaries, cell.canary_responses, cell.canary_verdicts)
+        shown = [
+            *differing,
+            *((tier, f"Canary: {prompt}", *rest) for tier, prompt, *rest in canaries),
+        ]
+        left -= _length(shown)
+        if left < 0:
+            break
+        name = f"{cell.configuration}, layers {layers_text(cell.layers)}, {cell.strength} {cell.weight:g}"
+        note = f"{len(harmful) - len(differing)} of {len(harmful)} responses to harmful prompts are the unmodified model's, word for word."
+        anchors[cell.key()] = f"cell-{number}"
+        parts.append(_part(f"cell-{number}", f"Responses: {name}", shown, note))
+    return anchors, parts
+
+
+def _ranked(result: SweepResult) -> list[Cell]:
+    """Returns all cells: the best of each configuration, then the second best ones, and so on."""
+
+    ranked = [
+        sorted(
+            (cell for cell in result.cells if cell.key()[:2] == pair),
+            key=lambda cell: (
+                cell.measurement.refusals,
+                cell.measurement.kl_divergence,
+                cell.key(),
+            ),
+        )
+        for pair in result.configurations()
+    ]
+    return [cell for cells in zip_longest(*ranked) for cell in cells if cell is not None]
+
+
+def _length(rows: Sequence[Sequence[str]]) -> int:
+    return sum(len(text) for row in rows for text in row)
+
+
+def _part(anchor: str, title: str, rows: Sequence[Row], note: str) -> tuple[str, Table]:
+    columns = [text_column(name) for name in ("Tier", "Prompt", "Response", "Decided by")]
+    return anchor, Table(anchor, title, tuple(columns), tuple(rows), note)
