@@ -22,10 +22,22 @@ from ..outputs import json_text
 from . import Prompt, prompts_digest
 from .categories import CATEGORIES, classify
 
-FIRST_LABEL_RIGHT = {"right": 199, "of": 260, "interval_95": [0.71, 0.813]}
+FIRST_LABEL_RIGHT = {"right": 200, "of": 260, "interval_95": [0.714, 0.816]}
 """
 How often the lexicon's first label is right: of harmful prompts that were labelled by hand and set aside before it was
 written, with the Wilson interval.
+"""
+
+FIRST_LABEL_RIGHT_IN_PUBLIC_SETS = {
+    "StrongREJECT": {"right": 120, "of": 154, "interval_95": [0.707, 0.837]},
+    "Do-Not-Answer": {"right": 341, "of": 427, "interval_95": [0.758, 0.834]},
+    "HarmBench": {"right": 66, "of": 93, "interval_95": [0.611, 0.792]},
+    "JailbreakBench": {"right": 56, "of": 90, "interval_95": [0.519, 0.715]},
+    "MultiJail": {"right": 174, "of": 294, "interval_95": [0.535, 0.646]},
+}
+"""
+The same by `benchmarks/categories.py`. The errors in the first two were read when the lexicon was last extended, those in the other
+three were not.
 """
 
 PAPER_MATCHES = 859
@@ -71,6 +83,7 @@ class PoolAudit:
             "matches_per_400_prompts": round(self.matches_per_paper_pool, 2),
             "paper_matches_per_400_prompts": PAPER_MATCHES,
             "first_label_right": FIRST_LABEL_RIGHT,
+            "first_label_right_in_public_sets": FIRST_LABEL_RIGHT_IN_PUBLIC_SETS,
             "pool_sha256": self.digest,
             "categories": {
                 category: {"n_matches": len(texts), "examples": list(texts[:N_EXAMPLES])}
@@ -112,7 +125,7 @@ def render(audit: PoolAudit) -> Table:
         caption=(
             f"{audit.n_matches} matches, {audit.matches_per_paper_pool:.0f} per {PAPER_PROMPTS} prompts "
             f"(the paper: {PAPER_MATCHES}). On {FIRST_LABEL_RIGHT['of']} labelled harmful prompts the first category is right "
-            "in 77 % (71–81 %)."
+            "in 77 % (71–82 %), and in public sets that it was not written on in 59 to 71 %."
         ),
         show_footer=True,
     )
