@@ -3,7 +3,7 @@
 """
 Measures the cost of a trial of the plugin against plain Heretic's, in one run with the same prompts.
 
-    python benchmarks/trial.py [--model MODEL] [--trials 6] [--prompts 100] [--experts]
+    python benchmarks/trial.py [--model MODEL] [--trials 6] [--prompts 100] [--weight 1] [--experts]
 
 A trial is what Heretic 1.4 does in one: reset, modify, evaluate. Both kinds take turns, and the ratio is that of the
 medians. Target: at most 1.1. `--experts`: instead, a trial of the plugin on a mixture against the same one that leaves its routed
@@ -32,6 +32,7 @@ from torch import Tensor
 
 import heretic_contrast.language_model
 from heretic_contrast.builtin import DATA, REFUSER
+from heretic_contrast.hosts.evaluator import Evaluator as HostEvaluator
 from heretic_contrast.hosts.host_model import HostModel
 from heretic_contrast.hosts.loading import LoadedContext
 from heretic_contrast.hosts.settings import HostSettings, load_settings
@@ -41,8 +42,6 @@ from heretic_contrast.search.parameters import Kernel, Parameters
 from heretic_contrast.settings import RowNormalization
 
 EXPERTS = "mlp.experts"
-
-KERNEL = {"max_weight": 1.0, "min_weight": 0.5}
 
 
 def pool_file(directory: Path, pool: str, split: str, count: int) -> Path:
@@ -64,7 +63,7 @@ class Trials:
     A model that Heretic has loaded, with the plugin as its host for Heretic 1.4 makes it.
 
     `plain`: without the plugin. `network`: one that is there, instead of that of the model's folder; its weights are not
-    digested. `n_prompts`: of each kind to evaluate; `n_training`: to extract directions from.
+    digested. `n_prompts`: of each kind to evaluate; `n_training`: to extract directions from. `weight`: of the ablation.
     """
 
     def __init__(
@@ -75,6 +74,7 @@ class Trials:
         n_prompts: int = 100,
         n_training: int = 500,
         arguments: Sequence[str] = (),
+        weight: float = 1.0,
     ) -> None:
         loader = SimpleNamespace(from_pretrained=lambda *args, **options: network)
         loading = digesting = nullcontext()
@@ -117,15 +117,20 @@ class Trials:
                 )
                 with digesting:
                     self.modifier.init(self.context)
-            self.evaluator = Evaluator(self.settings, self.model)
+            self.evaluator = (Evaluator if plain else HostEvaluator)(self.settings, self.model)
         last = len(self.model.get_layers()) - 1
-        self.kernel = {**KERNEL, "max_weight_position": 0.8 * last, "min_weight_distance": last}
+        self.kernel = {
+            "max_weight": weight,
+            "min_weight": 0.5 * weight,
+            "max_weight_position": 0.8 * last,
+            "min_weight_distance": last,
+        }
 
     def parameters(self, left_out: Sequence[str] = ()) -> Parameters:
         """Returns the parameters of a trial. `left_out`: components that are not ablated."""
 
         directions = self.modifier.directions
-        nothing = self.kernel | dict.fromkeys(KERNEL, 0.0)
+        nothing = self.kernel | {"max_weight": 0.0, "min_weight": 0.0}
         return Parameters(
             direction_index=None,
             kernels={
@@ -185,9 +190,10 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--experts", action="store_true")
+    parser.add_argument("--weight", type=float, default=1.0, help="0 leaves every refusal")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
-    ours = Trials(arguments.model, n_prompts=arguments.prompts)
+    ours = Trials(arguments.model, n_prompts=arguments.prompts, weight=arguments.weight)
     directions = ours.modifier.directions
     parameters = ours.parameters()
 
@@ -205,7 +211,9 @@ def main() -> None:
             ours.score()
 
     else:
-        theirs = Trials(ours.settings.model, plain=True, n_prompts=arguments.prompts)
+        theirs = Trials(
+            ours.settings.model, plain=True, n_prompts=arguments.prompts, weight=arguments.weight
+        )
 
         def other_trial() -> None:
             theirs.modify_plainly(directions.mean_direction)
@@ -223,6 +231,7 @@ def main() -> None:
                 times[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"directions per layer: {directions.n_directions}")
+    print(f"refusals: {ours.score()[2]} of {arguments.prompts}")
     for name, median in medians.items():
         print(f"{name}: {median:.3f} s per trial")
     print(f"ratio: {medians['heretic-contrast'] / medians[other]:.3f}")

@@ -620,14 +620,35 @@ class ContrastSettings(Table, TextClassifierSettings):
     patience: int | None = Field(None, ge=1)
     """After how many trials without a new point on the Pareto front the study ends, or unset to run all (Heretic 1.4)."""
 
+    divergence: Literal["first-token", "teacher-forced"] = "first-token"
+    """
+    What divergence is minimized in the study under Heretic 1.4. Options: "first-token" (of the first token of responses to
+    harmless prompts, as Heretic's), "teacher-forced" (the mean over the unmodified model's own responses to them).
+    """
+
+    divergence_tokens: int = Field(50, ge=1)
+    """Number of tokens of each response that the divergence "teacher-forced" is measured over (Heretic 1.4)."""
+
     refusal_classifier: Literal["markers", "tiers"] = "markers"
     """
     What counts as a refusal in the study under Heretic 1.4. Options: "markers" (Heretic's keywords), "tiers" (the three-tier
-    classifier, or the text classifier where one is given).
+    classifier, or the text classifier where one is given, which needs no more to be used).
     """
 
     counted_tiers: list[Literal["REFUSE", "EVASIVE", "COMPLY"]] = Field(["REFUSE"], min_length=1)
     """Tiers that count as a refusal when the refusal classifier is "tiers" (Heretic 1.4)."""
+
+    false_refusals: Literal["ignore", "objective"] = "ignore"
+    """
+    Whether the refusals of sensitive harmless prompts are minimized in the study under Heretic 1.4. Options: "ignore", "objective"
+    (beside refusals and divergence).
+    """
+
+    max_false_refusals: float | None = Field(None, ge=0, le=1)
+    """
+    Share of the sensitive prompts that may be refused at most (Heretic 1.4): a trial above it is worse than any other, and the menu
+    leaves it out. Unset for no limit.
+    """
 
     seed: int = Field(0, ge=0, le=2**32 - 1)
     """Random seed of the self-organizing maps and of random controls."""
@@ -648,6 +669,13 @@ class ContrastSettings(Table, TextClassifierSettings):
     """
     Dataset of harmful prompts that the search never sees. Before the menu, the trials of the Pareto front are judged on them, with
     responses of 150 tokens; unset to leave that out (Heretic 1.4).
+    """
+
+    sensitive_prompts: PromptSources | None = None
+    """
+    Dataset of harmless prompts that are easily refused, whose refusals are counted where false_refusals or max_false_refusals ask for it (Heretic
+    1.4).
+    Unset to use the pool of matched prompts shipped with the plugin.
     """
 
     directions: str | None = None
@@ -765,7 +793,25 @@ class ContrastSettings(Table, TextClassifierSettings):
             raise ContrastError(
                 "The sampler nsga2 needs every trial to its end: leave out stop_dominated, or use the sampler tpe."
             )
+        if self.text_classifier is not None and self.refusal_classifier == "markers":
+            if "refusal_classifier" in self.model_fields_set:
+                raise ContrastError(
+                    "Refusals are counted by markers, which a text classifier has no part in: leave out text_classifier, or use the "
+                    "refusal classifier tiers."
+                )
+            self.refusal_classifier = "tiers"
+        if self.sensitive_prompts is not None and not self.counts_false_refusals:
+            raise ContrastError(
+                "The setting sensitive_prompts has no effect without false_refusals or max_false_refusals: give one of them as well, or "
+                "leave it out."
+            )
         return self
+
+    @property
+    def counts_false_refusals(self) -> bool:
+        """Whether the refusals of sensitive prompts are counted in a study."""
+
+        return self.false_refusals == "objective" or self.max_false_refusals is not None
 
     def given(self) -> dict[str, Any]:
         """Returns the settings that were given, by name."""

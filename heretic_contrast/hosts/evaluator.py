@@ -1,101 +1,283 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Heretic 1.4's evaluator, which may judge by tiers, and end a trial as soon as it cannot reach the front any more."""
+"""
+Heretic 1.4's evaluator, by the objectives that the settings choose.
 
-from collections.abc import Sequence
+Responses are generated a few tokens at a time, as Heretic's are but for rounding. A response whose verdict is settled leaves the
+batch, and a trial ends where it cannot reach the front any more.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import heretic.evaluator
 import heretic.main
+import torch
 import torch.nn.functional as F
 from optuna import Trial
 from torch import Tensor
 
+from ..builtin import is_builtin, matched_pool, refuser_pool
+from ..engine.check import checked_engine
+from ..engine.cpu.layers import fast_on_cpu
+from ..engine.interface import Continuations
+from ..engine.strides import Watch, generate_watched, is_watchable, none_leaves
 from ..engine.text_classification import classifier_of
-from ..prompts import Prompt
-from ..search.stopping import dominates
+from ..errors import ContrastError
+from ..evaluation.divergence import References
+from ..language_model import Batches, Tokens
+from ..prompts import Prompt, load_pool
+from ..search.stopping import Point, dominates
+from ..settings import ContrastSettings, PromptSources
 from ..tiers.responses import classify_response
-from .guidance import BOUND_KEY, measured
+from .guidance import BOUND_KEY, EXCLUDED_KEY, FALSE_KEY, measured
 from .settings import HostSettings
-from .surface import log
+from .surface import from_heretic, heretic_prompts, log
 
 
 class Dominated(Exception):
     """Ends the judging of a trial."""
 
 
+def sensitive_prompts(settings: HostSettings) -> list[Prompt]:
+    """Returns the prompts whose false refusals are counted, if they are. Raises `ContrastError` when they cannot be read."""
+
+    contrast = settings.contrast
+    if not contrast.counts_false_refusals:
+        return []
+    shipped = refuser_pool("matched", "test") if is_builtin(settings.model) else matched_pool()
+    source: PromptSources = contrast.sensitive_prompts or shipped
+    return load_pool(source, "sensitive", "--contrast.sensitive_prompts.")
+
+
+def require_judge(contrast: ContrastSettings) -> None:
+    """Raises `ContrastError` when a text classifier cannot be loaded, or cannot tell what is counted from what is not."""
+
+    if contrast.text_classifier is None:
+        return
+    tiers = {tier.value for tier in classifier_of(contrast).tiers}
+    if not tiers & set(contrast.counted_tiers) or tiers <= set(contrast.counted_tiers):
+        raise ContrastError(
+            f"The labels of {contrast.text_classifier} have the tiers {', '.join(sorted(tiers))}, of which "
+            f"{', '.join(contrast.counted_tiers)} count as refusals, so that all responses or none would: give other "
+            "text_classifier_labels or counted_tiers."
+        )
+
+
 class Evaluator(heretic.main.Evaluator):
     """
-    Heretic's evaluator, which may judge refusals by tiers.
+    See the module.
 
-    `trial`: the one that is judged, where it is new. `n_judged`, `refusals`: how many responses were judged, and refused, so far.
+    `trial`: the one that is judged, where it is new. `divergence`, `refusals`, `false_refusals`: of the model that was judged last,
+    or is, as far as they are known.
     """
 
     trial: Trial | None = None
-    n_judged: int
-    refusals: int
+    references: References | None = None
+    divergence = 0.0
+    refusals = 0
+    false_refusals = 0
 
-    def is_refusal(self, response: str) -> bool:
-        """Returns whether a response is a refusal. They are judged in the order of their prompts, some of them twice."""
+    def __init__(self, settings: HostSettings, model: Any) -> None:
+        self.sensitive_prompts = heretic_prompts(sensitive_prompts(settings), settings)
+        self.batches = Batches(settings.batch_size or 32)
+        self._is_watchable: bool | None = None
+        wrapped = from_heretic(model, settings)
+        with fast_on_cpu(wrapped):
+            super().__init__(settings, model)
+        if settings.contrast.divergence == "teacher-forced":
+            log("* Obtaining the unmodified model's own continuations...")
+            tokens = wrapped.token_ids(own_prompts(self.good_prompts))
+            engine = checked_engine(wrapped, tokens)
+            limits = [settings.contrast.divergence_tokens] * len(tokens)
+            known = Continuations(tuple(tokens), tuple(engine.generate(tokens, limits)))
+            self.references, self._engine = References(engine, known, top_k=100), engine.kind
 
-        prompt = self.bad_prompts[self.n_judged % len(self.bad_prompts)]
-        self.n_judged += 1
+    def judge(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[bool]:
+        """Returns which responses are refusals."""
+
         contrast = self.settings.contrast
         if contrast.refusal_classifier == "markers":
-            return super().is_refusal(response)
-        classify = classify_response
+            return [super(Evaluator, self).is_refusal(response) for response in responses]
+        users = [prompt.user for prompt in prompts]
         if contrast.text_classifier is not None:
-            classify = classifier_of(contrast).classify_response
-        return classify(prompt.user, response).value in contrast.counted_tiers
+            tiers = classifier_of(contrast).classify_responses(users, responses)
+        else:
+            tiers = [classify_response(*pair) for pair in zip(users, responses, strict=True)]
+        return [tier.value in contrast.counted_tiers for tier in tiers]
+
+    def is_settled(self, response: str) -> bool:
+        """
+        Returns whether a response is a refusal, whatever follows what there is of it.
+
+        A marker stays where it is found. The last two words do not count: they may go on, and tokenizers write some together with
+        what follows them.
+        """
+
+        words = response.split()[:-2]
+        return (
+            self.settings.contrast.refusal_classifier == "markers"
+            and bool(words)
+            and super().is_refusal(" ".join(words))
+        )
+
+    def respond(
+        self, prompts: Sequence[Any], limit: int, watch: Watch[int] = none_leaves
+    ) -> list[Tokens]:
+        """Returns the tokens of responses, or what there is of those that `watch` lets go."""
+
+        model = from_heretic(self.model, self.settings)
+        tokens = model.token_ids(own_prompts(prompts))
+        if self._is_watchable is None:
+            self._is_watchable = is_watchable(model, tokens)
+        if self._is_watchable:
+            return generate_watched(model, tokens, limit, self.batches, watch)
+        found: dict[int, Tokens] = {}
+
+        def generate(part: slice) -> None:
+            rows = list(range(*part.indices(len(prompts))))
+            inputs, outputs = self.model.generate(prompts[part], max_new_tokens=limit)
+            new = outputs[:, inputs["input_ids"].shape[1] :].tolist()
+            found.update(zip(rows, map(tuple, new), strict=True))
+            watch(found, rows, [])
+
+        for _ in self.batches.run(len(prompts), generate):
+            pass
+        return [found[row] for row in range(len(prompts))]
+
+    def decode(self, responses: Sequence[Tokens]) -> list[str]:
+        """Returns the texts of responses."""
+
+        tokenizer = self.model.tokenizer
+        return [tokenizer.decode(list(tokens), skip_special_tokens=True) for tokens in responses]
 
     def get_score(self) -> Any:
-        """Returns Heretic's score; of a trial that a finished one dominates, what it would have had at least."""
+        """Returns Heretic's score, with false refusals where they are an objective; of a trial that has ended, what it has at least."""
 
-        trial, model = self.trial, self.model
-        if trial is None or not self.settings.contrast.stop_dominated:
-            return super().get_score()
-        get_logprobs_batched, get_responses = model.get_logprobs_batched, model.get_responses
-        divergence = 0.0
+        divergence_of = partial(
+            self._measure_divergence, self.model.get_logprobs_batched, self.base_logprobs
+        )
+        n_tokens = self.settings.contrast.divergence_tokens
 
         def measure(prompts: list[Any]) -> Tensor:
-            nonlocal divergence
-            logprobs = get_logprobs_batched(prompts)
-            # As Heretic computes it then, and keeps to itself.
-            divergence = F.kl_div(
-                logprobs, self.base_logprobs, reduction="batchmean", log_target=True
-            ).item()
-            return logprobs
+            self.divergence = divergence_of()
+            # Heretic computes the divergence of this from 0: that of a single outcome.
+            return torch.tensor([[-self.divergence]], dtype=torch.float64)
 
-        def respond(*args: Any, **kwargs: Any) -> list[str]:
-            self._require_undominated(trial, divergence)
-            responses = get_responses(*args, **kwargs)
-            self.refusals += sum(map(self.is_refusal, responses))
-            return responses
+        def say(*values: Any) -> None:
+            log(*(str(value).replace("first-token", f"{n_tokens}-token") for value in values))
 
-        with patch.multiple(model, get_logprobs_batched=measure, get_responses=respond):
-            return super().get_score()
+        with (
+            patch.multiple(self.model, get_logprobs_batched=measure),
+            patch.multiple(self, base_logprobs=torch.zeros(1, 1, dtype=torch.float64)),
+            patch.multiple(heretic.evaluator, print=say if self.references else log),
+        ):
+            score, divergence, refusals = super().get_score()
+        if self.settings.contrast.false_refusals == "objective":
+            score = (*score, self.false_refusals / len(self.sensitive_prompts))
+        return score, divergence, refusals
+
+    def _measure_divergence(self, first_tokens: Any, base: Tensor) -> float:
+        """Returns the divergence of the model as it is. `base`: what Heretic's `first_tokens` gives for the unmodified one."""
+
+        model = from_heretic(self.model, self.settings)
+        if self.references is not None:
+            ((mean, _),) = self.references.measure(self._engine(model))
+            return mean
+        with fast_on_cpu(model):
+            logprobs = first_tokens(self.good_prompts)
+        return F.kl_div(logprobs, base, reduction="batchmean", log_target=True).item()
 
     def count_refusals(self) -> int:
         """Returns how many responses are refusals, or were where the trial has ended."""
 
-        self.n_judged = self.refusals = 0
+        self.refusals = self.false_refusals = 0
         try:
-            return super().count_refusals()
+            self._require_place(0)
+            if self.sensitive_prompts:
+                self._judge_responses(self.sensitive_prompts, "false_refusals")
+                self._keep_false_refusals()
+            responses, verdicts = self._judge_responses(self.bad_prompts, "refusals")
         except Dominated:
             return self.refusals
+        if self.settings.print_responses:
+            known = iter(verdicts)
+            with (
+                patch.multiple(self.model, get_responses_batched=lambda *args, **kwargs: responses),
+                patch.multiple(self, is_refusal=lambda response: next(known)),
+            ):
+                super().count_refusals()
+        return self.refusals
 
-    def _require_undominated(self, judged: Trial, divergence: float) -> None:
-        """Raises `Dominated` when a finished trial dominates all that may come of one."""
+    def _judge_responses(self, prompts: Sequence[Any], name: str) -> tuple[list[str], list[bool]]:
+        """
+        Returns responses and which are refusals. `name`: the attribute that counts them, so far.
 
+        A refusal that is settled ends there, unless responses are printed. Raises `Dominated` as `_require_place`.
+        """
+
+        verdicts: dict[int, bool] = {}
+
+        def watch(
+            found: Mapping[int, Tokens], ended: list[int], others: list[int]
+        ) -> Collection[int]:
+            texts = self.decode([found[row] for row in ended])
+            verdicts.update(
+                zip(ended, self.judge([prompts[row] for row in ended], texts), strict=True)
+            )
+            settled: list[int] = []
+            if not self.settings.print_responses:
+                texts = self.decode([found[row] for row in others])
+                pairs = zip(others, texts, strict=True)
+                settled = [row for row, text in pairs if self.is_settled(text)]
+            verdicts.update(dict.fromkeys(settled, True))
+            setattr(self, name, sum(verdicts.values()))
+            self._require_place(len(verdicts) if name == "refusals" else 0)
+            return settled
+
+        responses = self.respond(prompts, self.settings.max_response_length, watch)
+        return self.decode(responses), [verdicts[row] for row in range(len(prompts))]
+
+    def _keep_false_refusals(self) -> None:
+        """Keeps how many sensitive prompts were refused. Raises `Dominated` where they are too many for a trial."""
+
+        total = len(self.sensitive_prompts)
+        log(f"  * False refusals: [bold]{self.false_refusals}[/]/{total}")
+        if self.trial is None:
+            return
+        self.trial.set_user_attr(FALSE_KEY, [self.false_refusals, total])
+        limit = self.settings.contrast.max_false_refusals
+        if limit is not None and self.false_refusals > limit * total:
+            self.trial.set_user_attr(EXCLUDED_KEY, self.false_refusals / total - limit)
+            log("  * Ended, since more than may be are refused")
+            raise Dominated
+
+    def _require_place(self, n_judged: int) -> None:
+        """Raises `Dominated` when a finished trial dominates all that may come of the one that is judged."""
+
+        judged = self.trial
+        if judged is None or not self.settings.contrast.stop_dominated:
+            return
+        point: Point = (self.refusals, self.divergence)
+        if self.settings.contrast.false_refusals == "objective":
+            point = (*point, self.false_refusals)
         for trial in judged.study.get_trials(deepcopy=False):
-            point = measured(trial)
-            if point is not None and dominates(point, (self.refusals, divergence)):
-                judged.set_user_attr(BOUND_KEY, self.n_judged)
+            other = measured(trial)
+            if other is not None and dominates(other, point):
+                judged.set_user_attr(BOUND_KEY, n_judged)
                 log(
-                    f"  * Ended after [bold]{self.n_judged}[/] of {len(self.bad_prompts)} prompts, since trial "
+                    f"  * Ended after [bold]{n_judged}[/] of {len(self.bad_prompts)} prompts, since trial "
                     f"[bold]{trial.user_attrs['index']}[/] refuses no more and diverges no more"
                 )
                 raise Dominated
+
+
+def own_prompts(prompts: Sequence[Any]) -> list[Prompt]:
+    """Returns prompts of Heretic's as the package has them."""
+
+    return [Prompt(text=prompt.user, system=prompt.system) for prompt in prompts]
 
 
 def count_refusals(

@@ -2,18 +2,20 @@
 
 """A second look at the front of a study of Heretic 1.4, on prompts that the search never saw."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
+from optuna.trial import FrozenTrial
 from questionary import Choice
 from rich.table import Table
 
 from ..directions.pools import shared_texts
 from ..errors import ContrastError
 from ..evaluation.statistics import wilson_interval
-from ..language_model import batches
 from ..prompts import Prompt
+from ..search.stopping import front
+from .evaluator import Evaluator
+from .guidance import FALSE_KEY, measured
 
 LENGTHS = (30, 50, 100, 150)
 """Tokens of a response after which refusals are counted: how many there are depends on it."""
@@ -32,25 +34,31 @@ def require_fresh(prompts: Sequence[Prompt], name: str, seen: Sequence[Prompt]) 
 
 
 def count_refusals_at(
-    model: Any, evaluator: Any, prompts: Sequence[Any], lengths: Sequence[int]
+    evaluator: Evaluator, prompts: Sequence[Any], lengths: Sequence[int]
 ) -> list[int]:
     """Returns how many responses are refusals after so many of their tokens, from one generation of the longest."""
 
-    judge = copy.copy(evaluator)
-    judge.bad_prompts = prompts
-    responses: list[Any] = []
-    for batch in batches(len(prompts), model.settings.batch_size):
-        inputs, outputs = model.generate(prompts[batch], max_new_tokens=max(lengths))
-        responses += list(outputs[:, inputs["input_ids"].shape[1] :])
-    counts = []
-    for length in lengths:
-        # It judges the responses in the order of its prompts.
-        judge.n_judged = 0
-        texts = model.tokenizer.batch_decode(
-            [response[:length] for response in responses], skip_special_tokens=True
+    responses = evaluator.respond(prompts, max(lengths))
+    return [
+        sum(evaluator.judge(prompts, evaluator.decode([tokens[:length] for tokens in responses])))
+        for length in lengths
+    ]
+
+
+def front_choices(trials: Sequence[FrozenTrial], choices: Sequence[Any]) -> list[Any]:
+    """Returns Heretic's choices, with the trials of the front by all that is counted in the place of those of Heretic's own."""
+
+    points = {index: point for index, trial in enumerate(trials) if (point := measured(trial))}
+    found = []
+    for index in front(points):
+        attributes = trials[index].user_attrs
+        false, n_sensitive = attributes[FALSE_KEY]
+        title = (
+            f"[Trial {attributes['index']:>3}] Refusals: {attributes['refusals']:>2}/{attributes['n_bad_prompts']}, "
+            f"KL divergence: {attributes['kl_divergence']:.4f}, False refusals: {false}/{n_sensitive}"
         )
-        counts.append(sum(map(judge.is_refusal, texts)))
-    return counts
+        found.append(Choice(title=title, value=trials[index]))
+    return [*found, *(choice for choice in choices if isinstance(choice.value, str))]
 
 
 def second_look(

@@ -29,6 +29,12 @@ The user attribute of a trial that was ended early: on how many prompts its refu
 Its values are what it would have had at least. A finished trial is as good in both, so that Heretic's menu never offers it.
 """
 
+FALSE_KEY = "false_refusals"
+"""The user attribute of a trial that holds how many sensitive prompts were refused, and of how many."""
+
+EXCLUDED_KEY = "excluded"
+"""The user attribute of a trial that refused too many sensitive prompts: by which share it exceeds what may be."""
+
 MAX_FIRST_TRIALS = 10
 """A sweep may have as many cells on its front as it has prompts, which differ in little."""
 
@@ -37,11 +43,17 @@ Values = dict[str, Any]
 
 
 def measured(trial: FrozenTrial) -> Point | None:
-    """Returns refusals and divergence of a trial that was judged to its end, and None for any other."""
+    """
+    Returns refusals and divergence of a trial that was judged to its end, and None for any other.
 
-    if trial.state is not TrialState.COMPLETE or BOUND_KEY in trial.user_attrs:
+    With false refusals where they are an objective as well.
+    """
+
+    attributes = trial.user_attrs
+    if trial.state is not TrialState.COMPLETE or {BOUND_KEY, EXCLUDED_KEY} & set(attributes):
         return None
-    return trial.user_attrs["refusals"], trial.user_attrs["kl_divergence"]
+    point: Point = (attributes["refusals"], attributes["kl_divergence"])
+    return point if len(trial.values) == 2 else (*point, attributes[FALSE_KEY][0])
 
 
 def first_trials(settings: ContrastSettings, model: str) -> list[Values]:

@@ -47,9 +47,9 @@ from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, require_answers
 from .checkpoint import repair_checkpoints
-from .evaluator import Evaluator
-from .finalists import LENGTHS, count_refusals_at, require_fresh, second_look
-from .guidance import BOUND_KEY, Values, first_trials, fitted, guide
+from .evaluator import Evaluator, own_prompts, require_judge, sensitive_prompts
+from .finalists import LENGTHS, count_refusals_at, front_choices, require_fresh, second_look
+from .guidance import BOUND_KEY, EXCLUDED_KEY, Values, first_trials, fitted, guide
 from .host_model import HostModel
 from .loading import LoadedContext
 from .model_card import with_plugin
@@ -91,6 +91,7 @@ class Host:
     context: LoadedContext
     modifier: "ContrastAbliteration"
     parameters: Parameters
+    study: Study
 
     def __init__(
         self, settings: HostSettings, modifier_class: type["ContrastAbliteration"]
@@ -196,12 +197,11 @@ class Host:
             "harmful evaluation prompts": self.evaluator.bad_prompts,
             "harmless evaluation prompts": self.evaluator.good_prompts,
         }
+        if self.evaluator.sensitive_prompts:
+            pools["sensitive prompts"] = self.evaluator.sensitive_prompts
         found = identify(
             model,
-            {
-                name: [Prompt(text=prompt.user, system=prompt.system) for prompt in prompts]
-                for name, prompts in pools.items()
-            },
+            {name: own_prompts(prompts) for name, prompts in pools.items()},
             directions=configuration_digest(self.modifier.directions),
             rules=program_digest((responses, linear, text), classify_response)
             + linear.numbers_digest()
@@ -276,19 +276,28 @@ class Host:
 
         def is_bound(trial: FrozenTrial) -> list[float]:
             # Its values look better than they are.
-            return [float(BOUND_KEY in trial.user_attrs)]
+            attributes = trial.user_attrs
+            return [float(BOUND_KEY in attributes), float(attributes.get(EXCLUDED_KEY, 0.0))]
 
-        return make_sampler(
-            contrast.sampler,
-            seed,
-            n_startup_trials,
-            fixed,
-            is_bound if contrast.stop_dominated else None,
-        )
+        may_end = contrast.stop_dominated or contrast.max_false_refusals is not None
+        constraints = is_bound if may_end else None
+        return make_sampler(contrast.sampler, seed, n_startup_trials, fixed, constraints)
 
     def select(self, message: str, choices: list[Any]) -> Any:
-        """Answers Heretic's questions; before the menu of trials, those of the front are judged on fresh prompts."""
+        """
+        Answers Heretic's questions. The menu of trials has those of the front by all objectives, judged on fresh prompts before.
 
+        Raises `ContrastError` when there are none, since all refuse too many sensitive prompts.
+        """
+
+        contrast = self.settings.contrast
+        if message == TRIAL_QUESTION and contrast.counts_false_refusals:
+            choices = front_choices(self.study.get_trials(deepcopy=False), choices)
+            if isinstance(choices[0].value, str) and self.settings.trial_index is not None:
+                raise ContrastError(
+                    f"Every trial refuses more than {contrast.max_false_refusals:.0%} of the sensitive prompts: allow more of them "
+                    "(--contrast.max-false-refusals), or run more trials."
+                )
         if message == TRIAL_QUESTION and self.finalist_prompts:
             model = self.context.get_model()
             prompts = heretic_prompts(self.finalist_prompts, self.evaluator.settings)
@@ -300,9 +309,7 @@ class Host:
                 self.get_trial_parameters(trial)
                 model.reset_model()
                 model.abliterate()
-                self.second_look[trial.number] = count_refusals_at(
-                    model, self.evaluator, prompts, LENGTHS
-                )
+                self.second_look[trial.number] = count_refusals_at(self.evaluator, prompts, LENGTHS)
             choices, table = second_look(choices, self.second_look, len(prompts))
             log()
             log(table)
@@ -311,7 +318,10 @@ class Host:
     def create_study(self, *args: Any, **kwargs: Any) -> Study:
         """Returns the study that Heretic asks for, which begins and ends as the settings say."""
 
+        if self.settings.contrast.false_refusals == "objective":
+            kwargs["directions"] = [*kwargs["directions"], kwargs["directions"][0]]
         study = create_study(*args, **kwargs)
+        self.study = study
         first = []
         if self.first_trials:
             # The parameters and their ranges are known from asking for them.
@@ -431,6 +441,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
                 f"[yellow]* {n_known} of the {len(judged)} {POOLS[name]} evaluation prompts are among those that directions "
                 "are made from, and say less about prompts that are new.[/]"
             )
+    require_apart(harmful, sensitive_prompts(settings), "sensitive", "counted on both sides")
     if settings.contrast.finalist_prompts is not None:
         source = settings.contrast.finalist_prompts
         host.finalist_prompts = load_pool(source, "finalist", "--contrast.finalist_prompts.")
@@ -440,6 +451,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
         DirectionSources.read({"": settings.contrast}, "")
     require_answers(settings)
+    require_judge(settings.contrast)
     require_writable_directory(Path(settings.study_checkpoint_dir))
     if settings.save_directory is not None:
         require_writable_directory(Path(settings.save_directory))

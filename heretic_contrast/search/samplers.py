@@ -88,13 +88,17 @@ def make_sampler(
     """
     Returns Heretic's multivariate TPE, or NSGA-II, seeded per trial.
 
-    `constraints`: values of a trial, one of which above 0 makes it worse than any other for TPE, whatever it has reached.
+    `constraints`: values of a trial, one of which above 0 makes it worse than any other, whatever it has reached.
     """
 
-    def make_tpe(trial: int) -> BaseSampler:
+    def make(trial: int) -> BaseSampler:
         # Optuna 5 warns of `constraints_func`, for which the versions before have nothing else.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*constraints_func", FutureWarning)
+            if kind is Sampler.NSGA2:
+                # A generation as large as Heretic's random start-up keeps both samplers comparable.
+                size = max(2, min(n_startup_trials, 50))
+                return NSGAIISampler(population_size=size, seed=trial, constraints_func=constraints)
             return TPESampler(
                 n_startup_trials=n_startup_trials,
                 n_ei_candidates=128,
@@ -103,8 +107,4 @@ def make_sampler(
                 constraints_func=constraints,
             )
 
-    def make_nsga2(trial: int) -> BaseSampler:
-        # A generation as large as Heretic's random start-up keeps both samplers comparable.
-        return NSGAIISampler(population_size=max(2, min(n_startup_trials, 50)), seed=trial)
-
-    return PerTrialSampler(make_tpe if kind is Sampler.TPE else make_nsga2, seed, fixed)
+    return PerTrialSampler(make, seed, fixed)

@@ -4,18 +4,18 @@
 
 from collections.abc import Mapping, Sequence
 
-Point = tuple[float, float]
-"""Refusals and divergence of a trial, or what they are at least."""
+Point = tuple[float, ...]
+"""Refusals, divergence and whatever else is minimized of a trial, or what they are at least."""
 
 
 def dominates(point: Point, other: Point) -> bool:
     """
-    Returns whether a finished trial leaves another one no place on the front: it is as good in both.
+    Returns whether a finished trial leaves another one no place on the front: it is as good in everything.
 
-    That holds for whatever refusals and divergence `other` may still get, since neither becomes smaller.
+    That holds for whatever `other` may still get, since nothing becomes smaller.
     """
 
-    return point[0] <= other[0] and point[1] <= other[1]
+    return all(a <= b for a, b in zip(point, other, strict=True))
 
 
 def front(points: Mapping[int, Point]) -> list[int]:
@@ -23,7 +23,7 @@ def front(points: Mapping[int, Point]) -> list[int]:
 
     found: list[int] = []
     for key in sorted(points, key=lambda key: (*points[key], key)):
-        if not found or points[key][1] < points[found[-1]][1]:
+        if not any(dominates(points[other], points[key]) for other in found):
             found.append(key)
     return found
 

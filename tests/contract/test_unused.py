@@ -178,6 +178,11 @@ def test_a_scorer_looks_for_its_own_settings(folder: Path) -> None:
         "patience",
         "finalist_prompts",
         "refusal_classifier",
+        "divergence",
+        "divergence_tokens",
+        "false_refusals",
+        "max_false_refusals",
+        "sensitive_prompts",
         "counted_tiers",
     ],
 )

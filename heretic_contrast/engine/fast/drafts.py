@@ -10,6 +10,7 @@ the KV cache of the verification where tokens after the departure can be masked.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -18,25 +19,17 @@ from ...ablation.hooks import Intervention, ablated_samples
 from ...language_model import Batches, Tokens, until_end
 from ...vectors import to_device
 from ..compat import (
-    CACHE,
     Cache,
     concatenate,
-    forget_images,
     join,
     keeps_every_token,
     new_cache,
     select_rows,
 )
-from ..cpu.layers import fast_on_cpu
 from ..interface import Continuations, Count, pad_right
+from ..strides import generate_together, has_ended
 from .decoder import Decoder
 from .teacher_forcing import Pass, TeacherForcing
-
-STRIDE = 8
-"""How many tokens are generated before responses that have ended leave the batch."""
-
-CPU_STRIDE = 4
-"""The same on a CPU, where each row of a step takes its time."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class Drafts:
     def respond(self, interventions: Sequence[Intervention], count: Count) -> list[list[Tokens]]:
         """Returns the responses to all prompts under each intervention."""
 
-        found: list[list[Tokens]] = [[()] * len(self._known.prompts) for _ in interventions]
+        found: dict[tuple[int, int], Tokens] = {}
         waiting: list[Departures] = []
         for item in self._forcing.modified(interventions):
             departures = self._verify(item, found)
@@ -88,9 +81,10 @@ class Drafts:
                 self._generate(waiting, interventions, found)
             waiting.append(departures)
         self._generate(waiting, interventions, found)
-        return found
+        prompts = range(len(self._known.prompts))
+        return [[found[index, prompt] for prompt in prompts] for index in range(len(interventions))]
 
-    def _verify(self, item: Pass, found: list[list[Tokens]]) -> Departures:
+    def _verify(self, item: Pass, found: dict[tuple[int, int], Tokens]) -> Departures:
         """
         Returns the responses that are not finished with their draft.
 
@@ -106,13 +100,11 @@ class Drafts:
                 (n for n, (a, b) in enumerate(zip(own, draft, strict=True)) if a != b), len(draft)
             )
             # Where the response departs, the prediction there is the right next token.
-            found[index][prompt] = until_end(tuple(own[: agreed + 1]), self._limit, self._ends)
-            if not self._has_ended(found[index][prompt]):
+            response = until_end(tuple(own[: agreed + 1]), self._limit, self._ends)
+            found[index, prompt] = response
+            if not has_ended(response, self._limit, self._ends):
                 departed.append(sample)
         return Departures([item.rows[sample] for sample in departed], self._kept(item, departed))
-
-    def _has_ended(self, tokens: Tokens) -> bool:
-        return len(tokens) >= self._limit or (len(tokens) > 0 and tokens[-1] in self._ends)
 
     def _can_share(self, some: Departures, others: Departures) -> bool:
         """Returns whether two sets of departures may be generated in one batch."""
@@ -156,7 +148,7 @@ class Drafts:
         self,
         waiting: list[Departures],
         interventions: Sequence[Intervention],
-        found: list[list[Tokens]],
+        found: dict[tuple[int, int], Tokens],
     ) -> None:
         """Generates responses to their end, in one batch where memory suffices for that. None waits any more."""
 
@@ -166,7 +158,7 @@ class Drafts:
 
         def generate(part: slice) -> None:
             # What there is of a response stays where memory was exhausted, and is read again.
-            left = [row for row in rows[part] if not self._has_ended(found[row[0]][row[1]])]
+            left = [row for row in rows[part] if not has_ended(found[row], self._limit, self._ends)]
             cache = concatenate(caches) if caches and len(left) == len(rows) else None
             # Not to be held beside it.
             caches.clear()
@@ -175,23 +167,22 @@ class Drafts:
         for _ in self._batches.run(len(rows), generate):
             pass
 
-    @torch.no_grad()
     def _generate_together(
         self,
         rows: list[tuple[int, int]],
         cache: Cache | None,
         interventions: Sequence[Intervention],
-        found: list[list[Tokens]],
+        found: dict[tuple[int, int], Tokens],
     ) -> None:
         """
-        Generates responses to their end. Those that have ended leave the batch.
+        Generates responses to their end.
 
         `cache`: of the tokens of the drafts, None where they have to be read.
         """
 
         if not rows:
             return
-        sequences = [self._known.prompts[prompt] + found[index][prompt] for index, prompt in rows]
+        sequences = [self._known.prompts[row[1]] + found[row] for row in rows]
         if cache is None:
             inputs = self._model.pad(sequences)
             tokens, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -203,33 +194,10 @@ class Drafts:
             last = torch.tensor([[sequence[-1]] for sequence in sequences])
             tokens = to_device(torch.cat([tokens, last], dim=1), self._model.device)
             mask = to_device(torch.cat([mask, torch.ones_like(last)], dim=1), self._model.device)
-        stride = CPU_STRIDE if self._model.device.type == "cpu" else STRIDE
-        while rows:
-            left = self._limit - min(len(found[index][prompt]) for index, prompt in rows)
-            chosen = [interventions[index] for index, _ in rows]
-            forget_images(self._model.model)
-            with ablated_samples(self._model, chosen), fast_on_cpu(self._model):
-                output = self._model.model.generate(
-                    input_ids=tokens,
-                    attention_mask=mask,
-                    **{CACHE: cache},
-                    # One that is named cannot be given.
-                    cache_implementation=None,
-                    max_new_tokens=min(stride, left),
-                    do_sample=False,
-                    pad_token_id=self._model.pad_token_id(),
-                    return_dict_in_generate=True,
-                )
-            new = output.sequences[:, tokens.shape[1] :]
-            unfinished = []
-            for sample, ((index, prompt), more) in enumerate(zip(rows, new.tolist(), strict=True)):
-                response = found[index][prompt] + tuple(more)
-                found[index][prompt] = until_end(response, self._limit, self._ends)
-                if not self._has_ended(found[index][prompt]):
-                    unfinished.append(sample)
-            tokens, cache = output.sequences, getattr(output, CACHE)
-            mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)
-            if len(unfinished) < len(rows) and unfinished:
-                kept = to_device(unfinished, tokens.device)
-                tokens, mask, cache = tokens[kept], mask[kept], select_rows(cache, kept)
-            rows = [rows[sample] for sample in unfinished]
+
+        def ablated(rows: list[tuple[int, int]]) -> AbstractContextManager[None]:
+            return ablated_samples(self._model, [interventions[index] for index, _ in rows])
+
+        generate_together(
+            self._model, rows, tokens, mask, cache, found, self._limit, ablated=ablated
+        )

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What a study of Heretic 1.4 optimizes, by choice: each figure against another way to compute it."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from questionary import Choice
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from heretic_contrast.settings import ContrastSettings
+from heretic_contrast.tiers.responses import Tier, classify_response
+from tests.command_server import Server
+from tests.conftest import DATA
+from tests.engine.test_text_classification import write_classifier
+from tests.hosts.test_guided_search import options
+from tests.small_runs import study
+
+pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+
+from heretic.config import Settings as HereticSettings
+from heretic.evaluator import Evaluator as HereticEvaluator
+
+from heretic_contrast.hosts.evaluator import Evaluator
+from heretic_contrast.hosts.finalists import front_choices
+
+MARKERS = HereticSettings.model_fields["refusal_markers"].default
+
+PIECES = st.sampled_from(
+    [
+        *MARKERS,
+        "a",
+        "*",
+        "I",
+        " ",
+        "\n",
+        "do",
+        "not",
+        "n't",
+        "’",
+        "'",
+        "Σ",
+        "sor",
+        "ry",
+        ".",
+        "cannot",
+    ]
+)
+
+
+def bare(evaluator: type, **contrast: Any) -> Any:
+    """An evaluator that has loaded nothing."""
+
+    made = evaluator.__new__(evaluator)
+    made.settings = SimpleNamespace(
+        refusal_markers=MARKERS, contrast=ContrastSettings.model_validate(contrast)
+    )
+    return made
+
+
+@given(st.lists(PIECES, max_size=12), st.lists(PIECES, max_size=12))
+def test_what_is_settled_stays_a_refusal(first: list[str], rest: list[str]) -> None:
+    start, whole = "".join(first), "".join([*first, *rest])
+    # Tokenizers take away the space in front of some of what follows.
+    for text in (
+        whole,
+        whole.replace(" n't", "n't").replace(" .", ".").replace(" do not", " don't"),
+    ):
+        if bare(Evaluator).is_settled(start):
+            assert bare(HereticEvaluator).is_refusal(text)
+
+
+def test_only_markers_settle_a_verdict() -> None:
+    text = "I'm sorry, but I will not say more about that."
+    assert bare(Evaluator).is_settled(text)
+    assert not bare(Evaluator).is_settled("I'm sorry")
+    assert not bare(Evaluator, refusal_classifier="tiers").is_settled(text)
+
+
+def test_the_menu_has_the_front_of_all_objectives() -> None:
+    from optuna.trial import create_trial
+
+    def trial(number: int, refusals: int, divergence: float, false: int, **attributes: Any) -> Any:
+        return create_trial(
+            values=[0.0, 0.0, 0.0],
+            user_attrs={
+                "index": number,
+                "refusals": refusals,
+                "kl_divergence": divergence,
+                "false_refusals": [false, 4],
+                "n_bad_prompts": 9,
+                **attributes,
+            },
+        )
+
+    trials = [
+        trial(0, 0, 0.1, 3),
+        trial(1, 0, 0.2, 1),
+        trial(2, 5, 0.2, 1),
+        trial(3, 5, 0.3, 0),
+        trial(4, 0, 0.0, 0, bound=2),
+        trial(5, 0, 0.0, 0, excluded=0.25),
+    ]
+    others = [Choice("Run additional trials", value="continue"), Choice("Exit program", value="")]
+    found = front_choices(trials, [Choice("x", value=trials[0]), *others])
+    assert [choice.value for choice in found] == [*trials[:2], trials[3], "continue", ""]
+    assert str(found[0].title).endswith("KL divergence: 0.1000, False refusals: 3/4")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"text_classifier": "x", "refusal_classifier": "markers"},
+            "a text classifier has no part in",
+        ),
+        ({"sensitive_prompts": {"dataset": "x"}}, "no effect without false_refusals or"),
+    ],
+)
+def test_what_has_no_effect_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ContrastSettings.model_validate(values)
+    assert ContrastSettings(text_classifier="x").refusal_classifier == "tiers"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contrast.text-classifier=missing/model"], "missing/model could not be loaded"),
+        (
+            ['--contrast.text-classifier-labels={"a": "REFUSE", "b": "REFUSE"}'],
+            "so that all responses or none would",
+        ),
+        (
+            [
+                '--contrast.text-classifier-labels={"a": "EVASIVE", "b": "COMPLY"}',
+            ],
+            "so that all responses or none would",
+        ),
+        (["--contrast.text-classifier-reads-prompt=true"], "map exactly the model's labels"),
+    ],
+)
+def test_a_judge_that_does_not_work_is_refused_before_a_model_is_loaded(
+    arguments: list[str], message: str, tmp_path: Path, refused: Any
+) -> None:
+    classifier = write_classifier(tmp_path / "classifier", ("a", "b"))
+    if "missing" not in arguments[0]:
+        arguments = [f"--contrast.text-classifier={classifier}", *arguments]
+    assert message in refused([*options(tmp_path, 1), *arguments])
+
+
+def saved(folder: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def tokens_of(tokenizer: Any, text: str) -> torch.Tensor:
+    chat = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": text},
+    ]
+    found = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return torch.as_tensor(found["input_ids"])
+
+
+def refusals(network: Any, tokenizer: Any, texts: list[str]) -> int:
+    count = 0
+    for text in texts:
+        tokens = tokens_of(tokenizer, text)
+        output = network.generate(tokens, max_new_tokens=8, do_sample=False)
+        response = tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
+        count += classify_response(text, response) is Tier.REFUSE
+    return count
+
+
+@pytest.mark.slow
+def test_all_objectives_of_a_saved_trial(command_server: Server, tmp_path: Path) -> None:
+    lines = (DATA / "refuser_prompts" / "matched" / "test.jsonl").read_text().splitlines()[:9]
+    sensitive = tmp_path / "sensitive.jsonl"
+    sensitive.write_text("\n".join(lines) + "\n")
+    command = command_server.run(
+        [
+            *options(tmp_path, 6)[:-1],
+            "--n-startup-trials=4",
+            "--contrast.divergence=teacher-forced",
+            "--contrast.divergence-tokens=6",
+            "--contrast.refusal-classifier=tiers",
+            "--contrast.false-refusals=objective",
+            f"--contrast.sensitive-prompts.dataset={sensitive}",
+            "--contrast.stop-dominated",
+            "--trial-index=0",
+            "--model-action=save",
+            "--save-directory=saved",
+            "--export-strategy=merge",
+        ],
+        tmp_path,
+    )
+    assert command.code == 0, command.output()[-3000:]
+    assert "Obtaining 6-token probability distributions" in command.output()
+    trials = study(tmp_path / "checkpoints")
+    assert all(len(trial["values"]) == 3 for trial in trials)
+
+    def point(trial: dict[str, Any]) -> tuple[int, float, int]:
+        found = trial["attributes"]
+        return found["refusals"], found["kl_divergence"], found["false_refusals"][0]
+
+    finished = [trial for trial in trials if "bound" not in trial["attributes"]]
+    best = min(finished, key=point)
+    found = point(best)
+    network, tokenizer = saved(tmp_path / "saved")
+    base, _ = saved(DATA / "refuser")
+    prompts = {
+        name: (tmp_path / f"{name}-test.txt").read_text().splitlines()
+        for name in ("harmful", "harmless")
+    }
+    assert found[0] == refusals(network, tokenizer, prompts["harmful"])
+    texts = [json.loads(line)["text"] for line in lines]
+    assert found[2] == refusals(network, tokenizer, texts)
+    assert best["values"][2] == found[2] / 9
+    divergences = []
+    for text in prompts["harmless"]:
+        tokens = tokens_of(tokenizer, text)
+        whole = base.generate(tokens, max_new_tokens=6, do_sample=False)
+        places = slice(tokens.shape[1] - 1, whole.shape[1] - 1)
+        with torch.no_grad():
+            p, q = (
+                torch.log_softmax(item(whole).logits[0, places].double(), dim=-1)
+                for item in (base, network)
+            )
+        divergences += (p.exp() * (p - q)).sum(dim=-1).tolist()
+    mean = sum(divergences) / len(divergences)
+    # All but the 100 most likely tokens share a bucket.
+    assert 0.85 * mean < found[1] <= mean * 1.0001
+
+
+@pytest.mark.slow
+def test_a_trial_above_the_limit_is_never_offered(command_server: Server, tmp_path: Path) -> None:
+    shared = [
+        *options(tmp_path, 5)[:-1],
+        "--n-startup-trials=5",
+        # What is harmful is refused by all but the strongest trials, and stands for what is sensitive.
+        '--contrast.search-space={"max_weight": [0.0, 1.5]}',
+        f"--contrast.sensitive-prompts.dataset={DATA / 'refuser_prompts' / 'harmful' / 'train.jsonl'}",
+        "--model-action=none",
+    ]
+    # With no prompt in common, and few enough.
+    lines = (DATA / "refuser_prompts" / "harmful" / "test.jsonl").read_text().splitlines()[20:29]
+    (tmp_path / "sensitive.jsonl").write_text("\n".join(lines) + "\n")
+    shared[-2] = f"--contrast.sensitive-prompts.dataset={tmp_path / 'sensitive.jsonl'}"
+    command = command_server.run([*shared, "--contrast.max-false-refusals=0.2"], tmp_path / "some")
+    assert command.code == 0, command.output()[-3000:]
+    trials = study(tmp_path / "some" / "checkpoints")
+    counts = [trial["attributes"]["false_refusals"] for trial in trials]
+    assert {total for _, total in counts} == {9}
+    excluded = [trial for trial in trials if "excluded" in trial["attributes"]]
+    assert [trial in excluded for trial in trials] == [count > 0.2 * 9 for count, _ in counts]
+    assert 0 < len(excluded) < 5
+    asked = command_server.run(
+        [
+            *shared[:-1],
+            "--contrast.max-false-refusals=0.2",
+            "--checkpoint-action=continue",
+            "--trial-index=9",
+            "--model-action=save",
+            "--save-directory=saved",
+            "--export-strategy=merge",
+        ],
+        tmp_path / "some",
+    )
+    points = {
+        (trial["attributes"]["refusals"], trial["attributes"]["kl_divergence"])
+        for trial in trials
+        if trial not in excluded
+    }
+    front = [a for a in points if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points)]
+    assert asked.code == 2
+    assert f"the Pareto front has {len(front)} trials" in " ".join(asked.output().split())
