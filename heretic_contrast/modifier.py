@@ -193,11 +193,6 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         beyond = beyond_adapters(model)
         strategy = getattr(self.heretic_settings, "export_strategy", None)
         strategy = getattr(strategy, "value", strategy)
-        if strategy == "merge" and getattr(model.model, "is_loaded_in_8bit", False):
-            raise ContrastError(
-                f"The weights of {model.name} have 8 bits, which transformers cannot save merged: give --export-strategy adapter, "
-                "or the model in full precision."
-            )
         if beyond and strategy == "adapter":
             remedy = "embeddings = false" if beyond == [EMBEDDINGS] else "writers = heretic"
             raise ContrastError(

@@ -187,3 +187,18 @@ def codes(weight: Any) -> list[Tensor]:
     if state.nested:
         scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
     return [data, scales.to(torch.bfloat16) if scales.device.type == "cpu" else scales, state.code]
+
+
+def forget_quantized_form(network: Module) -> None:
+    """
+    Lets a model be saved with the weights that it has, and not in the form that they were read from.
+
+    transformers keeps how it has read quantized weights, and goes the way back when it saves: FP8 that it has turned into plain weights would be
+    written as codes again, beside a configuration that does not say so, and from 8 or 4 bits of bitsandbytes there is no way back.
+    """
+
+    conversions = getattr(network, "_weight_conversions", None) or ()
+    operations = [item for conversion in conversions for item in getattr(conversion, "operations", ())]
+    if any(type(item).__module__.startswith("transformers.integrations.") for item in operations):
+        # Without them it takes those of the model's class, such as of fused experts.
+        network._weight_conversions = None  # type: ignore[assignment]

@@ -125,6 +125,38 @@ def contrast_table(study: Study, pairs: Sequence[Pair]) -> str:
     return table(header.split("|"), rows, right=[1, 2, 3])
 
 
+CHOICES = (
+    ("a matched baseline", "mean matched", "mean unmatched"),
+    ("a mixture of both baselines", "mean mixed", "mean unmatched"),
+    ("the nearest harmless prompts as baseline", "mean nearest", "mean unmatched"),
+    ("one map per class", "som unmatched", "mean unmatched"),
+    ("maps of 2 × 2 per class", "small unmatched", "mean unmatched"),
+    ("one map per class, then SVD", "svd unmatched", "mean unmatched"),
+    ("its first singular vector alone", "svd1 unmatched", "mean unmatched"),
+)
+"""What a user may choose instead of the difference in means between harmful and general harmless prompts."""
+
+
+def choice_table(studies: Sequence[Study]) -> str:
+    """Returns for each choice what it does to refusals at equal divergence on each model, and what follows."""
+
+    rows = []
+    for what, condition, reference in CHOICES:
+        found = [study.contrast(condition, reference) for study in studies]
+        verdicts = [item.verdict for item in found if item is not None]
+        if not verdicts:
+            continue
+        cells = [
+            NONE if item is None else f"{signed(item.difference)}: {reading(item)}" for item in found
+        ]
+        if "worse" in verdicts:
+            advice = "by model" if "better" in verdicts else "no"
+        else:
+            advice = "yes" if "better" in verdicts else "it makes no difference that is known"
+        rows.append([what, *cells, advice])
+    return table(["Instead", *(study.name for study in studies), "Use it?"], rows)
+
+
 def baseline_pairs(study: Study) -> list[Pair]:
     """Returns the comparisons of baselines and of what is made of class directions, as far as they were measured."""
 

@@ -11,6 +11,7 @@ from ..ablation.lora import require_mergeable
 from ..ablation.writers import with_embeddings
 from ..settings import Writers
 from .loading import ChatModel
+from ..weights import forget_quantized_form
 from .lora_targets import adapters_on_writers
 from .surface import from_heretic
 
@@ -60,7 +61,9 @@ class HostModel(ChatModel):
         """
 
         require_mergeable(self.model)
-        return super().get_merged_model()
+        merged = super().get_merged_model()
+        forget_quantized_form(merged)
+        return merged
 
     def reset_model(self) -> bool:
         """Resets the model; the adapters are in place afterwards, which Heretic 2.0 reports as True."""

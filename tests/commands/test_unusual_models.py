@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.command_server import Server
@@ -91,10 +91,6 @@ def test_checkpoints_of_8_bits_are_modified_as_in_full_precision(
     AutoModelForCausalLM.from_pretrained(
         refusing, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
     ).save_pretrained(quantized)
-    words = [*arguments(tmp_path, "search", quantized), "--export-strategy=merge"]
-    refused = command_server.run(words, tmp_path / "merged")
-    assert refused.code == 2
-    assert "8 bits, which transformers cannot save merged" in " ".join(refused.output().split())
     divergences = []
     for model in (refusing, quantized):
         folder, _ = run(
@@ -105,6 +101,53 @@ def test_checkpoints_of_8_bits_are_modified_as_in_full_precision(
         )
     # The first trial has the same parameters; codes taken for weights gave a hundred times as much.
     assert divergences[1][0] == pytest.approx(divergences[0][0], rel=0.5, abs=0.02)
+
+
+def quantize(model: Path, folder: Path, kind: str) -> None:
+    """Writes a model with 8 bits of bitsandbytes, or with blocks of FP8 and their scales, as checkpoints are published."""
+
+    if kind == "8 bits":
+        pytest.importorskip("bitsandbytes")
+        AutoModelForCausalLM.from_pretrained(
+            model, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
+        ).save_pretrained(folder)
+        return
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in list(weights.items()):
+        if not name.endswith("_proj.weight"):
+            continue
+        blocks = weight.float().unfold(0, 64, 64).unfold(1, 64, 64)
+        scales = blocks.abs().amax(dim=(2, 3)) / 448
+        spread = scales.repeat_interleave(64, 0).repeat_interleave(64, 1)
+        weights[name] = (weight.float() / spread).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = scales
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    configuration = json.loads((folder / "config.json").read_text())
+    configuration["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [64, 64],
+        "modules_to_not_convert": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(configuration))
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:Merge lora module")
+@pytest.mark.parametrize("kind", ["8 bits", "FP8"])
+def test_merged_checkpoints_that_were_quantized_are_what_was_judged(
+    refusing: Path, tmp_path: Path, command_server: Server, kind: str
+) -> None:
+    quantized = Path(shutil.copytree(refusing, tmp_path / "quantized"))
+    quantize(refusing, quantized, kind)
+    logits = {}
+    for name, model in (("full", refusing), (kind, quantized)):
+        options = ("--export-strategy=merge", "--n-trials=1", "--seed=1")
+        folder, _ = run(command_server, tmp_path, "search", model, *options)
+        merged = AutoModelForCausalLM.from_pretrained(folder / "output" / "model", dtype="float32")
+        logits[name] = merged(input_ids=torch.arange(20, 40)[None]).logits
+    # Codes that were read without their scales would be far away.
+    error = (logits[kind] - logits["full"]).norm() / logits["full"].norm()
+    assert 0 < error < 0.1
 
 
 def test_templates_that_refuse_a_system_message(
