@@ -198,7 +198,9 @@ def forget_quantized_form(network: Module) -> None:
     """
 
     conversions = getattr(network, "_weight_conversions", None) or ()
-    operations = [item for conversion in conversions for item in getattr(conversion, "operations", ())]
+    operations = [
+        item for conversion in conversions for item in getattr(conversion, "operations", ())
+    ]
     if any(type(item).__module__.startswith("transformers.integrations.") for item in operations):
         # Without them it takes those of the model's class, such as of fused experts.
         network._weight_conversions = None  # type: ignore[assignment]

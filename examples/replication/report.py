@@ -147,7 +147,8 @@ def choice_table(studies: Sequence[Study]) -> str:
         if not verdicts:
             continue
         cells = [
-            NONE if item is None else f"{signed(item.difference)}: {reading(item)}" for item in found
+            NONE if item is None else f"{signed(item.difference)}: {reading(item)}"
+            for item in found
         ]
         if "worse" in verdicts:
             advice = "by model" if "better" in verdicts else "no"

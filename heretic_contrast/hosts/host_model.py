@@ -10,8 +10,8 @@ from ..ablation.changes import Changes
 from ..ablation.lora import require_mergeable
 from ..ablation.writers import with_embeddings
 from ..settings import Writers
-from .loading import ChatModel
 from ..weights import forget_quantized_form
+from .loading import ChatModel
 from .lora_targets import adapters_on_writers
 from .surface import from_heretic
 
