@@ -20,10 +20,8 @@ from .errors import ContrastError, one_line
 Chat: TypeAlias = list[dict[str, str]]
 """Messages with a role and a content each."""
 
-NO_SYSTEM_ROLE = (
-    "* The chat template refuses a system message: the system prompt is put in front of the user's"
-)
-"""What is logged where `has_system_role` is not true."""
+SYSTEM_MESSAGE = "Be brief."
+"""One to try a chat template with."""
 
 
 def require_chat(tokenizer: Any, name: str) -> None:
@@ -54,12 +52,30 @@ def require_chat(tokenizer: Any, name: str) -> None:
 def has_system_role(tokenizer: Any) -> bool:
     """Returns whether the chat template takes a system message, which for example that of Gemma 2 refuses."""
 
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    return _with_system_message(tokenizer) is not None
+
+
+def note_on_system_role(tokenizer: Any) -> str | None:
+    """Returns what a user should know of a chat template that does not take a system message as one."""
+
+    text = _with_system_message(tokenizer)
+    if text is None:
+        return "The chat template refuses a system message: the system prompt is put in front of the user's"
+    if SYSTEM_MESSAGE not in text:
+        return "The chat template leaves system messages out: system prompts make no difference to this model"
+    return None
+
+
+def _with_system_message(tokenizer: Any) -> str | None:
+    """Returns a chat with a system message as the template writes it, or None where it refuses one."""
+
+    chat = [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": "Hello"}]
     try:
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return str(
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        )
     except TemplateError:
-        return False
-    return True
+        return None
 
 
 def without_system_role(chat: Chat) -> Chat:

@@ -159,6 +159,9 @@ def main() -> None:
         is_unread = has_lost_its_reader()
         remove_empty_directories()
         if find_cause(error, KeyboardInterrupt) is not None:
+            # A second Ctrl+C would interrupt what libraries do at the end, and show it.
+            with suppress(ValueError):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             end(130, f"\nInterrupted{COMMANDS[command]}\n")
         if is_unread:
             end(1)

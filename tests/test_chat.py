@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heretic_contrast import cli
-from heretic_contrast.chat import has_system_role
+from heretic_contrast.chat import has_system_role, note_on_system_role
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.prompts import Prompt
@@ -113,6 +113,16 @@ def test_system_prompts_go_in_front_of_the_user(name: str) -> None:
         assert text == expected
     # Nothing is put in front where there is no system prompt.
     assert model.chat_texts([Prompt("Go", system="")])[0].count("user\nGo") == 1
+
+
+def test_templates_that_do_not_take_a_system_message_are_named() -> None:
+    tokenizer = make_tokenizer()
+    assert note_on_system_role(tokenizer) is None
+    tokenizer.chat_template = REFUSING["the role"] + TURN
+    assert "refuses" in str(note_on_system_role(tokenizer))
+    without = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    tokenizer.chat_template = without + TURN
+    assert "leaves system messages out" in str(note_on_system_role(tokenizer))
 
 
 @pytest.fixture

@@ -75,7 +75,11 @@ class Answers:
             log("Reproducibility information is left out, since it could not rebuild this model.")
             return "none"
         answer = heretic.utils.prompt_select(message, choices)
-        if answer is None and message in (CHECKPOINT_QUESTION, TRIAL_QUESTION):
+        last = [CHECKPOINT_QUESTION, TRIAL_QUESTION]
+        if settings.trial_index is not None:
+            # There is no menu of trials to go back to.
+            last.append(ACTION_QUESTION)
+        if answer is None and message in last:
             # Ctrl+C, which would end the program as if all was done.
             raise KeyboardInterrupt
         return answer
@@ -115,8 +119,8 @@ class Answers:
         ]
         if index >= len(trials):
             raise ContrastError(
-                f"Trial index {index} is asked for, but the Pareto front has {len(trials)} trials: "
-                f"choose between 0 and {len(trials) - 1}; the study is kept and can be continued."
+                f"Trial index {index} is asked for, but the Pareto front has {len(trials)} trial"
+                f"{'s' if len(trials) != 1 else ''}: give an index below {len(trials)}; the study is kept and can be continued."
             )
         return trials[index]
 

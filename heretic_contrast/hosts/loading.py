@@ -21,8 +21,8 @@ from torch.nn import Module
 
 from ..builtin import model_name
 from ..chat import (
-    NO_SYSTEM_ROLE,
     has_system_role,
+    note_on_system_role,
     pad_left,
     require_chat,
     token_ids,
@@ -105,8 +105,8 @@ class ChatModel(Model):
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
         require_chat(tokenizer, model_name(self.settings.model))
-        if not has_system_role(tokenizer):
-            log(NO_SYSTEM_ROLE)
+        if (note := note_on_system_role(tokenizer)) is not None:
+            log(f"[yellow]* {note}[/]")
         self._tokenizer = tokenizer
 
     heretic_get_layers = Model.get_layers
