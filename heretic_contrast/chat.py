@@ -71,9 +71,7 @@ def _with_system_message(tokenizer: Any) -> str | None:
 
     chat = [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": "Hello"}]
     try:
-        return str(
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        )
+        return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
     except TemplateError:
         return None
 
