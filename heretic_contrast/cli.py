@@ -29,6 +29,7 @@ usage: heretic-contrast [run] [OPTIONS] MODEL    abliterate a model through Here
        heretic-contrast audit --dataset DATASET --output DIR
                                                  count harm categories in a harmless pool
        heretic-contrast judge FILE               give tiers to responses, and compare them with people's
+       heretic-contrast rebuild RECORD           make a saved model again from the record beside it
        heretic-contrast demo --output DIR        run everything on the built-in model
        heretic-contrast doctor                   say what this installation can do
 
@@ -44,6 +45,7 @@ COMMANDS: dict[str, str] = {
     "sweep": RESUME,
     "audit": AGAIN,
     "judge": AGAIN,
+    "rebuild": AGAIN,
     "demo": AGAIN,
     "doctor": AGAIN,
 }

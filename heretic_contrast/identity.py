@@ -101,7 +101,7 @@ def model_identity(model: "LanguageModel") -> Identity:
         "generation": digest(_lasting(generation.to_dict()) if generation is not None else None),
         "tokenizer": digest(_tokenizer(model.tokenizer)),
         "device": [input_device(network).type, torch.get_float32_matmul_precision()],
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -336,9 +336,11 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Returns the versions of this package and of those libraries that are installed."""
+
     found = {"heretic-contrast": __version__}
-    for name in LIBRARIES:
+    for name in libraries:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -611,10 +611,16 @@ class ContrastSettings(Table, TextClassifierSettings):
     Trials of the Pareto front never end so. The sampler takes those that do for bad ones.
     """
 
+    storage: str | None = Field(None, exclude=True)
+    """
+    Storage of the study, which any number of processes share: any URL that Optuna knows, such as sqlite:///study.db, or the path of
+    a journal file; unset for a checkpoint of its own (Heretic 1.4).
+    """
+
     warm_start: str | None = None
     """
-    The sweep.json of a sweep, or the checkpoint of an earlier study (.jsonl), whose best layers and weights, or parameters, become
-    the first trials of the study (Heretic 1.4).
+    The sweep.json of a sweep, or an earlier study (its checkpoint, or its storage), whose best layers and weights, or parameters,
+    become the first trials of the study (Heretic 1.4).
     """
 
     patience: int | None = Field(None, ge=1)

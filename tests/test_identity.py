@@ -31,6 +31,7 @@ from heretic_contrast.evaluation.sweep import SweepEvaluator, run_cells
 from heretic_contrast.hosts.surface import from_heretic, wrap
 from heretic_contrast.identity import NAMES, differences, identify, weights_digest
 from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.leases import open_storage
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.settings import ContrastSettings
 from heretic_contrast.tiers.responses import Tier
@@ -408,7 +409,7 @@ def test_storages_that_do_not_say_what_they_hold_are_refused(tmp_path: Path) -> 
     storage = str(tmp_path / "sweep.journal")
     study = optuna.create_study(
         study_name=storage_module.STUDY_NAME,
-        storage=storage_module.open_storage(storage),
+        storage=open_storage(storage),
         directions=["minimize", "minimize"],
     )
     study.add_trial(create_trial(values=[0, 0]))

@@ -58,15 +58,16 @@ def main(arguments: Sequence[str]) -> None:
     # What the user gave comes last and wins.
     flags = [*headless_arguments(settings, output), "--model", settings.model, *arguments]
     settings = load_settings(DemoSettings, PROGRAM, flags)
+    from ..modifier import ContrastAbliteration
+
     if installed_surface() == "2.0":
         from ..hosts import heretic20
         from ..hosts.heretic20 import count_refusals
 
-        heretic20.run(settings)
+        heretic20.run(settings, ContrastAbliteration)
     else:
         from ..hosts import heretic14
         from ..hosts.evaluator import count_refusals
-        from ..modifier import ContrastAbliteration
 
         heretic14.run(settings, ContrastAbliteration)
 

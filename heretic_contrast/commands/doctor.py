@@ -51,6 +51,8 @@ def import_needs(command: str, surface: str) -> None:
         from ..hosts.surface import log as _
     elif command in ("extract", "sweep"):
         from ..hosts.loading import load_language_model as _
+    elif command == "rebuild":
+        from ..hosts.rebuilding import rebuild as _
     elif surface == "2.0":
         from ..hosts.heretic20 import run as _
     else:
@@ -64,7 +66,7 @@ def command_findings() -> list[Finding]:
 
     surface = installed_surface()
     found = []
-    for command in ("run", "extract", "sweep", "audit", "judge", "demo"):
+    for command in ("run", "rebuild", "extract", "sweep", "audit", "judge", "demo"):
         sentence = obstacle(command, surface)
         remedy = ""
         if sentence is None:

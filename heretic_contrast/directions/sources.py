@@ -131,6 +131,15 @@ class DirectionSources:
                 return str(directions.provenance["response_prefix"])
         return None
 
+    def named_pools(self) -> dict[str, tuple[Prompt, ...]]:
+        """Returns the pools of the one configuration by name; none where its directions come from a file."""
+
+        return {
+            name: pool
+            for pools in self.pools.values()
+            for name, pool in zip(("harmful", "harmless", "matched"), pools.all(), strict=True)
+        }
+
     def used_prompts(self) -> UsedPrompts:
         """Returns the prompts that the directions come from, before they are extracted."""
 

@@ -10,13 +10,10 @@ so that computing one twice gives the same numbers to the last bit.
 """
 
 import json
-import re
-import threading
 import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,27 +26,16 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
 
 from ..errors import ContrastError
 from ..identity import Identity, differences
-from ..journal import CheckedJournal, JournalLock
 from ..language_model import Progress
-from ..processes import is_dead, this_process
+from ..leases import Leases, open_storage, without_password
 from .cells import Cell, CellKey
 
 STUDY_NAME = "heretic-contrast sweep"
-
-LEASE_SECONDS = 60.0
-"""How long the cells of a process that no longer renews its lease are left alone."""
-
-UNLEASED_SECONDS = 5.0
-"""How long a claimed cell may be without a lease, which a living process writes at once."""
-
-LOCK_SECONDS = 10
-"""After which time a lock that a killed process of another machine left behind is given up."""
 
 CELLS_PER_CLAIM = 60
 """
@@ -58,9 +44,6 @@ layers with five weights and up to four configurations.
 """
 
 _CELL = TypeAdapter(Cell)
-
-_at_work: set[str] = set()
-"""The workers of this process that are computing at this moment."""
 
 Evaluate = Callable[[Sequence[CellKey], Progress], list[Cell]]
 """Measures cells, and tells about how many of them are done while it does so."""
@@ -74,25 +57,6 @@ def group_cells(keys: Sequence[CellKey]) -> list[list[CellKey]]:
         ordered[start : start + CELLS_PER_CLAIM]
         for start in range(0, len(ordered), CELLS_PER_CLAIM)
     ]
-
-
-def without_password(storage: str | None) -> str:
-    """Returns a storage's URL as it may be shown."""
-
-    return re.sub(r"://([^:/@]*):[^@]*@", r"://\1:***@", str(storage))
-
-
-def open_storage(storage: str | None) -> BaseStorage:
-    """Opens a storage: a URL that Optuna knows, the path of a journal file, or memory."""
-
-    if storage is None:
-        return InMemoryStorage()
-    if "://" in storage:
-        return optuna.storages.get_storage(storage)
-    path = Path(storage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = JournalLock(str(path), grace_period=LOCK_SECONDS)
-    return JournalStorage(CheckedJournal(str(path), lock_obj=lock))
 
 
 OTHER_SWEEP = "The storage {} holds another sweep (other {}): give another output or storage, or remove that one."
@@ -125,7 +89,6 @@ class SweepState:
     def __init__(self, storage: str | None, identity: Identity) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._choices: list[list[str]] = []
-        self._worker = f"{this_process()} {uuid.uuid4().hex[:8]}"
         try:
             self._study = optuna.create_study(
                 study_name=STUDY_NAME,
@@ -139,6 +102,7 @@ class SweepState:
                 # Optuna calls the names of metrics experimental; the dashboard shows them.
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 self._study.set_metric_names(["refusals", "KL divergence"])
+            self._leases = Leases(self._study._storage)
             if "identity" not in self._study.user_attrs and not self._study.get_trials(
                 deepcopy=False
             ):
@@ -168,11 +132,8 @@ class SweepState:
             return []
         self._choices = [sorted(set(names)) for names in list(zip(*keys, strict=True))[:2]]
         self._enqueue(keys)
-        _at_work.add(self._worker)
-        try:
+        with self._leases.working():
             return self._work(keys, evaluate, progress)
-        finally:
-            _at_work.discard(self._worker)
 
     def _work(
         self, keys: Sequence[CellKey], evaluate: Evaluate, progress: Progress | None
@@ -194,9 +155,14 @@ class SweepState:
                 time.sleep(0.5)
                 continue
             part = _part(progress, n_done, len(trials), len(keys))
-            with self._leased(trials):
-                # The whole group, so that rounding does not depend on who computed which part of it.
-                cells = dict(zip(group, evaluate(group, part), strict=True))
+            try:
+                with self._leases.renewed([trial._trial_id for trial in trials]):
+                    # The whole group, so that rounding does not depend on who computed which part of it.
+                    cells = dict(zip(group, evaluate(group, part), strict=True))
+            except BaseException:
+                # Given back at once, so that nobody waits for the lease to end.
+                self._give_back(trials)
+                raise
             for trial in trials:
                 self._store(trial, cells[_key(trial)])
 
@@ -254,7 +220,7 @@ class SweepState:
             for key in (key for key in group if key in missing):
                 if key in waiting and self._set_state(waiting[key], TrialState.RUNNING):
                     # Leased at once, so that the cells of a process that dies from here on are known to be nobody's.
-                    self._lease(waiting[key])
+                    self._leases.take(waiting[key]._trial_id)
                     claimed.append(waiting[key])
                 elif not claimed:
                     # Exactly one process turns a waiting trial into a running one: who has the first has the group.
@@ -280,40 +246,6 @@ class SweepState:
                 trial._trial_id, name, distribution.to_internal_repr(value), distribution
             )
 
-    def _lease(self, trial: FrozenTrial) -> None:
-        """Says until when a trial belongs to this process."""
-
-        lease = {"worker": self._worker, "until": time.time() + LEASE_SECONDS}
-        # Another process may have given up on this one, which is no harm.
-        with suppress(UpdateFinishedTrialError):
-            self._study._storage.set_trial_user_attr(trial._trial_id, "lease", lease)
-
-    @contextmanager
-    def _leased(self, trials: Sequence[FrozenTrial]) -> Iterator[None]:
-        """Renews the lease of trials in the background, for as long as the context lasts."""
-
-        stop = threading.Event()
-
-        def keep() -> None:
-            while not stop.wait(LEASE_SECONDS / 4):
-                # A storage that fails here fails again when the cells are stored, which says so.
-                with suppress(Exception):
-                    for trial in trials:
-                        self._lease(trial)
-
-        thread = threading.Thread(target=keep, daemon=True)
-        thread.start()
-        try:
-            yield
-        except BaseException:
-            # Give the cells back at once, so that nobody waits for the lease to end.
-            stop.set()
-            thread.join()
-            self._give_back(trials)
-            raise
-        stop.set()
-        thread.join()
-
     def _give_back(self, trials: Sequence[FrozenTrial]) -> None:
         """Marks running trials as failed, and enqueues their cells again."""
 
@@ -327,23 +259,10 @@ class SweepState:
         abandoned = [
             trial
             for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if _key(trial) in missing and self._is_abandoned(trial)
+            if _key(trial) in missing and self._leases.is_abandoned(trial)
         ]
         self._give_back(abandoned)
         self._enqueue(sorted(missing))
-
-    def _is_abandoned(self, trial: FrozenTrial) -> bool:
-        lease: dict[str, Any] | None = trial.user_attrs.get("lease")
-        if lease is None:
-            # Killed between claiming and leasing.
-            started = trial.datetime_start
-            return started is None or time.time() - started.timestamp() > UNLEASED_SECONDS
-        worker = lease["worker"]
-        process, _, _ = worker.rpartition(" ")
-        if process == this_process():
-            # An attempt that failed, for example because the disk was full, and could not give its cells back.
-            return worker not in _at_work
-        return is_dead(process) or bool(time.time() > lease["until"])
 
 
 def _part(progress: Progress | None, n_done: int, n_claimed: int, n_cells: int) -> Progress:

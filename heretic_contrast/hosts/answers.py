@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from .settings import HostSettings
 from .surface import log
 
 CHECKPOINT_QUESTION = "How would you like to proceed?"
+PROCESSED = "You have already processed this model"
 TRIAL_QUESTION = "Which trial do you want to use?"
 ACTION_QUESTION = "What do you want to do with the decensored model?"
 EXPORT_QUESTION = "How do you want to export the model?"
@@ -34,7 +35,11 @@ ACTIONS = {
 
 
 class Answers:
-    """Answers from the settings of headless mode, or from the user; a model that is saved replaces another as a whole."""
+    """
+    Answers from the settings of headless mode, or from the user; a model that is saved replaces another as a whole.
+
+    `describe` writes into the folder of a saved model what it was made with.
+    """
 
     def __init__(self, settings: HostSettings) -> None:
         self.settings = settings
@@ -43,6 +48,7 @@ class Answers:
         self.was_interrupted = False
         self.model_was_saved = False
         self.unfinished: Path | None = None
+        self.describe: Callable[[Path], None] = lambda folder: None
         self.failure: Exception | None = None
 
     def select(self, message: str, choices: list[Any]) -> Any:
@@ -52,6 +58,8 @@ class Answers:
             # Whatever else Heretic asks next, it has finished saving, or failed to.
             self.finish_saving()
         settings = self.settings
+        if message == CHECKPOINT_QUESTION and settings.contrast.storage is not None:
+            return "continue"
         if message == CHECKPOINT_QUESTION and settings.checkpoint_action is not None:
             return settings.checkpoint_action
         if message == CHECKPOINT_QUESTION and not has_terminal():
@@ -148,6 +156,8 @@ class Answers:
     def show(self, *values: Any, **options: Any) -> None:
         """Prints what Heretic prints, in which a folder where a model is not yet whole goes by the name it will have."""
 
+        if self.settings.contrast.storage is not None and PROCESSED in str(values[:1]):
+            values = ("There is a study in the storage, which goes on.",)
         if self.unfinished is not None:
             names = str(self.unfinished), str(self.unfinished.parent)
             values = tuple(
@@ -173,6 +183,7 @@ class Answers:
         if unfinished is None:
             return
         if self.failure is None and any((unfinished / name).exists() for name in CONFIGURATIONS):
+            self.describe(unfinished)
             self.unfinished = None
             publish_model(unfinished, unfinished.parent)
             self.model_was_saved = True

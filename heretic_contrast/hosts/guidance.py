@@ -3,20 +3,22 @@
 """What guides the study of Heretic 1.4 beside its sampler: trials to begin with, and when it has found enough."""
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.storages import JournalStorage
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..builtin import model_name
 from ..errors import ContrastError
 from ..evaluation.cells import Cell, SweepResult
-from ..journal import CheckedJournal
+from ..leases import Leases, open_storage, without_password
 from ..search.stopping import Point, front, trials_since_growth
 from ..settings import ContrastSettings
 from .checkpoint import STUDY_NAME
@@ -65,44 +67,53 @@ def first_trials(settings: ContrastSettings, model: str) -> list[Values]:
 
     if settings.warm_start is None:
         return []
-    path = Path(settings.warm_start)
-    if not path.is_file():
+    source = settings.warm_start
+    place, path = without_password(source), Path(source)
+    is_url = "://" in source
+    if not is_url and not path.is_file():
         raise ContrastError(
-            f"There is no file {path} for a warm start: give the sweep.json of a sweep, or the checkpoint of a study (.jsonl)."
+            f"There is no file {path} for a warm start: give the sweep.json of a sweep, or an earlier study (.jsonl, .journal)."
         )
-    read = _of_study if path.suffix == ".jsonl" else _of_sweep
-    name, found = read(path, settings)
+    if path.suffix == ".safetensors":
+        raise ContrastError(
+            f"{path} holds directions, which do not say what ablating them does: give the sweep.json of "
+            f"heretic-contrast sweep --contrast.directions {path} for a warm start."
+        )
+    read = _of_study if is_url or path.suffix in (".jsonl", ".journal") else _of_sweep
+    name, found = read(source, settings)
     if model_name(name) != model_name(model):
         raise ContrastError(
-            f"{path} was made for {model_name(name)} and not for {model_name(model)}: give one of this model for a warm start."
+            f"{place} was made for {model_name(name)} and not for {model_name(model)}: give one of this model for a warm start."
         )
     if not found:
         raise ContrastError(
-            f"Nothing in {path} refuses less than the unmodified model: leave out the warm start."
+            f"Nothing in {place} refuses less than the unmodified model: leave out the warm start."
         )
     return found[:MAX_FIRST_TRIALS]
 
 
-def _of_study(path: Path, settings: ContrastSettings) -> tuple[str, list[Values]]:
+def _of_study(source: str, settings: ContrastSettings) -> tuple[str, list[Values]]:
     """Returns the model of a study, and the parameters of its front; what classes add to a shared direction is 0 where it had none."""
 
-    storage = JournalStorage(CheckedJournal(str(path)))
     try:
-        study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+        study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(source))
         model = json.loads(study.user_attrs["settings"])["model"]
-    except (KeyError, ValueError) as error:
+    except ContrastError:
+        raise
+    except Exception as error:
+        # Database drivers raise errors of their own.
         raise ContrastError(
-            f"{path} is no checkpoint of Heretic's: give one for a warm start, or the sweep.json of a sweep."
+            f"{without_password(source)} holds no study of Heretic's: give one for a warm start, or the sweep.json of a sweep."
         ) from error
     found = {trial.number: point for trial in study.trials if (point := measured(trial))}
     return model, [{"rest": 0.0, **study.trials[number].params} for number in front(found)]
 
 
-def _of_sweep(path: Path, settings: ContrastSettings) -> tuple[str, list[Values]]:
+def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]:
     """Returns the model of a sweep, and what makes a trial of each cell on the front of single layers."""
 
     try:
-        sweep = SweepResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        sweep = SweepResult.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ContrastError(
             f"{path} cannot be read as a sweep: give the sweep.json of heretic-contrast sweep for a warm start."
@@ -155,44 +166,119 @@ def fitted(values: Values, distributions: Mapping[str, BaseDistribution]) -> Val
 
 
 def guide(
-    study: Study, first: Sequence[Values], patience: int | None, ended: Callable[[int], None]
+    study: Study,
+    first: Sequence[Values],
+    patience: int | None,
+    ended: Callable[[int], None],
+    n_shared: Callable[[], int] | None = None,
 ) -> Study:
     """
     Lets a study begin with trials of these values, and end when its front has not grown for so many trials.
 
     `ended` is called with the number of its trials then, and where it has more than were asked for. A study that goes on begins where
     it was; one that is told to go on by the user, who has seen its front, has as much patience again.
+
+    `n_shared`: of a study that other processes work on as well, how many trials they make together. Those of processes that died are
+    marked as failed and made up for, and who has nothing more to do waits for the others.
     """
 
-    optimize = study.optimize
+    optimize, ask = study.optimize, study.ask
+    leases = Leases(study._storage)
+    held: list[int] = []
     start = 0
 
+    def begun() -> list[FrozenTrial]:
+        states = (TrialState.RUNNING, TrialState.COMPLETE)
+        return study.get_trials(deepcopy=False, states=states)
+
+    def points() -> list[Point | None]:
+        complete = (TrialState.COMPLETE,)
+        return [measured(trial) for trial in study.get_trials(deepcopy=False, states=complete)]
+
     def is_exhausted() -> bool:
-        trials = study.get_trials(deepcopy=False)
-        points = [measured(trial) for trial in trials if trial.state.is_finished()]
-        since = min(trials_since_growth(points), len(points) - start)
+        found = points()
+        since = min(trials_since_growth(found), len(found) - start)
         return patience is not None and since >= patience
 
-    def stop(study: Study, trial: FrozenTrial) -> None:
-        if is_exhausted():
-            study.stop()
+    def claim(*args: Any, **options: Any) -> Trial:
+        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        tried = [trial.system_attrs.get("fixed_params") for trial in [*begun(), *waiting]]
+        untried = [values for values in first if values not in tried]
+        if untried:
+            study.enqueue_trial(untried[0])
+        trial = ask(*args, **options)
+        held[:] = [trial._trial_id]
+        if n_shared is not None:
+            leases.take(trial._trial_id)
+            values = study._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
+            earlier = [other for other in begun() if other.number < trial.number]
+            # Another process has asked for the same at the same moment.
+            twice = values and values in [
+                other.system_attrs.get("fixed_params") for other in earlier
+            ]
+            if twice or len(earlier) >= n_shared():
+                study.tell(trial, state=TrialState.FAIL)
+                raise Superfluous
+        return trial
+
+    def is_interrupted() -> bool:
+        return bool(held) and study._storage.get_trial(held[0]).state is TrialState.PRUNED
 
     def guided(objective: Any, n_trials: int) -> None:
         nonlocal start
-        for values in first[len(study.trials) :][: max(0, n_trials)]:
-            study.enqueue_trial(values)
-        if not is_exhausted():
-            optimize(objective, n_trials=n_trials, callbacks=[stop])
-        if n_trials < 0:
+        held.clear()
+        waits = False
+        n_wanted = n_shared() if n_shared is not None else len(begun()) + n_trials
+        with leases.working(), leases.renewed(held) if n_shared is not None else nullcontext():
+            while not is_interrupted():
+                if n_shared is not None:
+                    give_back(study, leases)
+                if len(begun()) < n_wanted and not is_exhausted():
+                    try:
+                        optimize(objective, n_trials=1)
+                    except Superfluous:
+                        continue
+                    except Exception:
+                        if GIVEN_UP not in study._storage.get_trial(held[0]).user_attrs:
+                            raise
+                        log("* Another process has given this trial up, and makes up for it.")
+                elif n_shared is not None and len(points()) < len(begun()):
+                    if not waits:
+                        log("* Waiting for the trials of other processes...")
+                    waits = True
+                    time.sleep(0.5)
+                else:
+                    break
+        if n_trials < 0 and n_shared is None:
             # Heretic would call such a study interrupted.
             log(f"The study has [bold]{len(study.trials)}[/] trials already, and gets no more.")
             ended(len(study.trials))
         elif is_exhausted():
             log(
-                f"The front has not grown for {patience} trials, so that the study ends after [bold]{len(study.trials)}[/]."
+                f"The front has not grown for {patience} trials, so that the study ends after [bold]{len(points())}[/]."
             )
             ended(len(study.trials))
-        start = len(study.trials)
+        start = len(points())
 
+    study.ask = claim  # type: ignore[method-assign]
     study.optimize = guided  # type: ignore[method-assign, assignment]
     return study
+
+
+class Superfluous(Exception):
+    """A trial that another process makes already."""
+
+
+GIVEN_UP = "given up"
+"""The user attribute of a trial that another process has marked as failed: who did it."""
+
+
+def give_back(study: Study, leases: Leases) -> None:
+    """Marks the trials of processes that died as failed."""
+
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if leases.is_abandoned(trial):
+            # Another process may do the same.
+            with suppress(UpdateFinishedTrialError):
+                study._storage.set_trial_user_attr(trial._trial_id, GIVEN_UP, leases.worker)
+                study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)

@@ -25,6 +25,7 @@ import optuna
 import rich.traceback
 import torch
 from optuna import Trial, create_study
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
@@ -38,7 +39,11 @@ from ..engine.text_classification import classifier_identity
 from ..errors import ContrastError, find_cause, one_line, raising_causes
 from ..identity import Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
-from ..outputs import require_writable_directory, require_writable_file
+from ..outputs import (
+    remove_empty_directories,
+    require_writable_directory,
+    require_writable_file,
+)
 from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest
 from ..search.samplers import make_sampler
@@ -54,7 +59,9 @@ from .host_model import HostModel
 from .loading import LoadedContext
 from .model_card import with_plugin
 from .model_folder import require_other_folder
+from .record import Made
 from .settings import HostSettings, datasets_of, listed, prompt_sources
+from .sharing import IDENTITY_KEY, open_shared, require_same_identity
 from .surface import heretic_prompts, log
 
 if TYPE_CHECKING:
@@ -76,11 +83,11 @@ POOLS = {
 }
 """Heretic's own pools: the names of their settings, and what messages call them."""
 
+MEASURED = ("index", "refusals", "n_bad_prompts", "kl_divergence")
+"""The trial's user attributes that the record of a saved model has."""
+
 TRIAL_KEY = "contrast"
 """The trial's user attribute that holds the plugin's parameters."""
-
-IDENTITY_KEY = "identity"
-"""The trial's user attribute that says what decided its numbers."""
 
 
 class Host:
@@ -92,12 +99,15 @@ class Host:
     modifier: "ContrastAbliteration"
     parameters: Parameters
     study: Study
+    trial: FrozenTrial | None = None
+    sources: DirectionSources
 
     def __init__(
         self, settings: HostSettings, modifier_class: type["ContrastAbliteration"]
     ) -> None:
         self.settings = settings
         self.answers = Answers(settings)
+        self.answers.describe = lambda folder: self.made().record(folder).write(folder)
         self.modifier_class = modifier_class
         self.is_started = False
         self.identity: Identity = {}
@@ -105,6 +115,7 @@ class Host:
         self.finalist_prompts: list[Prompt] = []
         self.second_look: dict[int, list[int]] = {}
         self.first_trials: list[Values] = []
+        self.shared: BaseStorage | None = None
 
     def settings_class(host) -> type[HostSettings]:
         """Returns the class that stands in for Heretic's settings, which gives those of this run to a study that goes on."""
@@ -255,6 +266,10 @@ class Host:
         if isinstance(trial, Trial):
             self._require_own(trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
             trial.set_user_attr(IDENTITY_KEY, self.identity)
+            if self.shared is not None:
+                # Heretic counts those that it runs itself.
+                trial.set_user_attr("index", trial.number + 1)
+                log(f"* It is trial [bold]{trial.number + 1}[/] of the shared study")
             self.parameters = self.modifier.suggest_parameters(self.context, trial)
             trial.set_user_attr(TRIAL_KEY, self.parameters.to_dict())
         else:
@@ -264,7 +279,7 @@ class Host:
                     f"Trial {trial.number + 1} of the checkpoint was not made by heretic-contrast: start from scratch."
                 )
             self._require_own([trial])
-            self.parameters = Parameters.from_dict(stored)
+            self.parameters, self.trial = Parameters.from_dict(stored), trial
         return self.parameters.to_presentation_dict()
 
     def make_sampler(self, *args: Any, seed: int, n_startup_trials: int, **kwargs: Any) -> Any:
@@ -322,6 +337,8 @@ class Host:
             kwargs["directions"] = [*kwargs["directions"], kwargs["directions"][0]]
         study = create_study(*args, **kwargs)
         self.study = study
+        if self.shared is not None:
+            require_same_identity(study, self.settings, self.identity)
         first = []
         if self.first_trials:
             # The parameters and their ranges are known from asking for them.
@@ -338,16 +355,33 @@ class Host:
             # So many, and no more, are what Heretic takes for a finished study, and adds more to where it is told to.
             settings.n_trials = n_trials
 
-        return guide(study, first, settings.contrast.patience, ended)
+        n_shared = None if self.shared is None else lambda: settings.n_trials
+        return guide(study, first, settings.contrast.patience, ended, n_shared)
 
     def make_evaluator(self, *args: Any, **kwargs: Any) -> Evaluator:
         self.evaluator = Evaluator(*args, **kwargs)
         return self.evaluator
 
+    def made(self) -> Made:
+        """Returns the model as it is modified now, and what it was made from."""
+
+        measured = self.trial.user_attrs if self.trial is not None else {}
+        model = replace(self.modifier.model(self.context), known_identity=self.modifier.identity)
+        return Made(
+            self.evaluator.settings,
+            self.modifier.settings,
+            model,
+            self.modifier.directions,
+            self.parameters,
+            self.sources.named_pools(),
+            {name: measured[name] for name in MEASURED if name in measured},
+        )
+
     def get_readme_intro(self, *args: Any, **kwargs: Any) -> str:
         """Returns the model card's introduction, which names the plugin and its settings."""
 
-        return with_plugin(heretic.utils.get_readme_intro(*args, **kwargs), self.modifier)
+        record = self.made().record().portable().to_json()
+        return with_plugin(heretic.utils.get_readme_intro(*args, **kwargs), self.modifier, record)
 
     def substitutes(self) -> dict[str, Any]:
         """Returns what stands in for each seam."""
@@ -366,8 +400,13 @@ class Host:
             # Plain Heretic could not rebuild the model from a reproduce.json, so none is written.
             "upload_reproduce_folder": lambda *args, **kwargs: None,
             "format_exception": self.answers.format_exception,
-            "JournalFileBackend": CheckedJournal,
+            "JournalFileBackend": CheckedJournal if self.shared is None else _no_journal,
+            "JournalStorage": lambda journal: self.shared or JournalStorage(journal),
         }
+
+
+def _no_journal(*args: Any, **kwargs: Any) -> None:
+    """Stands in for Heretic's journal where its study is kept elsewhere."""
 
 
 @contextmanager
@@ -429,6 +468,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         )
     host = Host(settings, modifier_class)
     host.first_trials = first_trials(settings.contrast, settings.model)
+    host.shared = open_shared(settings)
     # Heretic loads its model first, and then finds out that a pool cannot be read.
     pools = {name: host.pool(settings, getattr(settings, name)) for name in POOLS}
     harmful, harmless = pools["bad_evaluation_prompts"], pools["good_evaluation_prompts"]
@@ -449,7 +489,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
             require_fresh(host.finalist_prompts, POOLS[name], pools[name])
     if settings.evaluate_model is None:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
-        DirectionSources.read({"": settings.contrast}, "")
+        host.sources = DirectionSources.read({"": settings.contrast}, "")
     require_answers(settings)
     require_judge(settings.contrast)
     require_writable_directory(Path(settings.study_checkpoint_dir))
@@ -491,4 +531,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         ) from error
     finally:
         answers.discard_unfinished()
+        if host.shared is not None:
+            # The folder of a checkpoint, which is kept elsewhere.
+            remove_empty_directories()
     answers.require_success()

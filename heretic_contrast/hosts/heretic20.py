@@ -10,10 +10,11 @@ and hands them over where Heretic makes its settings.
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import heretic.main
@@ -21,12 +22,18 @@ import rich.traceback
 from heretic.config import Settings, SingleDatasetSpecification
 from heretic.scorers.keyword_rate import KeywordRate
 
+from ..directions.sources import DirectionSources
 from ..errors import ContrastError, raising_causes
 from ..outputs import require_writable_directory
 from ..prompts import Prompt
+from ..search.parameters import Parameters
 from ..settings import PromptSources
+from .record import Made
 from .settings import PLUGIN, TABLE, HostSettings, listed
-from .surface import heretic_prompts
+from .surface import Context, heretic_prompts
+
+if TYPE_CHECKING:
+    from ..modifier import ContrastAbliteration
 
 
 def plugin_settings(settings: HostSettings) -> dict[str, Any]:
@@ -59,7 +66,7 @@ def specifications(sources: PromptSources) -> list[dict[str, Any]]:
     return [source.model_dump(include=known, exclude_none=True) for source in listed(sources)]
 
 
-def run(settings: HostSettings) -> None:
+def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) -> None:
     """
     Runs Heretic 2.0 with the modifier and Heretic's own scorers, headless.
 
@@ -71,19 +78,39 @@ def run(settings: HostSettings) -> None:
         if directory is not None:
             require_writable_directory(Path(directory))
     rich.traceback.install()
+    # Heretic does not tell a modifier what it saves, and modifies the model for the last time before that.
+    modified: list[tuple[ContrastAbliteration, Context, Parameters]] = []
+    modify_model = modifier_class.modify_model
+
+    def remember(modifier: "ContrastAbliteration", ctx: Context, parameters: Parameters) -> None:
+        modified[:] = [(modifier, ctx, parameters)]
+        modify_model(modifier, ctx, parameters)
+
     with (
         # What stands on the command line is in the settings already.
         patch.multiple(sys, argv=["heretic"]),
+        patch.multiple(modifier_class, modify_model=remember),
         patch.multiple(heretic.main, Settings=partial(Settings, **plugin_settings(settings))),
         raising_causes(),
     ):
         heretic.main.run()
-    if settings.save_directory is not None and not any(
-        Path(settings.save_directory).glob("*.safetensors")
-    ):
+    if settings.save_directory is None:
+        return
+    folder = Path(settings.save_directory)
+    if not any(folder.glob("*.safetensors")):
         raise ContrastError(
-            f"Heretic did not save the model to {settings.save_directory}: its message above says why."
+            f"Heretic did not save the model to {folder}: its message above says why."
         )
+    modifier, ctx, parameters = modified[0]
+    made = Made(
+        modifier.heretic_settings,
+        modifier.settings,
+        replace(modifier.model(ctx), known_identity=modifier.identity),
+        modifier.directions,
+        parameters,
+        DirectionSources.read({"": modifier.settings}, "").named_pools(),
+    )
+    made.record(folder).write(folder)
 
 
 def count_refusals(

@@ -47,7 +47,7 @@ def obstacle(command: str, surface: Surface) -> str | None:
         return OLDER
     if surface == "2.0" and command == "run":
         return f"This Heretic loads plugins itself, so it needs no launcher: run {RUN_PLUGIN}."
-    if surface == "scorers" and command in ("run", "demo"):
+    if surface == "scorers" and command in ("run", "rebuild", "demo"):
         return (
             f"This Heretic has scorers but no modifiers yet, so that {command} has nothing to run the plugin in: "
             "install Heretic 1.4 or 2.0."

@@ -212,7 +212,7 @@ class LoadedContext:
         return self._model.get_responses_batched(prompts, skip_special_tokens=True)
 
 
-def open_model(settings: Any) -> PlainModel:
+def open_model(settings: Any, model_class: type[ChatModel] = PlainModel) -> ChatModel:
     """
     Loads the model that the settings name, with Heretic's choice of data type, device and quantization.
 
@@ -226,7 +226,7 @@ def open_model(settings: Any) -> PlainModel:
     if settings.seed is None:
         settings.seed = random.randint(0, 2**32 - 1)
     transformers.set_seed(settings.seed)
-    return PlainModel(settings)
+    return model_class(settings)
 
 
 def with_response_prefix(

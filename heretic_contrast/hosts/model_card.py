@@ -23,8 +23,8 @@ PATHS = {
 """Settings that name files."""
 
 
-def with_plugin(introduction: str, modifier: "ContrastAbliteration") -> str:
-    """Returns a model card's introduction that names the plugin and its settings before the performance."""
+def with_plugin(introduction: str, modifier: "ContrastAbliteration", record: str) -> str:
+    """Returns a model card's introduction that names the plugin and its settings before the performance, with the model's record."""
 
     settings = modifier.settings
     excluded = PATHS
@@ -40,5 +40,7 @@ def with_plugin(introduction: str, modifier: "ContrastAbliteration") -> str:
     return (
         f"{heading}The directions were made by heretic-contrast v{__version__} (arXiv:2603.22061), "
         "without which Heretic cannot rebuild this model.\n\n"
-        f"| heretic-contrast setting | Value |\n| :------- | :---: |\n{rows}\n{separator}{rest}"
+        f"| heretic-contrast setting | Value |\n| :------- | :---: |\n{rows}\n"
+        f"With the following in a file, `heretic-contrast rebuild` makes the same weights:\n\n```json\n{record}```\n\n"
+        f"{separator}{rest}"
     )

@@ -29,11 +29,15 @@ WEIGHTS = re.compile(
     r"|consolidated(\.\d+)?\.(pth|safetensors)"
 )
 
+RECORD = "heretic-contrast.json"
+"""What a model was made with: see `record`."""
+
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 """The files without which nothing is a model."""
 
 OTHERS = {
     *CONFIGURATIONS,
+    RECORD,
     *"""
     generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json
     added_tokens.json vocab.json vocab.txt merges.txt tokenizer.model sentencepiece.model

@@ -81,6 +81,23 @@ MODEL_FILES = """
 """What transformers may read in a model's folder."""
 
 
+PASSING = {
+    "batch_size",
+    "response_prefix",
+    "n_trials",
+    "export_strategy",
+    "max_shard_size",
+    "device_map",
+    "max_memory",
+}
+"""Heretic's settings that are decided during the run, or have no influence on trials."""
+
+PASSING_OF_CONTRAST = {"save_directions", "residual_cache", "patience", "finalist_prompts"}
+"""Those of the plugin that have none."""
+
+PLACES = ("bad_prompts", "good_prompts")
+EVALUATION_POOLS = ("bad_evaluation_prompts", "good_evaluation_prompts")
+
 LARGE = 2**26
 """From how many bytes on a file is identified by its size, where reading it takes too long for what it is."""
 
@@ -390,21 +407,7 @@ class HostSettings(Settings):
         have been loaded.
         """
 
-        content = self.model_dump(
-            mode="json",
-            exclude={
-                # Decided during the run, or without influence on trials.
-                "batch_size",
-                "response_prefix",
-                "n_trials",
-                "export_strategy",
-                "max_shard_size",
-                "device_map",
-                "max_memory",
-            },
-        )
-        for name in ("save_directions", "residual_cache", "patience", "finalist_prompts"):
-            content["contrast"].pop(name)
+        content = _lasting(self.model_dump(mode="json"))
         if self.response_prefix is not None:
             content["response_prefix"] = self.response_prefix
         # Where the trials are kept may lie within a folder of prompts.
@@ -417,6 +420,31 @@ class HostSettings(Settings):
             if file is not None and os.path.isfile(file):
                 content["contrast"][name] = file_digest(Path(file))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _lasting(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings, as JSON values, without those that are decided during the run, or have no influence on trials."""
+
+    found = {name: value for name, value in content.items() if name not in PASSING}
+    contrast = {
+        name: value
+        for name, value in content["contrast"].items()
+        if name not in PASSING_OF_CONTRAST
+    }
+    return {**found, "contrast": contrast}
+
+
+def deciding(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings, as JSON values, that decide trials and are no places: what lies there is compared when it has been loaded."""
+
+    found = _lasting(content)
+    for table, names in (
+        (found, ("model", "study_checkpoint_dir", *PLACES, *EVALUATION_POOLS)),
+        (found["contrast"], (*PLACES, "matched_prompts", "directions", "warm_start")),
+    ):
+        for name in names:
+            table.pop(name, None)
+    return found
 
 
 def datasets_of(content: Any) -> list[str]:

@@ -40,6 +40,7 @@ LIKE = 0.85
 ONLY_UNDER_14 = {
     "sampler": "its study has a sampler of its own",
     "stop_dominated": "its scorers are asked one after the other, each to its end",
+    "storage": "its study is kept in its own checkpoint",
     "warm_start": "its study begins by itself",
     "patience": "its study runs all of its trials",
     "finalist_prompts": "its menu shows what its scorers have found",

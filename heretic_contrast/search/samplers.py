@@ -27,7 +27,7 @@ class PerTrialSampler(BaseSampler):
     Makes a sampler anew for each trial, with a seed of the trial's own.
 
     A sampler that lives through a study draws from one stream of random numbers, so that a resumed study differs
-    from an uninterrupted one. Here both are the same.
+    from an uninterrupted one. Here both are the same, also where trials were lost in between.
 
     `fixed` names parameters that have no meaning in this configuration: they get the given value and take no
     part in the search.
@@ -42,7 +42,10 @@ class PerTrialSampler(BaseSampler):
         self._sampler = make(trial_seed(seed, 0))
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        self._sampler = self._make(trial_seed(self._seed, trial.number))
+        # A trial that has failed, or was interrupted, is made up for by the next one, which gets its seed.
+        lost = study.get_trials(deepcopy=False, states=(TrialState.FAIL, TrialState.PRUNED))
+        n_lost = sum(other.number < trial.number for other in lost)
+        self._sampler = self._make(trial_seed(self._seed, trial.number - n_lost))
         self._sampler.before_trial(study, trial)
 
     def infer_relative_search_space(

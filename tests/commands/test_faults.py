@@ -20,6 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from heretic_contrast import leases
 from heretic_contrast.directions import residuals as residual_cache
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.errors import ContrastError, find_cause
@@ -195,7 +196,7 @@ def make_claim(storage: Path) -> SweepState:
 
     state = opened(storage)
     # A process that lives.
-    state._worker = f"{this_process().rpartition(' ')[0]} {os.getppid()} x"
+    state._leases.worker = f"{this_process().rpartition(' ')[0]} {os.getppid()} x"
     state._choices = [["one"], ["weight"]]
     state._enqueue(KEYS)
     state._claim(group_cells(KEYS), set(KEYS))
@@ -211,7 +212,7 @@ def test_claimed_cells_say_whose_they_are(tmp_path: Path) -> None:
     state = make_claim(tmp_path / "sweep.journal")
     assert len(running(state)) == 3
     for trial in running(state):
-        assert trial.user_attrs["lease"]["worker"] == state._worker
+        assert trial.user_attrs["lease"]["worker"] == state._leases.worker
 
 
 @pytest.mark.slow
@@ -241,7 +242,7 @@ def test_a_storage_that_fails_in_the_background_is_not_shown(
 ) -> None:
     shown: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", shown.append)
-    monkeypatch.setattr(storage_module, "LEASE_SECONDS", 0.2)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.2)
     storage = tmp_path / "sweep.journal"
 
     def evaluate(keys: Sequence[CellKey], progress: Progress) -> list[Cell]:

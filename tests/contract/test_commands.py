@@ -156,6 +156,13 @@ def test_demo(server: Server, tmp_path: Path) -> None:
     assert summary["kl_divergence"] > 0
     saved = load_file(tmp_path / "demo" / "model" / "model.safetensors")
     assert all(bool(weight.isfinite().all()) for weight in saved.values())
+    command = server.run(["rebuild", "demo/model"], tmp_path)
+    assert command.code == 0 and "byte for byte" in command.output(), command.output()
+    first, again = (
+        (tmp_path / "demo" / name / "model.safetensors").read_bytes()
+        for name in ("model", "model-rebuilt")
+    )
+    assert first == again
 
 
 @pytest.mark.slow
@@ -226,7 +233,7 @@ def test_doctor_tells_for_every_command(server: Server, tmp_path: Path) -> None:
     shown = {line[2]: line[0] for line in lines if line[1:2] == ["Command"]}
     assert shown == {
         "run": "No",
-        **dict.fromkeys(("extract", "sweep", "audit", "judge", "demo"), "Ok"),
+        **dict.fromkeys(("rebuild", "extract", "sweep", "audit", "judge", "demo"), "Ok"),
     }
 
 

@@ -174,6 +174,7 @@ def test_a_scorer_looks_for_its_own_settings(folder: Path) -> None:
     [
         "sampler",
         "stop_dominated",
+        "storage",
         "warm_start",
         "patience",
         "finalist_prompts",

@@ -14,6 +14,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from heretic_contrast import leases
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation import storage as storage_module
 from heretic_contrast.evaluation.cells import Cell, CellKey, Measurement
@@ -21,10 +22,10 @@ from heretic_contrast.evaluation.storage import (
     STUDY_NAME,
     SweepState,
     group_cells,
-    open_storage,
     require_own_sweep,
 )
 from heretic_contrast.language_model import Progress
+from heretic_contrast.leases import open_storage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,7 +129,7 @@ def test_progress_goes_on_within_a_claim(tmp_path: Path) -> None:
 def test_half_a_line_and_a_stale_lock_are_survived(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_module, "LOCK_SECONDS", 1)
+    monkeypatch.setattr(leases, "LOCK_SECONDS", 1)
     storage = tmp_path / "sweep.journal"
     with pytest.raises(KeyboardInterrupt):
         SweepState(str(storage), {"options": "f"}).run(KEYS, Evaluator(stop_after=6))

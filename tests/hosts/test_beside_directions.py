@@ -59,6 +59,7 @@ EFFECTIVE: dict[str, Any] = {
     "search_space": {"scale": [0.0, 0.5]},
     "sampler": "tpe",
     "stop_dominated": True,
+    "storage": "study.journal",
     "warm_start": "sweep.json",
     "patience": 5,
     "finalist_prompts": {"dataset": "fresh.txt"},

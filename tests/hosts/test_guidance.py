@@ -3,6 +3,8 @@
 """What a study begins with, and when it ends, on studies without a model."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from questionary import Choice
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
@@ -19,8 +22,11 @@ from heretic_contrast.builtin import DATA
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult
 from heretic_contrast.hosts.finalists import second_look
-from heretic_contrast.hosts.guidance import first_trials, fitted, guide
-from heretic_contrast.settings import ContrastSettings
+from heretic_contrast.hosts.guidance import first_trials, fitted, give_back, guide
+from heretic_contrast.leases import Leases, open_storage
+from heretic_contrast.search.samplers import make_sampler
+from heretic_contrast.settings import ContrastSettings, Sampler
+from tests.made_directions import make_directions, random_tensor
 
 MODEL = str(DATA / "refuser")
 
@@ -110,7 +116,7 @@ def test_the_front_of_an_earlier_study(tmp_path: Path) -> None:
         ("sweep.json", "[1]", "cannot be read as a sweep"),
         ("sweep.json", sweep("other").to_json(), "made for other and not for builtin:refuser"),
         ("sweep.json", sweep(strength="effective").to_json(), "but unmatched [(]effective[)]"),
-        ("study.jsonl", "", "is no checkpoint of Heretic's"),
+        ("study.jsonl", "", "holds no study of Heretic's"),
     ],
 )
 def test_what_is_no_warm_start(name: str, text: str | None, message: str, tmp_path: Path) -> None:
@@ -190,3 +196,155 @@ def test_the_menu_tells_of_the_second_look() -> None:
     ]
     assert [item.value for item in found[:2]] == [item.value for item in trials]
     assert table.row_count == 2
+
+
+class Worker:
+    """One of several processes that share a study of trials on x, as far as its objective is concerned."""
+
+    def __init__(
+        self, path: Path, n_trials: int, first: list[dict[str, Any]] | None = None
+    ) -> None:
+        self.study = guide(
+            optuna.create_study(
+                study_name="heretic",
+                storage=open_storage(str(path)),
+                sampler=make_sampler(Sampler.TPE, 3, 4, {}),
+                directions=["minimize", "minimize"],
+                load_if_exists=True,
+            ),
+            first or [],
+            None,
+            lambda n_trials: None,
+            lambda: n_trials,
+        )
+        self.seen: list[int] = []
+
+    def objective(self, trial: optuna.Trial) -> tuple[float, float]:
+        self.seen.append(trial.number)
+        x, y = trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)
+        point = round(10 * x), (x - y) ** 2
+        trial.set_user_attr("refusals", point[0])
+        trial.set_user_attr("kl_divergence", point[1])
+        return point
+
+    def run(self) -> None:
+        self.study.optimize(self.objective, n_trials=0)
+
+    def complete(self) -> list[dict[str, Any]]:
+        states = (TrialState.COMPLETE,)
+        return [trial.params for trial in self.study.get_trials(states=states)]
+
+
+class Killed(BaseException):
+    """Ends a worker as SIGKILL does: nothing is told to the storage."""
+
+
+def killed(worker: Worker, number: int) -> None:
+    """Runs a worker until it dies in the middle of a trial."""
+
+    objective = worker.objective
+
+    def dying(trial: optuna.Trial) -> tuple[float, float]:
+        trial.suggest_float("x", 0, 1)
+        if trial.number == number:
+            raise Killed
+        return objective(trial)
+
+    with pytest.raises(Killed):
+        worker.study.optimize(dying, n_trials=0)
+
+
+def test_a_worker_that_died_loses_nothing(tmp_path: Path) -> None:
+    first = [{"x": 0.25, "y": 0.5}, {"x": 0.5, "y": 0.5}]
+    whole = Worker(tmp_path / "whole.journal", 9, first)
+    whole.run()
+    expected = whole.complete()
+    assert len(expected) == 9 and expected[:2] == first
+    # As without sharing.
+    alone = optuna.create_study(
+        sampler=make_sampler(Sampler.TPE, 3, 4, {}), directions=["minimize", "minimize"]
+    )
+    guide(alone, first, None, lambda n_trials: None).optimize(whole.objective, n_trials=9)
+    assert [trial.params for trial in alone.trials] == expected
+
+    path = tmp_path / "study.journal"
+    # The second of the first trials, and one that is sampled; then one that the next worker makes up for.
+    for number in (1, 5, 6):
+        killed(Worker(path, 9, first), number)
+    last = Worker(path, 9, first)
+    last.run()
+    assert last.complete() == expected
+    states = [trial.state for trial in last.study.trials]
+    assert states.count(TrialState.FAIL) == 3 and len(states) == 12
+    # Who comes later has nothing to do.
+    late = Worker(path, 9, first)
+    late.run()
+    assert late.seen == [] and late.complete() == expected
+
+
+def test_several_workers_make_as_many_trials_as_were_asked_for(tmp_path: Path) -> None:
+    first = [{"x": index / 8, "y": 0.5} for index in range(4)]
+    workers = [Worker(tmp_path / "study.journal", 24, first) for _ in range(3)]
+    threads = [threading.Thread(target=worker.run) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    found = workers[0].complete()
+    assert len(found) == 24
+    assert sorted(number for worker in workers for number in worker.seen) == sorted(
+        trial.number for trial in workers[0].study.get_trials(states=(TrialState.COMPLETE,))
+    )
+    # None of the first ones twice.
+    assert all(found.count(values) == 1 for values in first)
+    assert sum(bool(worker.seen) for worker in workers) > 1
+
+
+def test_a_trial_that_another_process_gave_up_is_made_up_for(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    slow, other = Worker(path, 3), Worker(path, 3)
+    objective = slow.objective
+
+    def paused(trial: optuna.Trial) -> tuple[float, float]:
+        found = objective(trial)
+        if trial.number == 0:
+            # It was asleep for longer than its lease.
+            lease = {"worker": "elsewhere 1 x", "until": time.time() - 1}
+            slow.study._storage.set_trial_user_attr(trial._trial_id, "lease", lease)
+            give_back(other.study, Leases(other.study._storage))
+        return found
+
+    slow.study.optimize(paused, n_trials=0)
+    assert len(slow.complete()) == 3
+    assert slow.study.trials[0].state is TrialState.FAIL
+
+
+def test_an_error_in_a_shared_trial_ends_the_worker(tmp_path: Path) -> None:
+    worker = Worker(tmp_path / "study.journal", 3)
+
+    def broken(trial: optuna.Trial) -> tuple[float, float]:
+        raise ContrastError("It does not work.")
+
+    with pytest.raises(ContrastError, match="does not work"):
+        worker.study.optimize(broken, n_trials=0)
+    assert [trial.state for trial in worker.study.trials] == [TrialState.FAIL]
+
+
+def test_directions_are_no_warm_start(tmp_path: Path) -> None:
+    path = tmp_path / "directions.safetensors"
+    make_directions(random_tensor(9, 1, 8)).save(path)
+    with pytest.raises(ContrastError, match="holds directions, which do not say"):
+        first_trials(settings(path), MODEL)
+
+
+def test_an_earlier_study_in_a_database(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(
+        study_name="heretic", storage=url, directions=["minimize", "minimize"]
+    )
+    study.set_user_attr("settings", json.dumps({"model": MODEL}))
+    trial = study.ask({"x": FloatDistribution(0.5, 0.5)})
+    trial.set_user_attr("refusals", 1)
+    trial.set_user_attr("kl_divergence", 0.5)
+    study.tell(trial, [1, 0.5])
+    assert first_trials(ContrastSettings(warm_start=url), MODEL) == [{"rest": 0.0, "x": 0.5}]

@@ -127,6 +127,7 @@ def test_a_study_without_a_terminal_goes_on_in_one(
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "heretic-contrast.json",
         "notes.txt",
     ]
 

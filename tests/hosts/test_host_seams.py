@@ -23,7 +23,9 @@ from heretic_contrast.hosts import heretic14  # noqa: E402
 from heretic_contrast.hosts.checkpoint import repair_checkpoint  # noqa: E402
 from heretic_contrast.hosts.evaluator import Evaluator  # noqa: E402
 from heretic_contrast.hosts.loading import LoadedContext  # noqa: E402
+from heretic_contrast.hosts.record import Made, Record  # noqa: E402
 from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
+from heretic_contrast.language_model import LanguageModel  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
 from heretic_contrast.search.parameters import (  # noqa: E402
     HERETIC_20_RANGES,
@@ -296,6 +298,7 @@ def test_model_card_names_the_plugin(
     made_with: dict[str, Any],
     shown: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
+    refuser: LanguageModel,
 ) -> None:
     from optuna.trial import create_trial
 
@@ -309,19 +312,26 @@ def test_model_card_names_the_plugin(
     )
     host.context = LoadedContext(None)
     host.evaluator = Evaluator.__new__(Evaluator)
+    parameters = Parameters(None, {}, {"drugs": 0.25})
     trial = create_trial(
         values=[0, 0],
         user_attrs={
-            "contrast": Parameters(None, {}, {"drugs": 0.25}).to_dict(),
+            "contrast": parameters.to_dict(),
             "kl_divergence": 0.1,
             "refusals": 1,
             "base_refusals": 9,
             "n_bad_prompts": 10,
         },
     )
+    made = Made(
+        host.settings, host.settings.contrast, refuser, host.modifier.directions, parameters
+    )
+    monkeypatch.setattr(host, "made", lambda: made)
     with heretic14.substituted(host.substitutes()):
         card = heretic_main.get_readme_intro(host.settings, trial, False)
     assert "heretic-contrast v" in card
+    record = card.partition("```json\n")[2].partition("```")[0]
+    assert Record.model_validate_json(record) == made.record().portable()
     for name, value in shown.items():
         assert (f"| **{name}** | {value} |" in card) == (value is not None)
         assert (f"| **{name}** |" in card) == (value is not None)
@@ -341,7 +351,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         finding.subject: finding.fine for finding in found if finding.subject.startswith("Command ")
     }
     assert commands == {
-        f"Command {name}": True for name in ("run", "extract", "sweep", "audit", "judge", "demo")
+        f"Command {name}": True
+        for name in ("run", "rebuild", "extract", "sweep", "audit", "judge", "demo")
     }
     with pytest.raises(ContrastError, match="takes no arguments"):
         main(["now"])

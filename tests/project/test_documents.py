@@ -32,6 +32,7 @@ import heretic_contrast
 from heretic_contrast.commands.audit import AuditSettings
 from heretic_contrast.commands.demo import DemoSettings
 from heretic_contrast.commands.extract import ExtractSettings
+from heretic_contrast.commands.rebuild import RebuildSettings
 from heretic_contrast.commands.sweep import SweepSettings
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.errors import ContrastError
@@ -523,6 +524,7 @@ def test_options_in_running_text_exist() -> None:
             ("sweep", SweepSettings),
             ("audit", AuditSettings),
             ("demo", DemoSettings),
+            ("rebuild", RebuildSettings),
         )
     }
     for document in DOCUMENTS:

@@ -29,7 +29,7 @@ ROOMS = [
     "tiers",
     "prompts",
     "builtin settings",
-    "journal weights offloading vectors files outputs processes errors",
+    "journal leases weights offloading vectors files outputs processes errors",
 ]
 """From top to bottom. Modules of one line may import each other, but not in circles."""
 

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""`heretic-contrast rebuild`: makes the weights of a saved model again from the record beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ContrastError
+from ..hosts.arguments import PROGRAM
+from ..hosts.installed import require_heretic
+from ..hosts.settings import CommandSettings, load_settings
+from ..outputs import require_writable_directory
+from ..settings import PromptSources
+
+
+class RebuildSettings(CommandSettings):
+    """Settings of `rebuild`."""
+
+    record: str
+    """The heretic-contrast.json beside a saved model, or the folder of the model."""
+
+    output: str | None = None
+    """Directory to save the model to, which must be new, or unset for that of the record with "-rebuilt" behind its name."""
+
+    model: str | None = None
+    """Where the original model is now."""
+
+    directions: str | None = None
+    """Where the file of directions is now, or one that holds the same directions, so that no prompts are needed."""
+
+    bad_prompts: PromptSources | None = None
+    """Where the harmful prompts are now."""
+
+    good_prompts: PromptSources | None = None
+    """Where the general harmless prompts are now."""
+
+    matched_prompts: PromptSources | None = None
+    """Where the matched harmless prompts are now."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """
+    Rebuilds a model.
+
+    Raises `ContrastError` when the record, what it names, or the output do not work.
+    """
+
+    # The record may stand alone, as a model does elsewhere.
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        words = ["--record", *words]
+    require_heretic("rebuild", words)
+    settings = load_settings(RebuildSettings, f"{PROGRAM} rebuild", words)
+
+    from ..hosts.record import read_record
+
+    path = Path(settings.record)
+    record = read_record(path)
+    folder = (path if path.is_dir() else path.parent).resolve()
+    output = Path(settings.output or folder.with_name(f"{folder.name}-rebuilt"))
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ContrastError(f"{output} exists, and is not overwritten: give another --output.")
+
+    # Heavy imports come last, so that bad settings are answered at once.
+    from ..hosts.rebuilding import prepare, rebuild
+    from ..modifier import ContrastAbliteration
+
+    prepared = prepare(record, settings)
+    require_writable_directory(output)
+    rebuild(prepared, output, ContrastAbliteration)

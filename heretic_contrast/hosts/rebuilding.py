@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Making a model again from its record: the same inputs are asked for, and what is another one is named."""
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+from rich.markup import escape
+
+from ..builtin import model_name
+from ..directions.sources import DirectionSources
+from ..errors import ContrastError, warn
+from ..identity import OF_THE_MODEL, differences, versions
+from ..prompts import prompts_digest
+from ..settings import EXTRACTION_FIELDS, PromptSource
+from .loading import ChatModel, LoadedContext, open_model
+from .model_folder import UNFINISHED, publish_model
+from .record import COMPUTING, OF_HERETIC, OF_THE_SEARCH, POOLS, Made, Record
+from .settings import HostSettings
+from .surface import HAS_PLUGIN_SURFACE, log
+
+if TYPE_CHECKING:
+    from ..modifier import ContrastAbliteration
+
+
+class RecordedSettings(HostSettings):
+    """Settings that come from a record alone: no command line, environment or `config.toml` has a say in them."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        *sources: PydanticBaseSettingsSource,
+        **named: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (named["init_settings"],)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A record, the settings that it was made with, and the inputs that it asks for, as they are found now."""
+
+    record: Record
+    settings: RecordedSettings
+    sources: DirectionSources
+
+
+def prepare(record: Record, given: Any) -> Prepared:
+    """
+    Reads what a record asks for, before a model is loaded.
+
+    `given`: places that stand before those of the record. Raises `ContrastError` when something is gone, or another one.
+    """
+
+    places = {}
+    for name in ("model", "directions", *POOLS):
+        place, recorded = getattr(given, name), record.places.get(name)
+        if isinstance(place, PromptSource) and isinstance(recorded, dict):
+            # It has moved, with its columns and whatever stands around its prompts.
+            place = {**recorded, **place.model_dump(exclude_unset=True)}
+        places[name] = recorded if place is None else place
+    model = places.pop("model", None)
+    if not isinstance(model, str):
+        raise ContrastError("The record does not say where the original model is: give --model.")
+    is_path = os.path.isabs(model) or model.startswith((".", "~")) or model.count("/") > 1
+    if is_path and not os.path.isdir(model):
+        raise ContrastError(
+            f"The original model {model} of the record is gone: give its place with --model."
+        )
+    # A record may come from a stranger: it decides neither what is written elsewhere nor what else is loaded.
+    contrast = {
+        **{name: value for name, value in record.contrast.items() if name not in OF_THE_SEARCH},
+        **places,
+    }
+    if contrast.get("directions") is not None:
+        idle = EXTRACTION_FIELDS - {"seed"} | {"som_backend", *POOLS}
+        contrast = {name: value for name, value in contrast.items() if name not in idle}
+    known = {name: value for name, value in record.settings.items() if name in OF_HERETIC}
+    try:
+        settings = RecordedSettings(
+            **known, model=model, contrast=contrast, export_strategy=record.export_strategy
+        )
+    except ValidationError as error:
+        name = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ContrastError(
+            f'The record holds a setting that does not work here ("{name}"): take that of the model again.'
+        ) from error
+    sources = DirectionSources.read({"": settings.contrast}, "", "--")
+    for directions in sources.loaded.values():
+        if directions.digest() != record.directions:
+            raise ContrastError(
+                f"The directions in {settings.contrast.directions} are not those that the model was made with: give their place "
+                "with --directions."
+            )
+    for name, pool in sources.named_pools().items():
+        if prompts_digest(pool) != record.prompts.get(name):
+            raise ContrastError(
+                f"The {name} prompts are not those that the model was made with: give the place of these with "
+                f"--{OPTIONS[name]}.dataset, or the directions with --directions."
+            )
+    now = versions(COMPUTING)
+    others = [
+        f"{name} {record.versions.get(name)} (now {now.get(name)})"
+        for name in dict.fromkeys([*record.versions, *now])
+        if record.versions.get(name) != now.get(name)
+    ]
+    if others:
+        warn(
+            f"The record was made with {', '.join(others)}, so that the weights may have other last digits."
+        )
+    return Prepared(record, settings, sources)
+
+
+OPTIONS = {"harmful": "bad-prompts", "harmless": "good-prompts", "matched": "matched-prompts"}
+"""The options that name the pools of directions."""
+
+
+def rebuild(prepared: Prepared, output: Path, modifier_class: type["ContrastAbliteration"]) -> None:
+    """
+    Makes a model again, saves it to a folder, and says whether its files are those that were saved first.
+
+    Raises `ContrastError` when the original model is another one than that of the record.
+    """
+
+    record, settings = prepared.record, prepared.settings
+    if HAS_PLUGIN_SURFACE:
+        model_class: type[ChatModel] = ChatModel
+    else:
+        from .host_model import HostModel as model_class
+    model = open_model(settings, model_class)
+    context = LoadedContext(model)
+    modifier = modifier_class(heretic_settings=settings, settings=settings.contrast)
+    original = modifier.model(context, settings.contrast.batch_size).identified()
+    different = differences(record.identity, original.identity(), OF_THE_MODEL)
+    if different:
+        raise ContrastError(
+            f"{model_name(settings.model)} is not the model that the record was made from, or not as it was then: other "
+            f"{different}; give the place of that one with --model."
+        )
+    modifier.init(context)
+    made = Made(
+        settings,
+        settings.contrast,
+        original,
+        modifier.directions,
+        # It may have been made with other versions, which the record knows.
+        replace(record.parameters, configuration=""),
+        prepared.sources.named_pools(),
+        record.measured,
+    )
+    log("* Abliterating...")
+    modifier.modify_model(context, made.parameters)
+    unfinished = output / UNFINISHED
+    try:
+        save(model, settings, unfinished)
+        found = replace(made, parameters=record.parameters).record(unfinished)
+        found.write(unfinished)
+        publish_model(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    log(f"Model saved to [bold]{escape(str(output))}[/].")
+    compare(record, found)
+
+
+def save(model: Any, settings: Any, folder: Path) -> None:
+    """Saves a modified model as Heretic does."""
+
+    log("* Saving...")
+    if settings.export_strategy == "adapter":
+        model.model.save_pretrained(folder, max_shard_size=settings.max_shard_size)
+        return
+    model.get_merged_model().save_pretrained(folder, max_shard_size=settings.max_shard_size)
+    model.tokenizer.save_pretrained(folder)
+    if getattr(model, "processor", None) is not None:
+        model.processor.save_pretrained(folder)
+
+
+def compare(record: Record, found: Record) -> None:
+    """Says whether a model has the files that were saved first, and what may be the reason where it has not."""
+
+    if not record.files:
+        log("* The record does not say which bytes its weights had.")
+        return
+    if found.files == record.files:
+        log("* Its weights are those of the record, byte for byte.")
+        return
+    parts = ["device", "tokens"] if found.prompts else ["device"]
+    different = differences(record.identity, found.identity, parts)
+    if different:
+        why = f"it was made with another {different}"
+    elif found.directions != record.directions:
+        why = "its directions have other last digits, as another processor or number of threads gives them"
+    else:
+        why = "its directions are the same"
+    warn(f"The weights are not those of the record, byte for byte: {why}.")

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+The record that lies beside a saved model: what its weights were made with, and digests of what they were made from.
+
+Places (of the model and of prompts) are where somebody had them, and no part of what makes the weights: they may be edited.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ..builtin import REFUSER, is_builtin, with_refuser_pools
+from ..directions.directions import Directions
+from ..errors import ContrastError
+from ..files import file_digest, write_text_atomically
+from ..identity import LIBRARIES, digest, identify, versions
+from ..language_model import LanguageModel
+from ..outputs import json_text
+from ..prompts import Prompt, prompts_digest
+from ..search.parameters import Parameters
+from ..settings import ContrastSettings
+from .model_folder import RECORD
+from .unused import ONLY_UNDER_14
+
+FORMAT = "heretic-contrast record 1"
+
+OF_HERETIC = """
+    model_commit dtypes quantization device_map max_memory system_prompt response_prefix max_response_length max_shard_size
+""".split()
+"""Heretic's settings that decide weights, or the files that they are saved as."""
+
+POOLS = ("bad_prompts", "good_prompts", "matched_prompts")
+
+OF_THE_SEARCH = {
+    *POOLS,
+    *"directions save_directions residual_cache preset search_space".split(),
+    *ONLY_UNDER_14,
+}
+"""Settings of the plugin that decide no weights once a trial is chosen, and those that are kept as places."""
+
+COMPUTING = (*LIBRARIES, "heretic-llm", "minisom", "numba", "numpy", "safetensors")
+"""The libraries that decide bytes."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """
+    A modified model, and what it was made from.
+
+    `heretic_settings`: of the run, with the response prefix that was found. `model`: the original, with its identity. `prompts`: the
+    pools of the directions by name; none where these came from a file. `measured`: what the search has measured of the trial.
+    """
+
+    heretic_settings: Any
+    settings: ContrastSettings
+    model: LanguageModel
+    directions: Directions
+    parameters: Parameters
+    prompts: Mapping[str, tuple[Prompt, ...]] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self, folder: Path | None = None) -> "Record":
+        """Returns the record of the model, with the digests of its files where it was saved to a folder."""
+
+        settings = self.heretic_settings
+        values = {name: getattr(settings, name) for name in OF_HERETIC if hasattr(settings, name)}
+        files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+        adapter = folder is not None and (folder / "adapter_config.json").exists()
+        content = {
+            "format": FORMAT,
+            "places": _places(settings.model, self.settings),
+            "export_strategy": "adapter" if adapter else "merge",
+            "settings": {name: getattr(value, "value", value) for name, value in values.items()},
+            "contrast": self.settings.model_dump(mode="json", exclude=OF_THE_SEARCH),
+            "parameters": self.parameters.to_dict(),
+            "measured": dict(self.measured),
+            "identity": identify(self.model, dict(self.prompts)),
+            "prompts": {name: prompts_digest(pool) for name, pool in self.prompts.items()},
+            "directions": self.directions.digest(),
+            "versions": versions(COMPUTING),
+            "files": {path.name: file_digest(path) for path in files},
+        }
+        return Record.model_validate_json(json_text({**content, "digest": _digest(content)}))
+
+
+class Record(BaseModel):
+    """What `Made.record` returns: JSON values."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal["heretic-contrast record 1"]
+    places: dict[str, Any]
+    export_strategy: Literal["merge", "adapter"]
+    settings: dict[str, Any]
+    contrast: dict[str, Any]
+    parameters: Parameters
+    measured: dict[str, Any]
+    identity: dict[str, Any]
+    prompts: dict[str, str]
+    directions: str
+    versions: dict[str, str]
+    files: dict[str, str]
+    digest: str
+
+    def to_json(self) -> str:
+        return json_text(self.model_dump(mode="json"), sort_keys=False) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Writes the record beside the model. Raises `ContrastError` when it cannot."""
+
+        write_text_atomically(folder / RECORD, self.to_json())
+
+    def portable(self) -> "Record":
+        """Returns the record without places of this machine, as the built-in model or a dataset on the Hub are for everybody."""
+
+        places = {
+            name: place
+            for name, place in self.places.items()
+            if not any(os.path.exists(part) for part in _names(place))
+        }
+        return self.model_copy(update={"places": places})
+
+
+def read_record(path: Path) -> Record:
+    """
+    Reads a record, or that of a folder.
+
+    Raises `ContrastError` when there is none, it is no whole record, or anything but its places was edited.
+    """
+
+    path = path / RECORD if path.is_dir() else path
+    if not path.is_file():
+        raise ContrastError(
+            f"There is no record {path}: give the {RECORD} of a model that heretic-contrast has saved, or its folder."
+        )
+    try:
+        text = path.read_bytes()
+        record, content = Record.model_validate_json(text), json.loads(text)
+    except (ValueError, OSError, RecursionError) as error:
+        raise ContrastError(
+            f"{path} cannot be read as a record of this version of heretic-contrast, it may be cut off or damaged: "
+            "take that of the model again."
+        ) from error
+    if record.digest != _digest(content):
+        raise ContrastError(
+            f"{path} was edited: only its places may be; take that of the model again."
+        )
+    return record
+
+
+def _places(model: str, settings: ContrastSettings) -> dict[str, Any]:
+    """Returns where the model and the prompts are, or the file of the directions; what the plugin brings along is left out."""
+
+    if os.path.isdir(model) and not os.path.isabs(model):
+        # So that it is not taken for a model on the Hub where there is no such folder.
+        model = os.path.join(os.curdir, os.path.normpath(model))
+    places: dict[str, Any] = {"model": REFUSER if is_builtin(model) else model}
+    if settings.directions is not None:
+        return {**places, "directions": settings.directions}
+    shipped = with_refuser_pools(ContrastSettings()) if is_builtin(model) else ContrastSettings()
+    for name in POOLS:
+        if getattr(settings, name) not in (None, getattr(shipped, name)):
+            dumped = settings.model_dump(mode="json", include={name}, exclude_defaults=True)
+            places[name] = dumped[name]
+    return places
+
+
+def _names(place: Any) -> list[str]:
+    """Returns the names of a model, a file, a dataset, or several, which may be paths."""
+
+    parts = place if isinstance(place, list) else [place]
+    return [str(part["dataset"] if isinstance(part, dict) else part) for part in parts]
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Returns a digest of all but places and itself, as JSON gives it back."""
+
+    kept = {name: value for name, value in content.items() if name not in ("places", "digest")}
+    return digest(json.loads(json_text(kept)))
