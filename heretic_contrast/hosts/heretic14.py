@@ -54,7 +54,7 @@ from .answers import TRIAL_QUESTION, Answers, require_answers
 from .checkpoint import repair_checkpoints
 from .evaluator import Evaluator, own_prompts, require_judge, sensitive_prompts
 from .finalists import LENGTHS, count_refusals_at, front_choices, require_fresh, second_look
-from .guidance import BOUND_KEY, EXCLUDED_KEY, Values, first_trials, fitted, guide
+from .guidance import BOUND_KEY, EXCLUDED_KEY, FALSE_KEY, Values, first_trials, fitted, guide
 from .host_model import HostModel
 from .loading import LoadedContext
 from .model_card import with_plugin
@@ -83,7 +83,7 @@ POOLS = {
 }
 """Heretic's own pools: the names of their settings, and what messages call them."""
 
-MEASURED = ("index", "refusals", "n_bad_prompts", "kl_divergence")
+MEASURED = ("index", "refusals", "n_bad_prompts", "kl_divergence", FALSE_KEY)
 """The trial's user attributes that the record of a saved model has."""
 
 TRIAL_KEY = "contrast"

@@ -440,7 +440,10 @@ def deciding(content: dict[str, Any]) -> dict[str, Any]:
     found = _lasting(content)
     for table, names in (
         (found, ("model", "study_checkpoint_dir", *PLACES, *EVALUATION_POOLS)),
-        (found["contrast"], (*PLACES, "matched_prompts", "directions", "warm_start")),
+        (
+            found["contrast"],
+            (*PLACES, "matched_prompts", "sensitive_prompts", "directions", "warm_start"),
+        ),
     ):
         for name in names:
             table.pop(name, None)
