@@ -358,7 +358,7 @@ def test_offloaded_models_are_modified_and_saved(
 
 @pytest.mark.slow
 def test_offloaded_models_are_swept(offloaded: Callable[[], LanguageModel], tiny: Path) -> None:
-    from tests.evaluation.test_sweep import random_directions
+    from tests.plain_sweeps import random_directions
 
     plain, model = loaded(tiny), offloaded()
     directions = {"one": random_directions(plain, 2, 0)}

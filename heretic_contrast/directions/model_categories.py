@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ContrastError
-from ..language_model import LanguageModel, batches
+from ..language_model import Batches, LanguageModel
 from ..prompts import Prompt
 from ..prompts.categories import CATEGORIES, MISCELLANEOUS
 
@@ -66,9 +66,11 @@ def category_probabilities(
         digits = torch.stack([logits[:, ids].logsumexp(dim=-1) for ids in tokens], dim=-1)
         return digits.log_softmax(dim=-1)
 
-    result = torch.empty(len(prompts), len(CATEGORIES), dtype=torch.float64)
-    for batch in batches(len(prompts), language_model.batch_size):
-        result[batch] = log_probabilities([prompt.text for prompt in prompts[batch]])
+    texts = [prompt.text for prompt in prompts]
+    runs = Batches(language_model.batch_size).run(
+        len(texts), lambda batch: log_probabilities(texts[batch])
+    )
+    result = torch.cat([torch.empty(0, len(CATEGORIES), dtype=torch.float64), *runs])
     if calibrate:
         result = result - log_probabilities([""])
     return result.softmax(dim=-1)

@@ -20,7 +20,7 @@ from ..ablation.hooks import carries_samples
 from ..ablation.operator import Operator, compose, effective_weight, weight_along
 from ..directions.directions import Directions
 from ..engine.observation import observe_decoding
-from ..language_model import LanguageModel, batches
+from ..language_model import Batches, LanguageModel
 from ..prompts import Prompt
 from ..vectors import to_device, unit_vectors
 from .capture import span_basis
@@ -172,24 +172,18 @@ def observe_outputs(
 
     vectors = to_device(vectors, model.device).to(torch.float64)
     n_layers, n_vectors, hidden_size = vectors.shape
-    second = vectors.new_zeros(n_layers, n_vectors, n_vectors)
-    energy = vectors.new_zeros(n_layers)
-    variation = vectors.new_zeros(n_layers)
-    n_steps = vectors.new_zeros(())
-    for batch in batches(len(prompts), model.batch_size):
+
+    def observe(batch: slice) -> list[Tensor]:
+        """Returns the sums over a batch, which is observed from its beginning where memory was exhausted."""
+
         tokens = model.token_ids(prompts[batch])
+        second = vectors.new_zeros(n_layers, n_vectors, n_vectors)
+        energy = vectors.new_zeros(n_layers)
         sums = vectors.new_zeros(len(tokens), n_layers, hidden_size)
         squares = vectors.new_zeros(len(tokens), n_layers)
         counts = vectors.new_zeros(len(tokens))
 
-        def add(
-            rows: Tensor,
-            y: Tensor,
-            h: Tensor,
-            sums: Tensor = sums,
-            squares: Tensor = squares,
-            counts: Tensor = counts,
-        ) -> None:
+        def add(rows: Tensor, y: Tensor, h: Tensor) -> None:
             # Choosing rows would wait for the device: those that have ended count as zeros.
             y, h = (item.masked_fill(~rows[:, None, None], 0) for item in (y, h))
             projections = torch.einsum("plh,lkh->plk", y, vectors)
@@ -201,9 +195,14 @@ def observe_outputs(
 
         observe_decoding(model, tokens, max_new_tokens, add)
         deviation = squares - (sums**2).sum(dim=2) / counts[:, None]
-        variation += deviation.clamp_min(0).sum(dim=0)
-        n_steps += counts.sum()
-    second, energy, variation = ((item / n_steps).cpu() for item in (second, energy, variation))
+        return [second, energy, deviation.clamp_min(0).sum(dim=0), counts.sum()]
+
+    totals = [
+        torch.stack(parts).sum(dim=0)
+        for parts in zip(*Batches(model.batch_size).run(len(prompts), observe), strict=True)
+    ]
+    n_steps = totals.pop()
+    second, energy, variation = ((item / n_steps).cpu() for item in totals)
     return OutputMoments(second, energy, variation, int(n_steps))
 
 

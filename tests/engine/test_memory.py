@@ -19,7 +19,7 @@ from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.tiers.responses import Tier
-from tests.evaluation.test_sweep import random_directions
+from tests.plain_sweeps import random_directions
 from tests.tiny_models import make_model, make_tokenizer
 
 VOCABULARY = 248_320

@@ -36,7 +36,7 @@ from heretic_contrast.report.writing import to_html
 from heretic_contrast.settings import ContrastSettings, PromptSource
 from tests import natural_pools
 from tests.conftest import DATA
-from tests.evaluation.test_sweep import (
+from tests.plain_sweeps import (
     CANARIES,
     HARMFUL,
     REFERENCES,

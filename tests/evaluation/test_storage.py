@@ -202,7 +202,7 @@ torch.set_num_threads(1)
 from heretic_contrast.evaluation.plan import SweepOptions
 from heretic_contrast.evaluation.sweep import sweep
 from heretic_contrast.hosts.surface import wrap
-from tests.evaluation.test_sweep import CANARIES, HARMFUL, REFERENCES, always_refuse_at_base, random_directions
+from tests.plain_sweeps import CANARIES, HARMFUL, REFERENCES, always_refuse_at_base, random_directions
 from tests.tiny_models import make_model, make_tokenizer
 
 model = wrap(make_model("llama"), make_tokenizer(), name="tiny", batch_size=16)

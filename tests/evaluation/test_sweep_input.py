@@ -15,7 +15,7 @@ from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.prompts.sampling import stratified_sample
 from heretic_contrast.tiers import Tier
-from tests.evaluation.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
+from tests.plain_sweeps import CANARIES, HARMFUL, REFERENCES, random_directions
 
 POOL = [
     Prompt(f"Break the {index}th thing", category=("drugs", "fraud", "hacking")[index % 3])
