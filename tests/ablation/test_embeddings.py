@@ -26,7 +26,7 @@ from heretic_contrast.search.parameters import Kernel, Parameters, suggest_param
 from heretic_contrast.settings import ContrastSettings
 from tests.ablation.test_writers import EXACT, model_of, states, unit_direction
 from tests.engine.test_architectures import Case, logits, make_case, relative
-from tests.evaluation.test_sweep import (
+from tests.plain_sweeps import (
     CANARIES,
     HARMFUL,
     REFERENCES,

@@ -23,7 +23,7 @@ from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.settings import Writers
 from tests.architectures import FAMILIES
-from tests.evaluation.test_sweep import before_norms, changed_weights
+from tests.plain_sweeps import before_norms, changed_weights
 
 KINDS = ["Gemma 4 MoE", "gpt-oss", "GPT-2"]
 """Norms in a row and experts; transposed experts with biases; transposed weights with biases."""

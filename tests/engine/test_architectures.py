@@ -52,7 +52,7 @@ from heretic_contrast.search.parameters import Kernel, Parameters  # noqa: E402
 from heretic_contrast.settings import ContrastSettings, Writers  # noqa: E402
 from tests.architectures import FAMILIES, UNSUPPORTED, Family  # noqa: E402
 from tests.contract.heretic2.heretic.model import Model as ModelOfHeretic2  # noqa: E402
-from tests.evaluation.test_sweep import (  # noqa: E402
+from tests.plain_sweeps import (  # noqa: E402
     CANARIES,
     HARMFUL,
     REFERENCES,

@@ -22,7 +22,7 @@ from heretic_contrast.errors import ContrastWarning
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel, Tokens
 from tests.architectures import FAMILIES
-from tests.evaluation.test_sweep import HARMFUL, changed_weights, random_directions
+from tests.plain_sweeps import HARMFUL, changed_weights, random_directions
 from tests.tiny_models import make_model, make_tokenizer
 
 

@@ -22,7 +22,7 @@ from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.tiers.responses import Tier
 from tests.architectures import FAMILIES, Family
 from tests.devices import PretendedDevices, spread
-from tests.evaluation.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
+from tests.plain_sweeps import CANARIES, HARMFUL, REFERENCES, random_directions
 
 pytestmark = pytest.mark.filterwarnings("ignore::heretic_contrast.errors.ContrastWarning")
 

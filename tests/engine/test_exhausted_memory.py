@@ -21,7 +21,7 @@ from heretic_contrast.errors import ContrastWarning
 from heretic_contrast.language_model import LanguageModel
 from tests.devices import PretendedDevices
 from tests.engine.test_cuda import interventions, on_device
-from tests.evaluation.test_sweep import CANARIES, HARMFUL
+from tests.plain_sweeps import CANARIES, HARMFUL
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel, Tokens
 from heretic_contrast.prompts import Prompt
-from tests.evaluation.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
+from tests.plain_sweeps import CANARIES, HARMFUL, REFERENCES, random_directions
 from tests.tiny_models import SIZES, build, make_model, make_tokenizer
 
 SEQUENCES: list[Tokens] = [(5, 6, 7, 8, 9, 10), (5, 6, 11), (5, 6, 7, 12, 13)]

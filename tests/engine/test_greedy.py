@@ -27,7 +27,7 @@ from heretic_contrast.greedy import is_plainly_greedy
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel, plain_settings
 from heretic_contrast.prompts import Prompt
-from tests.evaluation.test_sweep import changed_weights, random_directions
+from tests.plain_sweeps import changed_weights, random_directions
 from tests.tiny_models import make_model, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unfeasible length constraints")

@@ -31,7 +31,7 @@ from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.tiers.responses import Tier
 from tests.devices import PretendedDevices
-from tests.evaluation.test_sweep import CANARIES, HARMFUL, REFERENCES, random_directions
+from tests.plain_sweeps import CANARIES, HARMFUL, REFERENCES, random_directions
 from tests.tiny_models import make_model, make_tokenizer
 
 HIDDEN = 32

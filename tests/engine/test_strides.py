@@ -14,7 +14,7 @@ from heretic_contrast.engine import strides
 from heretic_contrast.engine.strides import generate_watched, is_watchable
 from heretic_contrast.errors import ContrastWarning
 from heretic_contrast.language_model import Batches, LanguageModel, Tokens
-from tests.evaluation.test_sweep import CANARIES, HARMFUL
+from tests.plain_sweeps import CANARIES, HARMFUL
 
 LIMIT = 21
 
