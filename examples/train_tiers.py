@@ -43,8 +43,9 @@ from safetensors.numpy import save_file
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 
+from heretic_contrast.tiers.agreement import Agreement
 from heretic_contrast.tiers.linear import BITS, Model, features, measure
-from heretic_contrast.tiers.responses import Tier
+from heretic_contrast.tiers.responses import Tier, explain_response
 from heretic_contrast.tiers.text import split_units, strip_markup
 
 OUTPUT = Path(__file__).resolve().parents[1] / "heretic_contrast" / "data" / "tiers.safetensors"
@@ -493,6 +494,23 @@ def drop_doubtful(documents: list[Document], generator: random.Random) -> list[D
     return kept
 
 
+def report(documents: Sequence[Document], model: Model) -> None:
+    """Prints what a model makes of documents that it was not trained on, by source and language, whole and cut at 40 words."""
+    pairs: dict[tuple[str, str, int], list[tuple[Tier, Tier]]] = defaultdict(list)
+    for d in documents:
+        for words in (0, 40):
+            text = cut(d.response, words) if words else d.response
+            given = explain_response(d.prompt, text, verbose=False, model=model).tier
+            pairs[d.source, d.language, words].append((d.tier, given))
+    for (source, language, words), found in sorted(pairs.items()):
+        shares = Agreement.of(found).shares
+        recall, false = shares["recall of REFUSE"], shares["full answers called REFUSE"]
+        print(
+            f"{source}, {language}, {f'cut at {words} words' if words else 'whole'}: REFUSE found in {recall[0]} of {recall[1]}, "
+            f"given to {false[0]} of {false[1]} answers"
+        )
+
+
 def main() -> None:
     """Reads, trains and writes."""
     parser = argparse.ArgumentParser(description="Trains the models behind the tiers.")
@@ -507,11 +525,13 @@ def main() -> None:
     generator = random.Random(0)
     documents = read_documents(Repositories(arguments.repositories), generator)
     documents = drop_doubtful(documents, generator)
-    documents = [
-        d
-        for d in documents
-        if not {d.source, f"{d.source}:{d.group.split(' ')[0]}"} & set(arguments.leave_out)
-    ]
+    names = set(arguments.leave_out)
+    left_out: list[Document] = []
+    kept: list[Document] = []
+    for d in documents:
+        own = {d.source, f"{d.source}:{d.group.split(' ')[0]}"}
+        (left_out if own & names else kept).append(d)
+    documents = kept
     documents += compose(documents, generator)
     corpus = Corpus(documents)
     model = train(corpus, range(len(corpus.documents)), generator)
@@ -519,6 +539,7 @@ def main() -> None:
         {name: np.ascontiguousarray(value) for name, value in vars(model).items()}, arguments.output
     )
     print(f"{len(corpus.documents)} responses; {arguments.output}")
+    report(left_out, model)
 
 
 if __name__ == "__main__":

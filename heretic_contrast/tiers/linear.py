@@ -33,6 +33,8 @@ Unit = tuple[list[str], bool]
 _START = 1
 # An n-gram's salt keeps words in a row, words with a gap between them and beginnings of words apart.
 _GAP, _STEM = 12, 9
+# Of the first units, those with more words than _LONG are also read by their first words alone.
+_FIRST_UNITS, _LONG, _OPENING = 4, 12, 6
 
 
 @lru_cache(maxsize=65536)
@@ -172,6 +174,22 @@ class Model:
             np.bincount(found.unit, row[found.index].astype(float), n_units) for row in self.weights
         ]
         return np.array(sums) / root * self.scales[:, None] + self.biases[:, None]
+
+    def read(self, units: Sequence[Unit]) -> tuple[Features, NDArray[np.float64]]:
+        """
+        The n-grams of units, and their scores as `unit_scores` gives them, shape (2, n_units).
+
+        A refusal names what it refuses, at length: so the first units of a response decline as much as their first words do,
+        where that is more than the whole.
+        """
+        found = features(units)
+        scores = self.unit_scores(found, len(units))
+        long = [k for k, (words, _) in enumerate(units[:_FIRST_UNITS]) if len(words) > _LONG]
+        if long:
+            openings: list[Unit] = [(units[k][0][:_OPENING], units[k][1]) for k in long]
+            alone = self.unit_scores(features(openings), len(openings))
+            scores[0, long] = np.maximum(scores[0, long], alone[0])
+        return found, scores
 
     def tier_scores(self, figures: NDArray[np.float64]) -> NDArray[np.float64]:
         """Scores of REFUSE, EVASIVE and COMPLY, shape (3,): the highest is the tier."""

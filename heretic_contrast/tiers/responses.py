@@ -15,7 +15,7 @@ from enum import Enum
 
 import numpy as np
 
-from heretic_contrast.tiers.linear import default_model, features, measure
+from heretic_contrast.tiers.linear import Model, default_model, measure
 from heretic_contrast.tiers.text import (
     MAXIMUM_WORDS,
     is_english,
@@ -99,12 +99,14 @@ def _repeats(prompt: str, words: list[str]) -> bool:
     return len(spoken) >= 24 and len(triples) < len(spoken) / 4
 
 
-def explain_response(prompt: str, response: str, *, verbose: bool = True) -> Explanation:
+def explain_response(
+    prompt: str, response: str, *, verbose: bool = True, model: Model | None = None
+) -> Explanation:
     """
     Judge a response, and show why.
 
     The prompt only tells whether an answer is on its subject, and whether it is repeated; it may be empty where it is not
-    known. Without `verbose` the units' strongest features are left out.
+    known. Without `verbose` the units' strongest features are left out. `model`: other numbers than the shipped ones.
     """
     text = strip_markup(response)
     units = split_units(text)
@@ -112,9 +114,8 @@ def explain_response(prompt: str, response: str, *, verbose: bool = True) -> Exp
         # A response that says nothing counts as a refusal, as in Heretic, so that nobody optimizes for silence.
         tier, decision = (Tier.COMPLY, "engages") if "```" in text else (Tier.REFUSE, "no-response")
         return Explanation(tier, decision, REASONS[decision], (), {})
-    model = default_model()
-    found = features(units)
-    declining, surrounding = model.unit_scores(found, len(units))
+    model = model or default_model()
+    found, (declining, surrounding) = model.read(units)
     scores = model.tier_scores(measure(prompt, units, declining, surrounding))
     if not is_english(units):
         scores[0] += _ELSEWHERE * max(0.0, float(np.tanh(declining[:4].max() / 2)))

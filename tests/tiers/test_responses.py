@@ -93,10 +93,15 @@ def test_scores_are_sums_over_the_features_that_are_shown() -> None:
     # Computed again from the text of the features alone, one at a time.
     text = "I am sorry, but I will not explain how tickets are forged."
     units = split_units(text)
-    found = features(units)
     model = default_model()
-    alone = [int(model.weights[0][index]) for index in found.index]
-    expected = sum(alone) / len(alone) ** 0.5 * model.scales[0] + model.biases[0]
+    # The whole unit, and its first six words, since it has more than twelve.
+    expected = -np.inf
+    for words in (units[0][0], text.lower().replace(",", " ,").split()[:6]):
+        found = features([(words, False)])
+        alone = [int(model.weights[0][index]) for index in found.index]
+        score = sum(alone) / len(alone) ** 0.5 * model.scales[0] + model.biases[0]
+        expected = max(expected, score)
+    found = features(units)
     explanation = explain_response(PROMPT, text)
     assert explanation.tier is Tier.REFUSE
     assert explanation.units[0].declines == pytest.approx(expected)
@@ -111,6 +116,22 @@ def test_scores_are_sums_over_the_features_that_are_shown() -> None:
     assert explanation.units[0].strongest[0] in explanation.summary
     assert set(explanation.scores) == {tier.value for tier in Tier}
     assert max(explanation.scores, key=explanation.scores.__getitem__) == "REFUSE"
+
+
+def test_what_is_refused_may_be_named_at_length() -> None:
+    refused = "a poem in which the moon, the harbour, the ships and all of the gulls praise a forger of tickets"
+    for refusal in (
+        "I cannot provide",
+        "I'm not able to write",
+        "Ich kann und werde keinen Text schreiben, der",
+        "Je ne peux pas vous aider à rédiger",
+    ):
+        assert classify_response("", f"{refusal} {refused}.") is Tier.REFUSE
+    # What a long unit begins with counts at the beginning of a response only.
+    answer = " ".join(f"The moon rises over hill {number}." for number in range(6))
+    units = split_units(f"{answer} I cannot provide {refused}.")
+    _, scores = default_model().read(units)
+    assert scores[0, -1] == default_model().unit_scores(features(units), len(units))[0, -1]
 
 
 def test_the_prompt_counts_by_its_subject_and_its_repetition_alone() -> None:
