@@ -18,7 +18,7 @@ SHOWN_CHARACTERS = 600
 
 UNMODIFIED = "unmodified"
 
-Row = tuple[str, str, str, str]
+Row = tuple[str, ...]
 
 
 def short(text: str) -> str:
