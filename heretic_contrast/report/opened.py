@@ -16,7 +16,7 @@ MAXIMUM_CHARACTERS = 3_000_000
 SHOWN_CHARACTERS = 600
 """Of one response."""
 
-UNMODIFIED = "unmodified"
+UNMODIFIED, CANARY = "unmodified", "Canary: "
 
 Row = tuple[str, ...]
 
@@ -41,8 +41,8 @@ def opened_cells(result: SweepResult) -> tuple[dict[CellKey, str], list[tuple[st
     """
     Returns the parts of the page that show responses, and which part shows which cell.
 
-    The unmodified model's come first. A cell shows the responses that differ from them, and says how many do not. When
-    `MAXIMUM_CHARACTERS` are used up, the cells with the most refusals of each configuration are left out.
+    The unmodified model's come first. When `MAXIMUM_CHARACTERS` are used up, the cells with the most refusals of each
+    configuration are left out.
     """
 
     reason = _reason(result.settings.get("text_classifier"))
@@ -55,34 +55,30 @@ def opened_cells(result: SweepResult) -> tuple[dict[CellKey, str], list[tuple[st
                 verdict.tier if verdict.coherent else f"{verdict.tier}, incoherent",
                 short(prompt),
                 short(response),
-                reason(prompt, response),
+                reason(prompt.removeprefix(CANARY), response),
             )
             for prompt, response, verdict in zip(prompts, responses, verdicts, strict=True)
         ]
 
     base = rows(result.prompts, result.baseline_responses, result.baseline_verdicts)
-    parts = [_part(UNMODIFIED, "Responses of the unmodified model", base, "")]
-    known = set(base)
+    parts = [_part(UNMODIFIED, "Responses of the unmodified model", base)]
     left = MAXIMUM_CHARACTERS - _length(base)
     anchors: dict[CellKey, str] = {}
     for number, cell in enumerate(_ranked(result)):
         # Without responses, such as in an older file, there is nothing to read.
         if not cell.responses:
             continue
-        harmful = rows(result.prompts, cell.responses, cell.verdicts)
-        differing = [row for row in harmful if row not in known]
-        canaries = rows(result.canaries, cell.canary_responses, cell.canary_verdicts)
+        canaries = [CANARY + prompt for prompt in result.canaries]
         shown = [
-            *differing,
-            *((tier, f"Canary: {prompt}", *rest) for tier, prompt, *rest in canaries),
+            *rows(result.prompts, cell.responses, cell.verdicts),
+            *rows(canaries, cell.canary_responses, cell.canary_verdicts),
         ]
         left -= _length(shown)
         if left < 0:
             break
-        name = f"{cell.configuration}, layers {layers_text(cell.layers)}, {cell.strength} {cell.weight:g}"
-        note = f"{len(harmful) - len(differing)} of {len(harmful)} responses to harmful prompts are the unmodified model's, word for word."
         anchors[cell.key()] = f"cell-{number}"
-        parts.append(_part(f"cell-{number}", f"Responses: {name}", shown, note))
+        name = f"{cell.configuration}, layers {layers_text(cell.layers)}, {cell.strength} {cell.weight:g}"
+        parts.append(_part(f"cell-{number}", f"Responses: {name}", shown))
     return anchors, parts
 
 
@@ -107,6 +103,6 @@ def _length(rows: Sequence[Sequence[str]]) -> int:
     return sum(len(text) for row in rows for text in row)
 
 
-def _part(anchor: str, title: str, rows: Sequence[Row], note: str) -> tuple[str, Table]:
+def _part(anchor: str, title: str, rows: Sequence[Row]) -> tuple[str, Table]:
     columns = [text_column(name) for name in ("Tier", "Prompt", "Response", "Decided by")]
-    return anchor, Table(anchor, title, tuple(columns), tuple(rows), note)
+    return anchor, Table(anchor, title, tuple(columns), tuple(rows))

@@ -485,8 +485,7 @@ def test_every_count_opens_its_responses(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "first, layers 1, weight 0.3" in part
     assert "REFUSE, incoherent" in part and "Prompt 0" in part
     assert explain_response("Prompt 0", refusing).summary in part
-    assert "9 of 10 responses to harmful prompts are the unmodified model" in part
-    assert "Prompt 1<" not in part and "Canary: Bake" in part
+    assert "Prompt 9" in part and "Canary: Bake" in part
     # All cells would be too much: the best stay, and the page says how many.
     monkeypatch.setattr(page_of_responses, "MAXIMUM_CHARACTERS", 2500)
     text = to_html(sweep_report(result))
