@@ -296,7 +296,7 @@ class LanguageModel:
         Only the last position is ever kept, where Heretic stacks all positions first, and prompts of
         similar length share a batch, so that little is computed on padding. The language model's head is not run.
 
-        Raises `ContrastError` when the model skips a layer, or has no single hidden state per token.
+        A layer that does not run on text alone, as Llama 3.2's for images, passes on what it is given.
         """
 
         sequences = self.token_ids(prompts)
@@ -315,7 +315,8 @@ class LanguageModel:
                     use_cache=False,
                     pad_token_id=self.pad_token_id(),
                 )
-            self._require_residuals(captured, len(chosen))
+            for index in range(self.n_layers):
+                captured.setdefault(index + 1, captured[index])
             stacked = torch.stack(
                 [captured[index].float().cpu() for index in range(self.n_layers + 1)], dim=1
             )
@@ -327,20 +328,24 @@ class LanguageModel:
                 progress(n_read, len(order))
         return residuals
 
-    def _require_residuals(self, captured: dict[int, Tensor], n_texts: int) -> None:
-        """Raises `ContrastError` when what was captured is not one vector per text and layer."""
+    def stream(self, passed: Any) -> Tensor:
+        """
+        Returns the residual stream of what a layer is given or returns: Tensor of shape (batch, length, hidden_size).
 
-        for index in range(self.n_layers + 1):
-            if index not in captured:
-                raise ContrastError(
-                    f"Layer {index - 1} of {self.name} does not run on text alone, so that it has no residuals: "
-                    "its architecture is not supported."
-                )
-            if captured[index].shape != (n_texts, self.hidden_size):
-                raise ContrastError(
-                    f"The layers of {self.name} pass on several hidden states per token, so that residuals are not "
-                    "defined: its architecture is not supported."
-                )
+        Gemma 3n passes on four states per token (AltUp), of which its layers read and change the active one. Raises
+        `ContrastError` where there are several, and none is known to be that.
+        """
+
+        states: Tensor = passed[0] if isinstance(passed, tuple) else passed
+        if states.ndim == 3:
+            return states
+        active = getattr(self.model.config.get_text_config(), "altup_active_idx", None)
+        if active is None or states.ndim != 4:
+            raise ContrastError(
+                f"The layers of {self.name} pass on several hidden states per token, so that residuals are not defined: its "
+                "architecture is not supported."
+            )
+        return states[active]
 
     @contextmanager
     def _capture_last_positions(self) -> Iterator[dict[int, Tensor]]:
@@ -349,13 +354,13 @@ class LanguageModel:
         captured: dict[int, Tensor] = {}
 
         def capture_input(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            captured[0] = hidden_states[:, -1].clone()
+            if 0 not in captured:
+                states = self.stream(args or kwargs["hidden_states"])
+                captured[0] = states[:, -1].clone()
 
         def capture_output(index: int) -> Callable[..., None]:
             def hook(module: Module, args: Any, output: Any) -> None:
-                hidden_states = output[0] if isinstance(output, tuple) else output
-                captured[index] = hidden_states[:, -1].clone()
+                captured[index] = self.stream(output)[:, -1].clone()
 
             return hook
 
@@ -363,8 +368,9 @@ class LanguageModel:
             captured[self.n_layers] = output[0][:, -1].clone()
             raise Reached
 
-        handles = [self.layers[0].register_forward_pre_hook(capture_input, with_kwargs=True)]
-        for index, layer in enumerate(self.layers[:-1]):
+        handles = []
+        for index, layer in enumerate(self.layers):
+            handles.append(layer.register_forward_pre_hook(capture_input, with_kwargs=True))
             handles.append(layer.register_forward_hook(capture_output(index + 1)))
         handles.append(self.decoder().register_forward_hook(capture_last))
         try:

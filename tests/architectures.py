@@ -549,46 +549,39 @@ FAMILIES = {
         special_tokens=IMAGE_TOKEN,
         processor=clip_processor,
     ),
-}
-
-UNSUPPORTED = {
-    "Gemma 3n": (
-        Family(
-            "Gemma3nForCausalLM",
-            text(
-                "Gemma3nTextConfig",
-                vocab_size_per_layer_input=320,
-                hidden_size_per_layer_input=8,
-                num_kv_shared_layers=0,
-                laurel_rank=4,
-                activation_sparsity_pattern=[0.0] * 4,
-                **{**WINDOW, "intermediate_size": [48] * 4},
-            ),
+    "Gemma 3n": Family(
+        "Gemma3nForCausalLM",
+        text(
+            "Gemma3nTextConfig",
+            vocab_size_per_layer_input=320,
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=0,
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * 4,
+            **{**WINDOW, "intermediate_size": [48] * 4},
         ),
-        "Its writers are found, but `Gemma3nTextDecoderLayer` passes on four hidden states per token (AltUp): "
-        "no single one is the residual stream, so that there are no residuals to extract directions from, nor does Heretic 1.4 make any.",
+        "Four states per token (AltUp), of which the residuals are the active one; what is left stands in writers.md.",
     ),
-    "Llama 3.2 with vision": (
-        Family(
-            "MllamaForConditionalGeneration",
-            with_vision(
-                "MllamaConfig",
-                lambda: {**SIZES, "cross_attention_layers": [1]},
-                {
-                    "hidden_size": 16,
-                    "intermediate_size": 16,
-                    "num_hidden_layers": 1,
-                    "num_global_layers": 1,
-                    "attention_heads": 2,
-                    "image_size": 8,
-                    "patch_size": 4,
-                    "vision_output_dim": 32,
-                    "intermediate_layers_indices": [0],
-                },
-                image_token_index=FIRST_SPECIAL,
-            ),
+    "Llama 3.2 with vision": Family(
+        "MllamaForConditionalGeneration",
+        with_vision(
+            "MllamaConfig",
+            lambda: {**SIZES, "cross_attention_layers": [1]},
+            {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_global_layers": 1,
+                "attention_heads": 2,
+                "image_size": 8,
+                "patch_size": 4,
+                "vision_output_dim": 32,
+                "intermediate_layers_indices": [0],
+            },
+            image_token_index=FIRST_SPECIAL,
         ),
-        "Its writers are found where layers run, but `MllamaTextModel` skips every `MllamaCrossAttentionDecoderLayer` without an image: "
-        "these have no residuals, and write nothing; Heretic 1.4 has fewer residuals than layers.",
+        "One layer runs with an image alone: for text it writes nothing.",
+        special_tokens=IMAGE_TOKEN,
+        processor=clip_processor,
     ),
 }

@@ -123,8 +123,8 @@ class Intervention:
     """
     Operators by layer: what is done to the output projections of one sample.
 
-    `components` names the projections, such as "attn.o_proj"; None means all. `embeddings`: whether the embeddings are ablated
-    as the first layer is, where that is.
+    `components` names the projections, such as "attn.o_proj", or single ones by their paths in a layer; None means all.
+    `embeddings`: whether the embeddings are ablated as the first layer is, where that is.
     """
 
     operators: Mapping[int, Operator]
@@ -140,10 +140,8 @@ class Intervention:
     def operator(self, layer: int, writer: Writer) -> Operator | None:
         """Returns what is removed from a writer's contribution, if anything is."""
 
-        if writer.component == EMBEDDINGS:
-            takes = self.embeddings
-        else:
-            takes = self.components is None or writer.component in self.components
+        is_embedding = writer.component == EMBEDDINGS
+        takes = self.embeddings if is_embedding else writer.is_among(self.components)
         return self.operators.get(layer) if takes else None
 
 
@@ -164,11 +162,7 @@ def writers_of(
 ) -> list[Writer]:
     """As `output_projections`, with all that is known about them."""
 
-    return [
-        writer
-        for writer in model.writers[layer]
-        if components is None or writer.component in components
-    ]
+    return [writer for writer in model.writers[layer] if writer.is_among(components)]
 
 
 def contributions(model: LanguageModel, layer: int) -> dict[Module, bool]:
@@ -307,13 +301,11 @@ def missed_shares(model: LanguageModel, tolerance: float | None = None) -> dict[
         def hook(
             module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            if before.shape == after.shape and before.ndim == 3:
-                states[layer] = (
-                    before.flatten(0, 1).double().cpu(),
-                    after.flatten(0, 1).double().cpu(),
-                )
+            before, after = (
+                model.stream(item).flatten(0, 1).double().cpu()
+                for item in (args or kwargs["hidden_states"], output)
+            )
+            states[layer] = (before, after)
 
         return hook
 

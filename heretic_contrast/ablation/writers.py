@@ -52,6 +52,11 @@ class Writer:
 
         return operator if self.gain is None else operator.behind(self.gain)
 
+    def is_among(self, components: Sequence[str] | None) -> bool:
+        """Returns whether it is one of some components, or of all. A module's path stands for it alone."""
+
+        return components is None or self.component in components or self.path in components
+
     @property
     def layer(self) -> Module:
         """The matrix's own module, with LoRA looked through."""
@@ -78,8 +83,10 @@ class Writer:
 def is_fused(module: Module) -> bool:
     """Returns whether a module holds experts in one tensor, in whatever data type."""
 
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(tensor.ndim > 2 for tensor in own)
+    # MXFP4 keeps no parameter, but a tensor of the library that computes with it.
+    other = getattr(module, "down_proj", None)
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False), other]
+    return any(len(getattr(tensor, "shape", ())) > 2 for tensor in own)
 
 
 def writers_digest(model: LanguageModel) -> str:

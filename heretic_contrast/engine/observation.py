@@ -39,9 +39,13 @@ def observe_decoding(
 
         def step(tokens: Tensor, logits: Tensor) -> Tensor:
             rows = ~torch.isin(tokens[:, length:], ends).any(dim=1)
-            # Layers may lie on several devices.
+            # Layers may lie on several devices, or not run.
+            nothing = torch.zeros_like(next(iter(states.values())))
             found = [
-                torch.stack([kept[index].to(rows.device) for index in range(model.n_layers)], dim=1)
+                torch.stack(
+                    [kept.get(index, nothing).to(rows.device) for index in range(model.n_layers)],
+                    dim=1,
+                )
                 for kept in (outputs, states)
             ]
             outputs.clear()
@@ -84,8 +88,7 @@ def _last_positions(
 
     def keep_state(layer: int) -> Callable[..., None]:
         def hook(module: Module, args: Any, output: Any) -> None:
-            hidden_states = output[0] if isinstance(output, tuple) else output
-            states[layer] = hidden_states[:, -1].float()
+            states[layer] = model.stream(output)[:, -1].float()
 
         return hook
 

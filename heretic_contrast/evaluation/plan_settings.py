@@ -84,7 +84,7 @@ class SweepPlanSettings(PairsSettings, TextClassifierSettings):
     """Weights to test, increasing (the paper's by default)."""
 
     components: list[str] | None = None
-    """Components to ablate, such as "attn.o_proj", or unset for all that the model has."""
+    """Components to ablate, such as "attn.o_proj", or modules such as "linear_attn.out_proj"; unset for all that the model has."""
 
     strength: Literal["weight", "effective", "both"] = "both"
     """

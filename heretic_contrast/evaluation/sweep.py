@@ -100,17 +100,12 @@ class SweepEvaluator:
 
         return self._split(self._known.tokens)[0]
 
-    def layers(self) -> list[int]:
-        return list(
-            range(self.model.n_layers) if self.options.layers is None else self.options.layers
-        )
-
     def grid(self) -> list[CellKey]:
         """Returns the cells of single layers, from the lowest layer to the highest."""
 
         return [
             CellKey(configuration, strength, (layer,), weight)
-            for layer in self.layers()
+            for layer in swept_layers(self.model, self.options)
             for configuration, item in self.configurations.items()
             for strength in item.strengths(self.options.strengths)
             for weight in self.options.weights
@@ -353,6 +348,15 @@ def measure(
     )
 
 
+def swept_layers(model: LanguageModel, options: SweepOptions) -> list[int]:
+    """Returns the layers that are asked for: all that have any of the components, where none are."""
+
+    if options.layers is not None:
+        return list(options.layers)
+    layers = range(model.n_layers)
+    return [layer for layer in layers if output_projections(model, layer, options.components)]
+
+
 def check_plan(model: LanguageModel, plan: SweepPlan) -> None:
     """Raises `ContrastError` when something that was asked for cannot be swept on a model."""
 
@@ -363,14 +367,6 @@ def check_plan(model: LanguageModel, plan: SweepPlan) -> None:
         raise ContrastError(
             "A sweep needs harmful prompts and harmless reference prompts: give pools with prompts."
         )
-    layers = range(model.n_layers) if options.layers is None else options.layers
-    if not layers:
-        raise ContrastError("No layer is given to sweep: leave the layers out for all of them.")
-    for layer in layers:
-        if not 0 <= layer < model.n_layers:
-            raise ContrastError(
-                f"Layer {layer} is out of range: {model.name} has layers 0 to {model.n_layers - 1}."
-            )
     check_weights(options.weights)
     for strength in options.strengths:
         if strength not in ("weight", "effective"):
@@ -378,15 +374,28 @@ def check_plan(model: LanguageModel, plan: SweepPlan) -> None:
                 f'There is no strength "{strength}": choose "weight", "effective", or both.'
             )
     for component in options.components or ():
-        if component not in model.component_names:
+        if not any(
+            output_projections(model, layer, (component,)) for layer in range(model.n_layers)
+        ):
             raise ContrastError(
                 f'{model.name} has no component "{component}": choose from {", ".join(model.component_names)}.'
             )
+    layers = swept_layers(model, options)
+    if not layers:
+        raise ContrastError("No layer is given to sweep: leave the layers out for all of them.")
+    for layer in layers:
+        if not 0 <= layer < model.n_layers:
+            raise ContrastError(
+                f"Layer {layer} is out of range: {model.name} has layers 0 to {model.n_layers - 1}."
+            )
     for layer in layers:
         if not output_projections(model, layer, options.components):
+            wanted = (
+                f"of the components {', '.join(options.components)} " if options.components else ""
+            )
             raise ContrastError(
-                f"Layer {layer} of {model.name} has none of the components {', '.join(options.components or ())}: "
-                "leave the layer or the restriction to components out."
+                f"Layer {layer} of {model.name} has nothing {wanted}that could be ablated: leave the layer out"
+                f"{', or the restriction to components' if wanted else ''}."
             )
 
 

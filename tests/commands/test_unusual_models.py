@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from tests.architectures import FAMILIES
 from tests.command_server import Server
 from tests.conftest import DATA
 from tests.small_runs import make_cases, study
@@ -30,10 +32,44 @@ def arguments(directory: Path, name: str, model: Path) -> list[str]:
     ]
     given = make_cases(directory)[name].arguments
     return [
-        *(item for item in given if item != "--model=builtin:refuser"),
+        *(item for item in given if item not in ("--model=builtin:refuser", "--layers=3,4,6")),
         *pools,
         f"--model={model}",
     ]
+
+
+REFUSED = ["GPT-2", "GPT-NeoX", "Phi-1, Phi-2", "Falcon", "Mamba", "Jamba", "Nemotron-H"]
+"""Families that Heretic refuses for the names of their layers."""
+
+PARTLY_FOUND = ["StarCoder2", "Falcon-H1", "Bamba", "Granite MoE hybrid", "Gemma 3n"]
+PARTLY_FOUND.append("Llama 3.2 with vision")
+
+
+@pytest.mark.parametrize("name", REFUSED + PARTLY_FOUND)
+def test_families_that_heretic_knows_in_part_or_not_at_all(
+    name: str, tmp_path: Path, command_server: Server
+) -> None:
+    family = FAMILIES[name]
+    family.save(tmp_path / "model")
+    run(command_server, tmp_path, "extract", tmp_path / "model")
+    folder, _ = run(command_server, tmp_path, "sweep", tmp_path / "model")
+    cells = json.loads((folder / "output" / "sweep.json").read_text())["cells"]
+    swept = {tuple(cell["layers"]) for cell in cells if len(cell["layers"]) == 1}
+    assert swept == {
+        (layer,) for layer in range(4) if (name, layer) != ("Llama 3.2 with vision", 1)
+    }
+    assert all(cell["measurement"]["kl_divergence"] > 0 for cell in cells)
+    folder, _ = run(command_server, tmp_path, "search", tmp_path / "model")
+    saved = getattr(transformers, family.model).from_pretrained(folder / "output" / "model")
+    original = family.make_model()
+    changed = [
+        path
+        for (path, weight), other in zip(
+            saved.named_parameters(), original.parameters(), strict=True
+        )
+        if not torch.equal(weight, other)
+    ]
+    assert changed
 
 
 def run(server: Server, directory: Path, name: str, model: Path, *options: str) -> tuple[Path, str]:

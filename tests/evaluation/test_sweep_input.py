@@ -7,14 +7,18 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
+from heretic_contrast.ablation.hooks import Intervention
+from heretic_contrast.ablation.operator import Operator
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
-from heretic_contrast.evaluation.sweep import check_plan, sweep
+from heretic_contrast.evaluation.sweep import check_plan, sweep, swept_layers
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.prompts.sampling import stratified_sample
 from heretic_contrast.tiers import Tier
+from tests.ablation.test_writers import model_of
 from tests.plain_sweeps import CANARIES, HARMFUL, REFERENCES, random_directions
 
 POOL = [
@@ -44,6 +48,30 @@ def test_options(tiny_llama: LanguageModel, changes: dict[str, Any], message: st
     )
     with pytest.raises(ContrastError, match=message):
         check_plan(tiny_llama, plan)
+
+
+def test_layers_that_have_what_is_ablated() -> None:
+    hybrid, with_vision = map(model_of, ("Qwen3.5", "Llama 3.2 with vision"))
+    found = {
+        name: swept_layers(hybrid, SweepOptions(components=(name,)))
+        for name in ("attn.o_proj", "linear_attn.out_proj", "self_attn.o_proj")
+    }
+    assert list(found.values()) == [[0, 1, 2, 3], [0, 1, 2], [3]]
+    # The module of a path alone.
+    operator = Operator(torch.eye(1, hybrid.hidden_size), torch.ones(1, 1))
+    intervention = Intervention(dict.fromkeys(range(4), operator), ("linear_attn.out_proj",))
+    taken = [
+        writer.path
+        for layer, writers in enumerate(hybrid.writers)
+        for writer in writers
+        if intervention.operator(layer, writer) is not None
+    ]
+    assert taken == ["linear_attn.out_proj"] * 3
+    assert swept_layers(with_vision, SweepOptions()) == [0, 2, 3]
+    directions = {"one": random_directions(with_vision, 1, 0)}
+    plan = plan_sweep(directions, HARMFUL, CANARIES, REFERENCES, SweepOptions(layers=(1,)))
+    with pytest.raises(ContrastError, match="has nothing that could be ablated: leave the layer"):
+        check_plan(with_vision, plan)
 
 
 def test_model_that_refuses_nothing(tiny_llama: LanguageModel) -> None:
