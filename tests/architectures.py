@@ -420,6 +420,20 @@ FAMILIES = {
         text("GptOssConfig", **WINDOW, **LOCAL_EXPERTS),
         "Biases after attention.",
     ),
+    "gpt-oss, 4-bit": Family(
+        "GptOssForCausalLM",
+        text(
+            "GptOssConfig",
+            sliding_window=16,
+            head_dim=32,
+            hidden_size=64,
+            intermediate_size=128,
+            **LOCAL_EXPERTS,
+        ),
+        "Attention quantized by bitsandbytes, exported in bfloat16; biases after it.",
+        torch.bfloat16,
+        options=("--quantization=bnb_4bit",),
+    ),
     "DeepSeek V2": Family(
         "DeepseekV2ForCausalLM",
         text("DeepseekV2Config", q_lora_rank=None, **LATENT_ATTENTION, **DENSE_FIRST),

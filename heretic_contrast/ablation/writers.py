@@ -318,6 +318,9 @@ class _Trace:
         for path, module, dimensions in _leaves(layer):
             # A vector multiplies, or is a norm's; a matrix ends the walk.
             function = self._cut if dimensions >= 2 else self._mark
+            if dimensions >= 2:
+                # Nothing of its input is walked, and some quantized ones cannot compute gradients.
+                stack.callback(module.register_forward_pre_hook(_enter, with_kwargs=True).remove)
             stack.callback(
                 module.register_forward_hook(
                     lambda module, args, output, function=function, path=path: function(

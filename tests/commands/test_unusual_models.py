@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from tests.architectures import FAMILIES
 from tests.command_server import Server
 from tests.conftest import DATA
+from tests.engine.test_text_classification import write_classifier
 from tests.small_runs import make_cases, study
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
@@ -52,7 +53,16 @@ def test_families_that_heretic_knows_in_part_or_not_at_all(
     family = FAMILIES[name]
     family.save(tmp_path / "model")
     run(command_server, tmp_path, "extract", tmp_path / "model")
-    folder, _ = run(command_server, tmp_path, "sweep", tmp_path / "model")
+    # A random model does not refuse by itself.
+    classifier = write_classifier(tmp_path / "classifier", ("one", "other"))
+    labels = '--text-classifier-labels={"one": "REFUSE", "other": "REFUSE"}'
+    folder, _ = run(
+        command_server,
+        tmp_path,
+        "sweep",
+        tmp_path / "model",
+        *(f"--text-classifier={classifier}", labels),
+    )
     cells = json.loads((folder / "output" / "sweep.json").read_text())["cells"]
     swept = {tuple(cell["layers"]) for cell in cells if len(cell["layers"]) == 1}
     assert swept == {

@@ -31,6 +31,7 @@ if not hasattr(heretic_main, "AbliterationParameters"):
 from heretic.config import Settings  # noqa: E402
 from heretic.utils import Prompt as HereticPrompt  # noqa: E402
 
+from heretic_contrast.ablation.changes import takes_adapter  # noqa: E402
 from heretic_contrast.ablation.hooks import ablated_writers, missed_shares  # noqa: E402
 from heretic_contrast.ablation.operator import compose  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
@@ -303,10 +304,10 @@ def test_hooks_equal_adapters(case: Case, rows: Rows) -> None:
     with_adapters = logits(case.host.model, case.plain)
     case.host.reset_model()
     # To the bit.
-    assert torch.equal(logits(case.host.model, case.plain), pristine)
     assert weights.keys() == own_weights(case.host.model).keys()
     for key, value in own_weights(case.host.model).items():
         assert torch.equal(value, weights[key]), key
+    assert torch.equal(logits(case.host.model, case.plain), pristine)
 
     with_hooks = logits_with_hooks(case)
     difference = relative(with_hooks, with_adapters)
@@ -319,7 +320,9 @@ def test_hooks_equal_adapters(case: Case, rows: Rows) -> None:
 def own_weights(model: Any) -> dict[str, Tensor]:
     """Returns all parameters and buffers of a model but its adapters."""
 
-    return {key: value for key, value in model.state_dict().items() if "lora_" not in key}
+    # A dictionary of its state would reorder what bitsandbytes keeps.
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {key: value for key, value in named if "lora_" not in key}
 
 
 def logits_with_hooks(case: Case) -> Tensor:
@@ -393,7 +396,7 @@ def test_export_and_reload(case: Case, rows: Rows, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def full_precision_logits(case: Case) -> Tensor:
-    """Returns the logits of the model before its quantization, plus the change of the weights that the adapters make."""
+    """Returns the logits of the model before its quantization, plus the change that the adapters make, and what is beyond them."""
 
     model = wrap(case.family.make_model(), case.plain.tokenizer, name=case.name)
     for adapted, plain in zip(
@@ -401,9 +404,20 @@ def full_precision_logits(case: Case) -> Tensor:
     ):
         for writer, original in zip(adapted, plain, strict=True):
             layer = writer.module
+            if not takes_adapter(writer):
+                continue
             factor_a, factor_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             weight = original.module.weight
             weight += (factor_b.float() @ factor_a.float()).to(weight.dtype)
+    # By dense algebra.
+    for layer_index, writer, operator, is_adapted in case.modifier.changes._kept:
+        matrix = operator.mixed_vectors.T @ operator.vectors
+        module: Any = next(
+            item.module for item in model.writers[layer_index] if item.path == writer.path
+        )
+        changed = [module.bias] if is_adapted else [*module.down_proj, module.down_proj_bias]
+        for rows in changed:
+            rows -= (rows.float() @ matrix.T).to(rows.dtype)
     return logits(model.model, model)
 
 
