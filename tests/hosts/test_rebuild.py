@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
-from heretic_contrast.errors import ContrastError
-from heretic_contrast.hosts.record import RECORD, Made, read_record
+from heretic_contrast.commands.rebuild import RebuildSettings
+from heretic_contrast.errors import ContrastError, ContrastWarning
+from heretic_contrast.hosts.rebuilding import prepare
+from heretic_contrast.hosts.record import RECORD, Made, Record, read_record
 from heretic_contrast.hosts.settings import HostSettings
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
@@ -126,6 +128,39 @@ def test_what_decides_weights_is_in_the_digest(made: Made) -> None:
         assert changed.record().digest != first
     elsewhere = made.settings.model_copy(update={"residual_cache": "elsewhere", "patience": 3})
     assert replace(made, settings=elsewhere).record().digest == first
+
+
+def test_a_record_of_a_stranger_decides_nothing_else(made: Made, tmp_path: Path) -> None:
+    made.directions.save(tmp_path / "directions.safetensors")
+    content = json.loads(made.record().to_json())
+    elsewhere = str(tmp_path / "elsewhere")
+    content["contrast"].update(save_directions=elsewhere, text_classifier="some/model")
+    content["settings"].update(study_checkpoint_dir=elsewhere, max_response_length=7)
+    content["versions"]["torch"] = "1.0"
+    content["places"] = {
+        "model": "builtin:refuser",
+        "directions": str(tmp_path / "directions.safetensors"),
+        "residual_cache": elsewhere,
+    }
+    given = RebuildSettings.model_construct(record="")
+    record = Record.model_validate_json(json.dumps(content))
+    with pytest.warns(ContrastWarning, match="made with torch 1.0 [(]now .*other last digits"):
+        settings = prepare(record, given).settings
+    found = settings.contrast
+    assert found.save_directions is found.residual_cache is found.text_classifier is None
+    assert elsewhere not in settings.study_checkpoint_dir
+    assert settings.max_response_length == 7 and found.composition == "sum"
+
+    other = record.model_copy(update={"directions": "0"})
+    with pytest.raises(ContrastError, match="are not those that the model was made with"):
+        prepare(other, given)
+    for model, message in ((elsewhere, "is gone: give its place"), (None, "does not say where")):
+        gone = record.model_copy(update={"places": {**record.places, "model": model}})
+        with pytest.raises(ContrastError, match=message):
+            prepare(gone, given)
+    broken = record.model_copy(update={"settings": {"dtypes": 3}})
+    with pytest.raises(ContrastError, match=r'setting that does not work here [(]"dtypes"'):
+        prepare(broken, given)
 
 
 @pytest.mark.slow
