@@ -15,6 +15,7 @@ PATHS = {
     "bad_prompts",
     "matched_prompts",
     "finalist_prompts",
+    "sensitive_prompts",
     "residual_cache",
     "directions",
     "save_directions",
