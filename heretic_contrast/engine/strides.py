@@ -17,7 +17,7 @@ from .compat import CACHE, Cache, forget_images, select_rows
 from .cpu.layers import fast_on_cpu
 
 STRIDE = 8
-"""How many tokens are generated before responses leave the batch."""
+"""How many tokens are generated before responses leave the batch, at first; later on as many as there are."""
 
 CPU_STRIDE = 4
 """The same on a CPU, where each row of a step takes its time."""
@@ -68,10 +68,11 @@ def generate_together(
     model is to be for a batch of rows.
     """
 
-    stride = CPU_STRIDE if model.device.type == "cpu" else STRIDE
-    ends = model.end_tokens()
+    is_cpu = model.device.type == "cpu"
+    ends, n_new = model.end_tokens(), 0
     while rows:
         left = limit - min(len(found[row]) for row in rows)
+        stride = CPU_STRIDE if is_cpu else max(STRIDE, n_new)
         forget_images(model.model)
         with ablated(rows), fast_on_cpu(model):
             output = model.model.generate(
@@ -87,6 +88,7 @@ def generate_together(
                 return_dict_in_generate=True,
             )
         new = output.sequences[:, tokens.shape[1] :]
+        n_new += new.shape[1]
         for row, more in zip(rows, new.tolist(), strict=True):
             found[row] = until_end(found[row] + tuple(more), limit, ends)
         done = [has_ended(found[row], limit, ends) for row in rows]

@@ -3,23 +3,27 @@
 """What a study of Heretic 1.4 optimizes, by choice: each figure against another way to compute it."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.trial import create_trial
 from pydantic import ValidationError
 from questionary import Choice
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from heretic_contrast.engine.text_classification import TextClassificationBackend
 from heretic_contrast.settings import ContrastSettings
 from heretic_contrast.tiers.responses import Tier, classify_response
 from tests.command_server import Server
 from tests.conftest import DATA
-from tests.engine.test_text_classification import write_classifier
+from tests.engine.test_text_classification import LABELS, PROMPT, RESPONSES, write_classifier
 from tests.hosts.test_guided_search import options
 from tests.small_runs import study
 
@@ -30,6 +34,8 @@ from heretic.evaluator import Evaluator as HereticEvaluator
 
 from heretic_contrast.hosts.evaluator import Evaluator
 from heretic_contrast.hosts.finalists import front_choices
+from heretic_contrast.hosts.host_model import HostModel
+from heretic_contrast.hosts.settings import HostSettings, load_settings
 
 MARKERS = HereticSettings.model_fields["refusal_markers"].default
 
@@ -84,9 +90,75 @@ def test_only_markers_settle_a_verdict() -> None:
     assert not bare(Evaluator, refusal_classifier="tiers").is_settled(text)
 
 
-def test_the_menu_has_the_front_of_all_objectives() -> None:
-    from optuna.trial import create_trial
+def test_a_text_classifier_judges_many_responses_as_one(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    labels = {name: tier.value for name, tier in LABELS.items()}
+    evaluator = bare(Evaluator, text_classifier=str(folder), text_classifier_labels=labels)
+    prompts = [SimpleNamespace(user=PROMPT)] * len(RESPONSES)
+    backend = TextClassificationBackend(str(folder), LABELS)
+    expected = [
+        backend.classify_response(PROMPT, response) is Tier.REFUSE for response in RESPONSES
+    ]
+    assert evaluator.judge(prompts, RESPONSES) == expected
+    assert len(set(expected)) == 2
 
+
+@pytest.fixture(scope="module")
+def evaluators(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluator, HereticEvaluator]:
+    """Ours and Heretic's, of the unmodified built-in refuser."""
+
+    folder = tmp_path_factory.mktemp("pools")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", [])
+        arguments = [*options(folder, 1), "--max-response-length=24", "--contrast.stop-dominated"]
+        settings = load_settings(HostSettings, "heretic-contrast", arguments)
+    model = HostModel(settings)
+    return Evaluator(settings, model), HereticEvaluator(settings, model)
+
+
+def test_settled_responses_leave_and_nothing_else_changes(
+    evaluators: tuple[Evaluator, HereticEvaluator],
+) -> None:
+    ours, theirs = evaluators
+    prompts = [*ours.bad_prompts[:7], *ours.good_prompts[:7]]
+    whole = theirs.model.get_responses_batched(prompts, skip_special_tokens=True)
+    found, verdicts = ours._judge_responses(prompts, "refusals")
+    assert verdicts == [theirs.is_refusal(response) for response in whole]
+    for response, right, refused in zip(found, whole, verdicts, strict=True):
+        assert right.startswith(response) if refused else response == right
+    assert sum(map(len, found)) < 0.8 * sum(map(len, whole))
+    assert ours.base_refusals == theirs.base_refusals
+    for score, expected in zip(ours.get_score(), theirs.get_score(), strict=True):
+        assert score == pytest.approx(expected, abs=1e-6)
+
+
+def test_responses_that_are_printed_are_whole(
+    evaluators: tuple[Evaluator, HereticEvaluator],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluators[0].settings, "print_responses", True)
+    shown = []
+    for evaluator in evaluators:
+        evaluator.count_refusals()
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "Response:" in shown[0]
+
+
+def test_a_trial_ends_within_a_batch(
+    evaluators: tuple[Evaluator, HereticEvaluator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = evaluators
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    attributes = {"index": 1, "refusals": 2, "kl_divergence": -1.0}
+    study.add_trial(create_trial(values=[0.0, 0.0], user_attrs=attributes))
+    trial = study.ask()
+    monkeypatch.setattr(ours, "trial", trial)
+    _, _, refusals = ours.get_score()
+    assert 2 <= refusals <= trial.user_attrs["bound"] < ours.settings.batch_size
+
+
+def test_the_menu_has_the_front_of_all_objectives() -> None:
     def trial(number: int, refusals: int, divergence: float, false: int, **attributes: Any) -> Any:
         return create_trial(
             values=[0.0, 0.0, 0.0],
