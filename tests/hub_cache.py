@@ -27,7 +27,11 @@ from tests.natural_pools import MIX
 
 MODELS = ("Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3.5-2B")
 
-CLASSIFIER = "protectai/distilroberta-base-rejection-v1"
+CLASSIFIERS = {
+    "protectai/distilroberta-base-rejection-v1": ("NORMAL", "REJECTION"),
+    "hubert233/GPTFuzz": ("LABEL_0", "LABEL_1"),
+}
+"""Text classifiers and their labels."""
 
 HARMFUL = "mlabonne/harmful_behaviors"
 HARMLESS = "mlabonne/harmless_alpaca"
@@ -194,9 +198,10 @@ def write_home(home: Path) -> Path:
 
     for name in MODELS:
         write_model(home / "hub", name)
-    classifier = write_classifier(home / "classifier", ("NORMAL", "REJECTION"))
-    files = {path.name: path for path in classifier.iterdir()}
-    write_repository(home / "hub", "models", CLASSIFIER, files)
+    for name, labels in CLASSIFIERS.items():
+        classifier = write_classifier(home / "classifiers" / name, labels)
+        files = {path.name: path for path in classifier.iterdir()}
+        write_repository(home / "hub", "models", name, files)
     for name, prompts in ((HARMFUL, harmful_prompts), (HARMLESS, harmless_prompts)):
         write_dataset(home, name, {split: prompts(split) for split in SIZES[name]})
     return home

@@ -42,7 +42,6 @@ from heretic_contrast.prompts.categories import assign, classify
 from tests.command_server import Programs
 from tests.conftest import DATA
 from tests.documents import DOCUMENTS, ROOT, Snippet, snippets
-from tests.engine.test_text_classification import write_classifier
 from tests.hosts.test_host14 import DOWN, ENTER, UP, answer
 from tests.hub_cache import (
     HARMFUL,
@@ -336,7 +335,6 @@ def prepare_replication(directory: Path) -> None:
 def prepare_tiers(directory: Path) -> None:
     write_model(directory)
     write_responses(directory / "responses.jsonl")
-    write_classifier(directory / "JUDGE", ("unsafe", "safe"))
 
 
 def prepare_real_model(directory: Path) -> None:
