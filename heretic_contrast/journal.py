@@ -141,8 +141,13 @@ class CheckedJournal(BaseJournalBackend):
         if checked is None or zlib.crc32(checked[1]) == int(checked[2], 16):
             with suppress(ValueError, RecursionError):
                 entry = json.loads(line)
-                if isinstance(entry, dict):
+                if isinstance(entry, dict) and "op_code" in entry:
                     return entry
+        if number == 1 and b"op_code" not in line and b"crc32" not in line:
+            advice = "give the name of a new file, or that of a journal, or move a damaged one away to start from scratch"
+            if line.startswith(b"SQLite format 3\0"):
+                advice = f"it is a database, so give sqlite:///{self._path}"
+            raise ContrastError(f"{self._path} holds no journal of a study: {advice}.")
         raise ContrastError(
             f"{self._path} is damaged in line {number}: delete that line and all after it to resume from what was "
             "finished before, or move the file away to start from scratch."

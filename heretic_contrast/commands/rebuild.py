@@ -61,6 +61,11 @@ def main(arguments: Sequence[str]) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ContrastError(f"{output} exists, and is not overwritten: give another --output.")
 
+    if folder == output.resolve() or folder in output.resolve().parents:
+        raise ContrastError(
+            f"{output} lies in the folder of the record, which holds one model: give another --output."
+        )
+
     # Heavy imports come last, so that bad settings are answered at once.
     from ..hosts.rebuilding import prepare, rebuild
     from ..modifier import ContrastAbliteration

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ class TextClassificationBackend:
     ) -> None:
         if batch_size < 1:
             raise ContrastError(f"The batch size {batch_size} is too small: give at least 1.")
+        is_path = model_name_or_path.startswith((".", "/", "~"))
+        if is_path and not Path(model_name_or_path).is_dir():
+            raise ContrastError(
+                f"The response classifier {model_name_or_path} could not be loaded (there is no such folder): give the folder of a "
+                "text-classification model, or its name."
+            )
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **source)

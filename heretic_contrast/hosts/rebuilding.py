@@ -73,6 +73,18 @@ def prepare(record: Record, given: Any) -> Prepared:
             f"The original model {model} of the record is gone: give its place with --model."
         )
     # A record may come from a stranger: it decides neither what is written elsewhere nor what else is loaded.
+    file = places["directions"]
+    if file is not None:
+        if not os.path.isfile(file):
+            raise ContrastError(
+                f"The directions file {file} is gone: give its place with --directions."
+            )
+        needless = [name for name in POOLS if getattr(given, name) is not None]
+        if needless:
+            raise ContrastError(
+                f"The directions are read from {file}, so that no prompts are needed: leave "
+                f"--{needless[0].replace('_', '-')} out, or make the model from prompts with run."
+            )
     contrast = {
         **{name: value for name, value in record.contrast.items() if name not in OF_THE_SEARCH},
         **places,

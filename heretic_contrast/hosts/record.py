@@ -140,7 +140,8 @@ def read_record(path: Path) -> Record:
             f"There is no record {path}: give the {RECORD} of a model that heretic-contrast has saved, or its folder."
         )
     try:
-        text = path.read_bytes()
+        # Some editors put a mark in front, and places may be edited.
+        text = path.read_text(encoding="utf-8-sig")
         record, content = Record.model_validate_json(text), json.loads(text)
     except (ValueError, OSError, RecursionError) as error:
         raise ContrastError(

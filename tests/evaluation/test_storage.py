@@ -149,9 +149,26 @@ def test_storage_of_another_sweep_is_refused(tmp_path: Path) -> None:
 
 def test_damaged_storage_is_named(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
-    storage.write_text("not a journal\nat all\n")
+    SweepState(str(storage), {"options": "f"})
+    content = storage.read_bytes()
+    storage.write_bytes(content.replace(b"{", b"(", 1))
     with pytest.raises(ContrastError, match=r"sweep\.journal is damaged in line 1"):
         SweepState(str(storage), {"options": "f"})
+
+
+def test_what_is_no_journal_is_left_as_it_is(tmp_path: Path) -> None:
+    storage = tmp_path / "sweep.db"
+    SweepState(f"sqlite:///{storage}", {"options": "f"})
+    for name, sentence in (
+        (storage, rf"is a database, so give sqlite:///{storage}"),
+        (tmp_path / "prompts.jsonl", "give the name of a new file"),
+    ):
+        if not name.exists():
+            name.write_text('{"text": "Bake a cake"}\n')
+        content = name.read_bytes()
+        with pytest.raises(ContrastError, match=sentence):
+            SweepState(str(name), {"options": "f"})
+        assert name.read_bytes() == content
 
 
 def test_unknown_storage_is_named_without_its_password() -> None:

@@ -23,7 +23,7 @@ from heretic_contrast.hosts.settings import HostSettings
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.search.parameters import Kernel, Parameters
-from heretic_contrast.settings import ContrastSettings
+from heretic_contrast.settings import ContrastSettings, PromptSource
 from tests.command_server import Server
 from tests.conftest import DATA
 from tests.made_directions import make_directions, random_tensor
@@ -115,6 +115,9 @@ def test_what_is_no_record(made: Made, tmp_path: Path) -> None:
         (tmp_path / RECORD).write_text(text[:length])
         with pytest.raises(ContrastError, match="cut off or damaged"):
             read_record(tmp_path)
+    # As an editor on Windows may write it.
+    (tmp_path / RECORD).write_text(text, encoding="utf-8-sig")
+    assert read_record(tmp_path) == made.record()
 
 
 def test_what_decides_weights_is_in_the_digest(made: Made) -> None:
@@ -151,6 +154,14 @@ def test_a_record_of_a_stranger_decides_nothing_else(made: Made, tmp_path: Path)
     assert elsewhere not in settings.study_checkpoint_dir
     assert settings.max_response_length == 7 and found.composition == "sum"
 
+    gone = record.model_copy(update={"places": {**record.places, "directions": "gone.safetensors"}})
+    with pytest.raises(
+        ContrastError, match=r"gone\.safetensors is gone: give its place with --dir"
+    ):
+        prepare(gone, given)
+    pools = given.model_copy(update={"bad_prompts": PromptSource(dataset=elsewhere)})
+    with pytest.raises(ContrastError, match="leave --bad-prompts out"):
+        prepare(record, pools)
     other = record.model_copy(update={"directions": "0"})
     with pytest.raises(ContrastError, match="are not those that the model was made with"):
         prepare(other, given)
@@ -248,6 +259,8 @@ class TestCommand:
         code, output = self.rebuild(command_server, saved, tmp_path, *options)
         assert code == 2 and "not the model that the record was made from" in output
         assert "other weights; give the place" in output and not (tmp_path / "again").exists()
+        code, output = self.rebuild(command_server, saved, tmp_path, f"--output={saved / 'again'}")
+        assert code == 2 and "lies in the folder of the record" in output
         code, output = self.rebuild(command_server, saved, tmp_path, "--model=/no/such/folder")
         assert code == 2 and "The original model /no/such/folder of the record is gone" in output
 
