@@ -60,7 +60,7 @@ from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.evaluation.cells import CellKey
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.plan_settings import WEIGHTS
-from heretic_contrast.evaluation.sweep import SweepEvaluator
+from heretic_contrast.evaluation.sweep import SweepEvaluator, swept_layers
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.hosts.surface import from_heretic, wrap
 from heretic_contrast.language_model import LanguageModel
@@ -625,7 +625,7 @@ def whole_sweep(bench: Bench) -> None:
     model, until = bench.model("2b"), time.monotonic() + 50
     seconds, evaluator = prepared(bench, model, (*WEIGHTS[:3], *DEPARTING[-2:]))
     times = []
-    for layer in evaluator.layers()[1::3]:
+    for layer in swept_layers(evaluator.model, evaluator.options)[1::3]:
         times.append(bench.seconds(partial(evaluator.evaluate, keys_at(evaluator, layer))))
         bench.say(f"layer {layer}: {times[-1]:.1f} s")
         if time.monotonic() > until:

@@ -16,7 +16,7 @@ from heretic_contrast.evaluation.divergence import References
 from heretic_contrast.evaluation.extraction import measure_directions
 from heretic_contrast.evaluation.plan import Configuration, SweepOptions
 from heretic_contrast.evaluation.results import Pair
-from heretic_contrast.evaluation.sweep import sweep
+from heretic_contrast.evaluation.sweep import sweep, swept_layers
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.tiers.responses import Tier
@@ -96,8 +96,10 @@ def measured(model: LanguageModel) -> dict[str, Any]:
     """Everything that the commands and the scorers measure on a model."""
 
     directions = random_directions(model, 2, 1)
+    # Of four layers, as long as none is skipped.
+    layers = tuple(swept_layers(model, SweepOptions())[1::2])
     options = SweepOptions(
-        layers=(1, 3), weights=(1.0,), max_new_tokens=5, kl_tokens=4, synergy_size=0
+        layers=layers, weights=(1.0,), max_new_tokens=5, kl_tokens=4, synergy_size=0
     )
     arguments = ({"two": directions}, HARMFUL[:3], CANARIES, REFERENCES, options)
     result = sweep(model, *arguments, classify=lambda *_: Tier.REFUSE)

@@ -275,7 +275,7 @@ def test_cells_and_geometry_wait_for_what_they_read_alone(architecture: str) -> 
         # Which responses depart: one look at each pass. Six cells of seven prompts; 24 rows of divergence.
         assert 4 <= waits.pop(("_verify", "tolist")) <= 6
         # Which have ended: one after eight tokens.
-        assert 1 <= waits.pop(("_generate_together", "tolist")) <= 8
+        assert 1 <= waits.pop(("generate_together", "tolist")) <= 8
         # The divergences of all positions, at the end.
         assert waits == {("measure", "copy"): 1}
         devices.waits.clear()

@@ -360,4 +360,4 @@ def test_a_trial_above_the_limit_is_never_offered(command_server: Server, tmp_pa
     }
     front = [a for a in points if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points)]
     assert asked.code == 2
-    assert f"the Pareto front has {len(front)} trials" in " ".join(asked.output().split())
+    assert f"the Pareto front has {len(front)} trial" in " ".join(asked.output().split())

@@ -96,6 +96,7 @@ NOT_RUN = {
     "HERETIC_SOURCE=/path/to/heretic pytest tests/upstream": CHECKOUT,
     """heretic --modifiers '[{"plugin": "heretic_contrast.ContrastAbliteration"}]' --model MODEL""": HERETIC_2,
     "python examples/train_tiers.py --repositories FOLDER": SOURCES,
+    "python examples/train_tiers.py --repositories FOLDER --leave-out multilingual:gemma-2-9b-it --output FILE": SOURCES,
     "python benchmarks/tiers.py --repositories FOLDER": SOURCES,
     "python examples/make_refuser.py --output DIR": (
         "trains for minutes on two cores; test_refuser.py makes the pools with it"
