@@ -135,18 +135,23 @@ def test_interrupted_commands_say_how_to_resume(
 ) -> None:
     server = command_server
     case, _, expected = whole_runs.get(name)
-    command = server.start(case.arguments, tmp_path)
-    command.wait_for(case.middle)
-    command.signal(signal.SIGINT)
-    assert command.wait() == 130
+    for attempt in range(3):
+        directory = tmp_path / str(attempt)
+        command = server.start(case.arguments, directory)
+        command.wait_for(case.middle)
+        command.signal(signal.SIGINT)
+        # On a busy machine it may have ended before the signal comes.
+        if command.wait() != 0:
+            break
+    assert command.code == 130
     output = command.output()
     assert "Traceback" not in output
     assert output.splitlines()[-1].startswith("Interrupted. ")
     assert "to resume." in output.splitlines()[-1]
-    assert not (tmp_path / "output" / "model" / "config.json").exists()
-    resumed = server.run(case.arguments, tmp_path)
+    assert not (directory / "output" / "model" / "config.json").exists()
+    resumed = server.run(case.arguments, directory)
     assert resumed.code == 0, resumed.output()[-3000:]
-    assert case.result(tmp_path) == expected
+    assert case.result(directory) == expected
 
 
 @pytest.mark.parametrize(
