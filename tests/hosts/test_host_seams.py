@@ -269,10 +269,10 @@ def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None
 
 def test_damaged_checkpoint_is_kept_and_named(tmp_path: Path) -> None:
     path = tmp_path / "model.jsonl"
-    path.write_text("{damaged\n{}\n")
+    path.write_text('{"op_code": damaged\n{}\n')
     with pytest.raises(ContrastError, match=r"model\.jsonl is damaged"):
         repair_checkpoint(path)
-    assert path.read_text() == "{damaged\n{}\n"
+    assert path.read_text() == '{"op_code": damaged\n{}\n'
 
 
 @pytest.mark.parametrize(
