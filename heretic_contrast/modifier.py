@@ -192,8 +192,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         require_known_writers(model, getattr(quantization, "value", quantization) == "bnb_4bit")
         beyond = beyond_adapters(model)
         strategy = getattr(self.heretic_settings, "export_strategy", None)
-        strategy = getattr(strategy, "value", strategy)
-        if beyond and strategy == "adapter":
+        if beyond and getattr(strategy, "value", strategy) == "adapter":
             remedy = "embeddings = false" if beyond == [EMBEDDINGS] else "writers = heretic"
             raise ContrastError(
                 f"No LoRA adapter carries {', '.join(beyond)} of {model.name}: give --export-strategy merge, or leave them as "

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from ..errors import ContrastError
 from ..files import write_text_atomically
-from ..hosts.arguments import PROGRAM
+from ..hosts.arguments import PROGRAM, named_first
 from ..hosts.settings import CommandSettings, load_settings
 from ..outputs import require_writable_file
 from ..prompts.formats import read_file
@@ -80,10 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the settings, the file or the classifier do not work.
     """
 
-    # The file may stand alone, as a model does elsewhere.
-    words = list(arguments)
-    if words and not words[0].startswith("-"):
-        words = ["--file", *words]
+    words = named_first(arguments, "--file")
     settings = load_settings(JudgeSettings, f"{PROGRAM} judge", words)
     path = Path(settings.file)
     rows = read_rows(settings)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ContrastError
-from ..hosts.arguments import PROGRAM
+from ..hosts.arguments import PROGRAM, named_first
 from ..hosts.installed import require_heretic
 from ..hosts.settings import CommandSettings, load_settings
 from ..outputs import require_writable_directory
@@ -45,10 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises `ContrastError` when the record, what it names, or the output do not work.
     """
 
-    # The record may stand alone, as a model does elsewhere.
-    words = list(arguments)
-    if words and not words[0].startswith("-"):
-        words = ["--record", *words]
+    words = named_first(arguments, "--record")
     require_heretic("rebuild", words)
     settings = load_settings(RebuildSettings, f"{PROGRAM} rebuild", words)
 
@@ -60,7 +57,6 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(settings.output or folder.with_name(f"{folder.name}-rebuilt"))
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ContrastError(f"{output} exists, and is not overwritten: give another --output.")
-
     if folder == output.resolve() or folder in output.resolve().parents:
         raise ContrastError(
             f"{output} lies in the folder of the record, which holds one model: give another --output."

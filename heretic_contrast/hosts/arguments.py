@@ -99,6 +99,13 @@ def check_lists(arguments: Sequence[str]) -> None:
             )
 
 
+def named_first(arguments: Sequence[str], option: str) -> list[str]:
+    """Returns the words, of which a first one that is no option is the value of one, as a model may stand alone elsewhere."""
+
+    words = list(arguments)
+    return [option, *words] if words and not words[0].startswith("-") else words
+
+
 def is_option(word: str) -> bool:
     """Returns whether a word names an option. Negative numbers are values."""
 
