@@ -500,12 +500,12 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         require_writable_file(Path(settings.contrast.save_directions), read)
     if settings.checkpoint_action != "restart":
         repair_checkpoints(Path(settings.study_checkpoint_dir))
-        if settings.checkpoint_action == "continue" and not any(
-            Path(settings.study_checkpoint_dir).glob("*.jsonl")
-        ):
+        folder = Path(settings.study_checkpoint_dir)
+        is_kept_there = host.shared is None and settings.checkpoint_action == "continue"
+        if is_kept_there and not any(folder.glob("*.jsonl")):
             log(
-                f"[yellow]* There is no study of this model, these settings and these prompts in "
-                f"{Path(settings.study_checkpoint_dir).parent}: a new one begins.[/]"
+                "[yellow]* There is no study of this model, these settings and these prompts in "
+                f"{folder.parent}: a new one begins.[/]"
             )
     else:
         shutil.rmtree(settings.study_checkpoint_dir, ignore_errors=True)

@@ -48,9 +48,11 @@ def complete(url: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_one_process_finds_what_it_would_find_alone(command_server: Server, tmp_path: Path) -> None:
-    alone = options(tmp_path, 4, "--study-checkpoint-dir=checkpoints")
+    again, note = "--checkpoint-action=continue", "There is no study of this model"
+    alone = options(tmp_path, 4, "--study-checkpoint-dir=checkpoints", again)
     command = command_server.run(alone, tmp_path / "alone")
     assert command.code == 0, command.output()[-3000:]
+    assert note in " ".join(command.output().split())
     expected = [
         {"params": trial["params"], "values": trial["values"]}
         for trial in study(tmp_path / "alone" / "checkpoints")
@@ -61,8 +63,10 @@ def test_one_process_finds_what_it_would_find_alone(command_server: Server, tmp_
     command.wait_for("Running trial 3")
     command.signal(signal.SIGKILL)
     assert command.wait() == -signal.SIGKILL
-    command = command_server.run(shared, tmp_path / "shared")
+    command = command_server.run([*shared, again], tmp_path / "shared")
     assert command.code == 0, command.output()[-3000:]
+    # It is in the storage.
+    assert note not in " ".join(command.output().split())
     assert complete(url) == expected
     assert [trial.state.name for trial in trials(url)].count("FAIL") == 1
     # No checkpoint of its own is left.
