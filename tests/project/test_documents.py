@@ -98,6 +98,7 @@ NOT_RUN = {
     "python examples/train_tiers.py --repositories FOLDER": SOURCES,
     "python examples/train_tiers.py --repositories FOLDER --leave-out multilingual:gemma-2-9b-it --output FILE": SOURCES,
     "python benchmarks/tiers.py --repositories FOLDER": SOURCES,
+    "python benchmarks/categories.py --repositories FOLDER": SOURCES,
     """heretic-contrast sweep MODEL --output harm-sweep --text-classifier hubert233/GPTFuzz --text-classifier-labels '{"LABEL_0": "REFUSE", "LABEL_1": "COMPLY"}'""": (
         "needs the real judge: by a stand-in's random weights nothing may be refused, where a sweep ends with a sentence"
     ),
