@@ -110,6 +110,24 @@ def winsorize(residuals: Tensor, quantile: float) -> Tensor:
 
 
 @contextmanager
+def contiguous_head(network: Any) -> Iterator[None]:
+    """
+    Hands the head whole tensors for as long as the context lasts, where `generate` hands it a slice at the end of prompts.
+
+    On a CPU, PyTorch multiplies a slice sample by sample: 500 times slower for 40 prompts in bfloat16, 10 times in float32
+    (`benchmarks/head.py`).
+    """
+
+    hook = network.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: tuple(tensor.contiguous() for tensor in inputs)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def plain_settings(network: Any) -> Iterator[None]:
     """Makes a model decode plainly for as long as the context lasts, whatever its generation configuration says."""
 
@@ -260,7 +278,7 @@ class LanguageModel:
 
         def answer(batch: list[int]) -> None:
             inputs = self.pad([sequences[index] for index in batch])
-            with explained_settings(self.model, self.name):
+            with explained_settings(self.model, self.name), contiguous_head(self.model):
                 outputs: Tensor = self.model.generate(
                     **inputs,
                     max_new_tokens=max(limits[index] for index in batch),

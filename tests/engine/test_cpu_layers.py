@@ -20,6 +20,7 @@ from heretic_contrast.engine.cpu.layers import FUNCTIONS, fast_on_cpu
 from heretic_contrast.engine.fast.decoder import Decoder, TokenBatch
 from heretic_contrast.engine.fast.engine import FastEngine
 from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.prompts import Prompt
 from tests.tiny_models import make_model
 
 ORIGINALS = {name: getattr(modeling_qwen3_5, name) for name in FUNCTIONS}
@@ -141,6 +142,28 @@ def test_functions_are_replaced_in_passes_only(
     assert getattr(modeling_qwen3_5, name) is counting
     others = [other for other in FUNCTIONS if other != name]
     assert all(getattr(modeling_qwen3_5, other) is ORIGINALS[other] for other in others)
+
+
+def test_the_head_is_handed_whole_tensors(tiny_hybrid: LanguageModel) -> None:
+    head = tiny_hybrid.model.get_output_embeddings()
+    before = dict(head._forward_pre_hooks)
+    seen: list[bool] = []
+    hook = head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].is_contiguous()))
+    prompts = [Prompt("Who?"), Prompt("Why is it so?")]
+    tiny_hybrid.generate(prompts, 3)
+    assert all(seen) and len(seen) > 1
+    n_seen = len(seen)
+    tokens = tiny_hybrid.pad(tiny_hybrid.token_ids(prompts))
+    options = {"do_sample": False, "pad_token_id": tiny_hybrid.pad_token_id(), "max_new_tokens": 1}
+    with fast_on_cpu(tiny_hybrid):
+        found = tiny_hybrid.model.generate(**tokens, **options)
+    assert all(seen) and len(seen) == n_seen + 1
+    # What `generate` does by itself.
+    expected = tiny_hybrid.model.generate(**tokens, **options)
+    assert not seen[-1]
+    hook.remove()
+    assert found.tolist() == expected.tolist()
+    assert dict(head._forward_pre_hooks) == before
 
 
 def test_functions_with_other_arguments_are_left_alone(

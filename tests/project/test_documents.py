@@ -133,6 +133,7 @@ SMALL_MEASUREMENT = (
 SMALLER = {
     "python benchmarks/ablation.py": "--hidden 64 --inputs 96 --directions 3 --repeats 1",
     "python benchmarks/delta_rule.py": "--repeats 1",
+    "python benchmarks/head.py": "--rows 4 --vocabulary 512 --repeats 1",
     "python benchmarks/residuals.py": "--prompts 8 --repeats 1",
     "python benchmarks/scaling.py": "--costs factors",
     "python benchmarks/search.py": (

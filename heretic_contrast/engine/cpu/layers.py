@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...language_model import LanguageModel
+from ...language_model import LanguageModel, contiguous_head
 from ..compat import grouped_attention, replaced_functions
 
 
@@ -31,10 +31,14 @@ if find_spec("numba") is not None:
 
 @contextmanager
 def fast_on_cpu(model: LanguageModel) -> Iterator[None]:
-    """Makes attention and linear attention of a model faster, for as long as the context lasts; on a CPU only."""
+    """Makes attention, linear attention and the head of a model faster, for as long as the context lasts; on a CPU only."""
 
     if model.device.type != "cpu":
         yield
         return
-    with grouped_attention(), replaced_functions(model.layers, FUNCTIONS):
+    with (
+        contiguous_head(model.model),
+        grouped_attention(),
+        replaced_functions(model.layers, FUNCTIONS),
+    ):
         yield
