@@ -148,7 +148,9 @@ def test_the_head_is_handed_whole_tensors(tiny_hybrid: LanguageModel) -> None:
     head = tiny_hybrid.model.get_output_embeddings()
     before = dict(head._forward_pre_hooks)
     seen: list[bool] = []
-    hook = head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].is_contiguous()))
+    hook = head.register_forward_hook(
+        lambda _, inputs, output: seen.append(inputs[0].is_contiguous())
+    )
     prompts = [Prompt("Who?"), Prompt("Why is it so?")]
     tiny_hybrid.generate(prompts, 3)
     assert all(seen) and len(seen) > 1
