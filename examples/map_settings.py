@@ -64,7 +64,7 @@ def measure(residuals: Residuals) -> dict[str, dict[str, list[float]]]:
     def train(**settings: Any) -> tuple[Tensor, Tensor]:
         """Returns directions, Tensor of shape (n_layers, n_classes, hidden_size), and hits."""
 
-        found, hits, _ = class_directions(residuals, classes, ContrastSettings(**settings))
+        found, hits = class_directions(residuals, classes, ContrastSettings(**settings))
         return found[layers], hits[layers]
 
     means, _ = train(method="mean")

@@ -22,6 +22,7 @@ from heretic_contrast.ablation.changes import (
 )
 from heretic_contrast.ablation.lora import (
     lora_factors,
+    require_mergeable,
     require_no_adapters,
     set_factors,
     zero_factors,
@@ -30,7 +31,7 @@ from heretic_contrast.ablation.operator import Operator, compose, equalize
 from heretic_contrast.ablation.writers import EMBEDDINGS, Writer, with_embeddings
 from heretic_contrast.builtin import is_builtin, with_refuser_pools
 from heretic_contrast.directions.directions import Directions
-from heretic_contrast.directions.extraction import extract
+from heretic_contrast.directions.extraction import extract, names_before_extraction
 from heretic_contrast.directions.pools import load_pools
 from heretic_contrast.errors import ContrastError, one_line
 from heretic_contrast.hosts.lora_targets import adapters_on_writers
@@ -137,12 +138,9 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         if is_builtin(self.heretic_settings.model):
             self.settings = with_refuser_pools(self.settings)
         model = self.model(ctx, self.settings.batch_size).identified()
-        require_no_adapters(model.model, model.name)
-        # Hours before they are modified.
-        self._require_changeable(model)
+        self.require_changeable(model)
         self.identity = model.identity()
         space = self.settings.search_space
-        require_ranges(space, "component", model.component_names)
         if self.settings.directions is not None:
             self.directions = Directions.load(self.settings.directions)
             self.directions.require_model(model, self.settings.directions)
@@ -151,6 +149,8 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             where = getattr(self.heretic_settings, "contrast_setting", None)
             where = where or f"{place_of_pools(self.settings, f'[modifier.{TABLE}]')} "
             pools = load_pools(self.settings, where)
+            names = names_before_extraction(pools, self.settings)
+            require_ranges(space, "direction", names)
             with progress_bar() as progress:
                 self.directions = extract(
                     model,
@@ -167,8 +167,8 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             raise ContrastError(
                 "All directions are zero, so there is nothing to ablate: the harmful and the harmless prompts do not differ."
             )
-        names = escape(one_line(", ".join(self.directions.names)))
-        log(f"* Directions: [bold]{self.directions.n_directions}[/] per layer ({names})")
+        listed = escape(one_line(", ".join(self.directions.names)))
+        log(f"* Directions: [bold]{self.directions.n_directions}[/] per layer ({listed})")
         self._apply_lora(ctx)
 
     def model(self, ctx: Context, batch_size: int | None = None) -> LanguageModel:
@@ -185,14 +185,24 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         with adapters_on_writers(heretic_model, self.model(ctx), self.changes):
             heretic_model.apply_lora(self.lora_rank)
 
-    def _require_changeable(self, model: LanguageModel) -> None:
-        """Raises `ContrastError` when not all writers of a model can be changed, or saved, as the settings say."""
+    def require_changeable(self, model: LanguageModel) -> None:
+        """
+        Looks whether all writers of a model can be changed, and saved, as the settings say, hours before they are.
 
+        Raises `ContrastError` when they cannot, or the settings name a component that the model has not.
+        """
+
+        require_no_adapters(model.model, model.name)
+        require_ranges(self.settings.search_space, "component", model.component_names)
         quantization = getattr(self.heretic_settings, "quantization", None)
         require_known_writers(model, getattr(quantization, "value", quantization) == "bnb_4bit")
         beyond = beyond_adapters(model)
         strategy = getattr(self.heretic_settings, "export_strategy", None)
-        if beyond and getattr(strategy, "value", strategy) == "adapter":
+        strategy = getattr(strategy, "value", strategy)
+        writers = [writer for layer in model.writers for writer in layer]
+        if strategy == "merge":
+            require_mergeable(writer.layer for writer in writers if takes_adapter(writer))
+        if beyond and strategy == "adapter":
             remedy = "embeddings = false" if beyond == [EMBEDDINGS] else "writers = heretic"
             raise ContrastError(
                 f"No LoRA adapter carries {', '.join(beyond)} of {model.name}: give --export-strategy merge, or leave them as "
@@ -200,7 +210,6 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             )
         fixed = {
             writer.component
-            for writers in model.writers
             for writer in writers
             if not takes_adapter(writer) and writer.component != EMBEDDINGS
         }

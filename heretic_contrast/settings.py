@@ -71,6 +71,7 @@ class RowNormalization(str, Enum):
 
 class Writers(str, Enum):
     ALL = "all"
+    APART = "apart"
     HERETIC = "heretic"
 
 
@@ -560,7 +561,9 @@ class ContrastSettings(Table, TextClassifierSettings):
     writers: Writers = Writers.ALL
     """
     What is ablated. Options: "all" (everything that adds to the residual stream: experts and recurrent layers too, with biases,
-    and with regard to norms behind it), "heretic" (the output projections that Heretic finds, as Heretic ablates them).
+    and with regard to norms behind it), "apart" (the same, with components of their own for linear attention, convolutions
+    and shared experts that Heretic counts among others), "heretic" (the output projections that Heretic finds, as Heretic ablates
+    them).
     """
 
     embeddings: bool = False

@@ -3,9 +3,11 @@
 """Prompts as models read them: one beginning, no end, and templates that refuse a system message."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,17 +233,23 @@ def broken_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"no weights")
 
 
-def with_several_responses(folder: Path) -> None:
-    edit_generation(folder, num_return_sequences=2)
+def generating(**options: Any) -> Callable[[Path], None]:
+    """Gives a model settings with which it can be loaded, and generate nothing."""
 
+    return partial(edit_generation, **options)
+
+
+CANNOT_GENERATE = r"The model \S+ cannot generate \(.*\): correct its generation_config.json\."
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "template": (without_template, "has no chat template"),
     "tokens": (without_tokens, "neither a padding token nor an end-of-sequence token"),
-    "refusing": (refusing_everything, "cannot write a single user message (Never)"),
+    "refusing": (refusing_everything, r"cannot write a single user message \(Never\)"),
     "missing": (not_there, "check its name or path"),
     "weights": (broken_weights, "could not be loaded"),
-    "responses": (with_several_responses, "correct its generation_config.json"),
+    "responses": (generating(num_return_sequences=2), CANNOT_GENERATE),
+    "words": (generating(bad_words_ids=[[99999]]), CANNOT_GENERATE),
+    "decoding": (generating(dola_layers="high"), CANNOT_GENERATE),
 }
 
 
@@ -271,7 +279,7 @@ def test_models_that_cannot_be_asked_are_named(
     edit(folder)
     monkeypatch.chdir(folder.parent)
     error = sentence(arguments(command, folder), monkeypatch, capsys)
-    assert expected in error and ("check its name" in error) == (name == "missing")
+    assert re.search(expected, error) and ("check its name" in error) == (name == "missing")
 
 
 def test_adapters_of_a_model_are_not_taken_out(

@@ -12,11 +12,11 @@ With W = diag(ρ) Ŵ, rows of Ŵ of length 1, and C the ablation operator, the c
 | `full`            | diag(ρ) (rows of (Ŵ − C Ŵ) normalized) − W, truncated to a rank    | as set       |
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -68,16 +68,15 @@ def require_no_adapters(model: Module, name: str) -> None:
         )
 
 
-def require_mergeable(model: Module) -> None:
+def require_mergeable(layers: Iterable[Module]) -> None:
     """
-    Checks that PEFT can add the change of every LoRA layer to the weight below it.
+    Checks that PEFT can add the changes of LoRA layers to the weights below them, `layers`.
 
     Raises `ContrastError` when a weight is kept as codes with a scale beside them, which PEFT would take for weights.
     """
 
-    for module in model.modules():
-        base = module.get_base_layer() if isinstance(module, LoraLayer) else None
-        if base is not None and not (is_plain(base) or is_bitsandbytes(base)):
+    for base in layers:
+        if not (is_plain(base) or is_bitsandbytes(base)):
             raise ContrastError(
                 f"The change cannot be merged into the weights of {type(base).__name__}, which are kept as codes: save the "
                 "adapter alone (--export-strategy adapter), or use the model in full precision."

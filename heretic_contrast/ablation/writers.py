@@ -26,6 +26,9 @@ from .operator import Operator
 EMBEDDINGS = "embeddings"
 """The component that belongs to no layer: what the residual stream starts from."""
 
+LINEAR_ATTENTION = ("linear_attn", "delta", "lightning")
+"""Words in the names of modules of linear attention, or of their classes."""
+
 Names = Sequence[Mapping[str, Sequence[Module]]]
 """The modules of each layer that have a component's name already."""
 
@@ -154,6 +157,21 @@ def find_writers(model: LanguageModel, names: Names) -> tuple[tuple[Writer, ...]
     return tuple(map(_resolved, model.layers, _FOUND[first]))
 
 
+def apart(model: LanguageModel) -> LanguageModel:
+    """Returns a model whose writers have components of their own where Heretic counts them among others."""
+
+    def renamed(layer: Module, writer: Writer) -> Writer:
+        return replace(writer, component=_component(layer, writer.path, apart=True))
+
+    return replace(
+        model,
+        writers=tuple(
+            tuple(renamed(layer, writer) for writer in writers)
+            for layer, writers in zip(model.layers, model.writers, strict=True)
+        ),
+    )
+
+
 def find_embeddings(model: LanguageModel) -> tuple[Writer, ...]:
     """
     Returns what enters the first layer: the embeddings of tokens, and of positions where these are learned.
@@ -239,8 +257,8 @@ def _siblings(layer: Module, path: str) -> list[str]:
     return [path]
 
 
-def _component(layer: Module, path: str) -> str:
-    """Returns what a writer is called that Heretic has no name for."""
+def _component(layer: Module, path: str, apart: bool = False) -> str:
+    """Returns what a writer is called that Heretic has no name for. `apart`: whether linear attention is no other attention."""
 
     parts = path.split(".")
     parents = [layer.get_submodule(".".join(parts[:index])) for index in range(1, len(parts))]
@@ -255,6 +273,8 @@ def _component(layer: Module, path: str) -> str:
         return "mlp.shared_expert"
     if "mamba" in text:
         return f"mamba.{parts[-1]}"
+    if apart and any(word in text for word in LINEAR_ATTENTION):
+        return f"linear_attn.{parts[-1]}"
     if "attn" in text or "attention" in text:
         return "attn.o_proj"
     if "mlp" in text or "feed_forward" in text or "ffn" in text:

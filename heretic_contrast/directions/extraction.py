@@ -50,6 +50,25 @@ from .som import SomSettings, TrainedMap, train_maps
 from .transforms import SHARED, around_shared, orthogonalize, random_directions, without_harmless
 
 
+def direction_names(class_names: Sequence[str], settings: ContrastSettings) -> tuple[str, ...]:
+    """Returns the names of the directions that classes get, of which SVD may find fewer in a small model."""
+
+    n_winners = 1 if settings.method is Method.MEAN else settings.winners
+    names = names_of_winners(class_names, n_winners)
+    if settings.svd:
+        count = min(settings.svd_rank or len(names), len(names))
+        return tuple(f"svd {index + 1}" for index in range(count))
+    return (SHARED, *names) if settings.shared_direction and len(names) > 1 else names
+
+
+def names_before_extraction(pools: Pools, settings: ContrastSettings) -> tuple[str, ...] | None:
+    """Returns the names of the directions that pools give, or None where the model decides what becomes of the prompts."""
+
+    if needs_model(settings) or settings.drop_misbehaving:
+        return None
+    return direction_names(select(pools, settings).names, settings)
+
+
 def extract(
     model: LanguageModel,
     pools: Pools,
@@ -149,14 +168,14 @@ def extract_directions(
     selection = select_classes(residuals.harmful_classes, residuals.matched_classes, settings)
     residuals, class_names = residuals.of(selection), selection.names
     # 2. Differences from the baseline, and a map (or a mean) of those of each class.
-    as_trained, hits, names = class_directions(residuals, class_names, settings, progress)
+    as_trained, hits = class_directions(residuals, class_names, settings, progress)
+    names = direction_names(class_names, settings)
     # 3. What may change or replace them.
     bulk_means = _layer_means(residuals.bulk)
     mean_direction = _layer_means(residuals.harmful) - bulk_means
     n_shared = int(settings.shared_direction and len(names) > 1)
     if n_shared:
         as_trained = torch.cat([mean_direction[:, None], as_trained], dim=1)
-        names = (SHARED, *names)
     if settings.orthogonalize_direction:
         as_trained = without_harmless(as_trained, bulk_means)
     if settings.control is Control.RANDOM:
@@ -164,7 +183,7 @@ def extract_directions(
     # 4. SVD, or what classes add to what they share.
     if settings.svd:
         vectors, norms = orthogonalize(as_trained, mean_direction, settings.svd_rank)
-        names = tuple(f"svd {index + 1}" for index in range(vectors.shape[1]))
+        names = names[: vectors.shape[1]]
     elif n_shared:
         vectors = around_shared(as_trained)
     else:
@@ -234,9 +253,9 @@ def class_directions(
     class_names: Sequence[str],
     settings: ContrastSettings,
     progress: Progress | None = None,
-) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+) -> tuple[Tensor, Tensor]:
     """
-    Returns class directions as trained, the hits of their maps, and the directions' names.
+    Returns class directions as trained, and the hits of their maps.
 
     Directions: Tensor of shape (n_layers + 1, n_classes * winners, hidden_size), float64.
     Hits: Tensor of shape (n_layers + 1, n_classes, n_neurons), int64; no neurons for `method = "mean"`.
@@ -265,9 +284,7 @@ def class_directions(
             hits.append(torch.from_numpy(np.stack([item.hits for item in maps]).astype(np.int64)))
         if progress is not None:
             progress(index + 1, n_layers)
-    n_winners = 1 if settings.method is Method.MEAN else settings.winners
-    names = names_of_winners(class_names, n_winners)
-    return torch.stack(directions), torch.stack(hits), names
+    return torch.stack(directions), torch.stack(hits)
 
 
 def winning_neurons(trained: TrainedMap, count: int) -> Tensor:
@@ -311,7 +328,7 @@ def _unmatched_norms(
     if settings.baseline == "unmatched" and settings.control is Control.NONE:
         unmatched = as_trained
     else:
-        unmatched, _, _ = class_directions(
+        unmatched, _ = class_directions(
             residuals, class_names, settings.model_copy(update={"baseline": "unmatched"})
         )
     if not settings.svd:

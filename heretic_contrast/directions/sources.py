@@ -17,7 +17,7 @@ from ..language_model import LanguageModel, Progress
 from ..prompts import Prompt, text_digest
 from ..settings import ContrastSettings
 from .directions import Directions
-from .extraction import extract
+from .extraction import extract, names_before_extraction
 from .pools import Log, Pools, load_plain_pools, load_pools
 
 ShowProgress = Callable[[], AbstractContextManager[Progress]]
@@ -121,6 +121,13 @@ class DirectionSources:
             harmful, bulk = load_plain_pools(next(iter(settings.values())), where)
             return replace(found, harmful=tuple(harmful), bulk=tuple(bulk))
         return found
+
+    def names(self, configuration: str) -> tuple[str, ...] | None:
+        """Returns the names of the directions of a configuration, so far as they are known before a model is loaded."""
+
+        if configuration in self.loaded:
+            return self.loaded[configuration].names
+        return names_before_extraction(self.pools[configuration], self.settings[configuration])
 
     @property
     def response_prefix(self) -> str | None:

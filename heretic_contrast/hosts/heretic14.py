@@ -45,7 +45,7 @@ from ..outputs import (
     require_writable_file,
 )
 from ..prompts import Prompt, load_pool
-from ..search.parameters import Parameters, configuration_digest
+from ..search.parameters import Parameters, configuration_digest, require_ranges
 from ..search.samplers import make_sampler
 from ..settings import PromptSources
 from ..tiers import linear, responses, text
@@ -193,11 +193,8 @@ class Host:
 
         if self.is_started:
             return
-        settings = model.settings
-        self.context = LoadedContext(model)
-        self.modifier = self.modifier_class(heretic_settings=settings, settings=settings.contrast)
         self.modifier.init(self.context)
-        self.identity = self._identify(settings)
+        self.identity = self._identify(model.settings)
         self.is_started = True
 
     def _identify(self, settings: HostSettings) -> Identity:
@@ -235,6 +232,16 @@ class Host:
 
     def model_class(host) -> type[HostModel]:
         class Model(HostModel):
+            def __init__(self, settings: HostSettings) -> None:
+                super().__init__(settings)
+                host.context = LoadedContext(self)
+                host.modifier = host.modifier_class(
+                    heretic_settings=settings, settings=settings.contrast
+                )
+                if settings.evaluate_model is None:
+                    # Before anything is asked of the model.
+                    host.modifier.require_changeable(host.modifier.model(host.context))
+
             def get_residuals_mean(self, prompts: list[Any]) -> Tensor:
                 # Heretic's own direction is never used, so its forward passes are saved.
                 host.start(self)
@@ -490,6 +497,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     if settings.evaluate_model is None:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
         host.sources = DirectionSources.read({"": settings.contrast}, "")
+        require_ranges(settings.contrast.search_space, "direction", host.sources.names(""))
     require_answers(settings)
     require_judge(settings.contrast)
     require_writable_directory(Path(settings.study_checkpoint_dir))

@@ -2,15 +2,11 @@
 
 """Heretic 1.4's model, as Heretic 2.0 has it: with LoRA adapters on request."""
 
-from typing import Any
-
-from heretic.config import ExportStrategy, RowNormalization
+from heretic.config import RowNormalization
 
 from ..ablation.changes import Changes
-from ..ablation.lora import require_mergeable
 from ..ablation.writers import with_embeddings
 from ..settings import Writers
-from ..weights import forget_quantized_form
 from .loading import ChatModel
 from .lora_targets import adapters_on_writers
 from .surface import from_heretic
@@ -28,9 +24,6 @@ class HostModel(ChatModel):
 
         self.lora_rank = rank
         self._apply_lora()
-        if self.settings.export_strategy == ExportStrategy.MERGE:
-            # Hours before the merge.
-            require_mergeable(self.model)
 
     def _apply_lora(self) -> None:
         # Heretic's constructor calls this before the directions are known.
@@ -52,18 +45,6 @@ class HostModel(ChatModel):
                 super()._apply_lora()
         finally:
             self.settings = settings
-
-    def get_merged_model(self) -> Any:
-        """
-        Merges the adapters; those of a model that Heretic has quantized are applied anew to one in full precision.
-
-        Raises `ContrastError` when the weights are kept as codes to which nothing can be added.
-        """
-
-        require_mergeable(self.model)
-        merged = super().get_merged_model()
-        forget_quantized_form(merged)
-        return merged
 
     def reset_model(self) -> bool:
         """Resets the model; the adapters are in place afterwards, which Heretic 2.0 reports as True."""

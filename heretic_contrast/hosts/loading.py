@@ -78,13 +78,14 @@ class ChatTokenizer:
 
 class ChatModel(Model):
     """
-    Heretic's model, which asks as `chat` does, and says in one sentence why it cannot be loaded.
+    Heretic's model, which asks as `chat` does, and says in one sentence why it cannot be loaded, or does not answer.
 
     Raises `ContrastError` when it cannot, before its weights are loaded where the tokenizer tells.
     """
 
     def __init__(self, settings: Any) -> None:
         self._asks = False
+        self._unanswered: Exception | None = None
         failures: list[Exception] = []
         try:
             with remembered(failures):
@@ -94,7 +95,7 @@ class ChatModel(Model):
         except Exception as error:
             # Whatever transformers raises, the user needs to know that it was the model.
             cause = failures[-1] if failures else error
-            raise loading_error(settings.model, cause) from error
+            raise loading_error(settings.model, cause, cause is self._unanswered) from error
 
     @property
     def tokenizer(self) -> Any:
@@ -126,8 +127,12 @@ class ChatModel(Model):
         return components
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._asking():
-            return super().generate(*args, **kwargs)
+        try:
+            with self._asking():
+                return super().generate(*args, **kwargs)
+        except Exception as error:
+            self._unanswered = error
+            raise
 
     def stream_chat_response(self, *args: Any, **kwargs: Any) -> Any:
         with self._asking():
@@ -161,22 +166,23 @@ def remembered(failures: list[Exception]) -> Iterator[None]:
         yield
 
 
-def loading_error(model: str, cause: Exception) -> ContrastError:
-    """Returns what the user is told where a model cannot be loaded, or cannot answer a first prompt."""
+def loading_error(model: str, cause: Exception, is_loaded: bool) -> ContrastError:
+    """Returns what the user is told where a model cannot be loaded, or `is_loaded` and cannot answer a first prompt."""
 
-    if isinstance(cause, ValueError) and not has_generation_config(model):
-        remedy = "correct its generation_config.json"
-    elif isinstance(cause, torch.OutOfMemoryError):
+    is_loaded = is_loaded or (isinstance(cause, ValueError) and not has_generation_config(model))
+    if isinstance(cause, torch.OutOfMemoryError):
         remedy = "use a smaller model, --quantization bnb_4bit, or a device with more memory"
+    elif is_loaded and isinstance(cause, ValueError | OSError):
+        # Some settings ask for code of another repository.
+        remedy = "correct its generation_config.json"
     elif isinstance(cause, OSError):
         # transformers says so of files and of repositories that are not there.
         remedy = "check its name or path"
     else:
         remedy = "look whether the installed versions of transformers and its libraries support it"
     reason = one_line(str(cause)) or type(cause).__name__
-    return ContrastError(
-        f"The model {model_name(model)} could not be loaded ({reason[:300]}): {remedy}."
-    )
+    what = "cannot generate" if is_loaded else "could not be loaded"
+    return ContrastError(f"The model {model_name(model)} {what} ({reason[:300]}): {remedy}.")
 
 
 def has_generation_config(model: str) -> bool:

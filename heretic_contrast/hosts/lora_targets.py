@@ -16,12 +16,15 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 from peft.tuners import tuners_utils
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils import transformers_weight_conversion
 from torch.nn import Module
 
 from ..ablation.changes import Changes, beyond_adapters, takes_adapter
+from ..ablation.lora import require_mergeable
 from ..errors import ContrastError
 from ..language_model import LanguageModel
+from ..weights import forget_quantized_form
 from .surface import find_layers, layers_of
 
 
@@ -74,8 +77,7 @@ def adapters_on_writers(
     Lets Heretic apply LoRA adapters to just the writers that can carry them, for as long as the context lasts.
 
     `model`: the wrapper around what Heretic has loaded. `changes`: what a trial changes besides, which a merge then changes as
-    well. An adapter that would not hold everything cannot be saved by itself afterwards. Where PEFT would have misread the names,
-    it is kept from doing so in a merge, too, which applies the adapters of a quantized model anew.
+    well: see `merge`. An adapter that would not hold everything cannot be saved by itself afterwards.
     """
 
     def layer_modules(index: int) -> dict[str, list[Module]]:
@@ -92,15 +94,25 @@ def adapters_on_writers(
     if beyond or misread:
         reason = f"no LoRA adapter carries {', '.join(beyond)}" if beyond else MISREAD
         heretic_model.model.save_pretrained = partial(refuse_saving_adapter, reason)
-        heretic_model.get_merged_model = partial(merge, heretic_model, changes)
+    heretic_model.get_merged_model = partial(merge, heretic_model, changes)
 
 
 def merge(heretic_model: Any, changes: Changes | None) -> Any:
-    """Merges the adapters as Heretic's model does, with the names of targets taken literally, and all other changes."""
+    """
+    Merges the adapters as Heretic's model does, and makes all other changes.
 
+    Those of a model that Heretic has quantized are applied anew to one in full precision, with the names of targets taken literally.
+    Whatever the weights were read from, they are saved as they are then.
+
+    Raises `ContrastError` when the weights are kept as codes to which nothing can be added.
+    """
+
+    adapted = (item for item in heretic_model.model.modules() if isinstance(item, LoraLayer))
+    require_mergeable(item.get_base_layer() for item in adapted)
     layers = find_layers(heretic_model)
     with literal_targets():
         merged = type(heretic_model).get_merged_model(heretic_model)
+    forget_quantized_form(merged)
     if changes is not None:
         found = layers_of(merged)
         changes.write(merged, found)

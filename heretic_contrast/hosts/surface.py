@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn import Module, ModuleList
 
 from ..ablation.hooks import missed_shares
-from ..ablation.writers import are_found, find_writers, named_writers
+from ..ablation.writers import apart, are_found, find_writers, named_writers
 from ..builtin import model_name
 from ..chat import require_chat
 from ..errors import ContrastError
@@ -131,7 +131,7 @@ def with_writers(model: LanguageModel, heretic_model: Any, writers: Writers) -> 
     if model.device.type == "cuda":
         # It builds a plan for every new length, which takes longer than several steps of generation.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    all_writers = writers is Writers.ALL
+    all_writers = writers is not Writers.HERETIC
     layers = find_layers(heretic_model, by_configuration=all_writers)
     if not layers:
         raise unsupported(f"No layers were found in {model.name}", heretic_model)
@@ -156,7 +156,7 @@ def with_writers(model: LanguageModel, heretic_model: Any, writers: Writers) -> 
             f"[yellow]Layers {', '.join(map(str, missed))} of {model.name} have writers that were not found, so that up to "
             f"{max(missed.values()):.0%} of a direction stays in what a layer adds.[/]"
         )
-    return model
+    return apart(model) if writers is Writers.APART else model
 
 
 def own(heretic_model: Any, method: str) -> Any:

@@ -141,13 +141,16 @@ HERETIC_20_RANGES: dict[str, Range] = {"mlp.down_proj.max_weight": (-0.25, 1.5)}
 """What Heretic 2.0 searches otherwise: a weight below 0 counts as 0, so that the MLP can be left alone."""
 
 
-def require_ranges(space: Mapping[str, Range], kind: str, known: Sequence[str]) -> None:
+def require_ranges(space: Mapping[str, Range], kind: str, known: Sequence[str] | None) -> None:
     """
     Raises `ContrastError` when a range is for a component, or a direction, that does not exist.
 
-    `kind`: "component" or "direction"; ranges of the other kind are not looked at. `known`: all of the kind.
+    `kind`: "component" or "direction"; ranges of the other kind are not looked at. `known`: all of the kind, or None where these are
+    not known yet.
     """
 
+    if known is None:
+        return
     for name in space:
         if name.startswith("scale."):
             owner = name.removeprefix("scale.") if kind == "direction" else ""

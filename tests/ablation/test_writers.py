@@ -3,15 +3,15 @@
 """What adds to the residual stream, and that an ablation takes a direction out of all of it."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from heretic_contrast.ablation.changes import beyond_adapters, require_known_writers, subtract
+from heretic_contrast.ablation.changes import beyond_adapters, subtract
 from heretic_contrast.ablation.hooks import (
     Intervention,
     ablated,
@@ -20,7 +20,7 @@ from heretic_contrast.ablation.hooks import (
     missed_shares,
 )
 from heretic_contrast.ablation.operator import Composition, Operator, compose
-from heretic_contrast.ablation.writers import _component, find_embeddings
+from heretic_contrast.ablation.writers import find_embeddings
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
@@ -67,7 +67,8 @@ def states(model: LanguageModel, whole: bool = False) -> list[Tensor]:
         for layer in model.layers:
             handle = layer.register_forward_hook(lambda module, args, output: keep(output))
             stack.callback(handle.remove)
-        model.decoder()(input_ids=torch.arange(40, 52).view(2, 6), use_cache=False)
+        tokens = torch.arange(40, 52, device=model.device).view(2, 6)
+        model.decoder()(input_ids=tokens, use_cache=False)
     return found
 
 
@@ -103,7 +104,7 @@ def test_nothing_of_a_direction_is_written(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_hooks_are_dense_algebra_component_by_component(name: str) -> None:
-    model = model_of(name)
+    model = model_of(name, writers=Writers.APART)
     vectors = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(3)) / 5
     operator = compose(vectors, torch.tensor([0.9, 0.4]))
     change = operator.vectors.T.double() @ operator.kernel.double() @ operator.vectors.double()
@@ -157,6 +158,29 @@ def test_what_heretic_finds_is_less() -> None:
     every = model_of("Qwen3-Next")
     assert every.component_names == ["attn.o_proj", "mlp.experts", "mlp.shared_expert"]
     assert beyond_adapters(every) == ["mlp.experts"]
+
+
+@pytest.mark.parametrize(
+    ("name", "together", "own"),
+    [
+        ("Qwen3-Next", "attn.o_proj", {"linear_attn.out_proj": "linear_attn.out_proj"}),
+        ("LFM2 MoE", "attn.o_proj", {"conv.out_proj": "conv.out_proj"}),
+        ("Granite MoE hybrid", "mlp.down_proj", {"shared_mlp.output_linear": "mlp.shared_expert"}),
+        ("Jamba", "", {}),
+    ],
+)
+def test_components_apart(name: str, together: str, own: dict[str, str]) -> None:
+    model = model_of(name)
+    apart = wrap(model.model, model.tokenizer, name=name, writers=Writers.APART)
+    for writers, others in zip(model.writers, apart.writers, strict=True):
+        for writer, other in zip(writers, others, strict=True):
+            assert other == replace(writer, component=own.get(writer.path, writer.component))
+            assert (writer.component == together) >= (writer.path in own)
+    assert set(own.values()) < set(apart.component_names)
+    assert set(apart.component_names) - set(own.values()) <= set(model.component_names)
+    # Whoever wraps it as before finds it as it was.
+    again = wrap(model.model, model.tokenizer, name=name)
+    assert again.component_names == model.component_names
 
 
 def test_rounding_of_a_long_stream_is_no_missed_writer() -> None:
@@ -237,36 +261,3 @@ def test_a_weight_of_0_changes_nothing_behind_a_norm(composition: Composition) -
         assert torch.allclose(matrices[0], before_norms(matrices[2], gain), rtol=1e-4, atol=1e-5)
     nothing = compose(vectors, torch.zeros(4), composition).behind(gain)
     assert not nothing.mixed_vectors.any()
-
-
-def quantized_experts(name: str, config: Any) -> Any:
-    """Returns experts as transformers keeps them with 4 or 8 bits; only a GPU computes with them."""
-
-    if name == "gpt-oss":
-        from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
-
-        experts = Mxfp4GptOssExperts(config)
-        for kind in ("gate_up_proj", "down_proj"):
-            # What loading does, whose tensors need the kernels.
-            size = experts._parameters.pop(kind).shape[:3]
-            setattr(experts, kind, SimpleNamespace(shape=size))
-        return experts
-    from transformers.integrations.finegrained_fp8 import FP8Experts
-
-    return FP8Experts(config, block_size=(16, 16))
-
-
-@pytest.mark.parametrize("name", ["gpt-oss", "Qwen3 MoE"])
-def test_experts_that_are_kept_as_codes_are_refused_before_a_search(name: str) -> None:
-    model = model_of(name)
-    (writer,) = (item for item in model.writers[0] if item.component == "mlp.experts")
-    require_known_writers(model, is_reloaded=False)
-    model.layers[0].set_submodule(writer.path, quantized_experts(name, model.model.config))
-    model = wrap(model.model, model.tokenizer, name=name)
-    (found,) = (item for item in model.writers[0] if item.component == "mlp.experts")
-    assert found.is_fused
-    assert _component(model.layers[0], found.path) == "mlp.experts"
-    with pytest.raises(ContrastError, match=rf"{type(found.layer).__name__} \(mlp.experts\)"):
-        require_known_writers(model, is_reloaded=False)
-    # What is saved is loaded anew in full precision.
-    require_known_writers(model, is_reloaded=True)

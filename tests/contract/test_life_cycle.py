@@ -58,14 +58,15 @@ def test_factors_are_exact_and_restored_bit_for_bit(run: Any) -> None:
     assert same(first, run.factors())
 
 
-def test_a_shared_direction(modifier_table: dict[str, Any]) -> None:
-    table = {**modifier_table, "shared_direction": True}
+def test_a_shared_direction_and_components_apart(modifier_table: dict[str, Any]) -> None:
+    table = {**modifier_table, "shared_direction": True, "writers": "apart"}
     shared = StandIn(
         make_settings(MODEL, {"modifier": {"ContrastAbliteration": table}}), scorers=[]
     )
     shared.start().optimize(2)
     for trial in map(json.loads, shared.trials):
         assert len(trial["scales"]) == 10 and trial["scales"]["shared"] == 1.0
+        assert set(trial["kernels"]) == {"attn.o_proj", "linear_attn.out_proj", "mlp.down_proj"}
     shared.restore(shared.trials[0])
     assert {tensor.shape[0] for name, tensor in shared.factors().items() if "lora_A" in name} == {
         10

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from heretic_contrast.directions.baselines import Residuals
 from heretic_contrast.directions.directions import Directions
-from heretic_contrast.directions.extraction import extract_directions
+from heretic_contrast.directions.extraction import extract_directions, names_before_extraction
+from heretic_contrast.directions.pools import Pools
 from heretic_contrast.directions.transforms import orthogonalize, random_directions
 from heretic_contrast.errors import ContrastError
+from heretic_contrast.prompts import Prompt
 from heretic_contrast.settings import ContrastSettings
 
 LAYERS, HIDDEN = 4, 20
@@ -207,6 +209,37 @@ def test_leaving_a_category_out_changes_no_other_class() -> None:
     without = extract_directions(residuals, settings(exclude_categories=["fraud"]))
     assert without.names == ("drugs", "hacking")
     assert torch.equal(without.tensor, everything.tensor[:, [0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, CLASSES),
+        ({"winners": 2}, [f"{name} {rank}" for name in CLASSES for rank in (1, 2)]),
+        ({"winners": 2, "method": "mean"}, CLASSES),
+        ({"svd": True}, ["svd 1", "svd 2", "svd 3"]),
+        ({"svd": True, "svd_rank": 2}, ["svd 1", "svd 2"]),
+        ({"svd": True, "svd_rank": 9}, ["svd 1", "svd 2", "svd 3"]),
+        ({"shared_direction": True}, ["shared", *CLASSES]),
+        ({"shared_direction": True, "classes": "single"}, ["all"]),
+        ({"exclude_categories": CLASSES[1:]}, CLASSES[:1]),
+        ({"drop_misbehaving": True}, None),
+        ({"category_source": "model"}, None),
+    ],
+)
+def test_names_are_known_before_extraction(
+    options: dict[str, Any], expected: list[str] | None
+) -> None:
+    residuals = make_residuals()
+    harmful, matched = (
+        tuple(Prompt(f"{name} {index}", name) for index, name in enumerate(classes))
+        for classes in (residuals.harmful_classes, residuals.matched_classes)
+    )
+    pools = Pools(harmful, (Prompt("Bake a cake"),), matched)
+    found = names_before_extraction(pools, settings(**options))
+    assert found == (expected and tuple(expected))
+    if expected is not None:
+        assert extract_directions(residuals, settings(**options)).names == found
 
 
 def test_single_class_and_winners() -> None:

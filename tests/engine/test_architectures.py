@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -152,10 +152,10 @@ class Case:
 
         return self.tolerance < 0.01
 
-    def ablate(self) -> None:
+    def ablate(self, parameters: Parameters | None = None) -> None:
         """Writes the adapters: two directions in each layer, with different weights of the components."""
 
-        self.modifier.modify_model(self.context, self.parameters)
+        self.modifier.modify_model(self.context, parameters or self.parameters)
 
     @property
     def context(self) -> LoadedContext:
@@ -176,6 +176,13 @@ class Case:
             },
             scales=dict(zip(names, (1.0, 0.5), strict=True)),
         )
+
+    def of(self, component: str) -> Parameters:
+        """Returns the same parameters for one component alone."""
+
+        others = dict.fromkeys(self.parameters.kernels, Kernel(0.0, 1.0, 0.0, 8.0))
+        kernel = self.parameters.kernels[component]
+        return replace(self.parameters, kernels={**others, component: kernel})
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -223,7 +230,7 @@ def heretic_settings(folder: Path, options: Sequence[str] = ()) -> Any:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A family's model, in memory and on disk."""
 
-    return make_case(request.param, tmp_path_factory.mktemp("model"))
+    return make_case(request.param, tmp_path_factory.mktemp("model"), writers="apart")
 
 
 def make_case(
@@ -241,7 +248,10 @@ def make_case(
     if family.quantized:
         plain = load_language_model(settings)
     else:
-        plain = wrap(family.make_model(), family.make_tokenizer(), name=name, batch_size=4)
+        writers = Writers(contrast.get("writers", "all"))
+        plain = wrap(
+            family.make_model(), family.make_tokenizer(), name=name, batch_size=4, writers=writers
+        )
     random_directions(plain, 2, 0).save(folder / "directions.safetensors")
     host = model_class(settings)
     modifier = ContrastAbliteration(
@@ -325,10 +335,10 @@ def own_weights(model: Any) -> dict[str, Tensor]:
     return {key: value for key, value in named if "lora_" not in key}
 
 
-def logits_with_hooks(case: Case) -> Tensor:
+def logits_with_hooks(case: Case, parameters: Parameters | None = None) -> Tensor:
     """Returns the logits of the model in memory, ablated with forward hooks as `Case.ablate` does with adapters."""
 
-    parameters = case.parameters
+    parameters = parameters or case.parameters
     scales = torch.tensor(list(parameters.scales.values()))
     with ExitStack() as stack:
         for layer in range(case.plain.n_layers):
@@ -392,6 +402,24 @@ def test_export_and_reload(case: Case, rows: Rows, tmp_path: Path) -> None:
     assert relative(logits(case.host.model, case.plain), with_adapters) <= 1e-6
     case.host.reset_model()
     rows[case.name]["export"] = f"{difference:.0e}"
+
+
+def test_each_component_is_exported_by_itself(case: Case, tmp_path: Path) -> None:
+    names = case.plain.component_names
+    base = logits(case.plain.model, case.plain)
+    # A single one is all there is, which is exported above.
+    for name in names if len(names) > 1 else ():
+        case.host.reset_model()
+        case.ablate(case.of(name))
+        hooked = logits_with_hooks(case, case.of(name))
+        assert relative(logits(case.host.model, case.plain), hooked) <= case.tolerance, name
+        expected = full_precision_logits(case) if case.family.quantized else hooked
+        case.host.get_merged_model().save_pretrained(tmp_path / name)
+        reloaded = type(case.plain.model).from_pretrained(tmp_path / name, dtype=case.family.dtype)
+        found = logits(reloaded, case.plain)
+        assert relative(found, expected) <= case.tolerance, name
+        assert relative(found, base) > 3 * case.tolerance, name
+        case.modifier.reset_model(case.context)
 
 
 @torch.no_grad()

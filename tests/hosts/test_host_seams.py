@@ -2,6 +2,7 @@
 
 """The host for Heretic 1.4: its seams, its settings, its samplers and its checkpoints."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from heretic_contrast.search.parameters import (  # noqa: E402
 )
 from heretic_contrast.search.samplers import make_sampler  # noqa: E402
 from heretic_contrast.settings import ContrastSettings, Sampler, Scale  # noqa: E402
-from tests.conftest import DATA  # noqa: E402
+from tests.conftest import DATA, Refused  # noqa: E402
 from tests.made_directions import make_directions  # noqa: E402
 
 
@@ -520,6 +521,46 @@ def test_ranges_from_table_and_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.chdir(tmp_path)
     assert settings(monkeypatch).contrast.search_space == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "unused", "expected"),
+    [
+        (
+            "scale.drug",
+            "heretic.model.Model.__init__",
+            'for the direction "drug", but there are drugs',
+        ),
+        (
+            "mlp.experts.max_weight",
+            "heretic.model.Model.get_responses",
+            'for the component "mlp.experts", but there are attn.o_proj, mlp.down_proj',
+        ),
+        (
+            "self_attn.o_proj.max_weight",
+            "heretic.model.Model.get_responses",
+            'for the component "self_attn.o_proj", but there are attn.o_proj, linear_attn.out_proj',
+        ),
+    ],
+    ids=["direction", "component", "apart"],
+)
+def test_ranges_are_refused_before_anything_is_asked(
+    name: str, unused: str, expected: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(unused)
+
+    monkeypatch.setattr(unused, fail)
+    space = json.dumps({f"{name}": [0.0, 1.0]})
+    writers = "apart" if name.startswith("self") else "all"
+    assert expected in refused(
+        [
+            "--model=builtin:refuser",
+            f"--contrast.search-space={space}",
+            f"--contrast.writers={writers}",
+            "--model-action=none",
+        ]
+    )
 
 
 def test_ranges_of_what_does_not_exist() -> None:
