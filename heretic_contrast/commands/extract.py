@@ -69,8 +69,9 @@ def main(arguments: Sequence[str]) -> None:
     from ..directions.directions import Directions
     from ..directions.sources import DirectionSources
     from ..evaluation.capture import load_pairs
-    from ..evaluation.extraction import measure_extraction
+    from ..evaluation.geometry import measure_directions
     from ..evaluation.plan import Configuration
+    from ..evaluation.results import N_PROMPTS
     from ..hosts.loading import load_language_model, with_common_prefix
     from ..hosts.surface import log, progress_bar
 
@@ -101,12 +102,12 @@ def main(arguments: Sequence[str]) -> None:
 
         log()
         log("Measuring capture and geometry...")
-        extraction = measure_extraction(
+        capture, geometry = measure_directions(
             model,
             {name: Configuration.of(found[name], configurations[name]) for name in found},
             pairs,
-            sources.harmful,
-            sources.bulk,
+            sources.harmful[:N_PROMPTS],
+            sources.bulk[:N_PROMPTS],
         )
-        write_extraction_report(extraction, Path(settings.report), log)
+        write_extraction_report(model.name, found, Path(settings.report), log, capture, geometry)
         log(f"* Report written to [bold]{escape(settings.report)}[/]")

@@ -62,25 +62,30 @@ class Directions:
         return names_of_winners(self.class_names, n_winners)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the extraction, as far as they are said."""
+
+        return self.provenance.get("settings", {})  # type: ignore[no-any-return]
+
+    @property
     def scale(self) -> Scale:
         """The length of the directions, unit where it is not said; what is neither is left as it is."""
 
-        value = self.provenance.get("settings", {}).get("scale", Scale.UNIT)
+        value = self.settings.get("scale", Scale.UNIT)
         return Scale.UNIT if value == Scale.UNIT else Scale.RAW
 
     @property
     def winsorization_quantile(self) -> float:
         """That of the residuals that the directions were made from, 1 where it is not said."""
 
-        value = self.provenance.get("settings", {}).get("winsorization_quantile")
+        value = self.settings.get("winsorization_quantile")
         return value if isinstance(value, float) else 1.0
 
     @property
     def has_shared(self) -> bool:
         """Whether the first direction is Heretic's, and the others are what classes add to it."""
 
-        settings = self.provenance.get("settings", {})
-        return self.names[0] == SHARED and settings.get("shared_direction") is True
+        return self.names[0] == SHARED and self.settings.get("shared_direction") is True
 
     def digest(self) -> str:
         """Returns a digest of the tensor and its names."""

@@ -23,9 +23,18 @@ from ..engine.observation import observe_decoding
 from ..language_model import Batches, LanguageModel
 from ..prompts import Prompt
 from ..vectors import to_device, unit_vectors
-from .capture import span_basis
-from .plan import Configurations, complete
-from .results import Activity, Comparison, Geometry, LayerGeometry
+from .capture import capture_pairs, span_basis
+from .plan import Configuration, Configurations, complete
+from .plan_settings import WEIGHTS
+from .results import (
+    MAX_RESPONSE_LENGTH,
+    Activity,
+    CaptureResult,
+    Comparison,
+    Geometry,
+    LayerGeometry,
+    Pair,
+)
 
 
 def cosine_matrix(vectors: Tensor) -> Tensor:
@@ -277,3 +286,22 @@ def measure_activities(
                 Activity(name, layer, with_harmful, with_harmless, variation, tuple(perturbations))
             )
     return tuple(activities)
+
+
+def measure_directions(
+    model: LanguageModel,
+    configurations: Mapping[str, Configuration],
+    pairs: Sequence[Pair],
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    weights: Sequence[float] = WEIGHTS,
+    max_new_tokens: int = MAX_RESPONSE_LENGTH,
+) -> tuple[CaptureResult, Geometry]:
+    """Returns capture with pairs, and geometry with activities observed on prompts, of every configuration."""
+
+    directions = {name: item.directions for name, item in configurations.items()}
+    capture = capture_pairs(model, directions, pairs, max_new_tokens)
+    activities = measure_activities(
+        model, configurations, harmful, harmless, weights, max_new_tokens
+    )
+    return capture, measure_geometry(directions, activities)

@@ -87,7 +87,7 @@ class Configuration:
         """Returns what is recorded of the configuration as JSON values."""
 
         return {
-            **self.directions.provenance.get("settings", {}),
+            **self.directions.settings,
             "names": list(self.directions.names),
             **self.key(),
         }

@@ -5,8 +5,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
-from numpy.typing import NDArray
-
 N_PROMPTS = 64
 """Prompts of each pool that the activations of an extraction are observed on."""
 
@@ -157,29 +155,3 @@ class Geometry(ByConfiguration[LayerGeometry]):
     comparisons: tuple[Comparison, ...] = ()
     activities: tuple[Activity, ...] = ()
     class_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """
-    One configuration's directions, beside their geometry.
-
-    `settings`: those of their extraction. `hits`: array of shape (n_layers, n_classes, n_neurons), how many prompts each
-    neuron wins; empty where no map was trained. `repeated`: an earlier configuration has the same class directions.
-    """
-
-    n_directions: int
-    settings: dict[str, Any]
-    class_names: tuple[str, ...]
-    hits: NDArray[Any]
-    repeated: bool
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """Everything that a report of an extraction shows."""
-
-    model: str
-    directions: dict[str, Extracted]
-    capture: CaptureResult
-    geometry: Geometry

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 
@@ -32,7 +33,7 @@ from ..tiers.coherence import is_coherent, normalized_bigram_entropy
 from ..tiers.responses import Tier, classify_response
 from .cells import Cell, CellKey, Measurement, SweepResult, Synergy, Verdict, best_layers
 from .divergence import References
-from .extraction import measure_directions
+from .geometry import measure_directions
 from .plan import Configurations, PreparedSweep, SweepOptions, SweepPlan, plan_sweep
 from .plan_settings import check_weights
 from .results import CaptureResult, Geometry
@@ -43,6 +44,16 @@ RULES = (responses, linear, text, coherence)
 
 Classifier = Callable[[str, str], Tier]
 """Returns the tier of a response to a prompt."""
+
+
+class Judged(NamedTuple):
+    """What a state of the model responds, and what was made of it: fields of a `Cell`."""
+
+    measurement: Measurement
+    responses: tuple[str, ...]
+    canary_responses: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
+    canary_verdicts: tuple[Verdict, ...]
 
 
 class SweepEvaluator:
@@ -87,18 +98,15 @@ class SweepEvaluator:
         self.references = References(
             self._engine, Continuations(tokens[n:], generated[n:]), options.top_k
         )
-        self.baseline = self._baseline()
+        # The divergence from itself, by the same path as every cell's.
+        kl = self.references.measure(self._engine, [self._nothing])[0]
+        self._base = self._judged(self._known.tokens, kl)
+        self.baseline, self.base_responses, *_ = self._base
         if self.baseline.refusals == 0:
             raise ContrastError(
                 f"{model.name} refuses none of the {len(plan.harmful)} harmful prompts, so there is nothing to measure: "
                 "use other prompts, or a model that refuses."
             )
-
-    @property
-    def base_responses(self) -> tuple[str, ...]:
-        """The unmodified model's responses to the harmful prompts."""
-
-        return self._split(self._known.tokens)[0]
 
     def grid(self) -> list[CellKey]:
         """Returns the cells of single layers, from the lowest layer to the highest."""
@@ -145,18 +153,10 @@ class SweepEvaluator:
                 by_key[cell.key()._replace(layers=(layer,))].measurement.refusals
                 for layer in cell.layers
             ]
-            found.append(
-                Synergy(
-                    configuration=cell.configuration,
-                    strength=cell.strength,
-                    layers=cell.layers,
-                    weight=cell.weight,
-                    refusals=cell.measurement.refusals,
-                    # The baseline cancels: (R₀ − R(set)) − max (R₀ − R(layer)).
-                    synergy=min(alone) - cell.measurement.refusals,
-                    kl_divergence=cell.measurement.kl_divergence,
-                )
-            )
+            measured = cell.measurement
+            # The baseline cancels: (R₀ − R(set)) − max (R₀ − R(layer)).
+            synergy = min(alone) - measured.refusals
+            found.append(Synergy(*cell.key(), measured.refusals, synergy, measured.kl_divergence))
         return tuple(found)
 
     def evaluate(self, keys: Sequence[CellKey], progress: Progress | None = None) -> list[Cell]:
@@ -175,52 +175,27 @@ class SweepEvaluator:
             if progress is not None:
                 progress(n_read // n_sequences, len(keys))
 
-        operators = [
-            {
-                layer: self.configurations[key.configuration].operator(
-                    layer, key.weight, key.strength
-                )
-                for layer in key.layers
-            }
-            for key in keys
-        ]
         components = self.options.components
-        interventions = [
-            Intervention(
-                item,
-                components,
-                self.configurations[key.configuration].embeddings and components is None,
-            )
-            for key, item in zip(keys, operators, strict=True)
-        ]
-        responses = self._engine.respond(
-            self._known, self.options.max_new_tokens, interventions, count
-        )
+        operators, interventions = [], []
+        for key in keys:
+            item = self.configurations[key.configuration]
+            found = {layer: item.operator(layer, key.weight, key.strength) for layer in key.layers}
+            operators.append(found)
+            embeddings = item.embeddings and components is None
+            interventions.append(Intervention(found, components, embeddings))
+        limit = self.options.max_new_tokens
+        responses = self._engine.respond(self._known, limit, interventions, count)
         kl = self.references.measure(self._engine, interventions, count)
         cells = []
         for index, key in enumerate(keys):
-            directions = self.configurations[key.configuration].directions
-            harmful_responses, canary_responses = self._split(responses[index])
-            verdicts = self._verdicts(self.plan.harmful, harmful_responses)
-            canary_verdicts = self._verdicts(self.plan.canaries, canary_responses)
+            mean = self.configurations[key.configuration].directions.mean_direction
+            along = [weight_along(item, mean[at + 1]) for at, item in operators[index].items()]
             cells.append(
                 Cell(
-                    configuration=key.configuration,
-                    strength=key.strength,
-                    layers=key.layers,
-                    weight=key.weight,
-                    effective_weight=max(
-                        effective_weight(operator) for operator in operators[index].values()
-                    ),
-                    weight_along_mean=max(
-                        weight_along(operator, directions.mean_direction[layer + 1])
-                        for layer, operator in operators[index].items()
-                    ),
-                    measurement=measure(verdicts, canary_verdicts, kl[index]),
-                    responses=harmful_responses,
-                    canary_responses=canary_responses,
-                    verdicts=verdicts,
-                    canary_verdicts=canary_verdicts,
+                    *key,
+                    effective_weight=max(map(effective_weight, operators[index].values())),
+                    weight_along_mean=max(along),
+                    **self._judged(responses[index], kl[index])._asdict(),
                 )
             )
         return cells
@@ -243,15 +218,25 @@ class SweepEvaluator:
             known = Continuations(known.prompts, found)
         return known
 
-    def _baseline(self) -> Measurement:
-        """Measures the unmodified model, its divergence from itself by the same path as every cell's."""
+    def _judged(self, tokens: Sequence[Tokens], kl: tuple[float, float]) -> Judged:
+        """Judges responses. `kl`: the divergence, and its standard error, which is not a number where there is none."""
 
-        harmful_responses, canary_responses = self._split(self._known.tokens)
-        return measure(
-            self._verdicts(self.plan.harmful, harmful_responses),
-            self._verdicts(self.plan.canaries, canary_responses),
-            self.references.measure(self._engine, [self._nothing])[0],
+        responses, canary_responses = self._split(tokens)
+        verdicts = self._verdicts(self.plan.harmful, responses)
+        canary_verdicts = self._verdicts(self.plan.canaries, canary_responses)
+        tiers = Counter(verdict.tier for verdict in verdicts)
+        measurement = Measurement(
+            refusals=tiers[Tier.REFUSE.value],
+            evasive=tiers[Tier.EVASIVE.value],
+            complied=tiers[Tier.COMPLY.value],
+            incoherent=sum(not verdict.coherent for verdict in verdicts),
+            n_harmful=len(verdicts),
+            canary_refusals=sum(verdict.tier == Tier.REFUSE.value for verdict in canary_verdicts),
+            n_canaries=len(canary_verdicts),
+            kl_divergence=kl[0],
+            kl_standard_error=kl[1] if math.isfinite(kl[1]) else None,
         )
+        return Judged(measurement, responses, canary_responses, verdicts, canary_verdicts)
 
     def _split(self, tokens: Sequence[Tokens]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Returns the responses to harmful prompts, and those to canaries."""
@@ -316,36 +301,13 @@ class SweepEvaluator:
             categories=tuple(prompt.category or "" for prompt in self.plan.harmful),
             canaries=tuple(prompt.text for prompt in self.plan.canaries),
             baseline_responses=self.base_responses,
-            baseline_verdicts=self._verdicts(self.plan.harmful, self.base_responses),
+            baseline_verdicts=self._base.verdicts,
             pools=self.plan.pools,
             settings={
                 **self.options.to_dict(),
                 "directions": {name: item.to_dict() for name, item in self.configurations.items()},
             },
         )
-
-
-def measure(
-    verdicts: Sequence[Verdict], canary_verdicts: Sequence[Verdict], kl: tuple[float, float]
-) -> Measurement:
-    """
-    Counts tiers, incoherent responses and false refusals.
-
-    `kl`: the divergence, and its standard error, which is not a number where there is none.
-    """
-
-    tiers = Counter(verdict.tier for verdict in verdicts)
-    return Measurement(
-        refusals=tiers[Tier.REFUSE.value],
-        evasive=tiers[Tier.EVASIVE.value],
-        complied=tiers[Tier.COMPLY.value],
-        incoherent=sum(not verdict.coherent for verdict in verdicts),
-        n_harmful=len(verdicts),
-        canary_refusals=sum(verdict.tier == Tier.REFUSE.value for verdict in canary_verdicts),
-        n_canaries=len(canary_verdicts),
-        kl_divergence=kl[0],
-        kl_standard_error=kl[1] if math.isfinite(kl[1]) else None,
-    )
 
 
 def swept_layers(model: LanguageModel, options: SweepOptions) -> list[int]:

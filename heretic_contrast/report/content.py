@@ -5,7 +5,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -134,18 +134,6 @@ class Figure:
     title: str
     alternative: str
     draw: Callable[[], bytes]
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        title: str,
-        alternative: str,
-        draw: Callable[..., bytes],
-        *arguments: Any,
-        **options: Any,
-    ) -> "Figure":
-        return cls(name, title, alternative, partial(draw, *arguments, **options))
 
     @cached_property
     def png(self) -> bytes:

@@ -2,17 +2,18 @@
 
 """The report of an extraction: what a baseline does to the directions, before any model is changed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..evaluation.results import (
     MAX_RESPONSE_LENGTH,
     N_PROMPTS,
-    Extracted,
-    Extraction,
+    CaptureResult,
+    Geometry,
     LayerGeometry,
 )
 from . import plots
@@ -29,9 +30,20 @@ from .sections import (
 )
 from .writing import say_what_is_missing, to_csv, to_json, to_rich, write_report
 
+if TYPE_CHECKING:
+    from ..directions.directions import Directions
+
+    Extracted = Mapping[str, Directions]
+    """The directions of each configuration."""
+
 
 def write_extraction_report(
-    extraction: Extraction, directory: Path, log: Callable[..., None]
+    model: str,
+    extracted: "Extracted",
+    directory: Path,
+    log: Callable[..., None],
+    capture: CaptureResult,
+    geometry: Geometry,
 ) -> None:
     """
     Writes capture, geometry and activities as JSON, CSV, plots and `report.html`, and prints the main tables.
@@ -39,18 +51,15 @@ def write_extraction_report(
     Raises `ContrastError` when a file cannot be written.
     """
 
-    capture, geometry = extraction.capture, extraction.geometry
-    report = extraction_report(extraction)
+    report = extraction_report(model, extracted, capture, geometry)
+    tables = (*report.tables(), capture_layers_table(capture))
     texts = {
         "capture.json": to_json(capture.to_dict()),
         "geometry.json": to_json(geometry.to_dict()),
-        **{
-            f"{table.name}.csv": to_csv(table)
-            for table in (*report.tables(), capture_layers_table(capture))
-        },
+        **{f"{table.name}.csv": to_csv(table) for table in tables},
     }
     write_report(report, directory, texts)
-    log(to_rich(configuration_table(extraction)))
+    log(to_rich(configuration_table(extracted, geometry)))
     if capture.layers:
         log()
         log(to_rich(capture_table(capture)))
@@ -66,11 +75,11 @@ def write_extraction_report(
     say_what_is_missing(log)
 
 
-def extraction_report(extraction: Extraction) -> Report:
-    capture, geometry = extraction.capture, extraction.geometry
-    names = list(extraction.directions)
+def extraction_report(
+    model: str, extracted: "Extracted", capture: CaptureResult, geometry: Geometry
+) -> Report:
     sections = [
-        Section("Overview", tables=(configuration_table(extraction),)),
+        Section("Overview", tables=(configuration_table(extracted, geometry),)),
         capture_section(capture),
         magnitude_section(geometry),
         compounding_section(geometry),
@@ -78,27 +87,24 @@ def extraction_report(extraction: Extraction) -> Report:
     if geometry.comparisons:
         sections.append(comparison_section(geometry))
     if geometry.activities:
-        sections.append(
-            perturbation_section(
-                geometry,
-                f"The first {N_PROMPTS} prompts of the pools of harmful and of general harmless prompts for extraction; at most {MAX_RESPONSE_LENGTH} decoding steps.",
-            )
-        )
-    layer = shown_layer(len(geometry.layers) // len(names), capture)
-    sections.append(classes_section(extraction, layer))
+        pools = f"The first {N_PROMPTS} prompts of the pools of harmful and of general harmless prompts for extraction"
+        note = f"{pools}; at most {MAX_RESPONSE_LENGTH} decoding steps."
+        sections.append(perturbation_section(geometry, note))
+    layer = shown_layer(len(geometry.layers) // len(extracted), capture)
+    sections.append(classes_section(extracted, geometry, layer))
     return Report(
-        title=f"Refusal directions of {extraction.model}",
-        subtitle=f"{len(names)} configurations: {', '.join(names)}",
-        summary=summary(extraction),
+        title=f"Refusal directions of {model}",
+        subtitle=f"{len(extracted)} configurations: {', '.join(extracted)}",
+        summary=summary(extracted, capture, geometry),
         sections=tuple(sections),
     )
 
 
-def summary(extraction: Extraction) -> tuple[str, ...]:
+def summary(extracted: "Extracted", capture: CaptureResult, geometry: Geometry) -> tuple[str, ...]:
     sentences = []
-    captured = {row[0]: row for row in capture_table(extraction.capture).rows}
-    for name, directions in extraction.directions.items():
-        strongest = max(extraction.geometry.of(name), key=lambda layer: layer.effective_weight)
+    captured = {row[0]: row for row in capture_table(capture).rows}
+    for name, directions in extracted.items():
+        strongest = max(geometry.of(name), key=lambda layer: layer.effective_weight)
         sentence = (
             f"{name}: {directions.n_directions} directions per layer, effective weight at weight 1 up to "
             f"{strongest.effective_weight:.2f} (layer {strongest.layer})"
@@ -110,27 +116,27 @@ def summary(extraction: Extraction) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def configuration_table(extraction: Extraction) -> Table:
+def configuration_table(extracted: "Extracted", geometry: Geometry) -> Table:
     """Returns what each configuration's directions look like, averaged over layers."""
 
     def setting(name: str) -> Callable[[str], Any]:
-        return lambda item: extraction.directions[item].settings.get(name)
+        return lambda item: extracted[item].settings.get(name)
 
     def average(attribute: str) -> Callable[[str], float | None]:
         def value(item: str) -> float | None:
-            values = [getattr(layer, attribute) for layer in extraction.geometry.of(item)]
+            values = [getattr(layer, attribute) for layer in geometry.of(item)]
             known = [value for value in values if value is not None]
             return sum(known) / len(known) if known else None
 
         return value
 
     return Table.of(
-        extraction.directions,
+        extracted,
         "configurations",
         "Directions by configuration",
         text_column("Configuration", str),
         text_column("Baseline", setting("baseline"), essential=False),
-        Column("Directions", lambda item: extraction.directions[item].n_directions),
+        Column("Directions", lambda item: extracted[item].n_directions),
         text_column("SVD", lambda item: "yes" if setting("svd")(item) else "no", essential=False),
         text_column("Scale", setting("scale"), essential=False),
         Column("Mean norm", average("mean_norm"), number(3)),
@@ -141,13 +147,10 @@ def configuration_table(extraction: Extraction) -> Table:
     )
 
 
-def classes_section(extraction: Extraction, layer: int) -> Section:
+def classes_section(extracted: "Extracted", geometry: Geometry, layer: int) -> Section:
     """Returns the classes of each configuration at one layer: cosines, singular values, and maps."""
 
-    names = dict(extraction.geometry.class_names)
-    measured = {
-        item.configuration: item for item in extraction.geometry.layers if item.layer == layer
-    }
+    measured = {item.configuration: item for item in geometry.layers if item.layer == layer}
     spectra = {
         name: (
             range(1, len(item.singular_values) + 1),
@@ -157,32 +160,32 @@ def classes_section(extraction: Extraction, layer: int) -> Section:
         for first in item.singular_values[:1]
     }
     figures = [
-        Figure.of(
+        Figure(
             "singular-values",
             f"Singular values of the class directions, layer {layer}",
             f"Line plot: singular values relative to the first one, for {', '.join(spectra)}.",
-            plots.lines,
-            spectra,
-            "Index",
-            "Singular value / first one",
-            from_zero=True,
+            partial(plots.lines, spectra, "Index", "Singular value / first one", from_zero=True),
         )
     ]
     rows = []
-    for name, directions in extraction.directions.items():
-        if not directions.repeated:
-            if len(names[name]) > 1:
-                figures.append(cosine_figure(name, names[name], measured[name]))
-            if directions.hits.size and directions.settings.get("control") != "random":
+    drawn: list[Directions] = []
+    for name, directions in extracted.items():
+        classes = directions.class_direction_names
+        # SVD and scale change nothing about the classes themselves.
+        if not any(directions.class_directions.equal(other.class_directions) for other in drawn):
+            if len(classes) > 1:
+                figures.append(cosine_figure(name, classes, measured[name]))
+            if directions.hits.numel() and directions.settings.get("control") != "random":
                 figures.append(hits_figure(name, directions, layer))
+        drawn.append(directions)
         # Several neurons of a class follow each other.
-        winners = len(names[name]) // len(directions.class_names)
+        winners = len(classes) // len(directions.class_names)
         for index, norm in enumerate(measured[name].norms):
             counts: tuple[int | None, int | None] = (None, None)
-            if directions.hits.size:
-                hits = directions.hits[layer, index // winners]
+            if directions.hits.numel():
+                hits = directions.hits[layer + 1, index // winners]
                 counts = int(hits.sum()), int(hits.max())
-            rows.append((name, names[name][index], norm, *counts))
+            rows.append((name, classes[index], norm, *counts))
     table = Table(
         "classes",
         f"Classes at layer {layer}",
@@ -209,33 +212,30 @@ def classes_section(extraction: Extraction, layer: int) -> Section:
 
 
 def cosine_figure(name: str, classes: tuple[str, ...], measured: LayerGeometry) -> Figure:
-    return Figure.of(
+    return Figure(
         f"class-cosines-{slug(name)}",
         f"Cosines between classes: {name}, layer {measured.layer}",
         f"Heat map of the cosines between the directions of {', '.join(classes)}; on average {measured.mean_cosine:.2f}.",
-        plots.heat_map,
-        np.array(measured.cosines),
-        classes,
-        classes,
-        "Class",
-        "Class",
-        "Cosine",
-        limits=(-1, 1),
-        annotate="{:.2f}",
+        partial(
+            plots.heat_map,
+            np.array(measured.cosines),
+            (classes, classes),
+            ("Class", "Class", "Cosine"),
+            limits=(-1, 1),
+            annotate="{:.2f}",
+        ),
     )
 
 
-def hits_figure(name: str, directions: Extracted, layer: int) -> Figure:
+def hits_figure(name: str, directions: "Directions", layer: int) -> Figure:
     """Returns the maps of prompts won by each neuron."""
 
     rows = directions.settings.get("som_rows", 1)
-    maps = directions.hits[layer].reshape(len(directions.class_names), rows, -1)
-    return Figure.of(
+    maps = directions.hits[layer + 1].numpy().reshape(len(directions.class_names), rows, -1)
+    return Figure(
         f"som-hits-{slug(name)}",
         f"Prompts won by each neuron: {name}, layer {layer}",
         f"Self-organizing maps of {rows} by {maps.shape[2]} neurons with the number of prompts that each neuron wins, "
         f"one for each of {', '.join(directions.class_names)}.",
-        plots.hit_maps,
-        maps,
-        directions.class_names,
+        partial(plots.hit_maps, maps, directions.class_names),
     )

@@ -57,22 +57,21 @@ def _label_axis(axis: Any, labels: Sequence[str]) -> None:
 
 def heat_map(
     values: NDArray[Any],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    row_title: str,
-    column_title: str,
-    value_title: str,
+    labels: tuple[Sequence[str], Sequence[str]],
+    titles: tuple[str, str, str],
     limits: tuple[float, float],
     annotate: str = "{:.0f}",
 ) -> bytes:
     """
     Returns a heat map.
 
-    `values`: array of shape (n_rows, n_columns); NaN leaves a cell blank. `limits`: the values at the ends of the color map.
-    `annotate` formats the value that is written into each cell, unless there are more than 32 columns or 64 rows.
+    `values`: array of shape (n_rows, n_columns); NaN leaves a cell blank. `labels`: those of rows and columns. `titles`: those of
+    rows, columns and values. `limits`: the values at the ends of the color map. `annotate` formats the value that is written into each cell, unless there are more than 32 columns or 64 rows.
     """
 
     n_rows, n_columns = values.shape
+    rows, columns = labels
+    row_title, column_title, value_title = titles
     figure = _figure(
         max(4.4, min(8.0, 1.9 + 0.5 * n_columns)), max(2.8, min(11.0, 1.3 + 0.31 * n_rows))
     )

@@ -36,16 +36,8 @@ def over_layers(
         label: ([item.layer for item in items], [value(item) for item in items])
         for label, items in series.items()
     }
-    return Figure.of(
-        name,
-        title,
-        alternative.format(names=", ".join(series), axis=axis),
-        plots.lines,
-        points,
-        "Layer",
-        axis,
-        **options,
-    )
+    alternative = alternative.format(names=", ".join(series), axis=axis)
+    return Figure(name, title, alternative, partial(plots.lines, points, "Layer", axis, **options))
 
 
 def capture_section(capture: CaptureResult) -> Section:

@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,19 +346,20 @@ def refusal_figure(result: SweepResult, configuration: str, strength: str) -> Fi
             values[layers.index(cell.layers[0]), weights.index(cell.weight)] = (
                 cell.measurement.refusals
             )
-    return Figure.of(
+    n_harmful = result.baseline.n_harmful
+    weight_title = "Weight of each direction" if strength == "weight" else "Effective weight"
+    return Figure(
         f"refusals-{slug(configuration, strength)}",
         label(configuration, strength),
         f"Heat map of refusals over layers and weights for {label(configuration, strength)}; "
         "the table of the same title has the numbers.",
-        plots.heat_map,
-        values,
-        [str(layer) for layer in layers],
-        [f"{weight:g}" for weight in weights],
-        "Layer",
-        "Weight of each direction" if strength == "weight" else "Effective weight",
-        f"Refusals R (of {result.baseline.n_harmful} prompts)",
-        limits=(0, result.baseline.n_harmful),
+        partial(
+            plots.heat_map,
+            values,
+            ([str(layer) for layer in layers], [f"{weight:g}" for weight in weights]),
+            ("Layer", weight_title, f"Refusals R (of {n_harmful} prompts)"),
+            limits=(0, n_harmful),
+        ),
     )
 
 
@@ -376,6 +378,7 @@ def divergence_section(result: SweepResult) -> Section:
 
     on_fronts: list[Cell] = []
     figures = []
+    title = f"Refusals R (of {result.baseline.n_harmful} prompts)"
     for strength, names in _by_strength(result).items():
         series = {}
         for configuration in names:
@@ -388,15 +391,12 @@ def divergence_section(result: SweepResult) -> Section:
                 [cell in best for cell in cells],
             )
         figures.append(
-            Figure.of(
+            Figure(
                 f"divergence-{strength}",
                 f"Refusals against KL divergence, {STRENGTHS[strength]}",
                 f"Scatter plot of every cell's refusals against its KL divergence, with the Pareto fronts of "
                 f"{', '.join(series)}; the table below lists the cells on the fronts.",
-                plots.fronts,
-                series,
-                "KL divergence (nats)",
-                f"Refusals R (of {result.baseline.n_harmful} prompts)",
+                partial(plots.fronts, series, "KL divergence (nats)", title),
             )
         )
     table = Table.of(
@@ -443,19 +443,18 @@ def synergy_figures(result: SweepResult) -> Iterable[Figure]:
             first, second = (layers.index(layer) for layer in item.layers)
             values[first, second] = values[second, first] = item.synergy
         names = [str(layer) for layer in layers]
-        yield Figure.of(
+        yield Figure(
             f"synergy-{slug(*pair)}",
             label(*pair),
             f"Matrix of synergies of layer pairs for {label(*pair)}; the table has the numbers.",
-            plots.heat_map,
-            values,
-            names,
-            names,
-            "Layer",
-            "Layer",
-            "Synergy (refusals)",
-            limits=(-most, most),
-            annotate="{:+.0f}",
+            partial(
+                plots.heat_map,
+                values,
+                (names, names),
+                ("Layer", "Layer", "Synergy (refusals)"),
+                limits=(-most, most),
+                annotate="{:+.0f}",
+            ),
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from heretic_contrast.engine.check import checked_engine
 from heretic_contrast.engine.interface import Continuations
 from heretic_contrast.evaluation.divergence import References
-from heretic_contrast.evaluation.extraction import measure_directions
+from heretic_contrast.evaluation.geometry import measure_directions
 from heretic_contrast.evaluation.plan import Configuration, SweepOptions
 from heretic_contrast.evaluation.results import Pair
 from heretic_contrast.evaluation.sweep import sweep, swept_layers

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import rich.console
 import torch
@@ -28,8 +27,6 @@ from heretic_contrast.evaluation.geometry import measure_geometry
 from heretic_contrast.evaluation.results import (
     Activity,
     CaptureResult,
-    Extracted,
-    Extraction,
     Geometry,
     LeftOut,
     Pair,
@@ -372,10 +369,10 @@ def test_without_matplotlib_tables_remain(tmp_path: Path, monkeypatch: pytest.Mo
 def test_extraction_report(tmp_path: Path) -> None:
     capture, geometry = make_geometry()
     extracted = {
-        name: Extracted(3, {}, ("a", "b", "c"), np.zeros((3, 3, 0)), False)
-        for name in ("first", "random & <control>")
+        name: make_directions(random_tensor(4, 3, 16, seed=seed))
+        for seed, name in enumerate(("first", "random & <control>"))
     }
-    report = extraction_report(Extraction("tiny", extracted, capture, geometry))
+    report = extraction_report("tiny", extracted, capture, geometry)
     names = {figure.name for figure in report.figures()}
     assert {"norms", "singular-values", "class-cosines-first", "norm-ratio", "occupancy"} <= names
     tables = {table.name: table for table in report.tables()}
