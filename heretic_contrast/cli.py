@@ -139,15 +139,13 @@ def main() -> None:
         if arguments and arguments[0] in COMMANDS:
             command, *arguments = arguments
         elif arguments[:1] in (["-h"], ["--help"]) or not (arguments or may_be_configured()):
-            sys.stdout.write(OVERVIEW + "\n")
-            sys.stdout.flush()
+            print(OVERVIEW, flush=True)
             if not arguments:
                 sys.exit(2)
         elif arguments == ["--version"]:
             from . import __version__
 
-            sys.stdout.write(f"{PROGRAM} {__version__}\n")
-            sys.stdout.flush()
+            print(PROGRAM, __version__, flush=True)
             return
         with terminated_like_interrupted():
             import_module(f"heretic_contrast.commands.{command}").main(arguments)

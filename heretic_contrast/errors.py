@@ -24,11 +24,7 @@ class ContrastError(ValueError):
 
 
 class ContrastWarning(UserWarning):
-    """
-    What the user should know of a result, in one sentence.
-
-    The command line prints it without a place in the program.
-    """
+    """What the user should know of a result, in one sentence. The command line prints it without a place in the program."""
 
 
 def warn(sentence: str) -> None:

@@ -82,8 +82,6 @@ def _open_temporary(path: Path) -> tuple[int, str]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes the temporary files of `path` that no process holds."""
-
     if fcntl is None:
         return
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????{SUFFIX}"):

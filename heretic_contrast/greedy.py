@@ -80,16 +80,11 @@ METHODS = """
 """What a class of models may replace by a generation of its own."""
 
 
-def base_network(network: Any) -> Any:
-    """Returns the transformers model, with adapters looked through."""
-
-    return getattr(network, "get_base_model", lambda: network)()
-
-
 def peculiarities(network: Any) -> frozenset[str]:
     """Returns which generation settings may make greedy responses differ from the most likely token at each step."""
 
-    base = base_network(network)
+    # Adapters are looked through.
+    base = getattr(network, "get_base_model", lambda: network)()
     found = {
         name
         for name, value in network.generation_config.to_dict().items()
@@ -112,12 +107,6 @@ def is_plainly_greedy(network: Any) -> bool:
     return not peculiarities(network)
 
 
-def goes_row_by_row(network: Any) -> bool:
-    """Returns whether a greedy response is the same in a batch of prompts of its length as by itself."""
-
-    return peculiarities(network) <= ROW_BY_ROW
-
-
 def generation_groups(network: Any, kinds: Sequence[Hashable]) -> list[list[int]]:
     """
     Returns which prompts may be answered together, so that each gets the response that it gets by itself.
@@ -127,9 +116,10 @@ def generation_groups(network: Any, kinds: Sequence[Hashable]) -> list[list[int]
     about, none do.
     """
 
-    if is_plainly_greedy(network):
+    found = peculiarities(network)
+    if not found:
         return [list(range(len(kinds)))]
-    if not goes_row_by_row(network):
+    if not found <= ROW_BY_ROW:
         return [[index] for index in range(len(kinds))]
     by_kind: dict[Hashable, list[int]] = {}
     for index, kind in enumerate(kinds):

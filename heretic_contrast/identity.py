@@ -152,8 +152,10 @@ def weights_digest(network: Module, own_adapter: str | None = None) -> str:
             with loaded(module):
                 new: list[Future[bytes]] = []
                 for name, tensor in _tensors(module):
-                    full_name = _plain_name(f"{module_name}.{name}")
-                    if own_adapter is not None and _is_adapter(full_name, own_adapter):
+                    # Without adapters around the module.
+                    full_name = f"{module_name}.{name}".removeprefix("base_model.model.")
+                    full_name = full_name.replace(".base_layer.", ".")
+                    if any(f".lora_{side}.{own_adapter}." in full_name for side in "AB"):
                         continue
                     if tensor.device.type == "meta":
                         raise ContrastError(
@@ -225,18 +227,6 @@ def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
-def _plain_name(name: str) -> str:
-    """Returns the name that a tensor has without adapters around its module."""
-
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def _is_adapter(name: str, adapter: str) -> bool:
-    """Returns whether a tensor is a LoRA factor of an adapter."""
-
-    return f".lora_A.{adapter}." in name or f".lora_B.{adapter}." in name
-
-
 def _configuration(network: Any, own_adapter: str | None) -> dict[str, Any]:
     """Returns what decides how a network computes, besides its weights, as JSON values."""
 
@@ -276,8 +266,6 @@ def _lasting(content: Any) -> Any:
 
 
 def _own_code(network: Module) -> dict[str, str]:
-    """Returns digests of the program files that a model brought with it, by name."""
-
     files = {
         inspect.getsourcefile(type(module))
         for module in network.modules()
@@ -322,8 +310,6 @@ def _state(value: Any) -> Any:
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """Returns what decides how texts become tokens."""
-
     user = [[{"role": "user", "content": text}] for text in PROBES]
     chats = [*user, *([{"role": "system", "content": "Be brief."}, *chat] for chat in user)]
     # A template may write the date, which is no property of the model.

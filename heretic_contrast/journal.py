@@ -68,8 +68,6 @@ class JournalLock(JournalFileOpenLock):
         return acquired
 
     def _remove_dead(self) -> None:
-        """Removes the lock of a process that has died."""
-
         with suppress(OSError, ValueError):
             if is_dead(self._path.read_text(encoding="utf-8")):
                 # Renamed first, so that of several processes only one removes it.
@@ -166,8 +164,6 @@ class CheckedJournal(BaseJournalBackend):
 
 @contextmanager
 def _named(path: str, advice: str) -> Iterator[None]:
-    """Turns errors of the operating system into sentences."""
-
     try:
         yield
     except OSError as error:
@@ -175,15 +171,11 @@ def _named(path: str, advice: str) -> Iterator[None]:
 
 
 def _encode(entry: dict[str, Any]) -> bytes:
-    """Returns the line of an entry, with its checksum."""
-
     content = json.dumps(entry, separators=(",", ":")).encode()[:-1]
     return content + b',"crc32":"%08x"}\n' % zlib.crc32(content)
 
 
 def _end_of_last_line(file: FileIO) -> int:
-    """Returns where the last whole line ends."""
-
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         return 0

@@ -103,11 +103,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
 
     @classmethod
     def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> ContrastSettings:
-        """
-        Validates the plugin's table, for Heretic 2.0.
-
-        Raises `ContrastError` with the first complaint.
-        """
+        """Validates the plugin's table, for Heretic 2.0. Raises `ContrastError` with the first complaint."""
 
         return validated(ContrastSettings, raw_namespace, f"[modifier.{TABLE}]")
 

@@ -202,11 +202,7 @@ class FixedWeightSweep(ContrastScorer):
         return self.score
 
     def get_score(self, ctx: Context) -> Score:
-        """
-        Returns the score of the sweep that ran as the baseline.
-
-        Raises `ContrastError` when none has run.
-        """
+        """Returns the score of the sweep that ran as the baseline. Raises `ContrastError` when none has run."""
 
         if self.score is None:
             raise ContrastError(

@@ -2,11 +2,12 @@
 
 """`heretic-contrast doctor`: says what this installation can do, and what mends it."""
 
-import importlib.util
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from .. import __version__
 from ..errors import ContrastError, one_line
@@ -43,35 +44,27 @@ def heretic_finding() -> Finding:
     return Finding("Heretic", True, f"{installed}, with {offers[surface]}")
 
 
-def import_needs(command: str, surface: str) -> None:
-    """Imports what a command needs of a Heretic with that surface."""
-
-    # Names of their modules, since a module that has been imported is found in its package even where it is broken.
-    if command in ("audit", "judge"):
-        from ..hosts.surface import log as _
-    elif command in ("extract", "sweep"):
-        from ..hosts.loading import load_language_model as _
-    elif command == "rebuild":
-        from ..hosts.rebuilding import rebuild as _
-    elif surface == "2.0":
-        from ..hosts.heretic20 import run as _
-    else:
-        from ..hosts.heretic14 import run as _  # noqa: F401
-
-
 def command_findings() -> list[Finding]:
     """Looks at which commands work with the installed Heretic, and imports what they need of it."""
 
     from ..hosts.installed import installed_surface, obstacle
 
     surface = installed_surface()
+    hosting = "heretic20" if surface == "2.0" else "heretic14"
+    needs = {
+        "run": hosting,
+        "rebuild": "rebuilding",
+        **dict.fromkeys(("extract", "sweep"), "loading"),
+        **dict.fromkeys(("audit", "judge"), "surface"),
+        "demo": hosting,
+    }
     found = []
-    for command in ("run", "rebuild", "extract", "sweep", "audit", "judge", "demo"):
+    for command, module in needs.items():
         sentence = obstacle(command, surface)
         remedy = ""
         if sentence is None:
             try:
-                import_needs(command, surface)
+                import_module(f"heretic_contrast.hosts.{module}")
             except Exception as error:
                 # Heretic's development state may have changed whatever it likes.
                 sentence = (
@@ -99,7 +92,7 @@ def torch_finding() -> Finding:
 
 
 def module_finding(module: str, purpose: str, remedy: str, required: bool = True) -> Finding:
-    present = importlib.util.find_spec(module) is not None
+    present = find_spec(module) is not None
     return Finding(purpose, present, module if present else "not installed", remedy, required)
 
 
@@ -133,11 +126,7 @@ def findings() -> list[Finding]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """
-    Prints what was found.
-
-    Raises `ContrastError` when something required is missing, or an argument is given.
-    """
+    """Prints what was found. Raises `ContrastError` when something required is missing, or an argument is given."""
 
     parser = ArgumentParser(
         prog="heretic-contrast doctor",

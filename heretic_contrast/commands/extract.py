@@ -82,9 +82,7 @@ def main(arguments: Sequence[str]) -> None:
         settings.contrast_setting,
         needs_prompts=settings.report is not None,
     )
-    pairs = load_pairs(
-        None if settings.pairs is None else Path(settings.pairs), model_name(settings.model)
-    )
+    pairs = load_pairs(settings.pairs, model_name(settings.model))
     model = load_language_model(settings, settings.contrast.batch_size)
     model = with_common_prefix(model, settings, sources)
 

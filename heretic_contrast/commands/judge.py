@@ -2,7 +2,6 @@
 
 """`heretic-contrast judge`: gives tiers to the responses of a file, and compares them with people's."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..errors import ContrastError
 from ..files import write_text_atomically
 from ..hosts.arguments import PROGRAM, named_first
 from ..hosts.settings import CommandSettings, load_settings
-from ..outputs import require_writable_file
+from ..outputs import json_lines, require_writable_file
 from ..prompts.formats import read_file
 from ..settings import TextClassifierSettings
 from ..tiers.agreement import TIERS_OF_LABELS, Agreement
@@ -74,11 +73,7 @@ def people_tier(label: Any, labels: dict[str, Tier], path: Path) -> Tier:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """
-    Judges the responses of a file.
-
-    Raises `ContrastError` when the settings, the file or the classifier do not work.
-    """
+    """Judges the responses of a file. Raises `ContrastError` when the settings, the file or the classifier do not work."""
 
     words = named_first(arguments, "--file")
     settings = load_settings(JudgeSettings, f"{PROGRAM} judge", words)
@@ -109,15 +104,11 @@ def main(arguments: Sequence[str]) -> None:
         reasons = [f"text classifier: {settings.text_classifier}"] * len(rows)
     coherent = [is_coherent(response) for response in responses]
     if settings.output is not None:
-        text = "".join(
-            json.dumps(
-                {**row, "tier": tier.value, "coherent": clear, "reason": reason},
-                ensure_ascii=False,
-            )
-            + "\n"
+        judged = (
+            {**row, "tier": tier.value, "coherent": clear, "reason": reason}
             for row, tier, clear, reason in zip(rows, tiers, coherent, reasons, strict=True)
         )
-        write_text_atomically(Path(settings.output), text)
+        write_text_atomically(Path(settings.output), json_lines(judged))
 
     counts = Counter(tiers)
     table = Table(

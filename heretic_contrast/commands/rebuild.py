@@ -39,11 +39,7 @@ class RebuildSettings(CommandSettings):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """
-    Rebuilds a model.
-
-    Raises `ContrastError` when the record, what it names, or the output do not work.
-    """
+    """Rebuilds a model. Raises `ContrastError` when the record, what it names, or the output do not work."""
 
     words = named_first(arguments, "--record")
     require_heretic("rebuild", words)

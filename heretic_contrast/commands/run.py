@@ -19,11 +19,7 @@ BASELINE_CHOICES = {
 
 
 def choose_baseline() -> str:
-    """
-    Asks the user for the contrast baseline, in Heretic's style.
-
-    Raises `KeyboardInterrupt` when the user leaves the menu.
-    """
+    """Asks the user for the contrast baseline, in Heretic's style. Raises `KeyboardInterrupt` when the user leaves the menu."""
 
     import questionary
     from questionary import Choice, Style

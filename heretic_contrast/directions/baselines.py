@@ -207,11 +207,7 @@ BASELINES: dict[str, Baseline] = {
 
 
 def get_baseline(name: str) -> Baseline:
-    """
-    Returns the baseline with the given name.
-
-    Raises `ContrastError` when there is none.
-    """
+    """Returns the baseline with the given name. Raises `ContrastError` when there is none."""
 
     if name in BASELINES:
         return BASELINES[name]

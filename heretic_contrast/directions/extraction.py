@@ -86,7 +86,7 @@ def extract(
 
     model = replace(model.identified(), winsorization_quantile=settings.winsorization_quantile)
     # Those that a filter drops are chosen by the model's responses, so that nothing may be judged on them either.
-    digests = {text_digest(prompt.text) for pool in pools.all() for prompt in pool}
+    digests = {text_digest(prompt.text) for pool in pools.named().values() for prompt in pool}
     if needs_model(settings):
         log("* Asking the model for the categories...")
         pools = with_categories(pools, settings, model)
@@ -102,7 +102,7 @@ def extract(
     )
     cache = None if settings.residual_cache is None else Path(settings.residual_cache)
     harmful, bulk, matched = (
-        cached_residuals(model, prompts, cache, progress) for prompts in pools.all()
+        cached_residuals(model, pool, cache, progress) for pool in pools.named().values()
     )
     classes, matched_classes = (class_names_of(pool) for pool in (pools.harmful, pools.matched))
     residuals = Residuals(harmful, classes, bulk, matched, matched_classes)
@@ -116,11 +116,7 @@ def extract(
             "identity": model.identity(),
             "system_prompt": model.system_prompt,
             "response_prefix": model.response_prefix,
-            "prompts": {
-                "harmful": prompts_digest(pools.harmful),
-                "harmless": prompts_digest(pools.bulk),
-                "matched": prompts_digest(pools.matched),
-            },
+            "prompts": {name: prompts_digest(pool) for name, pool in pools.named().items()},
             "prompt_digests": sorted(digests),
             "dropped": [list(entry) for entry in pools.dropped],
         },
@@ -134,7 +130,7 @@ def _log_classes(pools: Pools, settings: ContrastSettings, log: Log) -> None:
         counts = Counter(prompt.category for prompt in pools.harmful)
         listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=str))
         log(f"* Harmful prompts by category: {escape(one_line(listed))}")
-    for name, pool in zip(("harmful", "harmless", "matched"), pools.all(), strict=True):
+    for name, pool in pools.named().items():
         n_repeated = len(pool) - len(set(pool))
         if n_repeated:
             log(f"* [bold]{n_repeated}[/] of the {len(pool)} {name} prompts repeat another")

@@ -86,8 +86,6 @@ def read_directions(path: Path | str) -> dict[str, Any]:
 def _fault(
     tensors: Mapping[str, Tensor], fields: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> str | None:
-    """Returns what is wrong with the content of a file."""
-
     if any(tensor.dtype != TENSORS[name] for name, tensor in tensors.items()):
         return "holds numbers of other types than this version writes"
     digests = content_digest(tensors), _metadata_digest(metadata)
@@ -175,8 +173,6 @@ def content_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _metadata_digest(metadata: Mapping[str, str]) -> str:
-    """Returns a digest of everything but itself."""
-
     content = {name: text for name, text in metadata.items() if name != "metadata_digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

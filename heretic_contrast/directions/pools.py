@@ -28,8 +28,8 @@ class Pools:
     dropped: tuple[tuple[str, int, int], ...] = ()
     """What a behavior filter found: name of the pool, number of misbehaving prompts, number of all prompts."""
 
-    def all(self) -> tuple[tuple[Prompt, ...], ...]:
-        return (self.harmful, self.bulk, self.matched)
+    def named(self) -> dict[str, tuple[Prompt, ...]]:
+        return {"harmful": self.harmful, "harmless": self.bulk, "matched": self.matched}
 
 
 def shared_texts(first: Sequence[Prompt], second: Sequence[Prompt]) -> set[str]:

@@ -175,8 +175,6 @@ def _diverged(index: int, settings: SomSettings) -> ContrastError:
 def _train_compiled(
     som_kernel: ModuleType, points: list[NDArray[Any]], settings: SomSettings
 ) -> list[TrainedMap]:
-    """Trains the maps in the compiled loop."""
-
     rates, rate_columns = _rates(settings)
 
     def train(index: int) -> TrainedMap:

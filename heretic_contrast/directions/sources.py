@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""
-Where directions come from, looked at before a model is loaded, and which prompts nothing may be judged on after that.
-"""
+"""Where directions come from, looked at before a model is loaded, and which prompts nothing may be judged on after that."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -141,11 +139,7 @@ class DirectionSources:
     def named_pools(self) -> dict[str, tuple[Prompt, ...]]:
         """Returns the pools of the one configuration by name; none where its directions come from a file."""
 
-        return {
-            name: pool
-            for pools in self.pools.values()
-            for name, pool in zip(("harmful", "harmless", "matched"), pools.all(), strict=True)
-        }
+        return {name: pool for pools in self.pools.values() for name, pool in pools.named().items()}
 
     def used_prompts(self) -> UsedPrompts:
         """Returns the prompts that the directions come from, before they are extracted."""
@@ -154,7 +148,7 @@ class DirectionSources:
         fitted = {
             text_digest(prompt.text)
             for pools in self.pools.values()
-            for pool in pools.all()
+            for pool in pools.named().values()
             for prompt in pool
         }
         return replace(used, digests=used.digests | fitted)

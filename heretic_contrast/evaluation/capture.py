@@ -34,7 +34,7 @@ RANK_TOLERANCE = 1e-6
 """Singular values of unit directions below this share of the first one are rounding."""
 
 
-def load_pairs(path: Path | None = None, model: str | None = None) -> list[Pair]:
+def load_pairs(path: Path | str | None = None, model: str | None = None) -> list[Pair]:
     """
     Returns pairs from a file with the columns "refused", "answered", and perhaps "category", in any format with columns (paper, section 4.4).
 
@@ -50,7 +50,7 @@ def load_pairs(path: Path | None = None, model: str | None = None) -> list[Pair]
         path = DATA / "pairs.jsonl"
     pairs = []
     columns = ("refused", "answered", "category")
-    for row in read_file(path, columns).rows:
+    for row in read_file(Path(path), columns).rows:
         cells: list[Any] = [row.cells.get(column) or "" for column in columns]
         if not (all(map(is_text, cells)) and cells[0] and cells[1]):
             raise ContrastError(
@@ -191,8 +191,6 @@ def capture_pairs(
 
 
 def _mean_and_error(values: Tensor) -> tuple[float | None, float | None]:
-    """Returns the mean of the finite values, and its standard error."""
-
     finite = values[values.isfinite()]
     if not len(finite):
         return None, None

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, TypeAdapter
 
-from ..outputs import csv_text, json_text
+from ..outputs import csv_text, json_lines, json_text
 from .statistics import wilson_interval
 
 
@@ -299,4 +299,4 @@ class SweepResult:
             for where, pool, prompts, responses, verdicts in given
             for prompt, response, verdict in zip(prompts, responses, verdicts, strict=True)
         )
-        return "".join(f"{json_text(row, sort_keys=False, indent=None)}\n" for row in rows)
+        return json_lines(rows)

@@ -33,9 +33,6 @@ class SparseLogProbabilities:
     values: Tensor
     tails: Tensor
 
-    def n_bytes(self) -> int:
-        return self.tokens.nbytes + self.values.nbytes + self.tails.nbytes
-
     def at(self, positions: Tensor) -> "SparseLogProbabilities":
         """Returns what is kept of some positions, in a new order. `positions`: integer Tensor of shape (n_positions,)."""
 

@@ -294,7 +294,7 @@ def prepare_sweep(
     storage = settings.storage or str(output / "sweep.journal")
     if "://" not in storage:
         require_writable_file(Path(storage))
-    pairs = load_pairs(None if settings.pairs is None else Path(settings.pairs), model_name)
+    pairs = load_pairs(settings.pairs, model_name)
     configurations = contrast.configurations()
     if settings.random_control and all(
         item.control is Control.NONE for item in configurations.values()

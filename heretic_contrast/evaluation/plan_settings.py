@@ -22,11 +22,7 @@ WEIGHTS = (0.3, 0.5, 0.8, 1.0, 1.2)
 
 
 def parse_layers(text: str) -> tuple[int, ...] | None:
-    """
-    Returns the layers that a text names, or None for all.
-
-    Raises `ContrastError` when the text does not name layers.
-    """
+    """Returns the layers that a text names, or None for all. Raises `ContrastError` when the text does not name layers."""
 
     if text.strip() == "all":
         return None
@@ -97,9 +93,7 @@ class SweepPlanSettings(PairsSettings, TextClassifierSettings):
     """Whether to sweep random directions of the same norms and cosines beside the first configuration."""
 
     n_harmful: PositiveInt = 10
-    """
-    Number of harmful prompts to judge, stratified over categories (the paper: 10). Unless given, it fits itself to the pool.
-    """
+    """Number of harmful prompts to judge, stratified over categories (the paper: 10). Unless given, it fits itself to the pool."""
 
     n_canaries: PositiveInt = 10
     """Number of harmless prompts whose false refusals are counted. Unless given, it fits itself to the pool."""

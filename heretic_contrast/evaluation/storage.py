@@ -178,16 +178,12 @@ class SweepState:
         )
 
     def _set_state(self, trial: FrozenTrial, state: TrialState) -> bool:
-        """Changes a trial's state, and returns whether this process did it."""
-
         try:
             return self._study._storage.set_trial_state_values(trial._trial_id, state)
         except UpdateFinishedTrialError:
             return False
 
     def _enqueue(self, keys: Sequence[CellKey]) -> None:
-        """Enqueues the cells that no trial stands for yet."""
-
         present = {
             _key(trial)
             for trial in self._study.get_trials(deepcopy=False)
@@ -276,8 +272,6 @@ def _part(progress: Progress | None, n_done: int, n_claimed: int, n_cells: int) 
 
 
 def _key(trial: FrozenTrial) -> CellKey:
-    """Returns the cell that a trial stands for."""
-
     parameters = trial.system_attrs["fixed_params"]
     layers = tuple(map(int, parameters["layers"].split()))
     return CellKey(**{**parameters, "layers": layers})

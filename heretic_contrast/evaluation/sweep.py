@@ -239,16 +239,12 @@ class SweepEvaluator:
         return Judged(measurement, responses, canary_responses, verdicts, canary_verdicts)
 
     def _split(self, tokens: Sequence[Tokens]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Returns the responses to harmful prompts, and those to canaries."""
-
         rows = [list(row) for row in tokens]
         responses = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
         n_harmful = len(self.plan.harmful)
         return tuple(responses[:n_harmful]), tuple(responses[n_harmful:])
 
     def _verdicts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[Verdict, ...]:
-        """Returns the tier and the coherence of each response."""
-
         return tuple(
             Verdict(
                 tier=self._classify(prompt.text, response).value,

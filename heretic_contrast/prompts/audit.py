@@ -7,8 +7,7 @@ A match is one category that the lexicon finds in one prompt, so a prompt may co
 counts 859 matches in 400 prompts. A match says what a prompt is about, not that it is harmful.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from ..errors import ContrastError
 from ..files import write_text_atomically
-from ..outputs import json_text
+from ..outputs import json_lines, json_text
 from . import Prompt, prompts_digest
 from .categories import CATEGORIES, classify
 
@@ -143,7 +142,7 @@ def run_audit(prompts: Sequence[Prompt], output: Path, cleaned: Path | None = No
     """
     Audits the pool and writes `audit.json` into the directory `output`.
 
-    With `cleaned` it also writes the pool without its matching prompts there, as `json_lines`: read as a pool, they
+    With `cleaned` it also writes the pool without its matching prompts there, as JSON Lines: read as a pool, they
     are the same prompts.
 
     Raises `ContrastError` when the pool is empty, cleaning leaves nothing, or a file cannot be written.
@@ -158,27 +157,20 @@ def run_audit(prompts: Sequence[Prompt], output: Path, cleaned: Path | None = No
                 f"All {len(prompts)} prompts of the pool touch a harm category, so nothing is left to write to {cleaned}: "
                 "audit a larger pool."
             )
-        write_text_atomically(cleaned, json_lines(kept))
+        write_text_atomically(cleaned, json_lines(rows_of(kept)))
     return audit
 
 
-def json_lines(prompts: Sequence[Prompt]) -> str:
-    """Returns a pool as JSON Lines: texts, or conversations where a prompt has a system prompt of its own."""
+def rows_of(prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
+    """Yields a pool as JSON values: texts, or conversations where a prompt has a system prompt of its own."""
 
     has_system = any(prompt.system is not None for prompt in prompts)
-    lines = []
     for prompt in prompts:
         row: dict[str, Any] = {"text": prompt.text}
         if has_system:
             turns = {"system": prompt.system, "user": prompt.text}
-            row = {
-                "messages": [
-                    {"role": role, "content": content}
-                    for role, content in turns.items()
-                    if content is not None
-                ]
-            }
+            said = {role: content for role, content in turns.items() if content is not None}
+            row = {"messages": [{"role": role, "content": text} for role, text in said.items()]}
         if prompt.category is not None:
             row["category"] = prompt.category
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return "".join(lines)
+        yield row

@@ -125,8 +125,6 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
 
 
 def _read_text(text: str, path: Path) -> Rows:
-    """Returns the lines of a text. Raises `ContrastError` when they are no prompts."""
-
     rows = [
         Row(f"Line {number} of {path}", {"text": line.strip()})
         for number, line in enumerate(LINE_END.split(text), 1)
@@ -169,8 +167,6 @@ def _decoded(content: bytes, path: Path) -> str:
 
 
 def _read_arrow(content: bytes, path: Path, columns: Collection[str]) -> Rows:
-    """Returns the rows of a Parquet file, or of an Arrow file of either kind. Raises `ContrastError` when it is damaged."""
-
     import pyarrow
     import pyarrow.parquet
     from datasets import Features
@@ -287,8 +283,6 @@ def _delimiter(text: str, delimiters: str) -> str:
 
 
 def _csv_header(text: str, delimiter: str) -> list[str]:
-    """Returns the names of the columns, without spaces around them."""
-
     try:
         cells = next(
             filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)), []

@@ -122,8 +122,6 @@ def _take_split(
 
 
 def _joined(name: str, pieces: Sequence[Rows]) -> Rows:
-    """Returns the rows of all pieces, in order."""
-
     columns = dict.fromkeys(column for piece in pieces for column in piece.columns or ())
     return Rows(
         name,
@@ -134,8 +132,6 @@ def _joined(name: str, pieces: Sequence[Rows]) -> Rows:
 
 
 def _read_hub(source: PromptSource, columns: Collection[str], setting: Setting) -> Rows:
-    """Returns rows of a dataset on the Hugging Face Hub, or of what is left of it in the cache."""
-
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

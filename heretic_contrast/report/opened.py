@@ -60,8 +60,10 @@ def opened_cells(result: SweepResult) -> tuple[dict[CellKey, str], list[tuple[st
             for prompt, response, verdict in zip(prompts, responses, verdicts, strict=True)
         ]
 
+    columns = tuple(map(text_column, ("Tier", "Prompt", "Response", "Decided by")))
     base = rows(result.prompts, result.baseline_responses, result.baseline_verdicts)
-    parts = [_part(UNMODIFIED, "Responses of the unmodified model", base)]
+    title = "Responses of the unmodified model"
+    parts = [(UNMODIFIED, Table(UNMODIFIED, title, columns, tuple(base)))]
     left = MAXIMUM_CHARACTERS - _length(base)
     anchors: dict[CellKey, str] = {}
     for number, cell in enumerate(_ranked(result)):
@@ -76,9 +78,9 @@ def opened_cells(result: SweepResult) -> tuple[dict[CellKey, str], list[tuple[st
         left -= _length(shown)
         if left < 0:
             break
-        anchors[cell.key()] = f"cell-{number}"
+        anchor = anchors[cell.key()] = f"cell-{number}"
         name = f"{cell.configuration}, layers {layers_text(cell.layers)}, {cell.strength} {cell.weight:g}"
-        parts.append(_part(f"cell-{number}", f"Responses: {name}", shown))
+        parts.append((anchor, Table(anchor, f"Responses: {name}", columns, tuple(shown))))
     return anchors, parts
 
 
@@ -101,8 +103,3 @@ def _ranked(result: SweepResult) -> list[Cell]:
 
 def _length(rows: Sequence[Sequence[str]]) -> int:
     return sum(len(text) for row in rows for text in row)
-
-
-def _part(anchor: str, title: str, rows: Sequence[Row]) -> tuple[str, Table]:
-    columns = [text_column(name) for name in ("Tier", "Prompt", "Response", "Decided by")]
-    return anchor, Table(anchor, title, tuple(columns), tuple(rows))

@@ -198,8 +198,6 @@ def hit_maps(hits: Sequence[NDArray[Any]], titles: Sequence[str]) -> bytes:
 def _write_values(
     axes: Any, values: NDArray[Any], low: float, high: float, form: str, fontsize: int = 8
 ) -> None:
-    """Writes every finite value into its cell."""
-
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             # Black on the light half of the color map, white on the dark half.
@@ -217,8 +215,6 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _finished(figure: Any, axes: Any, x_title: str, y_title: str) -> bytes:
-    """Returns a plot of series, with titles, a grid and a legend."""
-
     axes.set_xlabel(x_title)
     axes.set_ylabel(y_title)
     axes.grid(alpha=0.3)

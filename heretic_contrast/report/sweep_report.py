@@ -283,8 +283,6 @@ def minimal_weight_table(result: SweepResult) -> Table:
 
 
 def _grid(result: SweepResult, configuration: str, strength: str) -> tuple[list[int], list[float]]:
-    """Returns the layers and weights of one configuration's single cells."""
-
     cells = result.single_cells(configuration, strength)
     # A synergy test may add a weight for a few layers; the grid's weights come from the settings.
     swept = result.settings.get("weights") or sorted({cell.weight for cell in cells})

@@ -207,7 +207,8 @@ def test_natural_pools_fit_by_default(tmp_path: Path) -> None:
         assert len(prepared.harmful) == 10
         assert {prompt.category for prompt in prepared.harmful} == set(natural_pools.TEST)
         assert (len(prepared.canaries), len(prepared.references)) == (10, 90)
-        assert {len(pool) for pool in prepared.sources.pools[preset].all()} <= {400, 0, 432, 486}
+        pools = prepared.sources.pools[preset].named().values()
+        assert {len(pool) for pool in pools} <= {400, 0, 432, 486}
 
 
 def dense(vectors: torch.Tensor, weights: list[float], composition: str) -> torch.Tensor:
