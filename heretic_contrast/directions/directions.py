@@ -65,7 +65,7 @@ class Directions:
     def settings(self) -> dict[str, Any]:
         """Those of the extraction, as far as they are said."""
 
-        return self.provenance.get("settings", {})  # type: ignore[no-any-return]
+        return self.provenance.get("settings", {})
 
     @property
     def scale(self) -> Scale:

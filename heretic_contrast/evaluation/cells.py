@@ -197,12 +197,8 @@ class SweepResult:
         return single_cells(self.cells, configuration, strength)
 
     def efficiency(self, cell: Cell) -> float | None:
-        return efficiency(
-            self.baseline.refusals,
-            cell.measurement.refusals,
-            cell.measurement.kl_divergence,
-            self.floor,
-        )
+        found = cell.measurement
+        return efficiency(self.baseline.refusals, found.refusals, found.kl_divergence, self.floor)
 
     def summaries(self) -> list[LayerSummary]:
         """Returns what each configuration achieves on each layer."""
@@ -216,19 +212,14 @@ class SweepResult:
         found = []
         for layer, column in columns.items():
             best = next((cell for cell in column if cell.measurement.refusals == 0), None)
+            achieved: tuple[float | None, ...] = (None, None, None)
+            if best is not None:
+                divergence = best.measurement.kl_divergence
+                achieved = (best.weight, divergence, self.efficiency(best))
+            fewest = min(cell.measurement.refusals for cell in column)
+            functional, successful = fewest < self.baseline.refusals, best is not None
             found.append(
-                LayerSummary(
-                    configuration=configuration,
-                    strength=strength,
-                    layer=layer,
-                    functional=any(
-                        cell.measurement.refusals < self.baseline.refusals for cell in column
-                    ),
-                    successful=best is not None,
-                    minimal_weight=None if best is None else best.weight,
-                    kl_divergence=None if best is None else best.measurement.kl_divergence,
-                    efficiency=None if best is None else self.efficiency(best),
-                )
+                LayerSummary(configuration, strength, layer, functional, successful, *achieved)
             )
         return found
 

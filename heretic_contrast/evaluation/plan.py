@@ -189,11 +189,8 @@ def plan_sweep(
     used = used or UsedPrompts.of({name: item.directions for name, item in completed.items()})
     kept: dict[str, tuple[Prompt, ...]] = {}
     pools: dict[str, dict[str, Any]] = {"extraction": used.to_dict()}
-    for name, prompts in (
-        ("harmful", harmful),
-        ("canaries", canaries),
-        ("references", references),
-    ):
+    given = {"harmful": harmful, "canaries": canaries, "references": references}
+    for name, prompts in given.items():
         kept[name], count = used.leave_out(prompts)
         count += (left_out or {}).get(name, 0)
         pools[name] = {

@@ -170,11 +170,11 @@ def fronts(
     return _finished(figure, axes, x_title, y_title)
 
 
-def hit_maps(hits: Sequence[NDArray[Any]], titles: Sequence[str]) -> bytes:
+def hit_maps(hits: NDArray[Any], titles: Sequence[str]) -> bytes:
     """
     Returns maps of the prompts that each neuron wins, side by side, with counts in the cells.
 
-    `hits`: arrays of shape (rows, columns), integers.
+    `hits`: array of shape (n_maps, rows, columns), integers.
     """
 
     n_columns = min(3, len(hits))
