@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .errors import ContrastError, one_line
 
@@ -128,10 +129,9 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
 def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Returns tokens and mask, integer tensors of shape (n, length), padded on the left."""
 
-    length = max(map(len, sequences))
-    tokens = torch.full((len(sequences), length), pad)
-    mask = torch.zeros(len(sequences), length, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        tokens[row, length - len(sequence) :] = torch.tensor(sequence)
-        mask[row, length - len(sequence) :] = 1
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    tokens, mask = (
+        pad_sequence(part, batch_first=True, padding_value=filling, padding_side="left")
+        for part, filling in ((rows, pad), ([torch.ones_like(row) for row in rows], 0))
+    )
     return tokens, mask

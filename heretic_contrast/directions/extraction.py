@@ -148,7 +148,6 @@ def extract_directions(
     residuals: Residuals,
     settings: ContrastSettings,
     provenance: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
 ) -> Directions:
     """
     Extracts directions from residuals (paper, section 3.2).
@@ -164,7 +163,7 @@ def extract_directions(
     selection = select_classes(residuals.harmful_classes, residuals.matched_classes, settings)
     residuals, class_names = residuals.of(selection), selection.names
     # 2. Differences from the baseline, and a map (or a mean) of those of each class.
-    as_trained, hits = class_directions(residuals, class_names, settings, progress)
+    as_trained, hits = class_directions(residuals, class_names, settings)
     names = direction_names(class_names, settings)
     # 3. What may change or replace them.
     bulk_means = _layer_means(residuals.bulk)
@@ -245,10 +244,7 @@ def _layer_means(residuals: Tensor) -> Tensor:
 
 
 def class_directions(
-    residuals: Residuals,
-    class_names: Sequence[str],
-    settings: ContrastSettings,
-    progress: Progress | None = None,
+    residuals: Residuals, class_names: Sequence[str], settings: ContrastSettings
 ) -> tuple[Tensor, Tensor]:
     """
     Returns class directions as trained, and the hits of their maps.
@@ -263,10 +259,9 @@ def class_directions(
         name: [index for index, other in enumerate(residuals.harmful_classes) if other == name]
         for name in class_names
     }
-    n_layers = residuals.harmful.shape[1]
     directions: list[Tensor] = []
     hits: list[Tensor] = []
-    for index in range(n_layers):
+    for index in range(residuals.harmful.shape[1]):
         # One layer at a time, so that differences of all layers never exist beside the residuals.
         differences = baseline(residuals.layer(index), options)
         samples = [differences[members[name]].numpy() for name in class_names]
@@ -278,8 +273,6 @@ def class_directions(
             maps = train_maps(samples, _som_settings(settings), backend=settings.som_backend)
             directions.append(torch.cat([winning_neurons(item, settings.winners) for item in maps]))
             hits.append(torch.from_numpy(np.stack([item.hits for item in maps]).astype(np.int64)))
-        if progress is not None:
-            progress(index + 1, n_layers)
     return torch.stack(directions), torch.stack(hits)
 
 

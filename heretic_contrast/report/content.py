@@ -3,6 +3,7 @@
 """What a report consists of: sections with text, tables and figures, before they take any form."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -57,9 +58,7 @@ def layers_text(layers: Any) -> str:
 def slug(*names: str) -> str:
     """Returns a part of a file name; names come from users."""
 
-    return "-".join(
-        "".join(letter if letter.isalnum() else "-" for letter in name) for name in names
-    )
+    return re.sub(r"[\W_]", "-", "-".join(names))
 
 
 @dataclass(frozen=True)
