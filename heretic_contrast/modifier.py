@@ -90,12 +90,6 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         return "Contrast abliteration"
 
     @property
-    def reproducible(self) -> bool:
-        """Whether Heretic can rebuild a model from its settings alone: it would need this package."""
-
-        return False
-
-    @property
     def parameters_class(self) -> type[Parameters]:
         """What a trial's parameters are restored with; said here, so that a mixin in front does not hide it."""
 

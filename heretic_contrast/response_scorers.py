@@ -69,12 +69,6 @@ class ContrastScorer(PluginTables, Scorer):
     settings_class: ClassVar[type[BaseModel]]
 
     @property
-    def reproducible(self) -> bool:
-        """Whether Heretic can rebuild a score from its settings alone: it would need this package."""
-
-        return False
-
-    @property
     def score_name(self) -> str:
         """What the command line and the model card call the score."""
 
