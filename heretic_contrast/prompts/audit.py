@@ -92,14 +92,8 @@ class PoolAudit:
 
 
 def audit_pool(prompts: Sequence[Prompt]) -> PoolAudit:
-    """
-    Counts the categories that the lexicon finds in the prompts (paper, section 2.2).
+    """Counts the categories that the lexicon finds in the prompts of a pool, which is not empty (paper, section 2.2)."""
 
-    Raises `ContrastError` when the pool is empty.
-    """
-
-    if not prompts:
-        raise ContrastError("The pool to audit is empty: give one with prompts.")
     matching: dict[str, list[str]] = {category: [] for category in CATEGORIES}
     n_matching_prompts = 0
     for prompt in prompts:
@@ -145,7 +139,7 @@ def run_audit(prompts: Sequence[Prompt], output: Path, cleaned: Path | None = No
     With `cleaned` it also writes the pool without its matching prompts there, as JSON Lines: read as a pool, they
     are the same prompts.
 
-    Raises `ContrastError` when the pool is empty, cleaning leaves nothing, or a file cannot be written.
+    Raises `ContrastError` when cleaning leaves nothing, or a file cannot be written.
     """
 
     audit = audit_pool(prompts)

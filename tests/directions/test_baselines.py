@@ -5,6 +5,7 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from heretic_contrast.directions.baselines import (
     BASELINES,
@@ -178,5 +179,5 @@ def test_another_package_can_add_a_baseline(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(settings, "entry_points", lambda group: [entry])
     assert get_baseline("theirs") is baselines.matched
     assert ContrastSettings(baseline="theirs").baseline == "theirs"
-    with pytest.raises(ContrastError, match="theirs"):
-        get_baseline("nobody's")
+    with pytest.raises(ValidationError, match=r"There is no contrast baseline .*theirs"):
+        ContrastSettings(baseline="nobody's")

@@ -75,11 +75,6 @@ def test_same_pool_gives_the_same_bytes(tmp_path: Path) -> None:
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_empty_pool_is_refused() -> None:
-    with pytest.raises(ContrastError, match="pool to audit is empty"):
-        audit_pool([])
-
-
 def test_cleaning_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     cleaned = tmp_path / "clean.jsonl"
     with pytest.raises(ContrastError, match="nothing is left to write"):
