@@ -2,7 +2,7 @@
 
 """`heretic-contrast extract`: extracts directions, and reports on them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,11 +31,13 @@ class ExtractSettings(HostSettings, PairsSettings):  # type: ignore[misc]
     """Directory to write tables and plots of the directions' geometry to."""
 
 
-def output_path(output: str, name: str, several: bool) -> Path:
-    """Returns the file for one configuration."""
+def output_paths(output: str, names: Collection[str]) -> dict[str, Path]:
+    """Returns the file for each configuration."""
 
     path = Path(output)
-    return path.with_name(f"{path.stem}-{name}{path.suffix}") if several else path
+    if len(names) < 2:
+        return dict.fromkeys(names, path)
+    return {name: path.with_name(f"{path.stem}-{name}{path.suffix}") for name in names}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -57,11 +59,9 @@ def main(arguments: Sequence[str]) -> None:
             f"The directions are taken from {settings.contrast.directions}, so that there are none to extract: leave --output out "
             "and give --report DIR, or leave --contrast.directions out."
         )
-    if settings.output is not None:
-        read = datasets_of(settings.model_dump(mode="json"))
-        for name in configurations:
-            path = output_path(settings.output, name, len(configurations) > 1)
-            require_writable_file(path, read)
+    paths = {} if settings.output is None else output_paths(settings.output, configurations)
+    for path in paths.values():
+        require_writable_file(path, datasets_of(settings.model_dump(mode="json")))
     if settings.report is not None:
         require_writable_directory(Path(settings.report))
 
@@ -87,11 +87,10 @@ def main(arguments: Sequence[str]) -> None:
     model = with_common_prefix(model, settings, sources)
 
     def save(name: str, directions: Directions) -> None:
-        if settings.output is not None:
-            path = output_path(settings.output, name, len(configurations) > 1)
-            directions.save(path)
+        if name in paths:
+            directions.save(paths[name])
             log(
-                f"* Saved [bold]{directions.n_directions}[/] directions per layer to [bold]{escape(str(path))}[/]"
+                f"* Saved [bold]{directions.n_directions}[/] directions per layer to [bold]{escape(str(paths[name]))}[/]"
             )
 
     found = sources.directions(model, log, progress_bar, settings.max_response_length, save)
