@@ -421,8 +421,10 @@ def devices(bench: Bench) -> None:
     bench.row(
         "residuals", difference(*(item.residuals(pools.harmful) for item in models)), "", 2e-3
     )
-    for method, bound in (("mean", 0.9999), ("som", 0.999)):
-        settings = ContrastSettings(method=method, som_rows=2, som_columns=2)
+    maps = {"method": "som", "som_rows": 2, "som_columns": 2}
+    for chosen, bound in (({"method": "mean"}, 0.9999), (maps, 0.999)):
+        method = chosen["method"]
+        settings = ContrastSettings(classes="category", **chosen)
         found, expected = (extract(item, pools, settings, lambda line: None) for item in models)
         # Where all prompts end in the same token, the embedding has no direction.
         some = expected.tensor.norm(dim=-1) > 0
@@ -539,7 +541,7 @@ def cells(bench: Bench, name: str) -> None:
 
     model, directions = bench.model(name), None
     if name == REFUSER:
-        settings = ContrastSettings(method="mean")
+        settings = ContrastSettings(method="mean", classes="category")
         directions = extract(model, some_pools(bench), settings, lambda line: None)
     seconds, evaluator = prepared(bench, model, (*WEIGHTS, *DEPARTING), directions)
     bench.row("preparation, fast engine", seconds, "s", main=True)

@@ -120,7 +120,9 @@ def direction_extraction(layers: int, hidden_size: int, prompts: int, classes: i
     pools = [torch.from_numpy(make_residuals(layers, 1, prompts, hidden_size, i)) for i in range(3)]
     names = tuple(f"class {index % classes}" for index in range(prompts))
     residuals = Residuals(pools[0], names, pools[1], pools[2], names)
-    settings = ContrastSettings(baseline="matched", method="mean", svd=True, scale="unmatched")
+    settings = ContrastSettings(
+        baseline="matched", method="mean", classes="category", svd=True, scale="unmatched"
+    )
     return lambda: extract_directions(residuals, settings)
 
 

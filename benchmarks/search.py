@@ -51,21 +51,22 @@ PLAIN = "heretic"
 AS_HERETIC = "--row-normalization=full --orthogonalize-direction=true"
 """What Heretic 1.4 does unless told otherwise, and the plugin does not."""
 
-ONE_DIRECTION = "--contrast.preset=arditi --contrast.embeddings=false"
-"""Heretic's direction, removed from what Heretic changes."""
+MAPS = "--contrast.method=som --contrast.classes=category"
+MEANS = "--contrast.classes=category"
 
 CONFIGURATIONS = {
     PLAIN: "",
     "heretic, no normalization": "--row-normalization=none --orthogonalize-direction=false",
     "default": "",
     "default, as Heretic": AS_HERETIC,
-    "means, as Heretic": f"{AS_HERETIC} --contrast.method=mean",
-    "capped, as Heretic": f"{AS_HERETIC} --contrast.composition=capped",
-    "equal weight, as Heretic": f"{AS_HERETIC} --contrast.equal-effective-weight",
-    "shared, as Heretic": f"{AS_HERETIC} --contrast.shared-direction",
-    "shared means, as Heretic": f"{AS_HERETIC} --contrast.shared-direction --contrast.method=mean",
-    "one direction, as Heretic": f"{AS_HERETIC} {ONE_DIRECTION}",
-    "one direction, as Heretic, ended early": f"{AS_HERETIC} {ONE_DIRECTION} --contrast.stop-dominated",
+    "default, as Heretic, ended early": f"{AS_HERETIC} --contrast.stop-dominated",
+    "maps": MAPS,
+    "maps, as Heretic": f"{AS_HERETIC} {MAPS}",
+    "means, as Heretic": f"{AS_HERETIC} {MEANS}",
+    "capped, as Heretic": f"{AS_HERETIC} {MAPS} --contrast.composition=capped",
+    "equal weight, as Heretic": f"{AS_HERETIC} {MAPS} --contrast.equal-effective-weight",
+    "shared, as Heretic": f"{AS_HERETIC} {MAPS} --contrast.shared-direction",
+    "shared means, as Heretic": f"{AS_HERETIC} {MEANS} --contrast.shared-direction",
     **{preset: f"--contrast.preset={preset}" for preset in PRESETS},
 }
 """Options by name; those whose names begin with "heretic" are options of plain Heretic."""

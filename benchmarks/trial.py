@@ -100,7 +100,7 @@ class Trials:
                 sys.argv[0],
                 [
                     *("--model", model, "--seed=0", "--batch-size=64", "--response-prefix="),
-                    *("--row-normalization=none", "--contrast.method=mean"),
+                    *("--row-normalization=none", "--contrast.classes=category"),
                     *(f"--{name}.dataset={path}" for name, path in files.items()),
                     *arguments,
                 ],

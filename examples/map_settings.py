@@ -64,7 +64,11 @@ def measure(residuals: Residuals) -> dict[str, dict[str, list[float]]]:
     def train(**settings: Any) -> tuple[Tensor, Tensor]:
         """Returns directions, Tensor of shape (n_layers, n_classes, hidden_size), and hits."""
 
-        found, hits = class_directions(residuals, classes, ContrastSettings(**settings))
+        found, hits = class_directions(
+            residuals,
+            classes,
+            ContrastSettings(**{"method": "som", "classes": "category", **settings}),
+        )
         return found[layers], hits[layers]
 
     means, _ = train(method="mean")
@@ -122,7 +126,7 @@ def main() -> None:
         path, name = resolve_model(arguments.model), model_name(arguments.model)
         network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model = wrap(network, AutoTokenizer.from_pretrained(path), name=name)
-        pools = load_pools(with_refuser_pools(ContrastSettings()))
+        pools = load_pools(with_refuser_pools(ContrastSettings(classes="category")))
         harmful, bulk = (model.residuals(pool) for pool in (pools.harmful, pools.bulk))
         classes = tuple(str(prompt.category) for prompt in pools.harmful)
         results[name] = measure(Residuals(harmful, classes, bulk, bulk[:0], ()))

@@ -62,7 +62,9 @@ def measure(baseline: str, ratio: float, prompts_per_class: int, leak: float) ->
     cosines, lengths = [], []
     for seed in SEEDS:
         residuals, refusal = plant(ratio, prompts_per_class, leak, seed)
-        settings = ContrastSettings(baseline=baseline, scale="raw", small_classes="error")
+        settings = ContrastSettings(
+            preset=["paper-unmatched"], baseline=baseline, scale="raw", small_classes="error"
+        )
         vectors = extract_directions(residuals, settings).tensor[0]
         cosines.append(F.cosine_similarity(vectors, refusal[None], dim=1).mean())
         lengths.append(vectors.norm(dim=1).mean())

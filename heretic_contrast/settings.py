@@ -343,11 +343,14 @@ else:
     PromptSources = Annotated[PromptSource, WrapValidator(_validate_sources), SerializeAsAny()]
 
 
+PAPER: dict[str, Any] = {"method": "som", "classes": "category", "svd": False}
+"""What the configurations of arXiv:2603.22061 have in common: one SOM per harm class."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Section 3.2 of arXiv:2603.22061.
-    "paper-unmatched": {"baseline": "unmatched", "method": "som", "svd": False},
-    "paper-matched": {"baseline": "matched", "method": "som", "svd": False},
-    "paper-matched-svd": {"baseline": "matched", "method": "som", "svd": True},
+    "paper-unmatched": {**PAPER, "baseline": "unmatched"},
+    "paper-matched": {**PAPER, "baseline": "matched"},
+    "paper-matched-svd": {**PAPER, "baseline": "matched", "svd": True},
     # Piras et al. (2026): one SOM for all harmful prompts with the settings of their code, several neurons, one ablation
     # after the other. They search which neurons, most often five to seven, and take those of one layer for all.
     "piras": {
@@ -434,6 +437,11 @@ EXTRACTION_FIELDS = set(
 )
 """The settings that decide directions."""
 
+OF_SEVERAL = set(
+    "composition equal_effective_weight shared_direction small_classes svd svd_rank".split()
+)
+"""The settings that have an effect on several directions only."""
+
 
 class ContrastSettings(Table, TextClassifierSettings):
     """Settings of the plugin."""
@@ -460,8 +468,11 @@ class ContrastSettings(Table, TextClassifierSettings):
     n_neighbors: int = Field(10, ge=1)
     """Number of harmless prompts that make the reference of the baseline "nearest"."""
 
-    classes: Classes = Classes.CATEGORY
-    """What gets a direction of its own. Options: "category" (each harm category), "single" (all harmful prompts together)."""
+    classes: Classes = Classes.SINGLE
+    """
+    What gets a direction of its own. Options: "category" (each harm category, as in the paper), "single" (all harmful prompts
+    together, as in Heretic).
+    """
 
     category_source: CategorySource = CategorySource.AUTO
     """
@@ -481,10 +492,10 @@ class ContrastSettings(Table, TextClassifierSettings):
     or drop them where even together they are too few), "drop", "error".
     """
 
-    method: Method = Method.SOM
+    method: Method = Method.MEAN
     """
-    How the difference vectors of a class become a direction. Options: "som" (densest neuron of a self-organizing map), "mean"
-    (their mean).
+    How the difference vectors of a class become a direction. Options: "som" (densest neuron of a self-organizing map, as in the
+    paper), "mean" (their mean, as in Heretic).
     """
 
     som_rows: int = Field(3, ge=1, le=64)
@@ -789,6 +800,8 @@ class ContrastSettings(Table, TextClassifierSettings):
                 f"{self.winners} winners are asked for, but a map of {self.som_rows} × {self.som_columns} has "
                 f"{n_neurons} neurons: use a larger map or fewer winners."
             )
+        if not self.preset:
+            self._require_use()
         if self.embeddings and self.writers is Writers.HERETIC:
             raise ContrastError(
                 "Heretic ablates no embeddings: leave out embeddings, or use the writers all."
@@ -815,6 +828,23 @@ class ContrastSettings(Table, TextClassifierSettings):
                 "leave it out."
             )
         return self
+
+    def _require_use(self) -> None:
+        """Raises `ContrastError` when a setting is given for maps or several directions, which nobody asked for."""
+
+        fields = type(self).model_fields
+        changed = {name for name, value in self.given().items() if value != fields[name].default}
+        for_maps = {name for name in changed if name.startswith("som_") or name == "winners"}
+        if for_maps and "method" not in self.model_fields_set:
+            raise ContrastError(
+                f"The setting {min(for_maps)} has no effect on a mean: give the method som as well, or a preset of the paper."
+            )
+        for_several = changed & OF_SEVERAL
+        if for_several and not {"method", "classes"} & self.model_fields_set:
+            raise ContrastError(
+                f"The setting {min(for_several)} has no effect on one direction: give the classes category as well, or a preset of the "
+                "paper."
+            )
 
     @property
     def counts_false_refusals(self) -> bool:

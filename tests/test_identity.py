@@ -295,7 +295,11 @@ def test_a_command_reads_all_weights_once(
         pool.write_text("".join(f"{verb} {thing}.\n" for thing in "abcdefghij"))
         options.append(f"--contrast.{kind}-prompts.dataset={pool}")
     presets = [f"--contrast.preset={name}" for name in ("arditi", "paper-unmatched")]
-    output = ["--output=directions.safetensors", "--response-prefix=", "--contrast.method=mean"]
+    output = [
+        "--output=directions.safetensors",
+        "--response-prefix=",
+        "--contrast.classes=category",
+    ]
     monkeypatch.setattr(
         sys,
         "argv",

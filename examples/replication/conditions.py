@@ -129,6 +129,8 @@ class DirectionsMaker:
         base, filtered = base.removesuffix(", filtered"), base.endswith(", filtered")
         method, baseline = base.split(" ")
         settings: dict[str, Any] = {
+            "method": "som",
+            "classes": "category",
             "baseline": "matched" if baseline == SENSITIVE else baseline,
             "seed": self.draw.seed,
         }

@@ -41,14 +41,20 @@ class DemoSettings(HostSettings):
 
 def main(arguments: Sequence[str]) -> None:
     """
-    Extracts, searches, saves, reloads and judges the built-in model.
+    Extracts, searches, saves, reloads and judges the built-in model; with the preset `paper-unmatched`, unless another is given.
 
     Raises `ContrastError` when the output does not work, or no trial was finished.
     """
 
     require_heretic("demo", arguments)
     started = time.perf_counter()
-    settings = load_settings(DemoSettings, f"{PROGRAM} demo", ["--model", REFUSER, *arguments])
+    arguments = ["--model", REFUSER, *arguments]
+    if not any(
+        argument.startswith(("--contrast.preset", "--contrast.directions"))
+        for argument in arguments
+    ):
+        arguments = ["--contrast.preset", "paper-unmatched", *arguments]
+    settings = load_settings(DemoSettings, f"{PROGRAM} demo", arguments)
     if settings.output is None:
         raise ContrastError("The demo needs a place for its results: give --output DIR.")
     output = Path(settings.output)
@@ -56,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     model_directory = output / "model"
 
     # What the user gave comes last and wins.
-    flags = [*headless_arguments(settings, output), "--model", settings.model, *arguments]
+    flags = [*headless_arguments(settings, output), *arguments]
     settings = load_settings(DemoSettings, PROGRAM, flags)
     from ..modifier import ContrastAbliteration
 

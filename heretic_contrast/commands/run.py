@@ -3,7 +3,7 @@
 """`heretic-contrast run`: abliterates a model through Heretic 1.4."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
@@ -18,20 +18,42 @@ BASELINE_CHOICES = {
 }
 
 
-def choose_baseline() -> str:
-    """Asks the user for the contrast baseline, in Heretic's style. Raises `KeyboardInterrupt` when the user leaves the menu."""
+DIRECTION_CHOICES = {
+    "mean": "One: the difference in means (what Heretic does; nothing was better in our measurements)",
+    "som": "One self-organizing map per harm category (the paper)",
+}
+
+
+def choose(question: str, choices: Mapping[str, str]) -> str:
+    """Asks the user a question in Heretic's style. Raises `KeyboardInterrupt` when the user leaves the menu."""
 
     import questionary
     from questionary import Choice, Style
 
-    baseline = questionary.select(
-        "Which contrast baseline do you want to use?",
-        choices=[Choice(title=title, value=name) for name, title in BASELINE_CHOICES.items()],
+    answer = questionary.select(
+        question,
+        choices=[Choice(title=title, value=name) for name, title in choices.items()],
         style=Style([("highlighted", "reverse")]),
     ).ask()
-    if baseline is None:
+    if answer is None:
         raise KeyboardInterrupt
-    return str(baseline)
+    return str(answer)
+
+
+def choose_directions(given: Collection[str]) -> list[str]:
+    """Asks for what decides the directions and is not given: the contrast baseline, and how many there are. Returns flags."""
+
+    flags = []
+    if "baseline" not in given:
+        flags += [
+            "--contrast.baseline",
+            choose("Which contrast baseline do you want to use?", BASELINE_CHOICES),
+        ]
+    if not {"method", "classes"} & set(given):
+        method = choose("How many directions do you want to ablate?", DIRECTION_CHOICES)
+        if method == "som":
+            flags += ["--contrast.method", "som", "--contrast.classes", "category"]
+    return flags
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -44,11 +66,12 @@ def main(arguments: Sequence[str]) -> None:
     require_heretic("run", arguments)
     settings = load_settings(HostSettings, PROGRAM, arguments)
     settings.contrast.require_single_configuration()
-    undecided = not {"baseline", "preset", "directions"} & settings.contrast.model_fields_set
+    given = settings.contrast.model_fields_set
+    undecided = not {"preset", "directions"} & given
     headless = settings.trial_index is not None or settings.model_action is not None
     can_be_asked = sys.stdin is not None and sys.stdin.isatty()
     if undecided and not headless and can_be_asked and settings.evaluate_model is None:
-        arguments = ["--contrast.baseline", choose_baseline(), *arguments]
+        arguments = [*choose_directions(given), *arguments]
         settings = load_settings(HostSettings, PROGRAM, arguments)
 
     # Heavy imports come last, so that bad settings are answered at once.

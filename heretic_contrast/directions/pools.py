@@ -93,7 +93,13 @@ def load_plain_pools(settings: ContrastSettings, where: str) -> tuple[list[Promp
 def needs_model(settings: ContrastSettings) -> bool:
     """Returns whether categories are only known once a model is loaded."""
 
-    return settings.classes is Classes.CATEGORY and settings.category_source is CategorySource.MODEL
+    return needs_categories(settings) and settings.category_source is CategorySource.MODEL
+
+
+def needs_categories(settings: ContrastSettings) -> bool:
+    """Returns whether directions depend on the categories of prompts."""
+
+    return settings.classes is Classes.CATEGORY or bool(settings.exclude_categories)
 
 
 def with_categories(pools: Pools, settings: ContrastSettings, model: LanguageModel | None) -> Pools:
@@ -103,7 +109,7 @@ def with_categories(pools: Pools, settings: ContrastSettings, model: LanguageMod
     `model`: asked where the settings say so. Raises `ContrastError` as `assign_categories` does.
     """
 
-    if settings.classes is not Classes.CATEGORY:
+    if not needs_categories(settings):
         return pools
     source = settings.category_source
     return replace(

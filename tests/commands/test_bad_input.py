@@ -127,21 +127,22 @@ def write_pool(path: Path, rows: list[dict[str, str]]) -> str:
 
 HARMFUL = [{"text": f"Break the {index}th door", "category": "violence"} for index in range(12)]
 HARMLESS = [{"text": f"Paint the {index}th door", "category": "violence"} for index in range(12)]
-NO_MAP = "--contrast.method mean"
+NO_MAP = "--contrast.classes category"
+MAPS = "--contrast.preset paper-unmatched"
 
 
 @pytest.mark.parametrize(
     ("pools", "options", "expected"),
     [
-        ({"bad": HARMFUL[:5]}, "", "Even merged"),
+        ({"bad": HARMFUL[:5]}, MAPS, "Even merged"),
         (
             {"bad": HARMFUL[:5]},
-            "--contrast.small-classes error",
+            f"{MAPS} --contrast.small-classes error",
             "5 prompts, fewer than the 9 neurons",
         ),
         (
             {"bad": [{"text": row["text"]} for row in HARMFUL]},
-            "--contrast.category-source column",
+            f"{MAPS} --contrast.category-source column",
             "have no category",
         ),
         (
@@ -162,7 +163,9 @@ NO_MAP = "--contrast.method mean"
             f"--contrast.exclude-categories violence {NO_MAP}",
             "No class of harmful prompts is left",
         ),
-        ({}, "--contrast.winners 10", "10 winners"),
+        ({}, f"{MAPS} --contrast.winners 10", "10 winners"),
+        ({}, "--contrast.winners 2", "winners has no effect on a mean"),
+        ({}, "--contrast.svd", "svd has no effect on one direction"),
     ],
 )
 def test_pools(
@@ -228,8 +231,8 @@ def test_what_is_read_is_not_written_to(refused: Refused, tmp_path: Path) -> Non
         ("--layers 2,x", "layers"),
         ("--evaluate-categories drugs", 'has the category "drugs"'),
         ("--contrast.directions missing.safetensors", "There is no directions file"),
-        ("--contrast.small-classes error", "fewer than the 9 neurons"),
-        ("--contrast.winners 10", "10 winners"),
+        (f"{MAPS} --contrast.small-classes error", "fewer than the 9 neurons"),
+        (f"{MAPS} --contrast.winners 10", "10 winners"),
         (
             "--contrast.preset piras --contrast.preset arditi --contrast.winners 17",
             "With the preset piras: 17 winners",

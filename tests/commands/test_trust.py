@@ -463,6 +463,6 @@ def test_markup_of_a_class_is_shown_as_it_is(tiny_llama: Any, capsys: Any) -> No
         bulk=(Prompt("Bake bread"),),
         matched=(),
     )
-    directions = extract(tiny_llama, pools, ContrastSettings(method="mean"), log)
+    directions = extract(tiny_llama, pools, ContrastSettings(classes="category"), log)
     assert directions.names == ("[/bold]\x1b[2J",)
     assert "[/bold]\\x1b[2J 2" in capsys.readouterr().out

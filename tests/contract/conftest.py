@@ -17,7 +17,7 @@ def modifier_table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     directory = tmp_path_factory.mktemp("pools")
     return {
-        "method": "mean",
+        "classes": "category",
         "residual_cache": str(directory / "residuals"),
         "bad_prompts": {"dataset": small_pool(directory, "harmful", "train", 6)},
         "good_prompts": {"dataset": small_pool(directory, "harmless", "train", 40)},

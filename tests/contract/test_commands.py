@@ -143,7 +143,7 @@ def test_demo(server: Server, tmp_path: Path) -> None:
         [
             "demo",
             "--output=demo",
-            "--contrast.method=mean",
+            "--contrast.classes=category",
             "--n-trials=2",
             "--n-startup-trials=2",
         ],
@@ -171,7 +171,7 @@ def test_demo_that_cannot_save_says_so(server: Server, tmp_path: Path) -> None:
         [
             "demo",
             "--output=demo",
-            "--contrast.method=mean",
+            "--contrast.classes=category",
             "--n-trials=1",
             "--n-startup-trials=1",
             # Heretic shows what went wrong with a saved model, and ends as if nothing had.

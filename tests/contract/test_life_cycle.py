@@ -211,7 +211,7 @@ def test_both_hosts_make_the_same_directions_and_factors(
             "--response-prefix=",
             f"--bad-evaluation-prompts.dataset={tmp_path / 'bad.txt'}",
             f"--good-evaluation-prompts.dataset={tmp_path / 'good.txt'}",
-            "--contrast.method=mean",
+            "--contrast.classes=category",
             "--contrast.baseline=unmatched",
             *(
                 f"--contrast.{name.replace('_', '-')}.dataset={modifier_table[name]['dataset']}"

@@ -247,7 +247,7 @@ def test_the_sweep_of_the_scorer_is_that_of_the_command(
     harmful = scorer_tables["RefusalTiers"]["prompts"]
     harmless = scorer_tables["FalseRefusals"]["prompts"]
     contrast = {
-        **{key: value for key, value in modifier_table.items() if key != "method"},
+        **{key: value for key, value in modifier_table.items() if key != "classes"},
         "preset": presets,
         "composition": "capped",
         "som_iterations": 50,

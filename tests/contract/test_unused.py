@@ -90,7 +90,7 @@ OF_OTHERS_UNDER_20 = [
     "refusal_markers = ['sorry']\nkl_divergence_scale = 1.0",
     "[scorer.KeywordRate]\nkeywords = ['sorry']",
     "[scorer.RefusalRate]\n[scorer.FalseRefusalRate]\n[scorer.KLDivergence]",
-    "[modifier.ContrastAbliteration]\nwinners = 2",
+    "[modifier.ContrastAbliteration]\nn_neighbors = 2",
     "[scorer.RefusalTiers]\ncount_incoherent = true",
     "[tool]\nscale = 'raw'",
     "batch_sise = 3",
@@ -260,7 +260,7 @@ def test_what_must_be_a_table(value: Any, folder: Path) -> None:
 def test_instances(folder: Path) -> None:
     """Tables of an instance are read where `instance_name` names it, and nowhere else."""
 
-    table = "[modifier.ContrastAbliteration_a]\nwinners = 2"
+    table = "[modifier.ContrastAbliteration_a]\nn_neighbors = 2"
     assert refused(table) == (
         "config.toml has [modifier.ContrastAbliteration_a], but no instance_name in modifiers is a: "
         "did you mean [modifier.ContrastAbliteration]?"
@@ -270,14 +270,14 @@ def test_instances(folder: Path) -> None:
     same = [{"plugin": PLUGIN, "instance_name": "a"}]
     with pytest.raises(AttributeError):
         start_under_20(table, modifiers=same)
-    assert 'no setting "winner" in [modifier.ContrastAbliteration_a]' in refused(
-        table.replace("winners", "winner"), modifiers=same
+    assert 'no setting "n_neighbor" in [modifier.ContrastAbliteration_a]' in refused(
+        table.replace("n_neighbors", "n_neighbor"), modifiers=same
     )
 
 
 def test_an_instance_is_named_where_its_table_holds_the_value(folder: Path) -> None:
     Path("config.toml").write_text(
-        "[modifier.ContrastAbliteration]\nwinners = 2\n[modifier.ContrastAbliteration_a]\nscale = 'rwa'"
+        "[modifier.ContrastAbliteration]\nn_neighbors = 2\n[modifier.ContrastAbliteration_a]\nscale = 'rwa'"
     )
     for name, shown in (("scale", "[modifier.ContrastAbliteration_a]"), ("method", TABLE)):
         with pytest.raises(ContrastError) as error:
@@ -302,7 +302,7 @@ def test_a_pool_that_cannot_be_loaded_is_named_where_it_stands(folder: Path) -> 
         [scorer.FalseRefusals_b]
         prompts = { dataset = "four.txt", column = "x" }
         [modifier.ContrastAbliteration]
-        winners = 2
+        n_neighbors = 2
         [modifier.ContrastAbliteration_a]
         bad_prompts.dataset = "five.txt"
         """
@@ -360,7 +360,7 @@ def test_the_table_of_an_instance_under_heretic_14(folder: Path) -> None:
         f"""
         modifiers = [{{ plugin = "{PLUGIN}", instance_name = "a" }}]
         [modifier.ContrastAbliteration]
-        winners = 2
+        n_neighbors = 2
         seed = 3
         matched_prompts.dataset = "one"
         [modifier.ContrastAbliteration_a]
@@ -370,7 +370,7 @@ def test_the_table_of_an_instance_under_heretic_14(folder: Path) -> None:
     )
     contrast = load_settings(HostSettings, "heretic-contrast", ["--model", MODEL]).contrast
     expected = ContrastSettings(
-        winners=2, seed=4, matched_prompts={"dataset": "one", "split": "train"}
+        n_neighbors=2, seed=4, matched_prompts={"dataset": "one", "split": "train"}
     )
     assert contrast.model_dump(include=expected.model_fields_set) == expected.model_dump(
         include=expected.model_fields_set
@@ -451,7 +451,7 @@ def test_environment_variables_of_others(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(AttributeError):
         start_under_20("")
     if not HAS_PLUGIN_SURFACE:
-        monkeypatch.setenv("HERETIC_CONTRAST", '{"winners": 2}')
+        monkeypatch.setenv("HERETIC_CONTRAST", '{"n_neighbors": 2}')
         settings = load_settings(HostSettings, "heretic-contrast", ["--model", MODEL])
-        assert settings.contrast.winners == 2 and settings.n_trials == 3  # type: ignore[attr-defined]
+        assert settings.contrast.n_neighbors == 2 and settings.n_trials == 3  # type: ignore[attr-defined]
         assert "HERETIC_CONTRAST" in os.environ

@@ -26,7 +26,11 @@ def pool(counts: dict[str, int]) -> list[str]:
 
 
 def select(counts: dict[str, int], **settings: Any) -> Any:
-    return select_classes(pool(counts), pool(counts), ContrastSettings(**settings))
+    return select_classes(
+        pool(counts),
+        pool(counts),
+        ContrastSettings(**{"method": "som", "classes": "category", **settings}),
+    )
 
 
 def test_a_natural_mix_fits_by_default() -> None:
@@ -143,7 +147,13 @@ def test_merged_directions_are_those_of_prompts_that_were_one_class(baseline: st
     )
     merged, expected = (
         extract_directions(
-            item, ContrastSettings(baseline=baseline, som_iterations=60, small_classes=small)
+            item,
+            ContrastSettings(
+                preset=["paper-unmatched"],
+                baseline=baseline,
+                som_iterations=60,
+                small_classes=small,
+            ),
         )
         for item, small in ((residuals, "merge"), (by_hand, "error"))
     )

@@ -42,7 +42,9 @@ def make_residuals(seed: int = 0) -> Residuals:
 
 
 def settings(**values: Any) -> ContrastSettings:
-    return ContrastSettings.model_validate({"som_iterations": 300, **values})
+    return ContrastSettings.model_validate(
+        {"method": "som", "classes": "category", "som_iterations": 300, **values}
+    )
 
 
 def by_class(residuals: Residuals, name: str, layer: int) -> Tensor:

@@ -402,7 +402,12 @@ def test_more_singular_vectors_than_there_are(scale: Scale) -> None:
         matched_classes=classes,
     )
     settings = ContrastSettings(
-        method="mean", baseline="matched", svd=True, svd_rank=10**30, scale=scale
+        method="mean",
+        classes="category",
+        baseline="matched",
+        svd=True,
+        svd_rank=10**30,
+        scale=scale,
     )
     assert extract_directions(residuals, settings).n_directions == 2
 
@@ -459,7 +464,13 @@ def test_one_prompt_per_class_is_its_own_direction(
         matched_classes=names,
     )
     settings = ContrastSettings(
-        baseline=baseline, method=method, som_rows=1, som_columns=1, n_neighbors=1, svd=svd
+        baseline=baseline,
+        classes="category",
+        method=method,
+        som_rows=1,
+        som_columns=1,
+        n_neighbors=1,
+        svd=svd,
     )
     directions = extract_directions(residuals, settings)
     options = BaselineOptions(n_neighbors=1)

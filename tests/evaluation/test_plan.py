@@ -357,6 +357,8 @@ def run_refuser(
     shown = [] if lines is None else lines
     if "directions" not in contrast:
         contrast = {
+            "method": "som",
+            "classes": "category",
             "som_iterations": 50,
             "bad_prompts": pools["harmful train"],
             "good_prompts": pools["harmless train"],
@@ -434,8 +436,7 @@ def test_a_directions_file_is_swept_as_the_extraction_that_made_it(
     sources = DirectionSources.read(
         {
             "unmatched": ContrastSettings(
-                method="mean",
-                som_iterations=50,
+                classes="category",
                 bad_prompts=pools["harmful train"],
                 good_prompts=pools["harmless train"],
                 matched_prompts=pools["matched train"],

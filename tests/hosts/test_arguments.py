@@ -70,17 +70,17 @@ def test_values_are_no_model(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["owner/name", "--n-trials", "7", "--contrast.svd"],
-        ["--n-trials", "7", "--contrast.svd", "owner/name"],
-        ["--n-trials", "7", "owner/name", "--contrast.svd", "true"],
-        ["--contrast.svd=true", "--n-trials=7", "--", "owner/name"],
-        ["--n-trials", "7", "--model", "owner/name", "--contrast.svd"],
-        ["--no-contrast.svd=false", "--model=owner/name", "--n-trials", "7"],
+        ["owner/name", "--n-trials", "7", "--contrast.embeddings"],
+        ["--n-trials", "7", "--contrast.embeddings", "owner/name"],
+        ["--n-trials", "7", "owner/name", "--contrast.embeddings", "true"],
+        ["--contrast.embeddings=true", "--n-trials=7", "--", "owner/name"],
+        ["--n-trials", "7", "--model", "owner/name", "--contrast.embeddings"],
+        ["--no-contrast.embeddings=false", "--model=owner/name", "--n-trials", "7"],
     ],
 )
 def test_the_model_stands_anywhere(arguments: list[str], named_elsewhere: None) -> None:
     found = settings(*arguments)
-    assert (found.model, found.n_trials, found.contrast.svd) == ("owner/name", 7, True)
+    assert (found.model, found.n_trials, found.contrast.embeddings) == ("owner/name", 7, True)
 
 
 def test_no_words_at_all(
@@ -110,7 +110,10 @@ def test_no_words_at_all(
         (["--model", "first", "second"], '"second" belongs to no option, and --model names'),
         (["first", "--model=second"], '"first" belongs to no option'),
         (["first", "sweep"], "write a command first"),
-        (["--contrast.svd=perhaps", "first"], "--contrast.svd true or --contrast.svd false"),
+        (
+            ["--contrast.embeddings=perhaps", "first"],
+            "--contrast.embeddings true or --contrast.embeddings false",
+        ),
         (
             ["--contrast.scd", "true", "first"],
             "no option --contrast.scd: did you mean --contrast.s",

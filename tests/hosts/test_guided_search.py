@@ -27,7 +27,7 @@ def options(folder: Path, n_trials: int) -> list[str]:
         *COMMON,
         *pools(folder),
         "--batch-size=6",
-        "--contrast.method=mean",
+        "--contrast.classes=category",
         f"--n-trials={n_trials}",
         "--study-checkpoint-dir=checkpoints",
         "--model-action=none",

@@ -101,6 +101,7 @@ def initialized(
 
 SHARED = {
     "method": "som",
+    "classes": "category",
     "som_rows": 1,
     "som_columns": 2,
     "som_iterations": 50,

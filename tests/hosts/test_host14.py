@@ -32,7 +32,7 @@ def arguments(directory: Path) -> list[str]:
         "--response-prefix=",
         f"--bad-evaluation-prompts.dataset={small_pool(directory, 'harmful', 'test', 2)}",
         f"--good-evaluation-prompts.dataset={small_pool(directory, 'harmless', 'test', 12)}",
-        "--contrast.baseline=unmatched",
+        "--contrast.preset=paper-unmatched",
         "--contrast.som-iterations=200",
         f"--study-checkpoint-dir={directory / 'checkpoints'}",
     ]
@@ -86,7 +86,7 @@ def test_a_study_without_a_terminal_goes_on_in_one(
         *arguments(tmp_path),
         f"--bad-prompts.dataset={small_pool(tmp_path, 'harmful', 'train', 3)}",
         f"--good-prompts.dataset={small_pool(tmp_path, 'harmless', 'train', 12)}",
-        "--contrast.method=mean",
+        "--contrast.classes=category",
         f"--model={refuser_folder}",
     ]
     ran = command_server.run([*options, "--model-action=none"], tmp_path)

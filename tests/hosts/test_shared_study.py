@@ -24,7 +24,7 @@ def options(folder: Path, n_trials: int, *more: str) -> list[str]:
     return [
         *COMMON,
         *pools(folder),
-        "--contrast.method=mean",
+        "--contrast.classes=category",
         f"--n-trials={n_trials}",
         "--n-startup-trials=2",
         "--model-action=none",

@@ -470,7 +470,7 @@ def test_run_reads_what_it_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         write(tmp_path / f"{name}.txt", f"{name} 1\n{name} 2\n")
     pools = [f"--contrast.{name}-prompts.dataset={name}.txt" for name in names]
     judged = [f"--{name}-evaluation-prompts.dataset={name}-judged.txt" for name in ("bad", "good")]
-    common = ["--model-action=none", "--save-directory=out/model", "--contrast.method=mean"]
+    common = ["--model-action=none", "--save-directory=out/model", "--contrast.classes=category"]
 
     def run(*options: str) -> None:
         # Heretic reads the command line again.

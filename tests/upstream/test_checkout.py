@@ -29,7 +29,7 @@ ONLY_SCORERS = "this checkout has scorers but no modifiers"
 
 def plugin_table(pools: dict[str, str]) -> dict[str, Any]:
     return {
-        "method": "mean",
+        "classes": "category",
         "baseline": "unmatched",
         "bad_prompts": {"dataset": pools["harmful-train"]},
         "good_prompts": {"dataset": pools["harmless-train"]},
@@ -323,7 +323,7 @@ def test_commands(
     """Extraction, a sweep, tiers and, where something can run the modifier, the demo; doctor says the same."""
 
     contrast = [
-        "--contrast.method=mean",
+        "--contrast.classes=category",
         f"--contrast.bad-prompts.dataset={pools['harmful-train']}",
         f"--contrast.good-prompts.dataset={pools['harmless-train']}",
     ]
