@@ -86,7 +86,7 @@ def test_a_study_without_a_terminal_goes_on_in_one(
         *arguments(tmp_path),
         f"--bad-prompts.dataset={small_pool(tmp_path, 'harmful', 'train', 3)}",
         f"--good-prompts.dataset={small_pool(tmp_path, 'harmless', 'train', 12)}",
-        "--contrast.classes=category",
+        "--contrast.method=mean",
         f"--model={refuser_folder}",
     ]
     ran = command_server.run([*options, "--model-action=none"], tmp_path)

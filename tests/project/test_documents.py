@@ -234,9 +234,10 @@ def variables(hub_home: Path) -> Iterator[dict[str, str]]:
 
 
 def use_the_menus(child: pexpect.spawn) -> None:
-    """Takes the baseline `matched` and the first trial, saves it, chats with it, and leaves."""
+    """Takes the baseline `matched`, maps and the first trial, saves it, chats with it, and leaves."""
 
     answer(child, "Which contrast baseline", DOWN + ENTER)
+    answer(child, "How many directions", DOWN + ENTER)
     answer(child, "Which trial do you want to use", ENTER)
     answer(child, "What do you want to do with the decensored model", ENTER)
     answer(child, "Path to the folder", "chosen" + ENTER)
