@@ -800,7 +800,7 @@ class ContrastSettings(Table, TextClassifierSettings):
                 f"{self.winners} winners are asked for, but a map of {self.som_rows} × {self.som_columns} has "
                 f"{n_neurons} neurons: use a larger map or fewer winners."
             )
-        if not self.preset:
+        if not self.preset and self.directions is None:
             self._require_use()
         if self.embeddings and self.writers is Writers.HERETIC:
             raise ContrastError(
