@@ -139,7 +139,7 @@ class RefusalTiers(ResponseScorer):
 
         responses = self.responses(ctx)
         texts = [prompt.text for prompt in self.prompts]
-        if self.settings.text_classifier is None:
+        if self.settings.classifier_name is None:
             tiers = [classify_response(*pair) for pair in zip(texts, responses, strict=True)]
         else:
             # PyTorch is loaded for it alone.

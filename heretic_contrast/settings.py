@@ -288,6 +288,29 @@ class TextClassifierSettings(Described):
     text_classifier_reads_prompt: bool = False
     """Whether it reads prompt and response as a pair, instead of the response alone."""
 
+    judge_model: str | None = None
+    """
+    Language model (Hugging Face ID or path) that is asked instead whether a response declines; a study minimizes the sum of its
+    probabilities. No code of its repository is run.
+    """
+
+    @property
+    def classifier_name(self) -> str | None:
+        """The model of the user's choice that judges, if there is one."""
+
+        return self.text_classifier or self.judge_model
+
+    @model_validator(mode="after")
+    def check_judges(self) -> "TextClassifierSettings":
+        """Refuses two models for one task."""
+
+        if self.text_classifier is not None and self.judge_model is not None:
+            raise ContrastError(
+                "Both a text classifier and a judge model are given, of which only one can judge: leave out text_classifier or "
+                "judge_model."
+            )
+        return self
+
 
 class PromptSource(Table):
     """Where a pool of prompts comes from: Heretic's dataset specification, with a category column."""
@@ -652,7 +675,7 @@ class ContrastSettings(Table, TextClassifierSettings):
     refusal_classifier: Literal["markers", "tiers"] = "markers"
     """
     What counts as a refusal in the study under Heretic 1.4. Options: "markers" (Heretic's keywords), "tiers" (the three-tier
-    classifier, or the text classifier where one is given, which needs no more to be used).
+    classifier, or the text classifier or judge model where one is given, which needs no more to be used).
     """
 
     counted_tiers: list[Literal["REFUSE", "EVASIVE", "COMPLY"]] = Field(["REFUSE"], min_length=1)
@@ -815,11 +838,11 @@ class ContrastSettings(Table, TextClassifierSettings):
             raise ContrastError(
                 "The sampler nsga2 needs every trial to its end: leave out stop_dominated, or use the sampler tpe."
             )
-        if self.text_classifier is not None and self.refusal_classifier == "markers":
+        if self.classifier_name is not None and self.refusal_classifier == "markers":
             if "refusal_classifier" in self.model_fields_set:
                 raise ContrastError(
-                    "Refusals are counted by markers, which a text classifier has no part in: leave out text_classifier, or use the "
-                    "refusal classifier tiers."
+                    "Refusals are counted by markers, which a text classifier or judge model has no part in: leave it out, or use "
+                    "the refusal classifier tiers."
                 )
             self.refusal_classifier = "tiers"
         if self.sensitive_prompts is not None and not self.counts_false_refusals:

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
 
     prompts = [str(row.get(settings.prompt_key) or "") for row in rows]
     responses = [row[settings.response_key] for row in rows]
-    if settings.text_classifier is None:
+    if settings.classifier_name is None:
         explanations = [explain_response(*pair) for pair in zip(prompts, responses, strict=True)]
         tiers = [explanation.tier for explanation in explanations]
         reasons = [explanation.summary for explanation in explanations]
@@ -101,7 +101,8 @@ def main(arguments: Sequence[str]) -> None:
 
         classifier = classifier_of(settings)
         tiers = classifier.classify_responses(prompts, responses)
-        reasons = [f"text classifier: {settings.text_classifier}"] * len(rows)
+        kind = "text classifier" if settings.judge_model is None else "judge model"
+        reasons = [f"{kind}: {settings.classifier_name}"] * len(rows)
     coherent = [is_coherent(response) for response in responses]
     if settings.output is not None:
         judged = (

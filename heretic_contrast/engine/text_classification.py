@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
+from heretic_contrast.engine.judge import JudgeModel, load_pretrained, loaded_judge
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.identity import weights_digest
 from heretic_contrast.settings import TextClassifierSettings
@@ -46,25 +46,14 @@ class TextClassificationBackend:
     ) -> None:
         if batch_size < 1:
             raise ContrastError(f"The batch size {batch_size} is too small: give at least 1.")
-        is_path = model_name_or_path.startswith((".", "/", "~"))
-        if is_path and not Path(model_name_or_path).is_dir():
-            raise ContrastError(
-                f"The response classifier {model_name_or_path} could not be loaded (there is no such folder): give the folder of a "
-                "text-classification model, or its name."
-            )
-        source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **source)
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                model_name_or_path, **source
-            )
-        except (OSError, ValueError) as error:
-            summary = " ".join(str(error).split())[:200]
-            raise ContrastError(
-                f"The response classifier {model_name_or_path} could not be loaded ({summary}): "
-                "give a text-classification model that needs no code of its own."
-            ) from error
-        self.model.to(device or "cpu").eval()
+        self.tokenizer, self.model, _ = load_pretrained(
+            AutoModelForSequenceClassification,
+            model_name_or_path,
+            "response classifier",
+            "a text-classification model that needs no code of its own",
+            revision=revision,
+        )
+        self.model.to(device or "cpu")
         names = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
         if len(names) < 2:
             raise ContrastError(
@@ -136,8 +125,10 @@ def _loaded(
     return TextClassificationBackend(name, tiers, with_prompt=reads_prompt, device=device)
 
 
-def classifier_of(settings: TextClassifierSettings) -> TextClassificationBackend:
-    """The text classifier that settings name, loaded once. Raises `ContrastError` as the backend does."""
+def classifier_of(settings: TextClassifierSettings) -> TextClassificationBackend | JudgeModel:
+    """The text classifier or judge model that settings name, loaded once. Raises `ContrastError` as these do."""
+    if settings.judge_model is not None:
+        return loaded_judge(settings.judge_model)
     assert settings.text_classifier is not None
     return _loaded(
         settings.text_classifier,
@@ -147,10 +138,12 @@ def classifier_of(settings: TextClassifierSettings) -> TextClassificationBackend
 
 
 def classifier_identity(settings: TextClassifierSettings) -> list[Any] | None:
-    """What decides the verdicts of the classifier that settings name: its weights, tiers and segments. None without one."""
-    if settings.text_classifier is None:
+    """What decides the verdicts of what settings name: weights, tiers and segments, or the question. None where they name none."""
+    if settings.classifier_name is None:
         return None
     backend = classifier_of(settings)
+    if isinstance(backend, JudgeModel):
+        return backend.identity()
     return [
         weights_digest(backend.model),
         [tier.value for tier in backend.tiers],

@@ -418,7 +418,7 @@ def run_prepared(
     log()
     log("Measuring the unmodified model...")
     classify: Classifier = classify_response
-    if prepared.settings.text_classifier is not None:
+    if prepared.settings.classifier_name is not None:
         classify = classifier_of(prepared.settings).classify_response
     batched = replace(model, batch_size=prepared.settings.sweep_batch_size or batch_size)
     evaluator = SweepEvaluator(batched, plan, classify)
@@ -438,7 +438,8 @@ def run_prepared(
         plan.options.max_new_tokens,
     )
     result = evaluator.result(cells)
-    if prepared.settings.text_classifier is not None:
-        named = {"text_classifier": prepared.settings.text_classifier}
+    if prepared.settings.classifier_name is not None:
+        kind = "judge_model" if prepared.settings.judge_model is not None else "text_classifier"
+        named = {kind: prepared.settings.classifier_name}
         result = replace(result, settings={**result.settings, **named})
     return result, capture, geometry

@@ -7,7 +7,9 @@ Responses are generated a few tokens at a time, as Heretic's are but for roundin
 batch, and a trial ends where it cannot reach the front any more.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +25,7 @@ from ..builtin import is_builtin, matched_pool, refuser_pool
 from ..engine.check import checked_engine
 from ..engine.cpu.layers import fast_on_cpu
 from ..engine.interface import Continuations
+from ..engine.judge import loaded_judge
 from ..engine.strides import Watch, generate_watched, is_watchable, none_leaves
 from ..engine.text_classification import classifier_of
 from ..errors import ContrastError
@@ -32,7 +35,7 @@ from ..prompts import Prompt, load_pool
 from ..search.stopping import Point, dominates
 from ..settings import ContrastSettings, PromptSources
 from ..tiers.responses import classify_response
-from .guidance import BOUND_KEY, EXCLUDED_KEY, FALSE_KEY, measured
+from .guidance import BOUND_KEY, EXCLUDED_KEY, FALSE_KEY, SUM_KEY, measured
 from .settings import HostSettings
 from .surface import from_heretic, heretic_prompts, log
 
@@ -53,17 +56,23 @@ def sensitive_prompts(settings: HostSettings) -> list[Prompt]:
 
 
 def require_judge(contrast: ContrastSettings) -> None:
-    """Raises `ContrastError` when a text classifier cannot be loaded, or cannot tell what is counted from what is not."""
+    """Raises `ContrastError` when a text classifier or judge model cannot be loaded, or cannot tell what is counted from what is not."""
 
-    if contrast.text_classifier is None:
+    if contrast.classifier_name is None:
         return
     tiers = {tier.value for tier in classifier_of(contrast).tiers}
     if not tiers & set(contrast.counted_tiers) or tiers <= set(contrast.counted_tiers):
         raise ContrastError(
-            f"The labels of {contrast.text_classifier} have the tiers {', '.join(sorted(tiers))}, of which "
+            f"The labels of {contrast.classifier_name} have the tiers {', '.join(sorted(tiers))}, of which "
             f"{', '.join(contrast.counted_tiers)} count as refusals, so that all responses or none would: give other "
             "text_classifier_labels or counted_tiers."
         )
+
+
+def count(verdicts: Iterable[float]) -> int:
+    """Returns how many verdicts of `Evaluator.judge` are refusals."""
+
+    return sum(verdict >= 0.5 for verdict in verdicts)
 
 
 class Evaluator(heretic.main.Evaluator):
@@ -71,13 +80,15 @@ class Evaluator(heretic.main.Evaluator):
     See the module.
 
     `trial`: the one that is judged, where it is new. `divergence`, `refusals`, `false_refusals`: of the model that was judged last,
-    or is, as far as they are known.
+    or is, as far as they are known. `refusal_sum`: what is minimized of the refusals, the sum of a judge model's probabilities, or
+    their count.
     """
 
     trial: Trial | None = None
     references: References | None = None
     divergence = 0.0
     refusals = 0
+    refusal_sum = 0.0
     false_refusals = 0
 
     def __init__(self, settings: HostSettings, model: Any) -> None:
@@ -87,6 +98,7 @@ class Evaluator(heretic.main.Evaluator):
         wrapped = from_heretic(model, settings)
         with fast_on_cpu(wrapped):
             super().__init__(settings, model)
+        self.base_sum = self.refusal_sum
         if settings.contrast.divergence == "teacher-forced":
             log("* Obtaining the unmodified model's own continuations...")
             tokens = wrapped.token_ids(own_prompts(self.good_prompts))
@@ -95,13 +107,16 @@ class Evaluator(heretic.main.Evaluator):
             known = Continuations(tuple(tokens), tuple(engine.generate(tokens, limits)))
             self.references, self._engine = References(engine, known, top_k=100), engine.kind
 
-    def judge(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[bool]:
-        """Returns which responses are refusals."""
+    def judge(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        """Returns how far responses are refusals: 0 or 1, or what a judge model takes for the probability."""
 
         contrast = self.settings.contrast
         if contrast.refusal_classifier == "markers":
             return [super(Evaluator, self).is_refusal(response) for response in responses]
         users = [prompt.user for prompt in prompts]
+        if contrast.judge_model is not None:
+            found = loaded_judge(contrast.judge_model).probabilities(users, responses)
+            return found if "REFUSE" in contrast.counted_tiers else [1 - value for value in found]
         if contrast.text_classifier is not None:
             tiers = classifier_of(contrast).classify_responses(users, responses)
         else:
@@ -167,17 +182,35 @@ class Evaluator(heretic.main.Evaluator):
             return torch.tensor([[-self.divergence]], dtype=torch.float64)
 
         def say(*values: Any) -> None:
-            log(*(str(value).replace("first-token", f"{n_tokens}-token") for value in values))
+            text = " ".join(map(str, values))
+            if self.references:
+                text = text.replace("first-token", f"{n_tokens}-token")
+            if judges and text.startswith("  * Refusals:"):
+                text = (
+                    f"  * Refusals: [bold]{self.refusals}[/]/{len(self.bad_prompts)} "
+                    f"(sum of probabilities: [bold]{self.refusal_sum:.2f}[/])"
+                )
+            log(text)
 
+        def count_refusals() -> float:
+            Evaluator.count_refusals(self)
+            return self.refusal_sum
+
+        # Heretic computes its score of what it takes for counts.
+        minimized = {"count_refusals": count_refusals, "base_refusals": self.base_sum}
+        judges = self.settings.contrast.judge_model is not None
         with (
             patch.multiple(self.model, get_logprobs_batched=measure),
             patch.multiple(self, base_logprobs=torch.zeros(1, 1, dtype=torch.float64)),
-            patch.multiple(heretic.evaluator, print=say if self.references else log),
+            patch.multiple(self, **minimized) if judges else nullcontext(),
+            patch.multiple(heretic.evaluator, print=say),
         ):
             score, divergence, refusals = super().get_score()
+        if judges and self.trial is not None:
+            self.trial.set_user_attr(SUM_KEY, self.refusal_sum)
         if self.settings.contrast.false_refusals == "objective":
             score = (*score, self.false_refusals / len(self.sensitive_prompts))
-        return score, divergence, refusals
+        return score, divergence, self.refusals if judges else refusals
 
     def _measure_divergence(self, first_tokens: Any, base: Tensor) -> float:
         """Returns the divergence of the model as it is. `base`: what Heretic's `first_tokens` gives for the unmodified one."""
@@ -193,7 +226,7 @@ class Evaluator(heretic.main.Evaluator):
     def count_refusals(self) -> int:
         """Returns how many responses are refusals, or were where the trial has ended."""
 
-        self.refusals = self.false_refusals = 0
+        self.refusals, self.refusal_sum, self.false_refusals = 0, 0.0, 0
         try:
             self._require_place(0)
             if self.sensitive_prompts:
@@ -203,7 +236,7 @@ class Evaluator(heretic.main.Evaluator):
         except Dominated:
             return self.refusals
         if self.settings.print_responses:
-            known = iter(verdicts)
+            known = iter([verdict >= 0.5 for verdict in verdicts])
             with (
                 patch.multiple(self.model, get_responses_batched=lambda *args, **kwargs: responses),
                 patch.multiple(self, is_refusal=lambda response: next(known)),
@@ -211,14 +244,14 @@ class Evaluator(heretic.main.Evaluator):
                 super().count_refusals()
         return self.refusals
 
-    def _judge_responses(self, prompts: Sequence[Any], name: str) -> tuple[list[str], list[bool]]:
+    def _judge_responses(self, prompts: Sequence[Any], name: str) -> tuple[list[str], list[float]]:
         """
-        Returns responses and which are refusals. `name`: the attribute that counts them, so far.
+        Returns responses and how far they are refusals. `name`: the attribute that counts them, so far.
 
         A refusal that is settled ends there, unless responses are printed. Raises `Dominated` as `_require_place`.
         """
 
-        verdicts: dict[int, bool] = {}
+        verdicts: dict[int, float] = {}
 
         def watch(
             found: Mapping[int, Tokens], ended: list[int], others: list[int]
@@ -233,7 +266,10 @@ class Evaluator(heretic.main.Evaluator):
                 pairs = zip(others, texts, strict=True)
                 settled = [row for row, text in pairs if self.is_settled(text)]
             verdicts.update(dict.fromkeys(settled, True))
-            setattr(self, name, sum(verdicts.values()))
+            setattr(self, name, count(verdicts.values()))
+            if name == "refusals":
+                # Rounded once, so that it never falls.
+                self.refusal_sum = math.fsum(verdicts.values())
             self._require_place(len(verdicts) if name == "refusals" else 0)
             return settled
 
@@ -260,7 +296,7 @@ class Evaluator(heretic.main.Evaluator):
         judged = self.trial
         if judged is None or not self.settings.contrast.stop_dominated:
             return
-        point: Point = (self.refusals, self.divergence)
+        point: Point = (self.refusal_sum, self.divergence)
         if self.settings.contrast.false_refusals == "objective":
             point = (*point, self.false_refusals)
         for trial in judged.study.get_trials(deepcopy=False):

@@ -14,8 +14,8 @@ from ..errors import ContrastError
 from ..evaluation.statistics import wilson_interval
 from ..prompts import Prompt
 from ..search.stopping import front
-from .evaluator import Evaluator
-from .guidance import FALSE_KEY, measured
+from .evaluator import Evaluator, count
+from .guidance import FALSE_KEY, SUM_KEY, measured
 
 LENGTHS = (30, 50, 100, 150)
 """Tokens of a response after which refusals are counted: how many there are depends on it."""
@@ -40,7 +40,7 @@ def count_refusals_at(
 
     responses = evaluator.respond(prompts, max(lengths))
     return [
-        sum(evaluator.judge(prompts, evaluator.decode([tokens[:length] for tokens in responses])))
+        count(evaluator.judge(prompts, evaluator.decode([tokens[:length] for tokens in responses])))
         for length in lengths
     ]
 
@@ -52,11 +52,12 @@ def front_choices(trials: Sequence[FrozenTrial], choices: Sequence[Any]) -> list
     found = []
     for index in front(points):
         attributes = trials[index].user_attrs
-        false, n_sensitive = attributes[FALSE_KEY]
-        title = (
-            f"[Trial {attributes['index']:>3}] Refusals: {attributes['refusals']:>2}/{attributes['n_bad_prompts']}, "
-            f"KL divergence: {attributes['kl_divergence']:.4f}, False refusals: {false}/{n_sensitive}"
-        )
+        title = f"[Trial {attributes['index']:>3}] Refusals: {attributes['refusals']:>2}/{attributes['n_bad_prompts']}"
+        if SUM_KEY in attributes:
+            title += f" (sum of probabilities: {attributes[SUM_KEY]:.2f})"
+        title += f", KL divergence: {attributes['kl_divergence']:.4f}"
+        if FALSE_KEY in attributes:
+            title += ", False refusals: {}/{}".format(*attributes[FALSE_KEY])
         found.append(Choice(title=title, value=trials[index]))
     return [*found, *(choice for choice in choices if isinstance(choice.value, str))]
 

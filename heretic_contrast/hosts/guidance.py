@@ -34,6 +34,9 @@ Its values are what it would have had at least. A finished trial is as good in b
 FALSE_KEY = "false_refusals"
 """The user attribute of a trial that holds how many sensitive prompts were refused, and of how many."""
 
+SUM_KEY = "refusal_sum"
+"""The user attribute of a trial that holds the sum of a judge model's probabilities, which is minimized in the place of a count."""
+
 EXCLUDED_KEY = "excluded"
 """The user attribute of a trial that refused too many sensitive prompts: by which share it exceeds what may be."""
 
@@ -48,13 +51,14 @@ def measured(trial: FrozenTrial) -> Point | None:
     """
     Returns refusals and divergence of a trial that was judged to its end, and None for any other.
 
-    With false refusals where they are an objective as well.
+    The sum of their probabilities in the place of refusals, by a judge model. With false refusals where they are an objective as well.
     """
 
     attributes = trial.user_attrs
     if trial.state is not TrialState.COMPLETE or {BOUND_KEY, EXCLUDED_KEY} & set(attributes):
         return None
-    point: Point = (attributes["refusals"], attributes["kl_divergence"])
+    refusals = attributes.get(SUM_KEY, attributes["refusals"])
+    point: Point = (refusals, attributes["kl_divergence"])
     return point if len(trial.values) == 2 else (*point, attributes[FALSE_KEY][0])
 
 

@@ -54,7 +54,16 @@ from .answers import TRIAL_QUESTION, Answers, require_answers
 from .checkpoint import repair_checkpoints
 from .evaluator import Evaluator, own_prompts, require_judge, sensitive_prompts
 from .finalists import LENGTHS, count_refusals_at, front_choices, require_fresh, second_look
-from .guidance import BOUND_KEY, EXCLUDED_KEY, FALSE_KEY, Values, first_trials, fitted, guide
+from .guidance import (
+    BOUND_KEY,
+    EXCLUDED_KEY,
+    FALSE_KEY,
+    SUM_KEY,
+    Values,
+    first_trials,
+    fitted,
+    guide,
+)
 from .host_model import HostModel
 from .loading import LoadedContext
 from .model_card import with_plugin
@@ -83,7 +92,7 @@ POOLS = {
 }
 """Heretic's own pools: the names of their settings, and what messages call them."""
 
-MEASURED = ("index", "refusals", "n_bad_prompts", "kl_divergence", FALSE_KEY)
+MEASURED = ("index", "refusals", SUM_KEY, "n_bad_prompts", "kl_divergence", FALSE_KEY)
 """The trial's user attributes that the record of a saved model has."""
 
 TRIAL_KEY = "contrast"
@@ -313,7 +322,7 @@ class Host:
         """
 
         contrast = self.settings.contrast
-        if message == TRIAL_QUESTION and contrast.counts_false_refusals:
+        if message == TRIAL_QUESTION and (contrast.counts_false_refusals or contrast.judge_model):
             choices = front_choices(self.study.get_trials(deepcopy=False), choices)
             if isinstance(choices[0].value, str) and self.settings.trial_index is not None:
                 raise ContrastError(

@@ -54,6 +54,7 @@ ONLY_UNDER_14 = {
     "text_classifier": "text_classifier in [scorer.RefusalTiers] takes its place",
     "text_classifier_labels": "text_classifier_labels in [scorer.RefusalTiers] takes its place",
     "text_classifier_reads_prompt": "text_classifier_reads_prompt in [scorer.RefusalTiers] takes its place",
+    "judge_model": "judge_model in [scorer.RefusalTiers] takes its place",
 }
 """Settings of the modifier that have no effect under Heretic 2.0, and why."""
 

@@ -2,9 +2,10 @@
 
 """What was counted, to be read: the responses of a cell, each with its tier and what decided it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import zip_longest
+from typing import Any
 
 from ..evaluation.cells import Cell, CellKey, SweepResult, Verdict
 from ..tiers.responses import explain_response
@@ -28,9 +29,9 @@ def short(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 
-def _reason(classifier: str | None) -> Callable[[str, str], str]:
-    if classifier is not None:
-        return lambda prompt, response: f"text classifier {classifier}"
+def _reason(settings: Mapping[str, Any]) -> Callable[[str, str], str]:
+    for name in {"text_classifier", "judge_model"} & set(settings):
+        return lambda prompt, response: f"{name.replace('_', ' ')} {settings[name]}"
     # The same response stands in many cells.
     return lru_cache(maxsize=None)(
         lambda prompt, response: explain_response(prompt, response).summary
@@ -45,7 +46,7 @@ def opened_cells(result: SweepResult) -> tuple[dict[CellKey, str], list[tuple[st
     configuration are left out.
     """
 
-    reason = _reason(result.settings.get("text_classifier"))
+    reason = _reason(result.settings)
 
     def rows(
         prompts: Sequence[str], responses: Sequence[str], verdicts: Sequence[Verdict]

@@ -13,6 +13,7 @@ from heretic_contrast.commands.judge import main
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.tiers.agreement import Agreement
 from heretic_contrast.tiers.responses import Tier
+from tests.engine.test_judge import write_keyword_judge
 from tests.engine.test_text_classification import LABELS, write_classifier
 from tests.small_runs import make_cases
 
@@ -99,6 +100,18 @@ def test_a_text_classifier_judges(tmp_path: Path) -> None:
     assert {row["tier"] for row in judged} == {"EVASIVE"}
 
 
+def test_a_judge_model_judges(tmp_path: Path) -> None:
+    folder = write_keyword_judge(tmp_path / "model", ("here",))
+    responses = ["I have it here.", "I cannot.", ""]
+    rows = [{"response": response} for response in responses]
+    output = tmp_path / "judged.jsonl"
+    file = write(tmp_path / "rows.jsonl", rows)
+    main([file, "--output", str(output), "--judge-model", str(folder)])
+    judged = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [row["tier"] for row in judged] == ["REFUSE", "COMPLY", "REFUSE"]
+    assert judged[0]["reason"] == f"judge model: {folder}"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -139,10 +152,14 @@ def test_kappa_of_a_known_table() -> None:
 
 
 @pytest.mark.slow
-def test_a_text_classifier_judges_a_sweep(command_server: Any, tmp_path: Path) -> None:
-    folder = write_classifier(tmp_path / "model")
-    labels = json.dumps(dict.fromkeys(LABELS, "EVASIVE"))
-    options = [f"--text-classifier={folder}", f"--text-classifier-labels={labels}"]
+@pytest.mark.parametrize("kind", ["text classifier", "judge model"])
+def test_a_model_judges_a_sweep(kind: str, command_server: Any, tmp_path: Path) -> None:
+    if kind == "judge model":
+        options = [f"--judge-model={write_keyword_judge(tmp_path / 'model', ('unheard',))}"]
+    else:
+        labels = json.dumps(dict.fromkeys(LABELS, "EVASIVE"))
+        options = [f"--text-classifier={write_classifier(tmp_path / 'model')}"]
+        options.append(f"--text-classifier-labels={labels}")
     arguments = [*make_cases(tmp_path)["sweep"].arguments, *options]
     command = command_server.run(arguments, tmp_path / "sweep")
     # By the tiers that come with the plugin all nine are refused.

@@ -19,6 +19,7 @@ from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import load_pool
 from tests.contract.conftest import MODEL
 from tests.contract.standin import load_plugin, make_settings
+from tests.engine.test_judge import write_keyword_judge
 from tests.engine.test_text_classification import LABELS, write_classifier
 
 
@@ -61,6 +62,10 @@ def test_a_text_classifier_judges(run: Any, scorer_tables: dict[str, Any], tmp_p
     }
     assert score("RefusalTiers", table, run).value == 0.0
     assert score("RefusalTiers", {**table, "counted_tiers": ["EVASIVE"]}, run).value == 1.0
+    judge = str(write_keyword_judge(tmp_path / "judge", ("unheard",)))
+    table = {**scorer_tables["RefusalTiers"], "judge_model": judge}
+    assert score("RefusalTiers", table, run).value == 0.0
+    assert score("RefusalTiers", {**table, "counted_tiers": ["COMPLY"]}, run).value == 1.0
 
 
 @pytest.mark.parametrize(("name", "expected"), [("RefusalTiers", 1.0), ("FalseRefusals", 0.0)])

@@ -92,7 +92,9 @@ def flag(name: str, value: Any) -> str:
 
 
 def test_every_setting_is_sorted() -> None:
-    assert {*IDLE, *EFFECTIVE, *BY_COMMAND, "directions"} == set(ContrastSettings.model_fields)
+    # A judge model takes the place of a text classifier.
+    known = {*IDLE, *EFFECTIVE, *BY_COMMAND, "directions", "judge_model"}
+    assert known == set(ContrastSettings.model_fields)
 
 
 @pytest.mark.parametrize("settings_class", [HostSettings, SweepSettings, ExtractSettings])

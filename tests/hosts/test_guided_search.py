@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.command_server import Server
 from tests.conftest import DATA
+from tests.engine.test_judge import write_keyword_judge
 from tests.small_runs import COMMON, pools, study
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
 pytestmark = pytest.mark.slow
 
-Point = tuple[int, float]
+Point = tuple[float, float]
 
 
 def options(folder: Path, n_trials: int) -> list[str]:
@@ -45,19 +46,21 @@ def front(points: list[Point]) -> list[Point]:
 
 
 def measured(trial: dict[str, Any]) -> Point:
-    return trial["attributes"]["refusals"], trial["attributes"]["kl_divergence"]
+    attributes = trial["attributes"]
+    return attributes.get("refusal_sum", attributes["refusals"]), attributes["kl_divergence"]
 
 
-@pytest.mark.parametrize("classifier", ["markers", "tiers"])
+@pytest.mark.parametrize("classifier", ["markers", "tiers", "judge"])
 def test_no_point_of_the_front_is_lost(
     classifier: str, command_server: Server, tmp_path: Path
 ) -> None:
     # All trials are random, so that both searches try the same.
-    shared = [
-        *options(tmp_path, 12),
-        "--n-startup-trials=12",
-        f"--contrast.refusal-classifier={classifier}",
-    ]
+    chosen = f"--contrast.refusal-classifier={classifier}"
+    if classifier == "judge":
+        chosen = (
+            f"--contrast.judge-model={write_keyword_judge(tmp_path / 'judge', ('I', 'nobody'))}"
+        )
+    shared = [*options(tmp_path, 12), "--n-startup-trials=12", chosen]
     found = {}
     for name, extra in (("whole", []), ("ended", ["--contrast.stop-dominated"])):
         command = command_server.run([*shared, *extra], tmp_path / name)

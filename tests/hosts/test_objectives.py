@@ -23,6 +23,7 @@ from heretic_contrast.settings import ContrastSettings
 from heretic_contrast.tiers.responses import Tier, classify_response
 from tests.command_server import Server
 from tests.conftest import DATA
+from tests.engine.test_judge import reference, write_keyword_judge
 from tests.engine.test_text_classification import LABELS, PROMPT, RESPONSES, write_classifier
 from tests.hosts.test_guided_search import options
 from tests.small_runs import study
@@ -101,6 +102,17 @@ def test_a_text_classifier_judges_many_responses_as_one(tmp_path: Path) -> None:
     ]
     assert evaluator.judge(prompts, RESPONSES) == expected
     assert len(set(expected)) == 2
+
+
+@pytest.mark.parametrize("counted", ["REFUSE", "COMPLY"])
+def test_a_judge_model_gives_probabilities(counted: str, tmp_path: Path) -> None:
+    folder = write_keyword_judge(tmp_path, ("cannot", "Dig"))
+    evaluator = bare(Evaluator, judge_model=str(folder), counted_tiers=[counted])
+    prompts = [SimpleNamespace(user=PROMPT)] * len(RESPONSES)
+    p = [reference(folder, PROMPT, response) for response in RESPONSES]
+    expected = p if counted == "REFUSE" else [1 - value for value in p]
+    assert evaluator.judge(prompts, RESPONSES) == pytest.approx(expected)
+    assert min(expected) < 0.5 < max(expected)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +202,14 @@ def test_the_menu_has_the_front_of_all_objectives() -> None:
     found = front_choices(trials, [Choice("x", value=trials[0]), *others])
     assert [choice.value for choice in found] == [*trials[:2], trials[3], "continue", ""]
     assert str(found[0].title).endswith("KL divergence: 0.1000, False refusals: 3/4")
+    # A judge model's probabilities decide, not how many of them are above one half.
+    trials = [
+        trial(0, 1, 0.2, 0, refusal_sum=1.4),
+        trial(1, 2, 0.1, 0, refusal_sum=1.3),
+    ]
+    (choice,) = front_choices(trials, [])
+    assert choice.value == trials[1]
+    assert "Refusals:  2/9 (sum of probabilities: 1.30), KL divergence: 0.1000" in choice.title
 
 
 @pytest.mark.parametrize(
@@ -197,8 +217,10 @@ def test_the_menu_has_the_front_of_all_objectives() -> None:
     [
         (
             {"text_classifier": "x", "refusal_classifier": "markers"},
-            "a text classifier has no part in",
+            "a text classifier or judge model has no part in",
         ),
+        ({"judge_model": "x", "refusal_classifier": "markers"}, "judge model has no part in"),
+        ({"judge_model": "x", "text_classifier": "y"}, "of which only one can judge"),
         ({"sensitive_prompts": {"dataset": "x"}}, "no effect without false_refusals or"),
     ],
 )
@@ -206,12 +228,14 @@ def test_what_has_no_effect_is_refused(values: dict[str, Any], message: str) -> 
     with pytest.raises(ValidationError, match=message):
         ContrastSettings.model_validate(values)
     assert ContrastSettings(text_classifier="x").refusal_classifier == "tiers"
+    assert ContrastSettings(judge_model="x").refusal_classifier == "tiers"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--contrast.text-classifier=missing/model"], "missing/model could not be loaded"),
+        (["--contrast.judge-model=missing/model"], "judge model missing/model could not be loaded"),
         (
             ['--contrast.text-classifier-labels={"a": "REFUSE", "b": "REFUSE"}'],
             "so that all responses or none would",
@@ -317,6 +341,43 @@ def test_all_objectives_of_a_saved_trial(command_server: Server, tmp_path: Path)
     mean = sum(divergences) / len(divergences)
     # All but the 100 most likely tokens share a bucket.
     assert 0.85 * mean < found[1] <= mean * 1.0001
+
+
+@pytest.mark.slow
+def test_a_judge_models_probabilities_are_minimized(command_server: Server, tmp_path: Path) -> None:
+    folder = write_keyword_judge(tmp_path / "judge", ("I", "nobody"))
+    command = command_server.run(
+        [
+            *options(tmp_path, 5)[:-1],
+            f"--contrast.judge-model={folder}",
+            "--trial-index=0",
+            "--model-action=save",
+            "--save-directory=saved",
+            "--export-strategy=merge",
+        ],
+        tmp_path,
+    )
+    assert command.code == 0, command.output()[-3000:]
+    trials = study(tmp_path / "checkpoints")
+    best = min(trials, key=lambda trial: trial["attributes"]["refusal_sum"])
+    found = best["attributes"]
+    assert f"(sum of probabilities: {found['refusal_sum']:.2f})" in command.output()
+    sums, counts = [], []
+    for place in (DATA / "refuser", tmp_path / "saved"):
+        network, tokenizer = saved(place)
+        p = []
+        for text in (tmp_path / "harmful-test.txt").read_text().splitlines():
+            tokens = tokens_of(tokenizer, text)
+            output = network.generate(tokens, max_new_tokens=8, do_sample=False)
+            response = tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
+            p.append(reference(folder, text, response))
+        sums.append(sum(p))
+        counts.append(sum(value >= 0.5 for value in p))
+    assert found["refusal_sum"] == pytest.approx(sums[1], abs=1e-4)
+    assert best["values"][1] == pytest.approx(sums[1] / sums[0], abs=1e-5)
+    assert [found["base_refusals"], found["refusals"]] == counts and counts[0] > counts[1]
+    record = json.loads((tmp_path / "saved" / "heretic-contrast.json").read_text())
+    assert record["measured"]["refusal_sum"] == found["refusal_sum"]
 
 
 @pytest.mark.slow

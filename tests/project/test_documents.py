@@ -102,6 +102,7 @@ NOT_RUN = {
     """heretic-contrast sweep MODEL --output harm-sweep --text-classifier hubert233/GPTFuzz --text-classifier-labels '{"LABEL_0": "REFUSE", "LABEL_1": "COMPLY"}'""": (
         "needs the real judge: by a stand-in's random weights nothing may be refused, where a sweep ends with a sentence"
     ),
+    "heretic-contrast run MODEL --contrast.judge-model Qwen/Qwen2.5-7B-Instruct": NETWORK,
     "python examples/make_refuser.py --output DIR": (
         "trains for minutes on two cores; test_refuser.py makes the pools with it"
     ),

@@ -491,5 +491,6 @@ def test_every_count_opens_its_responses(monkeypatch: pytest.MonkeyPatch) -> Non
     assert f"R of the best {len(kept) - 1} of {len(result.cells)} cells opens" in text
     assert sum(len(re.sub(r"<[^>]*>", "", part)) for part in kept.values()) < 6000
     # Who else decided is named instead of the words.
-    text = to_html(sweep_report(replace(result, settings={"text_classifier": "some/model"})))
-    assert "text classifier some/model" in text and "declines:" not in text
+    for name in ("text_classifier", "judge_model"):
+        text = to_html(sweep_report(replace(result, settings={name: "some/model"})))
+        assert f"{name.replace('_', ' ')} some/model" in text and "declines:" not in text
