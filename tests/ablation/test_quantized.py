@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -34,6 +35,12 @@ EXPERTS = {"FP8": "FP8Experts", "MXFP4": "Mxfp4GptOssExperts"}
 BLOCK = 16
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 FP4 = torch.cat([FP4, -FP4])
+
+OLD = pytest.mark.skipif(
+    transformers.__version__.startswith("5.16."),
+    reason="transformers 5.16 loads no FP8 of models that it can spread over devices",
+)
+KINDS = [pytest.param("FP8", marks=OLD), "MXFP4"]
 
 CUDA = pytest.param(
     "cuda",
@@ -244,7 +251,7 @@ def load(kind: str, folder: Path, device: str) -> LanguageModel:
 
 
 @pytest.mark.parametrize("place", ["dequantized", "codes", CUDA])
-@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("kind", KINDS)
 def test_hooks_are_dense_algebra_on_values(kind: str, place: str, tmp_path: Path) -> None:
     reference = write(kind, tmp_path)
     with without_gpu() if place == "codes" else nullcontext():
@@ -277,7 +284,7 @@ def test_hooks_are_dense_algebra_on_values(kind: str, place: str, tmp_path: Path
             assert worst(model, direction.to(model.device)) < tolerance
 
 
-@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_refused_before_a_search(kind: str, tmp_path: Path) -> None:
     write(kind, tmp_path)
     with without_gpu():
@@ -289,7 +296,7 @@ def test_codes_are_refused_before_a_search(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("heretic", ["1.4", "2.0"])
-@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_is_not_codes(kind: str, heretic: str, tmp_path: Path) -> None:
     pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
     from heretic_contrast.hosts.host_model import HostModel
