@@ -197,7 +197,10 @@ class Evaluator(heretic.main.Evaluator):
             return self.refusal_sum
 
         # Heretic computes its score of what it takes for counts.
-        minimized = {"count_refusals": count_refusals, "base_refusals": self.base_sum}
+        minimized: dict[str, Any] = {
+            "count_refusals": count_refusals,
+            "base_refusals": self.base_sum,
+        }
         judges = self.settings.contrast.judge_model is not None
         with (
             patch.multiple(self.model, get_logprobs_batched=measure),

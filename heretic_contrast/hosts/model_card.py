@@ -2,6 +2,7 @@
 
 """The model card that Heretic 1.4 writes, with the plugin and its settings."""
 
+import os
 from typing import TYPE_CHECKING
 
 from .. import __version__
@@ -28,7 +29,9 @@ def with_plugin(introduction: str, modifier: "ContrastAbliteration", record: str
     """Returns a model card's introduction that names the plugin and its settings before the performance, with the model's record."""
 
     settings = modifier.settings
-    excluded = PATHS
+    # A model on this machine says nothing to others.
+    own = ("text_classifier", "judge_model")
+    excluded = PATHS | {name for name in own if os.path.isdir(getattr(settings, name) or "")}
     if settings.directions is not None:
         # They were made with other settings, which the file knows.
         excluded = excluded | {"preset", "som_backend"} | EXTRACTION_FIELDS

@@ -292,6 +292,9 @@ def test_damaged_checkpoint_is_kept_and_named(tmp_path: Path) -> None:
                 "preset": None,
             },
         ),
+        # A judge of the Hub is named, and where somebody has one of their own is not.
+        (["--contrast.judge-model=some/judge"], {}, {"judge_model": "some/judge"}),
+        ([f"--contrast.judge-model={DATA}"], {}, {"judge_model": None}),
     ],
 )
 def test_model_card_names_the_plugin(
