@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..chat import chat_texts, pad_left, require_chat, token_ids
 from ..errors import ContrastError, one_line
 from ..identity import weights_digest
-from ..language_model import Batches, Tokens, plain_settings
+from ..language_model import Batches, Tokens, contiguous_head, plain_settings
 from ..tiers.responses import Tier
 from ..tiers.text import strip_markup
 
@@ -148,7 +148,7 @@ class JudgeModel:
 
         def judge(part: slice) -> list[float]:
             tokens, mask = pad_left([read[row] for row in rows[part]], 0)
-            with torch.inference_mode(), plain_settings(self.model):
+            with torch.inference_mode(), plain_settings(self.model), contiguous_head(self.model):
                 output = self.model.generate(
                     tokens.to(self.model.device),
                     attention_mask=mask.to(self.model.device),
