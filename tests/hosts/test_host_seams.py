@@ -561,6 +561,7 @@ def test_ranges_are_refused_before_anything_is_asked(
             "--model=builtin:refuser",
             f"--contrast.search-space={space}",
             f"--contrast.writers={writers}",
+            "--contrast.classes=category",
             "--model-action=none",
         ]
     )
