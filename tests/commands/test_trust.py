@@ -58,7 +58,7 @@ FORBIDDEN_ATTRIBUTES = set(
     """.split()
 )
 # Names that are looked up while the program runs, of parts of the own package, for a fast start.
-DYNAMIC_IMPORTS = {"__init__.py", "cli.py"}
+DYNAMIC_IMPORTS = {"__init__.py", "cli.py", "commands/doctor.py"}
 ENTRY_POINTS = {"directions/baselines.py"}
 
 
