@@ -143,6 +143,7 @@ def find_writers(model: LanguageModel, names: Names) -> tuple[tuple[Writer, ...]
 
     first = model.layers[0]
     if first not in _FOUND:
+        _run_experts_as_modules(model)
         traces = _trace(model)
         found = tuple(
             tuple(_complete(layer, trace, components))
@@ -155,6 +156,17 @@ def find_writers(model: LanguageModel, names: Names) -> tuple[tuple[Writer, ...]
             )
         _FOUND[first] = tuple(map(_without_modules, found))
     return tuple(map(_resolved, model.layers, _FOUND[first]))
+
+
+def _run_experts_as_modules(model: LanguageModel) -> None:
+    """Makes experts in MXFP4 run as modules, whose hooks are called: transformers 5.24 calls a method of theirs instead."""
+
+    for module in model.model.modules():
+        # Experts that are spread over devices run as modules already.
+        spread = getattr(module, "_is_hooked", False) or "forward_routed" in vars(module)
+        if hasattr(module, "forward_routed") and not spread:
+            routed: Any = module.forward_routed
+            module.forward, module.forward_routed = routed, module.__call__
 
 
 def apart(model: LanguageModel) -> LanguageModel:
