@@ -860,13 +860,13 @@ class ContrastSettings(Table, TextClassifierSettings):
         for_maps = {name for name in changed if name.startswith("som_") or name == "winners"}
         if for_maps and "method" not in self.model_fields_set:
             raise ContrastError(
-                f"The setting {min(for_maps)} has no effect on a mean: give the method som as well, or a preset of the paper."
+                f"The setting {min(for_maps)} has no effect on a mean: give the method som as well, or a preset that trains maps."
             )
         for_several = changed & OF_SEVERAL
         if for_several and not {"method", "classes"} & self.model_fields_set:
             raise ContrastError(
-                f"The setting {min(for_several)} has no effect on one direction: give the classes category as well, or a preset of the "
-                "paper."
+                f"The setting {min(for_several)} has no effect on one direction: give the classes category as well, or a preset with "
+                "several directions."
             )
 
     @property
