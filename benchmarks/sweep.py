@@ -146,6 +146,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, float]:
     cells = run_cells(fast, None, None)
     spent = time.perf_counter() - started - waited
     plain_total = seconds[0] + waited / len(chosen) * len(cells)
+    base = fast.references.base
     return {
         "cells": len(cells),
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
@@ -159,7 +160,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, float]:
         "compared cells": len(chosen),
         "compared cells with the same responses": n_same,
         "largest relative difference of KL": largest,
-        "bytes of base statistics per position": fast.references.base.n_bytes()
+        "bytes of base statistics per position": sum(
+            tensor.nbytes for tensor in (base.tokens, base.values, base.tails)
+        )
         / sum(fast.references.known.lengths),
     }
 

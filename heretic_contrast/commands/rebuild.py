@@ -53,7 +53,8 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(settings.output or folder.with_name(f"{folder.name}-rebuilt"))
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ContrastError(f"{output} exists, and is not overwritten: give another --output.")
-    if folder == output.resolve() or folder in output.resolve().parents:
+    inside = folder == output.resolve() or folder in output.resolve().parents
+    if inside and any(folder.glob("*.safetensors")):
         raise ContrastError(
             f"{output} lies in the folder of the record, which holds one model: give another --output."
         )
