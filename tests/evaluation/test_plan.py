@@ -437,6 +437,8 @@ def test_a_directions_file_is_swept_as_the_extraction_that_made_it(
         {
             "unmatched": ContrastSettings(
                 classes="category",
+                method="mean",
+                som_iterations=50,
                 bad_prompts=pools["harmful train"],
                 good_prompts=pools["harmless train"],
                 matched_prompts=pools["matched train"],
