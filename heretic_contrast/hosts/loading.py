@@ -30,7 +30,7 @@ from ..chat import (
 )
 from ..directions.sources import DirectionSources
 from ..errors import ContrastError, one_line
-from ..language_model import LanguageModel
+from ..language_model import LanguageModel, contiguous_head
 from ..prompts import Prompt, load_pool
 from ..settings import ContrastSettings
 from .settings import prompt_sources
@@ -144,7 +144,7 @@ class ChatModel(Model):
         form = patch.multiple(
             self.model.generation_config, num_return_sequences=1, return_dict_in_generate=False
         )
-        with patch.multiple(self, _asks=True), form:
+        with patch.multiple(self, _asks=True), form, contiguous_head(self.model):
             yield
 
 
