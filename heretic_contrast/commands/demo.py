@@ -15,7 +15,8 @@ from ..errors import ContrastError
 from ..files import write_text_atomically
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import installed_surface, require_heretic
-from ..hosts.settings import HostSettings, load_settings
+from ..hosts.settings import HostSettings, contrast_table, load_settings
+from ..hosts.unused import config_file
 from ..outputs import json_text, require_writable_directory
 from ..prompts import Prompt, load_pool
 
@@ -49,10 +50,8 @@ def main(arguments: Sequence[str]) -> None:
     require_heretic("demo", arguments)
     started = time.perf_counter()
     arguments = ["--model", REFUSER, *arguments]
-    if not any(
-        argument.startswith(("--contrast.preset", "--contrast.directions"))
-        for argument in arguments
-    ):
+    given = (*arguments, *(f"--contrast.{name}" for name in contrast_table(config_file())))
+    if not any(word.startswith(("--contrast.preset", "--contrast.directions")) for word in given):
         arguments = ["--contrast.preset", "paper-unmatched", *arguments]
     settings = load_settings(DemoSettings, f"{PROGRAM} demo", arguments)
     if settings.output is None:
