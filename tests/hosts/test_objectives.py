@@ -38,6 +38,13 @@ from heretic_contrast.hosts.finalists import front_choices
 from heretic_contrast.hosts.host_model import HostModel
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 
+SAVING = (
+    "--trial-index=0",
+    "--model-action=save",
+    "--save-directory=saved",
+    "--export-strategy=merge",
+)
+
 MARKERS = HereticSettings.model_fields["refusal_markers"].default
 
 PIECES = st.sampled_from(
@@ -142,6 +149,19 @@ def test_settled_responses_leave_and_nothing_else_changes(
     assert ours.base_refusals == theirs.base_refusals
     for score, expected in zip(ours.get_score(), theirs.get_score(), strict=True):
         assert score == pytest.approx(expected, abs=1e-6)
+
+
+def test_heretics_own_generation_hands_the_head_whole_tensors(
+    evaluators: tuple[Evaluator, HereticEvaluator],
+) -> None:
+    model, prompts = evaluators[0].model, evaluators[0].bad_prompts[:3]
+    seen: list[bool] = []
+    hook = model.model.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, output: seen.append(inputs[0].is_contiguous())
+    )
+    model.get_responses_batched(prompts)
+    hook.remove()
+    assert all(seen) and len(seen) > 1
 
 
 @pytest.mark.slow
@@ -298,10 +318,7 @@ def test_all_objectives_of_a_saved_trial(command_server: Server, tmp_path: Path)
             "--contrast.false-refusals=objective",
             f"--contrast.sensitive-prompts.dataset={sensitive}",
             "--contrast.stop-dominated",
-            "--trial-index=0",
-            "--model-action=save",
-            "--save-directory=saved",
-            "--export-strategy=merge",
+            *SAVING,
         ],
         tmp_path,
     )
@@ -350,10 +367,7 @@ def test_a_judge_models_probabilities_are_minimized(command_server: Server, tmp_
         [
             *options(tmp_path, 5)[:-1],
             f"--contrast.judge-model={folder}",
-            "--trial-index=0",
-            "--model-action=save",
-            "--save-directory=saved",
-            "--export-strategy=merge",
+            *SAVING,
         ],
         tmp_path,
     )
