@@ -10,7 +10,7 @@ from ..errors import ContrastError
 from ..language_model import LanguageModel
 from ..prompts import Prompt, load_pool
 from ..prompts.categories import assign
-from ..settings import CategorySource, Classes, ContrastSettings
+from ..settings import BASELINES, CategorySource, Classes, ContrastSettings
 from .baselines import NEEDS_MATCHED, require_matched, require_neighbors
 from .classes import ClassSelection, select_classes
 
@@ -62,7 +62,10 @@ def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
 
     harmful, bulk = load_plain_pools(settings, where)
     matched: list[Prompt] = []
-    if settings.matched_prompts is not None or settings.baseline in NEEDS_MATCHED:
+    # Baselines of other packages may use what is given.
+    if settings.baseline in NEEDS_MATCHED or (
+        settings.matched_prompts is not None and settings.baseline not in BASELINES
+    ):
         source = settings.matched_prompts or matched_pool()
         matched = load_pool(source, "matched harmless", f"{where}matched_prompts.")
     for name, pool in (("harmless", bulk), ("matched harmless", matched)):

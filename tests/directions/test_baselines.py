@@ -7,14 +7,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from heretic_contrast.builtin import with_refuser_pools
 from heretic_contrast.directions.baselines import (
     BASELINES,
     BaselineOptions,
     Residuals,
     get_baseline,
 )
+from heretic_contrast.directions.pools import load_pools
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.settings import BASELINES as NAMES
+from heretic_contrast.settings import ContrastSettings
 
 HIDDEN = 24
 CLASSES = ("drugs", "fraud", "hacking")
@@ -164,12 +167,18 @@ def test_names_of_built_in_baselines_stand_in_the_settings() -> None:
     assert tuple(BASELINES) == NAMES
 
 
+def test_only_baselines_that_use_matched_prompts_read_them() -> None:
+    pools = {
+        name: load_pools(with_refuser_pools(ContrastSettings(baseline=name))) for name in NAMES
+    }
+    assert {name for name in NAMES if pools[name].matched} == {"matched", "mixed", "residualized"}
+
+
 def test_another_package_can_add_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import EntryPoint
 
     from heretic_contrast import settings
     from heretic_contrast.directions import baselines
-    from heretic_contrast.settings import ContrastSettings
 
     entry = EntryPoint(
         "theirs",
@@ -179,5 +188,6 @@ def test_another_package_can_add_a_baseline(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(settings, "entry_points", lambda group: [entry])
     assert get_baseline("theirs") is baselines.matched
     assert ContrastSettings(baseline="theirs").baseline == "theirs"
+    assert load_pools(with_refuser_pools(ContrastSettings(baseline="theirs"))).matched
     with pytest.raises(ValidationError, match=r"There is no contrast baseline .*theirs"):
         ContrastSettings(baseline="nobody's")

@@ -426,7 +426,6 @@ def test_a_directions_file_is_swept_as_the_extraction_that_made_it(
     }
     expected = run_refuser(refuser, tmp_path, {"method": "mean"}, random_control=False)
     fitted = {text for name in ("harmful train", "harmless train") for text in texts[name]}
-    fitted |= set(texts["matched train"])
     assert expected.pools["extraction"]["count"] == len(fitted)
     assert not fitted & {*expected.prompts, *expected.canaries}
     for name, pool in (("harmful", "harmful test"), ("references", "harmless test")):
