@@ -20,7 +20,7 @@ from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.divergence import References
 from heretic_contrast.evaluation.plan import RANDOM, PreparedSweep, SweepSources, prepare_sweep
 from heretic_contrast.evaluation.plan_settings import SweepPlanSettings
-from heretic_contrast.evaluation.sweep import run_prepared
+from heretic_contrast.evaluation.sweep import check_places, run_prepared
 from heretic_contrast.hosts.surface import (
     Context,
     Score,
@@ -134,8 +134,8 @@ class FixedWeightSweep(ContrastScorer):
         """
         Reads the prompts and directions files.
 
-        Raises `ContrastError` when they or the settings do not work, the score is to be optimized, the output cannot be
-        written, or this Heretic keeps the model to itself.
+        Raises `ContrastError` when they or the settings do not work, the model lacks what is to be swept, the score is to be
+        optimized, the output cannot be written, or this Heretic keeps the model to itself.
         """
 
         super().init(ctx)
@@ -166,6 +166,7 @@ class FixedWeightSweep(ContrastScorer):
             self.heretic_settings.response_prefix or "",
             log,
         )
+        check_places(language_model(ctx, self.heretic_settings), self.prepared.options)
 
     def get_baseline_score(self, ctx: Context) -> Score:
         """

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
 
     # Heavy imports come last, so that bad settings are answered at once.
     from ..evaluation.plan import SweepSources, prepare_sweep
-    from ..evaluation.sweep import run_prepared
+    from ..evaluation.sweep import check_places, run_prepared
     from ..hosts.loading import load_language_model, with_common_prefix
     from ..hosts.surface import log, progress_bar
     from ..report import write_sweep_report
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     if settings._own_pools and not prepared.sources.harmful:
         require_effect(["bad_prompts", "good_prompts"])
     model = load_language_model(settings, settings.contrast.batch_size)
+    check_places(model, prepared.options)
     model = with_common_prefix(model, settings, prepared.sources)
     result, capture, geometry = run_prepared(
         model,

@@ -331,6 +331,12 @@ def check_plan(model: LanguageModel, plan: SweepPlan) -> None:
             raise ContrastError(
                 f'There is no strength "{strength}": choose "weight", "effective", or both.'
             )
+    check_places(model, options)
+
+
+def check_places(model: LanguageModel, options: SweepOptions) -> None:
+    """Raises `ContrastError` when a model lacks layers or components that are asked for."""
+
     for component in options.components or ():
         if not any(
             output_projections(model, layer, (component,)) for layer in range(model.n_layers)

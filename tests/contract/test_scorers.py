@@ -145,9 +145,11 @@ def test_sweep_cannot_be_optimized(
     ):
         loaded.init(run.context())
     entries[1]["optimization"] = "none"
-    scorer("FixedWeightSweep", {"output": str(tmp_path / "sweep")}, scorers=entries).init(
-        run.context()
-    )
+    table: dict[str, Any] = {"output": str(tmp_path / "sweep")}
+    scorer("FixedWeightSweep", table, scorers=entries).init(run.context())
+    table["components"] = ["attn.q_proj"]
+    with pytest.raises(ContrastError, match=r'has no component "attn\.q_proj"'):
+        scorer("FixedWeightSweep", table, scorers=entries).init(run.context())
 
 
 def test_incoherent_responses_can_count(
