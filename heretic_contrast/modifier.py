@@ -49,7 +49,6 @@ from heretic_contrast.hosts.tables import (
     show_errors_as_sentences,
     validated,
 )
-from heretic_contrast.hosts.unused import place_of_pools
 from heretic_contrast.identity import Identity
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.search.parameters import (
@@ -136,8 +135,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             self.directions.require_model(model, self.settings.directions)
         else:
             # The host for Heretic 1.4 has a command line, too.
-            where = getattr(self.heretic_settings, "contrast_setting", None)
-            where = where or f"{place_of_pools(self.settings, f'[modifier.{TABLE}]')} "
+            where = getattr(self.heretic_settings, "contrast_setting", f"[modifier.{TABLE}] ")
             pools = load_pools(self.settings, where)
             names = names_before_extraction(pools, self.settings)
             require_ranges(space, "direction", names)

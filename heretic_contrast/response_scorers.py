@@ -19,7 +19,6 @@ from heretic_contrast.hosts.tables import (
     show_errors_as_sentences,
     validated,
 )
-from heretic_contrast.hosts.unused import place_of_pools
 from heretic_contrast.prompts import Prompt, load_pool
 from heretic_contrast.settings import PromptSources, Table, TextClassifierSettings
 from heretic_contrast.tiers.coherence import is_coherent
@@ -96,9 +95,9 @@ class ContrastScorer(PluginTables, Scorer):
         return (harmful_pool if pool == "harmful" else harmless_pool)("test[:100]")
 
     def place(self) -> str:
-        """Returns what messages put before the names of the scorer's pools: the table of `config.toml` that they stand in."""
+        """Returns what messages put before the names of the scorer's settings."""
 
-        return f"{place_of_pools(self.settings, f'[scorer.{type(self).__name__}]')} "
+        return f"[scorer.{type(self).__name__}] "
 
     def load(self, ctx: Context, source: PromptSources | None, pool: str) -> list[Prompt]:
         """Loads evaluation prompts, as `source` says. Raises `ContrastError` when they cannot be loaded."""

@@ -9,7 +9,7 @@ This module imports neither PyTorch nor Heretic, so that `--help` stays fast.
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import Enum
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import PurePath
@@ -114,15 +114,11 @@ def check_dataset_name(name: str) -> str:
     return name
 
 
-UNKNOWN = "unknown_setting"
-"""The kind of error that a misspelled name of a setting is."""
-
-
 def validation_error(
     error: ValidationError, table: str | None = None, skip: int = 0
 ) -> ContrastError:
     """
-    Returns the first complaint of a validation error as one sentence, in the user's words.
+    Returns the first complaint of a validation error as one sentence.
 
     `table`: the table of `config.toml` that the settings stand in; without one, they are named as on the command line.
     `skip`: how many names before that of the setting belong to the table.
@@ -132,85 +128,42 @@ def validation_error(
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, ContrastError):
         return cause
-    path: tuple[int | str, ...] = details["loc"][skip:]
-    # The directions of a sweep are a table inside the table of its scorer.
-    if table is not None and path[:1] == ("contrast",):
-        table, path = f"{table[:-1]}.contrast]", path[1:]
-    n_names = next((at for at, part in enumerate(path) if isinstance(part, int)), len(path))
-    name, item, inner = ".".join(map(str, path[:n_names])), path[n_names:], path[n_names + 1 :]
-    if details["type"] == UNKNOWN:
-        within = f"item {int(item[0]) + 1} of " if item else ""
-        if table is not None:
-            place = table.removeprefix("config.toml").strip("[]")
-            where = f"in {within}[{'.'.join(filter(None, (place, name)))}]"
-        elif name in ("", "contrast"):
-            where = "of the plugin"
-        else:
-            where = f"in {within}--{name.replace('_', '-')}"
-        key, nearest = details["ctx"]["key"], details["ctx"]["nearest"]
-        return ContrastError(f'There is no setting "{key}" {where}: did you mean "{nearest}"?')
+    name = ".".join(map(str, details["loc"][skip:]))
     if table is None:
-        subject = f"the setting --{name.replace('_', '-')}" if name else "the settings"
-        remedy = "correct it, or see heretic-contrast --help"
+        subject, remedy = (
+            f"--{name.replace('_', '-')}",
+            "correct it, or see heretic-contrast --help",
+        )
     else:
-        subject = f'the setting "{name}" in {table}' if name else f"the settings in {table}"
-        remedy = "correct it"
-    if item:
-        subject = f"item {int(item[0]) + 1} of {subject}"
-    if inner:
-        subject = f'"{".".join(map(str, inner))}" in {subject}'
-    subject = subject[:1].upper() + subject[1:]
-    kind = details["type"]
+        subject, remedy = f'"{name}" in {table}' if name else table, "correct it"
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "unknown_setting":
+        key, close = context["key"], context["nearest"]
+        return ContrastError(f'There is no setting "{key}" in {subject}: did you mean "{close}"?')
     if kind == "missing":
         where = " on the command line or in config.toml" if table is None else ""
-        return ContrastError(f"{subject} is required: give it{where}.")
-    # pydantic's own messages name classes of Python.
-    message = str(details["msg"])
-    message = message[:1].lower() + message[1:]
-    if kind in COMPLAINTS:
-        message = COMPLAINTS[kind].format_map(details.get("ctx", {}))
-    verb = "does" if name else "do"
-    return ContrastError(f"{subject} {verb} not work ({message}): {remedy}.")
+        return ContrastError(f"The setting {subject} is required: give it{where}.")
+    message = details["msg"][:1].lower() + details["msg"][1:]
+    if kind == "model_type":
+        # pydantic names a class of Python.
+        message = "input should be a table of settings"
+    return ContrastError(f"The setting {subject} does not work ({message}): {remedy}.")
 
 
-COMPLAINTS = {
-    **dict.fromkeys(
-        ("model_type", "model_attributes_type", "dict_type"), "a table of settings is needed"
-    ),
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number is needed"),
-    **dict.fromkeys(("float_type", "float_parsing"), "a number is needed"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false is needed"),
-    **dict.fromkeys(("list_type", "tuple_type"), "a list is needed"),
-    **dict.fromkeys(("enum", "literal_error"), "it must be {expected}"),
-    "string_type": "a text is needed",
-    "extra_forbidden": "there is no such setting",
-    "too_short": "it needs {min_length} or more items",
-    "too_long": "it takes at most {max_length} items",
-    "finite_number": "a finite number is needed",
-    "greater_than": "it must be greater than {gt}",
-    "greater_than_equal": "it must be {ge} or greater",
-    "less_than": "it must be less than {lt}",
-    "less_than_equal": "it must be {le} or less",
-}
-"""What pydantic's kinds of errors are called in the user's words."""
-
-
-def check_text(settings: Mapping[str, Any]) -> None:
+def check_text(settings: Any, name: str = "") -> None:
     """
     Raises `ContrastError` when a text in raw settings, however deep, holds a null character.
 
     No file name can hold one, so that the text would fail wherever it is used.
     """
 
-    waiting: list[tuple[str, Any]] = list(settings.items())
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, str) and "\0" in value:
-            raise ContrastError(f"The setting {name} holds a null character: correct it.")
-        if isinstance(value, dict):
-            waiting += [(f"{name}.{key}", inner) for key, inner in value.items()]
-        elif isinstance(value, list | tuple):
-            waiting += [(name, inner) for inner in value]
+    if isinstance(settings, str) and "\0" in settings:
+        raise ContrastError(f"The setting {name} holds a null character: correct it.")
+    items: Iterable[Any] = settings.items() if isinstance(settings, dict) else ()
+    if isinstance(settings, list | tuple):
+        items = ((name, item) for item in settings)
+    for key, inner in items:
+        check_text(inner, f"{name}.{key}".strip("."))
 
 
 PROMPT_COLUMNS = ("text", "prompt", "instruction", "question", "goal", "messages")
@@ -241,13 +194,13 @@ def nearest(name: str, known: Collection[str], cutoff: float = 0) -> str | None:
 
 
 def check_names(value: Any, known: Collection[str]) -> None:
-    """Raises an error that `validation_error` knows when a table, or one of a list of them, has a setting that is not known."""
+    """Raises an error for pydantic when a table, or one of a list of them, has a setting that is not known."""
 
     for item in value if isinstance(value, list) else [value]:
         for key in item if isinstance(item, dict) else ():
             if str(key) not in known:
                 raise PydanticCustomError(
-                    UNKNOWN,
+                    "unknown_setting",
                     'There is no setting "{key}": did you mean "{nearest}"?',
                     {"key": str(key), "nearest": nearest(str(key), known)},
                 )

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -65,8 +64,6 @@ from .unused import (
     class_name,
     config_file,
     named_plugins,
-    place_of_pools,
-    table_of,
     without_shipped,
 )
 
@@ -219,23 +216,12 @@ class ContrastTomlSource(TomlConfigSettingsSource):
     def _require_effect(self, config: dict[str, Any]) -> None:
         """Raises `ContrastError` for what looks meant for the plugin and has no effect."""
 
-        idle = ONLY_UNDER_14 if "scorers" in Settings.model_fields else {}
+        idle = ONLY_UNDER_14 if "scorers" in Settings.model_fields else ()
         # As in config.toml for Heretic 2.0, there is one table for the plugin.
         known = {*self.settings_cls.model_fields, "modifiers"} - {"contrast"}
         named = {where: named_plugins(config.get(name)) for where, name in NAMESPACES.items()}
-        # Names may be written as on the command line.
-        tables = {
-            name: {str(key).replace("-", "_"): value for key, value in values.items()}
-            if isinstance(values, dict)
-            else values
-            for name, values in config.get("modifier", {}).items()
-        }
         unused = Unused(TABLE, ContrastSettings.model_fields, known, named, idle)
-        for sentence in chain(
-            unused.in_environment({*known, "contrast"}),
-            unused.in_file({**config, "modifier": tables}),
-        ):
-            raise ContrastError(sentence)
+        unused.require_none(config, read=["contrast"])
         for name in sorted(set(config) - known - set(NAMESPACES)):
             close = nearest(name, known, LIKE)
             if close:
@@ -393,11 +379,8 @@ class HostSettings(Settings):
         """What messages put before the name of a pool of the plugin: a flag, or the table of `config.toml`."""
 
         pools = ("bad_prompts", "good_prompts", "matched_prompts")
-        flags = tuple(f"--contrast.{name.replace('_', '-')}" for name in pools)
-        table = contrast_table(config_file())
-        if set(pools) & set(table) and not any(word.startswith(flags) for word in sys.argv):
-            return f"{place_of_pools(self.contrast, f'[modifier.{TABLE}]')} "
-        return "--contrast."
+        tables = filter(None, (file_table("contrast", name) for name in pools))
+        return next((f"{table} " for table in tables), "--contrast.")
 
     def configuration_digest(self) -> str:
         """
@@ -483,19 +466,30 @@ class CommandSettings(BaseSettings):
 SettingsType = TypeVar("SettingsType", bound=BaseSettings)
 
 
+def file_table(*path: str) -> str | None:
+    """Returns the table of `config.toml` that a setting, such as "contrast", "seed", stands in, or None where a flag replaces it."""
+
+    flag = f"--{'.'.join(path)}".replace("_", "-")
+    if any(word.startswith(flag) for word in sys.argv):
+        return None
+    is_own = path[0] == "contrast"
+    config = contrast_table(config_file()) if is_own else config_file()
+    table = f"[modifier.{TABLE}]" if is_own else "config.toml"
+    return table if {path[-1], path[-1].replace("_", "-")} & set(config) else None
+
+
 def _complaint(error: ValidationError, settings_class: type[BaseSettings]) -> ContrastError:
     """Returns the first complaint, which names the table of `config.toml` where the value stands there."""
 
     details = error.errors()[0]
-    path, value = list(details["loc"]), details["input"]
-    if not issubclass(settings_class, HostSettings) or details["type"] == "json_invalid":
+    # A name that is not known is none of the path.
+    path = [str(part) for part in (*details["loc"], details.get("ctx", {}).get("key", ""))]
+    is_own = path[:1] == ["contrast"]
+    names = path[: 1 + is_own]
+    if not issubclass(settings_class, HostSettings) or not names:
         return validation_error(error)
-    config = config_file()
-    if path[:1] != ["contrast"]:
-        return validation_error(error, table_of(config, [""], path, value))
-    names = sorted(name for name in config.get("modifier", {}) if name.startswith(TABLE))
-    table = table_of(config, [f"modifier.{name}" for name in names], path[1:], value)
-    return validation_error(error, table, skip=1 if table else 0)
+    table = file_table(*names)
+    return validation_error(error, table, skip=int(is_own and table is not None))
 
 
 def load_settings(

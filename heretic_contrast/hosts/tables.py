@@ -4,7 +4,6 @@
 
 import sys
 from functools import cache
-from itertools import chain
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -20,9 +19,7 @@ from .unused import (
     PLUGINS,
     Unused,
     config_file,
-    instance_tables,
     named_plugins,
-    table_of,
     without_shipped,
 )
 
@@ -42,23 +39,20 @@ def check_tables(
     extra = heretic_settings.model_extra
     if extra is None:
         return
-    idle = ONLY_UNDER_14 if namespace == "modifier" else {}
     known = getattr(type(heretic_settings), "model_fields", {})
     named = {
         where: named_plugins(getattr(heretic_settings, name, None))
         for where, name in NAMESPACES.items()
     }
     named[namespace].add((plugin, None))
-    unused = Unused(plugin, settings_class.model_fields, known, named, idle)
-    complaints = [unused.in_environment(known)]
     # What the command line overrides is no longer among Heretic's settings.
-    for whole in (extra, config_file()):
-        config, shipped = without_shipped(whole, known)
-        if shipped:
-            notice(f"* {shipped}")
-        complaints.append(unused.in_file(config))
-    for sentence in chain(*complaints):
-        raise ContrastError(sentence)
+    configs, shipped = zip(
+        *(without_shipped(whole, known) for whole in (extra, config_file())), strict=True
+    )
+    for sentence in filter(None, shipped):
+        notice(f"* {sentence}")
+    idle = ONLY_UNDER_14 if namespace == "modifier" else ()
+    Unused(plugin, settings_class.model_fields, known, named, idle).require_none(*configs)
     for other, where in PLUGINS.items():
         if other not in {name for name, _ in named[where]} and other in (extra.get(where) or {}):
             notice(
@@ -102,19 +96,13 @@ def notice(text: str) -> None:
 def validated(
     settings_class: type[SettingsType], raw: dict[str, Any] | None, where: str
 ) -> SettingsType:
-    """
-    Returns validated settings of a plugin; `where` names its table, which messages do unless that of an instance holds the value.
-
-    Raises `ContrastError` with the first complaint.
-    """
+    """Returns validated settings of a plugin; `where` names its table. Raises `ContrastError` with the first complaint."""
 
     try:
         return settings_class.model_validate(raw or {})
     except ValidationError as error:
         show_errors_as_sentences()
-        config, details = config_file(), error.errors()[0]
-        found = table_of(config, instance_tables(config, where), details["loc"], details["input"])
-        raise validation_error(error, found or where) from error
+        raise validation_error(error, where) from error
 
 
 def show_errors_as_sentences() -> None:

@@ -62,12 +62,12 @@ def test_settings(refused: Refused, command: str, expected: str, tmp_path: Path)
         (
             "[bad_prompts]\ndataset = 'x'\nsplt = 'y'",
             [],
-            'no setting "splt" in [bad_prompts]: did you mean "split"?',
+            'no setting "splt" in "bad_prompts" in config.toml: did you mean "split"?',
         ),
         (
             "[good_evaluation_prompts]\ndatset = 'x'",
             [],
-            'no setting "datset" in [good_evaluation_prompts]: did you mean "dataset"?',
+            'no setting "datset" in "good_evaluation_prompts" in config.toml: did you mean "dataset"?',
         ),
         (
             "",
@@ -77,12 +77,12 @@ def test_settings(refused: Refused, command: str, expected: str, tmp_path: Path)
         (
             "[modifier.ContrastAbliteration.bad_prompts]\ndatset = 'x'",
             [],
-            'no setting "datset" in [modifier.ContrastAbliteration.bad_prompts]: did you mean "dataset"?',
+            'no setting "datset" in "bad_prompts" in [modifier.ContrastAbliteration]: did you mean "dataset"?',
         ),
         (
             "",
             ["--contrast.good-prompts", '[{"dataset": "x"}, {"dataset": "x", "colum": "y"}]'],
-            'no setting "colum" in item 2 of --contrast.good-prompts: did you mean "column"?',
+            'no setting "colum" in --contrast.good-prompts.1: did you mean "column"?',
         ),
         (
             "",

@@ -314,7 +314,7 @@ def test_the_sweep_of_the_scorer_is_that_of_the_command(
         (
             "RefusalTiers",
             {"counted_tiers": ["refused"]},
-            'Item 1 of the setting "counted_tiers" in [',
+            'The setting "counted_tiers.0" in [',
         ),
         ("RefusalTiers", {"counted_tiers": []}, 'The setting "counted_tiers"'),
         ("TeacherForcedDivergence", {"n_tokens": 0}, 'The setting "n_tokens"'),
@@ -326,12 +326,12 @@ def test_the_sweep_of_the_scorer_is_that_of_the_command(
         (
             "FixedWeightSweep",
             {"contrast": {"basline": "matched"}},
-            'There is no setting "basline" in [scorer.FixedWeightSweep.contrast]: did you mean "baseline"?',
+            'There is no setting "basline" in "contrast" in [scorer.FixedWeightSweep]: did you mean "baseline"?',
         ),
         (
             "FixedWeightSweep",
             {"contrast": {"method": "maen"}},
-            'The setting "method" in [scorer.FixedWeightSweep.contrast] does not work (it must be',
+            'The setting "contrast.method" in [scorer.FixedWeightSweep] does not work (',
         ),
     ],
 )

@@ -15,7 +15,7 @@ from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
 from heretic_contrast.hosts.tables import notice
-from heretic_contrast.hosts.unused import config_file, place_of_pools
+from heretic_contrast.hosts.unused import ONLY_UNDER_14, config_file
 from heretic_contrast.settings import ContrastSettings
 from tests.contract.conftest import MODEL
 from tests.contract.standin import make_settings
@@ -69,7 +69,6 @@ MEANT_UNDER_20 = [
         f"orthogonalize_direction in {TABLE}",
     ),
     ("[good_prompts]", "[good_prompts]", f"good_prompts in {TABLE}"),
-    ("[bad_evaluation_prompts]", "[bad_evaluation_prompts]", "prompts in the table of a scorer"),
     ("[modifiers.ContrastAbliteration]", "[modifiers.ContrastAbliteration]", TABLE),
     ("[scorers.RefusalTiers]", "[scorers.RefusalTiers]", "[scorer.RefusalTiers]"),
     ("[scorer.RefusalTier]", "[scorer.RefusalTier]", "[scorer.RefusalTiers]"),
@@ -169,27 +168,19 @@ def test_a_scorer_looks_for_its_own_settings(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "sampler",
-        "stop_dominated",
-        "storage",
-        "warm_start",
-        "patience",
-        "finalist_prompts",
-        "refusal_classifier",
-        "divergence",
-        "divergence_tokens",
-        "false_refusals",
-        "max_false_refusals",
-        "sensitive_prompts",
-        "counted_tiers",
-    ],
-)
+@pytest.mark.parametrize("name", sorted(ONLY_UNDER_14))
 def test_settings_of_the_host_for_heretic_14(name: str, folder: Path) -> None:
+    # Which they are, their descriptions and docs say as well.
+    assert name in ContrastSettings.model_fields
     assert refused(f"{TABLE}\n{name} = 1").startswith(
         f'The setting "{name}" in {TABLE} has no effect under Heretic 2.0'
+    )
+
+
+@pytest.mark.parametrize("name", ["bad_evaluation_prompts", "good_evaluation_prompts"])
+def test_pools_that_scorers_have_under_heretic_2(name: str, folder: Path) -> None:
+    assert refused(f"[{name}]").startswith(
+        f"The setting [{name}] in config.toml has no effect under Heretic 2.0"
     )
 
 
@@ -208,9 +199,8 @@ def test_directions_to_sweep_take_no_settings_of_the_host(folder: Path) -> None:
     own = {"scorers": [{"plugin": "heretic_contrast.FixedWeightSweep", "optimization": "none"}]}
     assert refused(
         '[scorer.FixedWeightSweep.contrast]\nsampler = "tpe"', FixedWeightSweep, **own
-    ) == (
-        'The setting "sampler" in [scorer.FixedWeightSweep.contrast] has no effect under Heretic 2.0, '
-        "where its study has a sampler of its own: remove it."
+    ).startswith(
+        'The setting "sampler" in [scorer.FixedWeightSweep.contrast] has no effect under Heretic 2.0'
     )
 
 
@@ -253,7 +243,7 @@ def test_what_must_be_a_table(value: Any, folder: Path) -> None:
                 plugin.get_settings_raw({namespace: {name: value}}, namespace, "a")
             assert f"[{namespace}.{name}] in config.toml must be a table" in str(error.value)
     assert refused("modifier = 'matched'") == (
-        f'"modifier" in config.toml must hold tables, such as {TABLE}: correct it.'
+        f'config.toml has "modifier", which nothing reads: did you mean {TABLE}?'
     )
 
 
@@ -262,7 +252,7 @@ def test_instances(folder: Path) -> None:
 
     table = "[modifier.ContrastAbliteration_a]\nn_neighbors = 2"
     assert refused(table) == (
-        "config.toml has [modifier.ContrastAbliteration_a], but no instance_name in modifiers is a: "
+        "config.toml has [modifier.ContrastAbliteration_a], which nothing reads: "
         "did you mean [modifier.ContrastAbliteration]?"
     )
     other = [{"plugin": "./modifier.py:ContrastAbliteration", "instance_name": "aa"}]
@@ -275,14 +265,7 @@ def test_instances(folder: Path) -> None:
     )
 
 
-def test_an_instance_is_named_where_its_table_holds_the_value(folder: Path) -> None:
-    Path("config.toml").write_text(
-        "[modifier.ContrastAbliteration]\nn_neighbors = 2\n[modifier.ContrastAbliteration_a]\nscale = 'rwa'"
-    )
-    for name, shown in (("scale", "[modifier.ContrastAbliteration_a]"), ("method", TABLE)):
-        with pytest.raises(ContrastError) as error:
-            ContrastAbliteration.validate_settings({name: "rwa"})
-        assert f'The setting "{name}" in {shown} does not' in str(error.value)
+def test_a_table_inside_that_of_the_plugin_is_not_one_of_an_instance(folder: Path) -> None:
     named = [{"plugin": PLUGIN, "instance_name": "a"}]
     assert refused("[modifier.ContrastAbliteration.a]\nscale = 'raw'", modifiers=named) == (
         "config.toml has [modifier.ContrastAbliteration.a], which nothing reads: "
@@ -290,47 +273,27 @@ def test_an_instance_is_named_where_its_table_holds_the_value(folder: Path) -> N
     )
 
 
-def test_a_pool_that_cannot_be_loaded_is_named_where_it_stands(folder: Path) -> None:
-    """In the table of the plugin or in that of an instance, also where two instances have a pool each."""
-
-    Path("config.toml").write_text(
-        """
-        [scorer.FalseRefusals]
-        prompts = { dataset = "one.txt" }
-        [scorer.FalseRefusals_a]
-        prompts = [{ dataset = "two.txt", split = "[:3]" }, { dataset = "three.txt" }]
-        [scorer.FalseRefusals_b]
-        prompts = { dataset = "four.txt", column = "x" }
-        [modifier.ContrastAbliteration]
-        n_neighbors = 2
-        [modifier.ContrastAbliteration_a]
-        bad_prompts.dataset = "five.txt"
-        """
-    )
-    tables = config_file()
-    for instance, place in (("a", "_a"), ("b", "_b"), ("c", "")):
-        below, above = (
-            tables["scorer"].get(f"FalseRefusals{end}", {}) for end in ("", f"_{instance}")
-        )
-        settings = FalseRefusals.validate_settings({**below, **above})
-        plugin: Any = FalseRefusals(heretic_settings=make_settings(MODEL, {}), settings=settings)
-        with pytest.raises(ContrastError) as error:
-            plugin.load(None, settings.prompts, "harmless")
-        assert f"[scorer.FalseRefusals{place}] prompts." in str(error.value)
-    for name in ("ContrastAbliteration", "ContrastAbliteration_a"):
-        contrast = ContrastAbliteration.validate_settings(tables["modifier"][name])
-        assert place_of_pools(contrast, TABLE) == f"[modifier.{name}]"
+def test_a_pool_that_cannot_be_loaded_is_named(folder: Path) -> None:
+    settings = FalseRefusals.validate_settings({"prompts": {"dataset": "one.txt"}})
+    plugin: Any = FalseRefusals(heretic_settings=make_settings(MODEL, {}), settings=settings)
+    with pytest.raises(ContrastError) as error:
+        plugin.load(None, settings.prompts, "harmless")
+    assert "[scorer.FalseRefusals] prompts." in str(error.value)
 
 
 @pytest.mark.skipif(HAS_PLUGIN_SURFACE, reason="needs the host for Heretic 1.4")
 @pytest.mark.parametrize(
     ("text", "flags", "start"),
     [
-        (f"{TABLE}\nscale = 'x'", [], f'The setting "scale" in {TABLE} does not work (it must be'),
+        (f"{TABLE}\nscale = 'x'", [], f'The setting "scale" in {TABLE} does not work ('),
         (f"{TABLE}\nscale = 'raw'", ["--contrast.scale=x"], "The setting --contrast.scale does"),
         (f"{TABLE}\nbaslin = 1", [], f'There is no setting "baslin" in {TABLE}: did you mean'),
-        ("n_trials = 'x'", [], 'The setting "n_trials" in config.toml does not work (a whole'),
-        (f"{TABLE}\nbad_prompts = [{{split = 'x'}}]", [], '"dataset" in item 1 of the setting "b'),
+        ("n_trials = 'x'", [], 'The setting "n_trials" in config.toml does not work ('),
+        (
+            f"{TABLE}\nbad_prompts = [{{split = 'x'}}]",
+            [],
+            f'The setting "bad_prompts.0.dataset" in {TABLE} is required',
+        ),
         ("[contrast]\nscale = 'raw'", [], "config.toml has [contrast], which nothing reads"),
     ],
 )
@@ -391,9 +354,7 @@ def test_modifiers_of_a_heretic_without_them(folder: Path) -> None:
         FalseRefusals(heretic_settings=settings, settings=FalseRefusals.validate_settings({})).init(
             None
         )
-    assert str(error.value) == (
-        '"modifiers" in config.toml has no effect, because this Heretic has no modifiers: use Heretic 2.0, or remove it.'
-    )
+    assert str(error.value).startswith('The setting "modifiers" in config.toml has no effect')
 
 
 def test_a_table_of_a_plugin_that_is_not_loaded(
@@ -438,10 +399,10 @@ def test_environment_variables_of_scorers(
 def test_no_suggestion_leads_to_a_setting_without_effect(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reason = "has no effect under Heretic 2.0, where its study has a sampler of its own: remove it."
-    assert refused('sampler = "tpe"') == f'The setting "sampler" in config.toml {reason}'
+    reason = "has no effect under Heretic 2.0"
+    assert refused('sampler = "tpe"').startswith(f'The setting "sampler" in config.toml {reason}')
     monkeypatch.setenv("HERETIC_CONTRAST_SAMPLER", "tpe")
-    assert refused("") == f"The environment variable HERETIC_CONTRAST_SAMPLER {reason}"
+    assert f"variable HERETIC_CONTRAST_SAMPLER {reason}" in refused("")
 
 
 def test_environment_variables_of_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1027,30 +1027,30 @@ def test_lists_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (
             '"pool.txt"',
-            "bad-prompts does not work (a table of settings",
+            "bad-prompts does not work (input should be a table",
             '"bad_prompts" in [modifier.',
         ),
         (
             "[]",
-            "bad-prompts does not work (it needs 1 or more items)",
+            "bad-prompts does not work (list should have at least 1 item",
             '"bad_prompts" in [modifier.',
         ),
         (
             "[3]",
-            "Item 1 of the setting --contrast.bad-prompts does not work (a table of settings",
-            'Item 1 of the setting "bad_prompts" in [modifier.',
+            "--contrast.bad-prompts.0 does not work (input should be a table",
+            '"bad_prompts.0" in [modifier.',
         ),
         (
             '[{"dataset": "a"}, {}]',
-            '"dataset" in item 2 of the setting --contrast.bad-prompts is required',
-            '"dataset" in item 2 of the setting "bad_prompts" in [modifier.',
+            "--contrast.bad-prompts.1.dataset is required",
+            '"bad_prompts.1.dataset" in [modifier.',
         ),
         ('{"split": "train"}', "bad-prompts.dataset is required", '"bad_prompts.dataset" in ['),
         ('{"dataset": 3}', "bad-prompts.dataset does not", '"bad_prompts.dataset" in ['),
         (
             '[{"dataset": "a", "colum": "b"}]',
-            '"colum" in item 1 of --contrast.bad-prompts',
-            '"colum" in item 1 of [modifier.ContrastAbliteration.bad_prompts]',
+            '"colum" in --contrast.bad-prompts.0',
+            '"colum" in "bad_prompts.0" in [modifier.ContrastAbliteration]',
         ),
         (
             '[{"dataset": "csv"}]',
