@@ -423,12 +423,14 @@ def check(layers: list[int], references: int) -> dict[str, Any]:
     cells = evaluator.evaluate(evaluator.grid())
     finished = time.process_time()
     generated, generation_seconds = record.tokens, record.seconds
-    harmful, canaries = evaluator._split(evaluator._known.tokens)
+    base = evaluator._base
     departed = sum(
         response != base
         for cell in cells
         for response, base in zip(
-            (*cell.responses, *cell.canary_responses), (*harmful, *canaries), strict=True
+            (*cell.responses, *cell.canary_responses),
+            (*base.responses, *base.canary_responses),
+            strict=True,
         )
     )
     after = measure_machine(shape.hidden_size, shape.intermediate_size)

@@ -23,7 +23,8 @@ from ..directions.pools import Log
 from ..directions.sources import ShowProgress
 from ..engine.check import checked_engine
 from ..engine.interface import Continuations, Engine
-from ..engine.text_classification import classifier_of
+from ..engine.judge import JudgeModel
+from ..engine.text_classification import TextClassificationBackend, classifier_of
 from ..errors import ContrastError
 from ..identity import Identity, identify, program_digest
 from ..language_model import LanguageModel, Progress, Tokens
@@ -42,8 +43,8 @@ from .storage import SweepState
 RULES = (responses, linear, text, coherence)
 """The modules that decide how a response is judged."""
 
-Classifier = Callable[[str, str], Tier]
-"""Returns the tier of a response to a prompt."""
+Classifier = Callable[[str, str], Tier] | TextClassificationBackend | JudgeModel
+"""Returns the tier of a response to a prompt, or judges several at once."""
 
 
 class Judged(NamedTuple):
@@ -221,9 +222,12 @@ class SweepEvaluator:
     def _judged(self, tokens: Sequence[Tokens], kl: tuple[float, float]) -> Judged:
         """Judges responses. `kl`: the divergence, and its standard error, which is not a number where there is none."""
 
-        responses, canary_responses = self._split(tokens)
-        verdicts = self._verdicts(self.plan.harmful, responses)
-        canary_verdicts = self._verdicts(self.plan.canaries, canary_responses)
+        responses = tuple(
+            self.model.tokenizer.batch_decode(list(map(list, tokens)), skip_special_tokens=True)
+        )
+        n_harmful = len(self.plan.harmful)
+        judged = self._verdicts(responses)
+        verdicts, canary_verdicts = judged[:n_harmful], judged[n_harmful:]
         tiers = Counter(verdict.tier for verdict in verdicts)
         measurement = Measurement(
             refusals=tiers[Tier.REFUSE.value],
@@ -236,22 +240,23 @@ class SweepEvaluator:
             kl_divergence=kl[0],
             kl_standard_error=kl[1] if math.isfinite(kl[1]) else None,
         )
-        return Judged(measurement, responses, canary_responses, verdicts, canary_verdicts)
+        return Judged(
+            measurement, responses[:n_harmful], responses[n_harmful:], verdicts, canary_verdicts
+        )
 
-    def _split(self, tokens: Sequence[Tokens]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        rows = [list(row) for row in tokens]
-        responses = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        n_harmful = len(self.plan.harmful)
-        return tuple(responses[:n_harmful]), tuple(responses[n_harmful:])
-
-    def _verdicts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[Verdict, ...]:
+    def _verdicts(self, responses: Sequence[str]) -> tuple[Verdict, ...]:
+        prompts = [prompt.text for prompt in (*self.plan.harmful, *self.plan.canaries)]
+        if isinstance(self._classify, TextClassificationBackend | JudgeModel):
+            tiers = self._classify.classify_responses(prompts, responses)
+        else:
+            tiers = list(map(self._classify, prompts, responses))
         return tuple(
             Verdict(
-                tier=self._classify(prompt.text, response).value,
+                tier=tier.value,
                 coherent=is_coherent(response),
                 bigram_entropy=round(normalized_bigram_entropy(response), 6),
             )
-            for prompt, response in zip(prompts, responses, strict=True)
+            for tier, response in zip(tiers, responses, strict=True)
         )
 
     def identity(self) -> Identity:
@@ -425,7 +430,7 @@ def run_prepared(
     log("Measuring the unmodified model...")
     classify: Classifier = classify_response
     if prepared.settings.classifier_name is not None:
-        classify = classifier_of(prepared.settings).classify_response
+        classify = classifier_of(prepared.settings)
     batched = replace(model, batch_size=prepared.settings.sweep_batch_size or batch_size)
     evaluator = SweepEvaluator(batched, plan, classify)
     base = evaluator.baseline

@@ -7,11 +7,13 @@ import io
 import json
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from heretic_contrast.ablation.operator import compose, effective_weight
+from heretic_contrast.engine.judge import JudgeModel
 from heretic_contrast.evaluation.cells import SweepResult, efficiency
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.sweep import SweepEvaluator, sweep
@@ -20,6 +22,7 @@ from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.tiers.coherence import is_coherent
 from heretic_contrast.tiers.responses import Tier, classify_response
+from tests.engine.test_judge import write_keyword_judge
 from tests.plain_sweeps import (
     CANARIES,
     HARMFUL,
@@ -156,6 +159,33 @@ def test_synergy_of_pairs(tiny_llama: LanguageModel) -> None:
         ]
         reduction = result.baseline.refusals - synergy.refusals
         assert synergy.synergy == reduction - max(reductions)
+
+
+def test_a_judge_reads_the_responses_of_a_state_at_once(
+    tiny_llama: LanguageModel, tmp_path: Path
+) -> None:
+    word = HARMFUL[0].text.split()[-1]
+    judge = JudgeModel(str(write_keyword_judge(tmp_path, (word,))))
+    sizes: list[int] = []
+    judge.model.register_forward_pre_hook(
+        lambda module, arguments, named: sizes.append(len(named["input_ids"])), with_kwargs=True
+    )
+    result = sweep(
+        tiny_llama,
+        {"one": random_directions(tiny_llama, 1, 0)},
+        HARMFUL,
+        CANARIES,
+        REFERENCES,
+        SweepOptions(layers=(1,), weights=(0.5, 1.0), max_new_tokens=12, kl_tokens=4),
+        classify=judge,
+    )
+    pools = {"verdicts": HARMFUL, "canary_verdicts": CANARIES}
+    for cell in result.cells:
+        for name, prompts in pools.items():
+            tiers = [verdict.tier for verdict in getattr(cell, name)]
+            assert tiers == [("COMPLY", "REFUSE")[word in prompt.text] for prompt in prompts]
+    assert 0 < result.baseline.refusals < len(HARMFUL)
+    assert sizes == [len(HARMFUL) + len(CANARIES)] * (1 + len(result.cells))
 
 
 @pytest.mark.parametrize("n_references", [1, len(REFERENCES)])
