@@ -41,7 +41,10 @@ class JudgeSettings(TextClassifierSettings, CommandSettings):  # type: ignore[mi
     """Tier of each of these labels, as JSON; REFUSE, EVASIVE, COMPLY, and XSTest's names, mean themselves."""
 
     output: str | None = None
-    """File to write the lines to, as JSON Lines, each with tier, coherence and reason."""
+    """
+    File to write the lines to, as JSON Lines, each with tier, coherence and reason, and with a judge model the probability that it
+    is a refusal.
+    """
 
 
 def read_rows(settings: JudgeSettings) -> list[dict[str, Any]]:
@@ -92,22 +95,31 @@ def main(arguments: Sequence[str]) -> None:
 
     prompts = [str(row.get(settings.prompt_key) or "") for row in rows]
     responses = [row[settings.response_key] for row in rows]
+    probabilities: list[dict[str, float]] = [{}] * len(rows)
     if settings.classifier_name is None:
         explanations = [explain_response(*pair) for pair in zip(prompts, responses, strict=True)]
         tiers = [explanation.tier for explanation in explanations]
         reasons = [explanation.summary for explanation in explanations]
     else:
+        from ..engine.judge import JudgeModel
         from ..engine.text_classification import classifier_of
 
         classifier = classifier_of(settings)
-        tiers = classifier.classify_responses(prompts, responses)
+        if isinstance(classifier, JudgeModel):
+            values = classifier.probabilities(prompts, responses)
+            tiers = list(map(classifier.tier, values))
+            probabilities = [{"refusal_probability": value} for value in values]
+        else:
+            tiers = classifier.classify_responses(prompts, responses)
         kind = "text classifier" if settings.judge_model is None else "judge model"
         reasons = [f"{kind}: {settings.classifier_name}"] * len(rows)
     coherent = [is_coherent(response) for response in responses]
     if settings.output is not None:
         judged = (
-            {**row, "tier": tier.value, "coherent": clear, "reason": reason}
-            for row, tier, clear, reason in zip(rows, tiers, coherent, reasons, strict=True)
+            {**row, "tier": tier.value, **probability, "coherent": clear, "reason": reason}
+            for row, tier, probability, clear, reason in zip(
+                rows, tiers, probabilities, coherent, reasons, strict=True
+            )
         )
         write_text_atomically(Path(settings.output), json_lines(judged))
 

@@ -13,7 +13,7 @@ from heretic_contrast.commands.judge import main
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.tiers.agreement import Agreement
 from heretic_contrast.tiers.responses import Tier
-from tests.engine.test_judge import write_keyword_judge
+from tests.engine.test_judge import reference, write_keyword_judge
 from tests.engine.test_text_classification import LABELS, write_classifier
 from tests.small_runs import make_cases
 
@@ -103,13 +103,15 @@ def test_a_text_classifier_judges(tmp_path: Path) -> None:
 def test_a_judge_model_judges(tmp_path: Path) -> None:
     folder = write_keyword_judge(tmp_path / "model", ("here",))
     responses = ["I have it here.", "I cannot.", ""]
-    rows = [{"response": response} for response in responses]
+    rows = [{"prompt": "Hello", "response": response} for response in responses]
     output = tmp_path / "judged.jsonl"
     file = write(tmp_path / "rows.jsonl", rows)
     main([file, "--output", str(output), "--judge-model", str(folder)])
     judged = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [row["tier"] for row in judged] == ["REFUSE", "COMPLY", "REFUSE"]
     assert judged[0]["reason"] == f"judge model: {folder}"
+    expected = [*(reference(folder, "Hello", response) for response in responses[:2]), 1.0]
+    assert [row["refusal_probability"] for row in judged] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
