@@ -274,19 +274,13 @@ def test_sweeps_that_do_not_work_load_no_model(
     assert expected in refused(arguments)
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ("--layers=99", "Layer 99 is out of range"),
-        ("--layers=0 --components=self_attn.o_proj", "Layer 0 of builtin:refuser has nothing"),
-    ],
-)
 def test_a_model_that_lacks_what_is_swept_is_asked_nothing(
-    refused: Refused, options: str, expected: str, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("heretic_contrast.hosts.loading.with_common_prefix", None)
-    arguments = ["sweep", "builtin:refuser", "--output=out", "--batch-size=4", *options.split()]
-    assert expected in refused(arguments)
+    arguments = ["sweep", "builtin:refuser", "--output=out", "--batch-size=4", "--layers=0"]
+    sentence = refused([*arguments, "--components=self_attn.o_proj"])
+    assert "Layer 0 of builtin:refuser has nothing of the components" in sentence
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "missing"])
