@@ -524,7 +524,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
                 "[yellow]* There is no study of this model, these settings and these prompts in "
                 f"{folder.parent}: a new one begins.[/]"
             )
-    else:
+    elif host.shared is None:
         shutil.rmtree(settings.study_checkpoint_dir, ignore_errors=True)
     # Heretic's main() would show an interruption as an ordinary end.
     rich.traceback.install()

@@ -24,18 +24,13 @@ def open_shared(settings: HostSettings) -> BaseStorage | None:
     """
     Returns the storage of a shared study, in which Heretic sees no other study; None where it has a checkpoint of its own.
 
-    Raises `ContrastError` when it cannot be read, or holds a study of another model or with other settings.
+    Raises `ContrastError` when it cannot be read, or holds a study that is to be removed, or of another model or other settings.
     """
 
     source = settings.contrast.storage
     if source is None:
         return None
     place = without_password(source)
-    if settings.checkpoint_action == "restart":
-        raise ContrastError(
-            f"The study in {place} may be that of other processes, and is not removed: give another --contrast.storage, or leave "
-            "--checkpoint-action restart out."
-        )
     try:
         storage = open_storage(source)
         get_all_studies = storage.get_all_studies
@@ -50,6 +45,11 @@ def open_shared(settings: HostSettings) -> BaseStorage | None:
         ) from error
     for study in studies:
         if study.study_name == STUDY_NAME:
+            if settings.checkpoint_action == "restart":
+                raise ContrastError(
+                    f"The study in {place} may be that of other processes, and is not removed: give another --contrast.storage, or "
+                    "leave --checkpoint-action restart out."
+                )
             require_same_settings(study.user_attrs, settings)
 
     def own_studies() -> list[Any]:

@@ -186,6 +186,16 @@ def test_a_storage_of_another_study(
     assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
 
 
+@pytest.mark.parametrize("place", ["sqlite:///{}/study.db", "{}/study.journal"])
+def test_a_new_storage_needs_no_restart(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_shared(
+        shared_settings(monkeypatch, place.format(tmp_path), "--checkpoint-action=restart")
+    )
+    assert storage is not None and storage.get_all_studies() == []
+
+
 def test_what_is_no_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for storage in ("nosuchdatabase://user:secret@host/name", f"sqlite:///{tmp_path}/no/study.db"):
         with pytest.raises(ContrastError, match=r"The storage .* cannot be read") as raised:
