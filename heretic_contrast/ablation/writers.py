@@ -103,6 +103,18 @@ def writers_digest(model: LanguageModel) -> str:
     )
 
 
+def shared_components(model: LanguageModel) -> dict[str, str]:
+    """Returns the component that each component of a model is counted among where it has none of its own (see `apart`)."""
+
+    return {
+        writer.component: shared.component
+        for layer, found in zip(model.writers, _FOUND.get(model.layers[0], ()), strict=False)
+        for writer in layer
+        for shared in found
+        if writer.path == shared.path
+    }
+
+
 def named_writers(names: Names, layers: Sequence[Module]) -> tuple[tuple[Writer, ...], ...]:
     """Returns just the modules that have names, ablated without their biases and without regard to norms: as Heretic."""
 

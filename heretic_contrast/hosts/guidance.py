@@ -154,13 +154,21 @@ def _trial_of(cell: Cell) -> Values:
     }
 
 
-def fitted(values: Values, distributions: Mapping[str, BaseDistribution]) -> Values:
-    """Returns the values of the parameters that a study has, those beyond their ranges at the nearest end."""
+def fitted(
+    values: Values, distributions: Mapping[str, BaseDistribution], shared: Mapping[str, str]
+) -> Values:
+    """
+    Returns the values of the parameters that a study has, those beyond their ranges at the nearest end.
+
+    `shared`: the component whose values one has that the values do not know (see `shared_components`).
+    """
 
     found = {}
     for name, distribution in distributions.items():
-        kind = "scale." if name.startswith("scale.") else f"component.{name.rpartition('.')[2]}"
-        value = values.get(name, values.get(kind))
+        component, _, parameter = name.rpartition(".")
+        kind = "scale." if name.startswith("scale.") else f"component.{parameter}"
+        keys = (name, f"{shared.get(component)}.{parameter}", kind)
+        value = next((values[key] for key in keys if key in values), None)
         if value is None:
             continue
         if isinstance(distribution, FloatDistribution):

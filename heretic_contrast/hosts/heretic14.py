@@ -32,7 +32,7 @@ from pydantic import TypeAdapter
 from rich.markup import escape
 from torch import Tensor
 
-from ..ablation.writers import writers_digest
+from ..ablation.writers import shared_components, writers_digest
 from ..directions.pools import require_apart, shared_texts
 from ..directions.sources import DirectionSources
 from ..engine.text_classification import classifier_identity
@@ -360,7 +360,8 @@ class Host:
             # The parameters and their ranges are known from asking for them.
             trial = create_study(directions=study.directions).ask()
             self.modifier.suggest_parameters(self.context, trial)
-            first = [fitted(values, trial.distributions) for values in self.first_trials]
+            shared = shared_components(self.modifier.model(self.context))
+            first = [fitted(values, trial.distributions, shared) for values in self.first_trials]
         if first and not study.trials:
             log(
                 f"* Beginning with [bold]{len(first)}[/] trials of {escape(str(self.modifier.settings.warm_start))}"

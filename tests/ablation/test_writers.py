@@ -20,7 +20,7 @@ from heretic_contrast.ablation.hooks import (
     missed_shares,
 )
 from heretic_contrast.ablation.operator import Composition, Operator, compose
-from heretic_contrast.ablation.writers import find_embeddings
+from heretic_contrast.ablation.writers import find_embeddings, shared_components
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
@@ -178,6 +178,10 @@ def test_components_apart(name: str, together: str, own: dict[str, str]) -> None
             assert (writer.component == together) >= (writer.path in own)
     assert set(own.values()) < set(apart.component_names)
     assert set(apart.component_names) - set(own.values()) <= set(model.component_names)
+    assert shared_components(apart) == {
+        component: together if component in own.values() else component
+        for component in apart.component_names
+    }
     # Whoever wraps it as before finds it as it was.
     again = wrap(model.model, model.tokenizer, name=name)
     assert again.component_names == model.component_names

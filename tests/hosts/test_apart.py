@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from heretic_contrast.directions.directions import Directions
 from tests.command_server import Server
 from tests.conftest import DATA
+from tests.hosts.test_guidance import write_study
 from tests.small_runs import COMMON, WholeRuns, pools, study
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
@@ -84,6 +85,21 @@ def test_search_save_and_rebuild(
             after[name].double(), expected, rtol=1e-2, atol=1e-3 * float(weight.std())
         )
     assert "linear_attn.out_proj" in changed
+
+    # A study with components together has no values for those apart, and one of its trials stands for both.
+    together = {
+        name: value for name, value in first["params"].items() if "linear_attn" not in name
+    }
+    write_study(tmp_path / "together.jsonl", "builtin:refuser", [(1, 0.1)], together)
+    options = [*COMMON, *pools(tmp_path), "--contrast.writers=apart", "--model-action=none"]
+    options += ["--n-trials=1", "--contrast.warm-start=together.jsonl"]
+    command = command_server.run([*options, "--study-checkpoint-dir=second"], tmp_path)
+    assert command.code == 0, command.output()[-3000:]
+    (trial,) = study(tmp_path / "second")
+    assert together.items() <= trial["params"].items()
+    for name in ("max_weight", "max_weight_position", "min_weight", "min_weight_distance"):
+        found = {trial["params"][f"{part}.{name}"] for part in PARTS if part != "mlp.down_proj"}
+        assert len(found) == 1
 
     # The trial is restored in another process, and the model made again from its record.
     command = command_server.run(

@@ -53,8 +53,13 @@ def sweep(model: str = "builtin:refuser", strength: str = "weight") -> SweepResu
     )
 
 
-def write_study(path: Path, model: str, points: list[tuple[int, float]]) -> None:
-    """A checkpoint as plain Heretic leaves it; its trials have x = 0, 0.1, ..."""
+def write_study(
+    path: Path,
+    model: str,
+    points: list[tuple[int, float]],
+    parameters: dict[str, Any] | None = None,
+) -> None:
+    """A checkpoint as plain Heretic leaves it; its trials have x = 0, 0.1, ..., or these parameters."""
 
     study = optuna.create_study(
         study_name="heretic",
@@ -63,7 +68,15 @@ def write_study(path: Path, model: str, points: list[tuple[int, float]]) -> None
     )
     study.set_user_attr("settings", json.dumps({"model": model}))
     for number, (refusals, divergence) in enumerate(points):
-        trial = study.ask({"x": FloatDistribution(number / 10, number / 10)})
+        values = {"x": number / 10} if parameters is None else parameters
+        trial = study.ask(
+            {
+                name: CategoricalDistribution([value])
+                if isinstance(value, str)
+                else FloatDistribution(value, value)
+                for name, value in values.items()
+            }
+        )
         trial.set_user_attr("refusals", refusals)
         trial.set_user_attr("kl_divergence", divergence)
         study.tell(trial, [refusals, divergence])
@@ -86,7 +99,7 @@ def test_the_best_cells_of_a_sweep(tmp_path: Path) -> None:
         "attn.o_proj.min_weight_distance": FloatDistribution(1, 4),
         "scale.drugs": FloatDistribution(0, 1),
     }
-    found = [fitted(values, distributions) for values in first_trials(settings(path), MODEL)]
+    found = [fitted(values, distributions, {}) for values in first_trials(settings(path), MODEL)]
     assert [
         (trial["attn.o_proj.max_weight_position"], trial["attn.o_proj.max_weight"])
         for trial in found
@@ -105,7 +118,19 @@ def test_the_front_of_an_earlier_study(tmp_path: Path) -> None:
     assert [trial["x"] for trial in found] == [0.2, 0.0]
     # What its one direction had nothing of.
     rest = {"rest": FloatDistribution(-1, 1), "scale.drugs": FloatDistribution(0, 1)}
-    assert fitted(found[0], rest) == {"rest": 0.0}
+    assert fitted(found[0], rest, {}) == {"rest": 0.0}
+
+
+def test_a_component_of_its_own_begins_with_what_it_had_among_others() -> None:
+    kernels = {
+        f"{component}.max_weight": FloatDistribution(0, 1)
+        for component in ("linear_attn.out_proj", "attn.o_proj")
+    }
+    shared = {"linear_attn.out_proj": "attn.o_proj"}
+    together = {"attn.o_proj.max_weight": 0.7}
+    assert set(fitted(together, kernels, shared).values()) == {0.7}
+    alone = {**together, "linear_attn.out_proj.max_weight": 0.2}
+    assert fitted(alone, kernels, shared) == alone
 
 
 @pytest.mark.parametrize(
