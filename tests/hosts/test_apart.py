@@ -87,9 +87,7 @@ def test_search_save_and_rebuild(
     assert "linear_attn.out_proj" in changed
 
     # A study with components together has no values for those apart, and one of its trials stands for both.
-    together = {
-        name: value for name, value in first["params"].items() if "linear_attn" not in name
-    }
+    together = {name: value for name, value in first["params"].items() if "linear_attn" not in name}
     write_study(tmp_path / "together.jsonl", "builtin:refuser", [(1, 0.1)], together)
     options = [*COMMON, *pools(tmp_path), "--contrast.writers=apart", "--model-action=none"]
     options += ["--n-trials=1", "--contrast.warm-start=together.jsonl"]
