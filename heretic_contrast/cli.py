@@ -7,9 +7,7 @@ import io
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import import_module
 from types import FrameType
 from typing import NoReturn
@@ -17,6 +15,7 @@ from typing import NoReturn
 from .errors import ContrastError, find_cause, one_line, show_warnings_as_sentences
 from .hosts.arguments import PROGRAM
 from .outputs import remove_empty_directories
+from .processes import handling
 
 OVERVIEW = """\
 heretic-contrast: contrast baselines and multi-directional refusal ablation for Heretic (arXiv:2603.22061)
@@ -103,24 +102,12 @@ def end(code: int, message: str = "") -> NoReturn:
     sys.exit(code)
 
 
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """Lets SIGTERM do what Ctrl+C does, so that nothing unfinished is left behind."""
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Does on SIGTERM what Ctrl+C does, so that nothing unfinished is left behind."""
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        handler = signal.getsignal(signal.SIGINT)
-        # In the background of a shell, Ctrl+C is ignored.
-        (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    handler = signal.getsignal(signal.SIGINT)
+    # In the background of a shell, Ctrl+C is ignored.
+    (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
 
 
 def main() -> None:
@@ -147,7 +134,7 @@ def main() -> None:
 
             print(PROGRAM, __version__, flush=True)
             return
-        with terminated_like_interrupted():
+        with handling(signal.SIGTERM, interrupt):
             import_module(f"heretic_contrast.commands.{command}").main(arguments)
         # Whatever fails later is no longer answered with a sentence.
         sys.stdout.flush()

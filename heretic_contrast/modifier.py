@@ -7,7 +7,6 @@ Imports are absolute in files of plugins, since Heretic can load one by its path
 """
 
 from functools import cached_property
-from typing import Any
 
 import torch
 from optuna import Trial
@@ -39,16 +38,12 @@ from heretic_contrast.hosts.surface import (
     HAS_PLUGIN_SURFACE,
     Context,
     Modifier,
-    language_model,
+    from_heretic,
     log,
     progress_bar,
 )
-from heretic_contrast.hosts.tables import (
-    PluginTables,
-    check_tables,
-    show_errors_as_sentences,
-    validated,
-)
+from heretic_contrast.hosts.tables import PluginTables
+from heretic_contrast.hosts.unused import own_place
 from heretic_contrast.identity import Identity
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.search.parameters import (
@@ -61,9 +56,6 @@ from heretic_contrast.search.parameters import (
 from heretic_contrast.settings import ContrastSettings, RowNormalization, require_effect
 from heretic_contrast.weights import base_weight
 
-TABLE = "ContrastAbliteration"
-"""The plugin's table in `config.toml`, below `modifier`."""
-
 
 class ContrastAbliteration(PluginTables, Modifier[Parameters]):
     """
@@ -72,6 +64,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
     One direction per harm class and layer (arXiv:2603.22061), with a weight each that Heretic's study searches.
     """
 
+    settings_class = ContrastSettings
     settings: ContrastSettings
     directions: Directions
     identity: Identity
@@ -94,12 +87,6 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
 
         return Parameters
 
-    @classmethod
-    def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> ContrastSettings:
-        """Validates the plugin's table, for Heretic 2.0. Raises `ContrastError` with the first complaint."""
-
-        return validated(ContrastSettings, raw_namespace, f"[modifier.{TABLE}]")
-
     @property
     def lora_rank(self) -> int:
         """The rank of the LoRA adapters: that of the change, which is exact but for `full` row normalization."""
@@ -117,8 +104,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         Raises `ContrastError` when the settings, the prompts or a directions file do not fit.
         """
 
-        show_errors_as_sentences()
-        check_tables(self.heretic_settings, "modifier", TABLE, ContrastSettings)
+        self.check_tables()
         self.settings.require_single_configuration()
         if HAS_PLUGIN_SURFACE and self.settings.directions is not None:
             # The host for Heretic 1.4 has asked this of what was given, and put Heretic's pools among it.
@@ -135,7 +121,8 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             self.directions.require_model(model, self.settings.directions)
         else:
             # The host for Heretic 1.4 has a command line, too.
-            where = getattr(self.heretic_settings, "contrast_setting", f"[modifier.{TABLE}] ")
+            table = f"{own_place('ContrastAbliteration')} "
+            where = getattr(self.heretic_settings, "contrast_setting", table)
             pools = load_pools(self.settings, where)
             names = names_before_extraction(pools, self.settings)
             require_ranges(space, "direction", names)
@@ -162,7 +149,10 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
     def model(self, ctx: Context, batch_size: int | None = None) -> LanguageModel:
         """Returns the wrapper around the model that is loaded at this moment, with all that is ablated."""
 
-        model = language_model(ctx, self.heretic_settings, batch_size, self.settings.writers)
+        heretic_model = ctx.get_model()
+        model = from_heretic(
+            heretic_model, self.heretic_settings, batch_size, self.settings.writers
+        )
         return with_embeddings(model) if self.settings.embeddings else model
 
     def _apply_lora(self, ctx: Context) -> None:

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Which process something belongs to, and whether that process is gone."""
+"""Which process something belongs to, whether that process is gone, and what this one does on a signal."""
 
 import os
+import signal
 import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 
 def this_process() -> str:
@@ -29,3 +35,17 @@ def is_dead(process: str) -> bool:
     except (OSError, OverflowError):
         return False
     return False
+
+
+@contextmanager
+def handling(number: int, handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Handles a signal for as long as the context lasts, in the main thread, which alone may."""
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)

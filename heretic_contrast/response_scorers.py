@@ -7,18 +7,14 @@ They load no more than the rules that responses are judged by, and work in every
 development state of July 2026, which has no modifiers and gives its plugins no access to the model.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from heretic_contrast.builtin import harmful_pool, harmless_pool, is_builtin, refuser_pool
 from heretic_contrast.hosts.surface import Context, Score, Scorer, heretic_prompts, log
-from heretic_contrast.hosts.tables import (
-    PluginTables,
-    check_tables,
-    show_errors_as_sentences,
-    validated,
-)
+from heretic_contrast.hosts.tables import PluginTables
+from heretic_contrast.hosts.unused import own_place
 from heretic_contrast.prompts import Prompt, load_pool
 from heretic_contrast.settings import PromptSources, Table, TextClassifierSettings
 from heretic_contrast.tiers.coherence import is_coherent
@@ -59,13 +55,7 @@ class FalseRefusalsSettings(Table):
 
 
 class ContrastScorer(PluginTables, Scorer):
-    """
-    What all scorers of this package share.
-
-    `settings_class`: the class of the scorer's settings, whose table is `[scorer.NAME]` with the name of the scorer's class.
-    """
-
-    settings_class: ClassVar[type[BaseModel]]
+    """What all scorers of this package share."""
 
     @property
     def score_name(self) -> str:
@@ -73,17 +63,10 @@ class ContrastScorer(PluginTables, Scorer):
 
         return str(self.settings.score_name)
 
-    @classmethod
-    def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> Any:
-        """Validates the plugin's table. Raises `ContrastError` with the first complaint."""
-
-        return validated(cls.settings_class, raw_namespace, f"[scorer.{cls.__name__}]")
-
     def init(self, ctx: Context) -> None:
         """Checks the raw tables, which Heretic has filtered. Raises `ContrastError` when a key or a table is misspelled."""
 
-        show_errors_as_sentences()
-        check_tables(self.heretic_settings, "scorer", type(self).__name__, self.settings_class)
+        self.check_tables()
 
     def source(self, source: PromptSources | None, pool: str) -> PromptSources:
         """Returns where evaluation prompts come from; `pool`, "harmful" or "harmless", decides the default."""
@@ -97,7 +80,7 @@ class ContrastScorer(PluginTables, Scorer):
     def place(self) -> str:
         """Returns what messages put before the names of the scorer's settings."""
 
-        return f"[scorer.{type(self).__name__}] "
+        return f"{own_place(type(self).__name__)} "
 
     def load(self, ctx: Context, source: PromptSources | None, pool: str) -> list[Prompt]:
         """Loads evaluation prompts, as `source` says. Raises `ContrastError` when they cannot be loaded."""

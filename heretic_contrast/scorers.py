@@ -24,12 +24,12 @@ from heretic_contrast.evaluation.sweep import check_places, run_prepared
 from heretic_contrast.hosts.surface import (
     Context,
     Score,
-    language_model,
+    from_heretic,
     log,
     progress_bar,
     require_model_access,
-    scorer_entries,
 )
+from heretic_contrast.hosts.unused import class_name
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.response_scorers import DEFAULT_POOL, ContrastScorer
 from heretic_contrast.settings import ContrastSettings, PromptSources, Table
@@ -94,7 +94,7 @@ class TeacherForcedDivergence(ContrastScorer):
         require_model_access(ctx, type(self).__name__)
         prompts = self.load(ctx, self.settings.prompts, "harmless")
         log("* Obtaining the continuations of the unmodified model...")
-        model = language_model(ctx, self.heretic_settings)
+        model = from_heretic(ctx.get_model(), self.heretic_settings)
         tokens = model.token_ids(prompts)
         engine = checked_engine(model, tokens)
         continuations = engine.generate(tokens, [self.settings.n_tokens] * len(tokens))
@@ -106,7 +106,7 @@ class TeacherForcedDivergence(ContrastScorer):
     def get_score(self, ctx: Context) -> Score:
         """Measures the model as it is; the value is in nats per token."""
 
-        engine = self.engine(language_model(ctx, self.heretic_settings))
+        engine = self.engine(from_heretic(ctx.get_model(), self.heretic_settings))
         ((mean, error),) = self.references.measure(engine)
         # A single prompt has no standard error.
         shown = "" if math.isnan(error) else f" ± {error:.4f}"
@@ -140,8 +140,9 @@ class FixedWeightSweep(ContrastScorer):
 
         super().init(ctx)
         require_model_access(ctx, type(self).__name__)
-        for entry in scorer_entries(self.heretic_settings, type(self).__name__):
-            if entry.optimization != "none":
+        for entry in getattr(self.heretic_settings, "scorers", []):
+            is_own = class_name(entry.plugin) == type(self).__name__
+            if is_own and entry.optimization != "none":
                 raise ContrastError(
                     "The fixed-weight sweep is measured once, on the unmodified model, so that every trial has the same score "
                     f'and there is nothing to {entry.optimization}: set optimization = "none" for FixedWeightSweep in scorers.'
@@ -179,7 +180,7 @@ class FixedWeightSweep(ContrastScorer):
         from heretic_contrast.report.sweep_report import label
 
         result, capture, geometry = run_prepared(
-            language_model(ctx, self.heretic_settings, self.prepared.contrast.batch_size),
+            from_heretic(ctx.get_model(), self.heretic_settings, self.prepared.contrast.batch_size),
             self.prepared,
             log,
             progress_bar,

@@ -31,59 +31,21 @@ from pydantic_core import PydanticCustomError
 
 from .errors import ContrastError
 
-
-class Method(str, Enum):
-    SOM = "som"
-    MEAN = "mean"
-
-
-class Classes(str, Enum):
-    CATEGORY = "category"
-    SINGLE = "single"
-
-
-class CategorySource(str, Enum):
-    AUTO = "auto"
-    COLUMN = "column"
-    LEXICON = "lexicon"
-    MODEL = "model"
-
-
-class SmallClasses(str, Enum):
-    ERROR = "error"
-    DROP = "drop"
-    MERGE = "merge"
-
-
-class Scale(str, Enum):
-    """The length of the directions (paper, section 5.1)."""
-
-    UNIT = "unit"
-    RAW = "raw"
-    UNMATCHED = "unmatched"
-
-
-class RowNormalization(str, Enum):
-    NONE = "none"
-    PRE = "pre"
-    FULL = "full"
-
-
-class Writers(str, Enum):
-    ALL = "all"
-    APART = "apart"
-    HERETIC = "heretic"
-
-
-class Sampler(str, Enum):
-    TPE = "tpe"
-    NSGA2 = "nsga2"
-
-
-class Control(str, Enum):
-    NONE = "none"
-    RANDOM = "random"
-
+Method = Enum("Method", {"SOM": "som", "MEAN": "mean"}, type=str)
+Classes = Enum("Classes", {"CATEGORY": "category", "SINGLE": "single"}, type=str)
+CategorySource = Enum(
+    "CategorySource",
+    {"AUTO": "auto", "COLUMN": "column", "LEXICON": "lexicon", "MODEL": "model"},
+    type=str,
+)
+SmallClasses = Enum("SmallClasses", {"ERROR": "error", "DROP": "drop", "MERGE": "merge"}, type=str)
+Scale = Enum("Scale", {"UNIT": "unit", "RAW": "raw", "UNMATCHED": "unmatched"}, type=str)
+RowNormalization = Enum(
+    "RowNormalization", {"NONE": "none", "PRE": "pre", "FULL": "full"}, type=str
+)
+Writers = Enum("Writers", {"ALL": "all", "APART": "apart", "HERETIC": "heretic"}, type=str)
+Sampler = Enum("Sampler", {"TPE": "tpe", "NSGA2": "nsga2"}, type=str)
+Control = Enum("Control", {"NONE": "none", "RANDOM": "random"}, type=str)
 
 DATASET_FORMATS = frozenset(
     """
@@ -722,17 +684,12 @@ class ContrastSettings(Table, TextClassifierSettings):
     def flatten_search_space(cls, value: Any) -> Any:
         """Takes tables inside the table, which TOML makes of names with dots that have no quotes."""
 
+        if not isinstance(value, dict):
+            return value
         flat: dict[str, Any] = {}
-        waiting = [("", value)]
-        while waiting:
-            prefix, item = waiting.pop()
-            if not isinstance(item, dict):
-                return value
-            for name, inner in item.items():
-                if isinstance(inner, dict):
-                    waiting.append((f"{prefix}{name}.", inner))
-                else:
-                    flat[f"{prefix}{name}"] = inner
+        for name, inner in value.items():
+            tables = cls.flatten_search_space(inner) if isinstance(inner, dict) else {"": inner}
+            flat |= {f"{name}.{key}".rstrip("."): item for key, item in tables.items()}
         return flat
 
     @field_validator("search_space")
@@ -741,17 +698,18 @@ class ContrastSettings(Table, TextClassifierSettings):
         for name, (low, high) in value.items():
             parameter = general_parameter(name)
             if parameter not in HERETIC_RANGES:
+                close = nearest(parameter, HERETIC_RANGES)
                 raise ContrastError(
-                    f'There is no parameter "{name}" for search_space: did you mean "{nearest(parameter, HERETIC_RANGES)}"?'
+                    f'There is no parameter "{name}" for search_space: did you mean "{close}"?'
                 )
+            remedy = None
             if low > high:
+                remedy = "give the lowest value first"
+            elif parameter.startswith(("max_weight_", "min_weight")) and (low < 0 or high > 1):
+                remedy = "it is a fraction, so give values between 0 and 1"
+            if remedy is not None:
                 raise ContrastError(
-                    f'The range of "{name}" in search_space goes from {low:g} to {high:g}: give the lowest value first.'
-                )
-            if parameter.startswith(("max_weight_", "min_weight")) and (low < 0 or high > 1):
-                raise ContrastError(
-                    f'The range of "{name}" in search_space goes from {low:g} to {high:g}, but it is a fraction: '
-                    "give values between 0 and 1."
+                    f'The range of "{name}" in search_space goes from {low:g} to {high:g}: {remedy}.'
                 )
         return value
 
@@ -767,60 +725,63 @@ class ContrastSettings(Table, TextClassifierSettings):
 
     @model_validator(mode="after")
     def check_together(self) -> "ContrastSettings":
-        """Refuses settings that do not work together."""
+        """Refuses settings that do not work together, or have no effect beside others."""
 
-        n_neurons = self.som_rows * self.som_columns
-        # With several presets, each of them is checked by itself.
-        if len(self.preset) <= 1 and self.method is Method.SOM and self.winners > n_neurons:
-            raise ContrastError(
-                f"{self.winners} winners are asked for, but a map of {self.som_rows} × {self.som_columns} has "
-                f"{n_neurons} neurons: use a larger map or fewer winners."
-            )
-        if not self.preset and self.directions is None:
-            self._require_use()
-        if self.embeddings and self.writers is Writers.HERETIC:
-            raise ContrastError(
-                "Heretic ablates no embeddings: leave out embeddings, or use the writers all."
-            )
-        if self.shared_direction and (self.svd or self.scale is not Scale.UNIT):
-            raise ContrastError(
-                "What classes add to a shared direction is orthogonal and of length 1 already: leave out svd and scale, or "
-                "shared_direction."
-            )
-        if self.stop_dominated and self.sampler is not Sampler.TPE:
-            raise ContrastError(
-                "The sampler nsga2 needs every trial to its end: leave out stop_dominated, or use the sampler tpe."
-            )
-        if self.classifier_name is not None and self.refusal_classifier == "markers":
-            if "refusal_classifier" in self.model_fields_set:
-                raise ContrastError(
-                    "Refusals are counted by markers, which a text classifier or judge model has no part in: leave it out, or use "
-                    "the refusal classifier tiers."
-                )
-            self.refusal_classifier = "tiers"
-        if self.sensitive_prompts is not None and not self.counts_false_refusals:
-            raise ContrastError(
-                "The setting sensitive_prompts has no effect without false_refusals or max_false_refusals: give one of them as well, or "
-                "leave it out."
-            )
-        return self
-
-    def _require_use(self) -> None:
-        """Raises `ContrastError` when a setting is given for maps or several directions, which nobody asked for."""
-
-        fields = type(self).model_fields
+        fields, given = type(self).model_fields, self.model_fields_set
         changed = {name for name, value in self.given().items() if value != fields[name].default}
-        for_maps = {name for name in changed if name.startswith("som_") or name == "winners"}
-        if for_maps and "method" not in self.model_fields_set:
-            raise ContrastError(
-                f"The setting {min(for_maps)} has no effect on a mean: give the method som as well, or a preset that trains maps."
-            )
-        for_several = changed & OF_SEVERAL
-        if for_several and not {"method", "classes"} & self.model_fields_set:
-            raise ContrastError(
-                f"The setting {min(for_several)} has no effect on one direction: give the classes category as well, or a preset with "
-                "several directions."
-            )
+        if self.preset or self.directions is not None:
+            # Each preset is checked by itself, and has maps or several directions where they have settings.
+            changed = set()
+        of_maps = {name for name in changed if name.startswith("som_") or name == "winners"}
+        n_neurons = self.som_rows * self.som_columns
+        has_judge = self.classifier_name is not None
+        for is_wrong, sentence in (
+            (
+                len(self.preset) <= 1 and self.method is Method.SOM and self.winners > n_neurons,
+                f"{self.winners} winners are asked for, but a map of {self.som_rows} × {self.som_columns} has {n_neurons} neurons: "
+                "use a larger map or fewer winners.",
+            ),
+            (
+                of_maps and "method" not in given,
+                f"The setting {min(of_maps, default='')} has no effect on a mean: give the method som as well, or a preset that "
+                "trains maps.",
+            ),
+            (
+                changed & OF_SEVERAL and not {"method", "classes"} & given,
+                f"The setting {min(changed & OF_SEVERAL, default='')} has no effect on one direction: give the classes category as "
+                "well, or a preset with several directions.",
+            ),
+            (
+                self.embeddings and self.writers is Writers.HERETIC,
+                "Heretic ablates no embeddings: leave out embeddings, or use the writers all.",
+            ),
+            (
+                self.shared_direction and (self.svd or self.scale is not Scale.UNIT),
+                "What classes add to a shared direction is orthogonal and of length 1 already: leave out svd and scale, or "
+                "shared_direction.",
+            ),
+            (
+                self.stop_dominated and self.sampler is not Sampler.TPE,
+                "The sampler nsga2 needs every trial to its end: leave out stop_dominated, or use the sampler tpe.",
+            ),
+            (
+                has_judge
+                and self.refusal_classifier == "markers"
+                and "refusal_classifier" in given,
+                "Refusals are counted by markers, which a text classifier or judge model has no part in: leave it out, or use the "
+                "refusal classifier tiers.",
+            ),
+            (
+                self.sensitive_prompts is not None and not self.counts_false_refusals,
+                "The setting sensitive_prompts has no effect without false_refusals or max_false_refusals: give one of them as "
+                "well, or leave it out.",
+            ),
+        ):
+            if is_wrong:
+                raise ContrastError(sentence)
+        if has_judge:
+            self.refusal_classifier = "tiers"
+        return self
 
     @property
     def counts_false_refusals(self) -> bool:

@@ -239,7 +239,9 @@ def generating(**options: Any) -> Callable[[Path], None]:
     return partial(edit_generation, **options)
 
 
-CANNOT_GENERATE = r"The model \S+ cannot generate \(.*\): correct its generation_config.json\."
+CANNOT_GENERATE = (
+    r"The model \S+ could not be loaded, or cannot generate \(.*\): .*generation_config\.json"
+)
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "template": (without_template, "has no chat template"),

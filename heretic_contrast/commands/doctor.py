@@ -32,16 +32,12 @@ def heretic_finding() -> Finding:
         return Finding("Heretic", False, "not installed", 'pip install "heretic-llm>=1.4"')
     from ..hosts.installed import installed_surface
 
-    surface = installed_surface()
-    if surface == "older":
-        remedy = 'pip install --upgrade "heretic-llm>=1.4"'
-        return Finding("Heretic", False, "older than 1.4", remedy)
     offers = {
         "1.4": "no plugins, so that heretic-contrast hosts the plugin",
         "scorers": "scorers, but no modifiers",
         "2.0": "modifiers and scorers",
     }
-    return Finding("Heretic", True, f"{installed}, with {offers[surface]}")
+    return Finding("Heretic", True, f"{installed}, with {offers[installed_surface()]}")
 
 
 def command_findings() -> list[Finding]:

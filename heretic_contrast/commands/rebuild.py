@@ -63,6 +63,6 @@ def main(arguments: Sequence[str]) -> None:
     from ..hosts.rebuilding import prepare, rebuild
     from ..modifier import ContrastAbliteration
 
-    prepared = prepare(record, settings)
+    made_with, sources = prepare(record, settings)
     require_writable_directory(output)
-    rebuild(prepared, output, ContrastAbliteration)
+    rebuild(record, made_with, sources, output, ContrastAbliteration)

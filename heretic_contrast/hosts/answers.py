@@ -5,9 +5,8 @@
 import shutil
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +16,7 @@ from questionary import Choice
 
 from ..errors import ContrastError, one_line
 from ..outputs import require_writable_directory
+from ..processes import handling
 from .model_folder import CONFIGURATIONS, UNFINISHED, publish_model, require_other_folder
 from .settings import HostSettings
 from .surface import log
@@ -92,24 +92,18 @@ class Answers:
             raise KeyboardInterrupt
         return answer
 
-    @contextmanager
-    def noticing_interruption(self) -> Iterator[None]:
+    def noticing_interruption(self) -> AbstractContextManager[None]:
         """Notices Ctrl+C, which Heretic handles by itself during a trial."""
 
         previous = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is not threading.main_thread() or not callable(previous):
-            yield
-            return
+        if not callable(previous):
+            return nullcontext()
 
         def notice(number: int, frame: FrameType | None) -> Any:
             self.was_interrupted = True
             return previous(number, frame)
 
-        signal.signal(signal.SIGINT, notice)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+        return handling(signal.SIGINT, notice)
 
     def _choose_trial(self, choices: list[Any], index: int) -> Any:
         """Returns a trial of the Pareto front once, and then the answer that ends the program."""

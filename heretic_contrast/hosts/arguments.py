@@ -67,36 +67,36 @@ def normalize_arguments(settings_class: type[BaseSettings], arguments: Sequence[
             continue
         name, separator, value = argument.partition("=")
         if name not in options:
-            raise ContrastError(unknown_option(name, options))
+            nearest = difflib.get_close_matches(name, options, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"see {PROGRAM} --help."
+            raise ContrastError(f"There is no option {name}: {hint}")
         takes_value = options[name].nargs != 0
         follows = bool(rest) and not is_option(rest[0])
+        may_be_switched = follows and "-h" not in options[name].option_strings
         if separator:
             normalized.append(argument if takes_value else switch(name, value))
         elif takes_value and follows:
             normalized.append(f"{name}={rest.pop(0)}")
-        elif follows and "-h" not in options[name].option_strings and is_switch_value(rest[0]):
+        elif may_be_switched and rest[0].lower() in SWITCH_VALUES:
             normalized.append(switch(name, rest.pop(0)))
         else:
             normalized.append(argument)
-    check_lists(normalized)
-    if not words:
-        return normalized
-    named = [argument for argument in normalized if argument.partition("=")[0] == "--model"]
-    if len(words) > 1 or named or "--model" not in options:
-        raise ContrastError(superfluous(words, bool(named), "--model" in options))
-    return [*normalized, f"--model={words[0]}"]
-
-
-def check_lists(arguments: Sequence[str]) -> None:
-    """Raises `ContrastError` when an option is given for a field of what another option says is a list."""
-
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    given = dict(argument.partition("=")[::2] for argument in normalized)
     for name in given:
         outer = name.rpartition(".")[0]
         if given.get(outer, "").lstrip().startswith("["):
             raise ContrastError(
                 f"{name} is given beside a list for {outer}, where it has no effect: write it into the items of the list."
             )
+    if not words:
+        return normalized
+    if len(words) > 1 or "--model" in given or "--model" not in options:
+        named = ", ".join(f'"{word}"' for word in words)
+        hint = "give one model, and a command first" if "--model" in options else "leave it out"
+        raise ContrastError(
+            f"There is no option that {named} could belong to: {hint}, or see {PROGRAM} --help."
+        )
+    return [*normalized, f"--model={words[0]}"]
 
 
 def named_first(arguments: Sequence[str], option: str) -> list[str]:
@@ -109,19 +109,11 @@ def named_first(arguments: Sequence[str], option: str) -> list[str]:
 def is_option(word: str) -> bool:
     """Returns whether a word names an option. Negative numbers are values."""
 
-    return word.startswith("-") and len(word) > 1 and not is_number(word)
-
-
-def is_number(word: str) -> bool:
     try:
         float(word)
     except ValueError:
-        return False
-    return True
-
-
-def is_switch_value(word: str) -> bool:
-    return word.lower() in SWITCH_VALUES
+        return word.startswith("-") and len(word) > 1
+    return False
 
 
 def switch(name: str, value: str) -> str:
@@ -131,7 +123,7 @@ def switch(name: str, value: str) -> str:
     `name`: with or without "no-". Raises `ContrastError` when the value is neither on nor off.
     """
 
-    if not is_switch_value(value):
+    if value.lower() not in SWITCH_VALUES:
         raise ContrastError(
             f'{name} is an option without a value, which "{value}" cannot be: write {name} true or {name} false.'
         )
@@ -139,22 +131,3 @@ def switch(name: str, value: str) -> str:
         return name
     bare = name.removeprefix("--")
     return f"--{bare.removeprefix('no-')}" if bare.startswith("no-") else f"--no-{bare}"
-
-
-def unknown_option(name: str, options: dict[str, Action]) -> str:
-    nearest = difflib.get_close_matches(name, options, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"see {PROGRAM} --help."
-    return f"There is no option {name}: {hint}"
-
-
-def superfluous(words: Sequence[str], model_is_named: bool, has_model: bool) -> str:
-    quoted = ", ".join(f'"{word}"' for word in words)
-    verb = "belongs" if len(words) == 1 else "belong"
-    if not has_model:
-        return f"{quoted} {verb} to no option: see {PROGRAM} --help."
-    if model_is_named:
-        return f"{quoted} {verb} to no option, and --model names the model: leave out one of them."
-    return (
-        f"{quoted} {verb} to no option, and only one of them can be the model: "
-        "leave out the others, and write a command first."
-    )

@@ -20,21 +20,12 @@ from ..journal import CheckedJournal, remove_locks
 STUDY_NAME = "heretic"
 
 
-def repair_checkpoints(directory: Path) -> None:
-    """
-    Makes every checkpoint in a directory fit to resume.
-
-    Raises `ContrastError` when a checkpoint is damaged beyond its last line; it is left as it is.
-    """
-
-    if not directory.is_dir():
-        return
-    for path in sorted(directory.glob("*.jsonl")):
-        repair_checkpoint(path)
-
-
 def repair_checkpoint(path: Path) -> None:
-    """Takes unfinished trials and a stale lock out of one checkpoint; the journal itself copes with half a last line."""
+    """
+    Takes unfinished trials and a stale lock out of one checkpoint; the journal itself copes with half a last line.
+
+    Raises `ContrastError` when it is damaged beyond its last line; it is left as it is.
+    """
 
     remove_locks(path)
     try:

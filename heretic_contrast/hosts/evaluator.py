@@ -9,17 +9,12 @@ batch, and a trial ends where it cannot reach the front any more.
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-import heretic.evaluator
 import heretic.main
-import torch
 import torch.nn.functional as F
 from optuna import Trial
-from torch import Tensor
 
 from ..builtin import is_builtin, matched_pool, refuser_pool
 from ..engine.check import checked_engine
@@ -171,59 +166,36 @@ class Evaluator(heretic.main.Evaluator):
     def get_score(self) -> Any:
         """Returns Heretic's score, with false refusals where they are an objective; of a trial that has ended, what it has at least."""
 
-        divergence_of = partial(
-            self._measure_divergence, self.model.get_logprobs_batched, self.base_logprobs
-        )
-        n_tokens = self.settings.contrast.divergence_tokens
-
-        def measure(prompts: list[Any]) -> Tensor:
-            self.divergence = divergence_of()
-            # Heretic computes the divergence of this from 0: that of a single outcome.
-            return torch.tensor([[-self.divergence]], dtype=torch.float64)
-
-        def say(*values: Any) -> None:
-            text = " ".join(map(str, values))
-            if self.references:
-                text = text.replace("first-token", f"{n_tokens}-token")
-            if judges and text.startswith("  * Refusals:"):
-                text = (
-                    f"  * Refusals: [bold]{self.refusals}[/]/{len(self.bad_prompts)} "
-                    f"(sum of probabilities: [bold]{self.refusal_sum:.2f}[/])"
-                )
-            log(text)
-
-        def count_refusals() -> float:
-            Evaluator.count_refusals(self)
-            return self.refusal_sum
-
-        # Heretic computes its score of what it takes for counts.
-        minimized: dict[str, Any] = {
-            "count_refusals": count_refusals,
-            "base_refusals": self.base_sum,
-        }
-        judges = self.settings.contrast.judge_model is not None
-        with (
-            patch.multiple(self.model, get_logprobs_batched=measure),
-            patch.multiple(self, base_logprobs=torch.zeros(1, 1, dtype=torch.float64)),
-            patch.multiple(self, **minimized) if judges else nullcontext(),
-            patch.multiple(heretic.evaluator, print=say),
-        ):
-            score, divergence, refusals = super().get_score()
-        if judges and self.trial is not None:
-            self.trial.set_user_attr(SUM_KEY, self.refusal_sum)
-        if self.settings.contrast.false_refusals == "objective":
+        settings, contrast = self.settings, self.settings.contrast
+        kind = f"{contrast.divergence_tokens}-token" if self.references else "first-token"
+        log(f"  * Obtaining {kind} probability distributions...")
+        self.divergence = self._measure_divergence()
+        log(f"  * KL divergence: [bold]{self.divergence:.4f}[/]")
+        log("  * Counting model refusals...")
+        self.count_refusals()
+        counted = f"  * Refusals: [bold]{self.refusals}[/]/{len(self.bad_prompts)}"
+        if contrast.judge_model is not None:
+            counted += f" (sum of probabilities: [bold]{self.refusal_sum:.2f}[/])"
+            if self.trial is not None:
+                self.trial.set_user_attr(SUM_KEY, self.refusal_sum)
+        log(counted)
+        share = self.refusal_sum / self.base_sum if self.base_sum > 0 else self.refusal_sum
+        # Below its target, Heretic asks no more of the divergence than of the refusals.
+        target = settings.kl_divergence_target
+        distance = self.divergence if self.divergence >= target else share * target
+        score: Point = (distance / settings.kl_divergence_scale, share)
+        if contrast.false_refusals == "objective":
             score = (*score, self.false_refusals / len(self.sensitive_prompts))
-        return score, divergence, self.refusals if judges else refusals
+        return score, self.divergence, self.refusals
 
-    def _measure_divergence(self, first_tokens: Any, base: Tensor) -> float:
-        """Returns the divergence of the model as it is. `base`: what Heretic's `first_tokens` gives for the unmodified one."""
-
+    def _measure_divergence(self) -> float:
         model = from_heretic(self.model, self.settings)
         if self.references is not None:
             ((mean, _),) = self.references.measure(self._engine(model))
             return mean
         with fast_on_cpu(model):
-            logprobs = first_tokens(self.good_prompts)
+            logprobs = self.model.get_logprobs_batched(self.good_prompts)
+        base = self.base_logprobs
         return F.kl_div(logprobs, base, reduction="batchmean", log_target=True).item()
 
     def count_refusals(self) -> int:

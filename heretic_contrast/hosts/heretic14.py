@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ from ..settings import PromptSources
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, require_answers
-from .checkpoint import repair_checkpoints
+from .checkpoint import repair_checkpoint
 from .evaluator import Evaluator, own_prompts, require_judge, sensitive_prompts
 from .finalists import LENGTHS, count_refusals_at, front_choices, require_fresh, second_look
 from .guidance import (
@@ -75,14 +75,6 @@ from .surface import heretic_prompts, log
 
 if TYPE_CHECKING:
     from ..modifier import ContrastAbliteration
-
-OTHER_SEAMS = (
-    # Heretic's evaluator loads its own prompts.
-    (heretic.evaluator, "load_prompts"),
-    # The model card of Heretic calls this one in its own module.
-    (heretic.utils, "get_trial_parameters"),
-)
-"""Where else these names are substituted."""
 
 POOLS = {
     "good_prompts": "harmless",
@@ -380,8 +372,6 @@ class Host:
         return self.evaluator
 
     def made(self) -> Made:
-        """Returns the model as it is modified now, and what it was made from."""
-
         measured = self.trial.user_attrs if self.trial is not None else {}
         model = replace(self.modifier.model(self.context), known_identity=self.modifier.identity)
         return Made(
@@ -395,14 +385,10 @@ class Host:
         )
 
     def get_readme_intro(self, *args: Any, **kwargs: Any) -> str:
-        """Returns the model card's introduction, which names the plugin and its settings."""
-
         record = self.made().record().portable().to_json()
         return with_plugin(heretic.utils.get_readme_intro(*args, **kwargs), self.modifier, record)
 
     def substitutes(self) -> dict[str, Any]:
-        """Returns what stands in for each seam."""
-
         return {
             "Settings": self.settings_class(),
             "Model": self.model_class(),
@@ -417,13 +403,10 @@ class Host:
             # Plain Heretic could not rebuild the model from a reproduce.json, so none is written.
             "upload_reproduce_folder": lambda *args, **kwargs: None,
             "format_exception": self.answers.format_exception,
-            "JournalFileBackend": CheckedJournal if self.shared is None else _no_journal,
+            # Nor a journal where the study is kept elsewhere.
+            "JournalFileBackend": CheckedJournal if self.shared is None else lambda *args: None,
             "JournalStorage": lambda journal: self.shared or JournalStorage(journal),
         }
-
-
-def _no_journal(*args: Any, **kwargs: Any) -> None:
-    """Stands in for Heretic's journal where its study is kept elsewhere."""
 
 
 @contextmanager
@@ -440,10 +423,13 @@ def substituted(substitutes: dict[str, Any]) -> Iterator[None]:
             f"The installed Heretic has no {missing[0]} in heretic.main, so the plugin cannot be hosted in it: "
             "install heretic-llm 1.4, or use Heretic 2.0's --modifiers."
         )
-    with ExitStack() as stack:
-        stack.enter_context(patch.multiple(heretic.main, **substitutes))
-        for module, name in OTHER_SEAMS:
-            stack.enter_context(patch.multiple(module, **{name: substitutes[name]}))
+    shown = substitutes["get_trial_parameters"]
+    with (
+        patch.multiple(heretic.main, **substitutes),
+        # The evaluator loads its own prompts, and the model card shows a trial's parameters.
+        patch.multiple(heretic.evaluator, load_prompts=substitutes["load_prompts"]),
+        patch.multiple(heretic.utils, get_trial_parameters=shown),
+    ):
         yield
 
 
@@ -516,17 +502,17 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     if settings.contrast.save_directions is not None:
         read = datasets_of(settings.model_dump(mode="json"))
         require_writable_file(Path(settings.contrast.save_directions), read)
-    if settings.checkpoint_action != "restart":
-        repair_checkpoints(Path(settings.study_checkpoint_dir))
-        folder = Path(settings.study_checkpoint_dir)
-        is_kept_there = host.shared is None and settings.checkpoint_action == "continue"
-        if is_kept_there and not any(folder.glob("*.jsonl")):
-            log(
-                "[yellow]* There is no study of this model, these settings and these prompts in "
-                f"{folder.parent}: a new one begins.[/]"
-            )
-    elif host.shared is None:
-        shutil.rmtree(settings.study_checkpoint_dir, ignore_errors=True)
+    folder = Path(settings.study_checkpoint_dir)
+    if settings.checkpoint_action == "restart" and host.shared is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in sorted(folder.glob("*.jsonl")):
+        repair_checkpoint(path)
+    is_kept_there = host.shared is None and settings.checkpoint_action == "continue"
+    if is_kept_there and not any(folder.glob("*.jsonl")):
+        log(
+            "[yellow]* There is no study of this model, these settings and these prompts in "
+            f"{folder.parent}: a new one begins.[/]"
+        )
     # Heretic's main() would show an interruption as an ordinary end.
     rich.traceback.install()
     answers = host.answers

@@ -2,8 +2,6 @@
 
 """
 Which Heretic is installed, and what can be run with it.
-
-Imports Heretic's configuration alone, which is light.
 """
 
 from collections.abc import Sequence
@@ -13,16 +11,12 @@ from typing import Literal
 from ..builtin import REFUSER
 from ..errors import ContrastError
 
-Surface = Literal["older", "1.4", "scorers", "2.0"]
+Surface = Literal["1.4", "scorers", "2.0"]
 """
 What Heretic offers a plugin: modifiers and scorers ("2.0"), scorers alone ("scorers", its development state of July 2026), or
-nothing, in which case 1.4 can be hosted in, and what is older cannot.
+nothing ("1.4").
 """
 
-OLDER = (
-    "The installed Heretic is older than 1.4, which this program needs: "
-    "run pip install --upgrade heretic-llm."
-)
 RUN_PLUGIN = (
     'heretic --modifiers \'[{"plugin": "heretic_contrast.ContrastAbliteration"}]\' --model MODEL'
 )
@@ -31,20 +25,16 @@ RUN_PLUGIN = (
 def installed_surface() -> Surface:
     """Returns what the installed Heretic offers. Raises `ImportError` where none is installed."""
 
-    from heretic.config import Settings
-
     if find_spec("heretic.modifier") is not None:
         return "2.0"
     if find_spec("heretic.scorer") is not None:
         return "scorers"
-    return "1.4" if "export_strategy" in Settings.model_fields else "older"
+    return "1.4"
 
 
 def obstacle(command: str, surface: Surface) -> str | None:
     """Returns why a command of the command line cannot be run with a Heretic, as one sentence; None where it can."""
 
-    if surface == "older":
-        return OLDER
     if surface == "2.0" and command == "run":
         return f"This Heretic loads plugins itself, so it needs no launcher: run {RUN_PLUGIN}."
     if surface == "scorers" and command in ("run", "rebuild", "demo"):

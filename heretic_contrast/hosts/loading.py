@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import heretic.model
+import heretic.utils
 import torch
 import transformers
 from heretic.model import Model
@@ -85,17 +86,37 @@ class ChatModel(Model):
 
     def __init__(self, settings: Any) -> None:
         self._asks = False
-        self._unanswered: Exception | None = None
         failures: list[Exception] = []
+
+        def remember(error: Exception) -> str:
+            # Heretic tries one data type after the other, and only prints what goes wrong.
+            failures.append(error)
+            return str(heretic.utils.format_exception(error))
+
         try:
-            with remembered(failures):
+            with patch.multiple(heretic.model, format_exception=remember):
                 super().__init__(settings)
         except ContrastError:
             raise
         except Exception as error:
             # Whatever transformers raises, the user needs to know that it was the model.
             cause = failures[-1] if failures else error
-            raise loading_error(settings.model, cause, cause is self._unanswered) from error
+            if isinstance(cause, torch.OutOfMemoryError):
+                remedy = (
+                    "use a smaller model, --quantization bnb_4bit, or a device with more memory"
+                )
+            elif isinstance(cause, OSError) and not failures:
+                # transformers says so of files and of repositories that are not there.
+                remedy = "check its name or path"
+            else:
+                remedy = (
+                    "look whether its files are whole, what its generation_config.json asks for can be done, and the installed "
+                    "versions of transformers and its libraries support it"
+                )
+            reason = one_line(str(cause))[:300] or type(cause).__name__
+            raise ContrastError(
+                f"The model {model_name(settings.model)} could not be loaded, or cannot generate ({reason}): {remedy}."
+            ) from error
 
     @property
     def tokenizer(self) -> Any:
@@ -127,12 +148,8 @@ class ChatModel(Model):
         return components
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            with self._asking():
-                return super().generate(*args, **kwargs)
-        except Exception as error:
-            self._unanswered = error
-            raise
+        with self._asking():
+            return super().generate(*args, **kwargs)
 
     def stream_chat_response(self, *args: Any, **kwargs: Any) -> Any:
         with self._asking():
@@ -146,56 +163,6 @@ class ChatModel(Model):
         )
         with patch.multiple(self, _asks=True), form, contiguous_head(self.model):
             yield
-
-
-@contextmanager
-def remembered(failures: list[Exception]) -> Iterator[None]:
-    """Adds what goes wrong while Heretic tries one data type after the other, and only prints, to a list."""
-
-    # Some states of Heretic print errors in another way.
-    original = getattr(heretic.model, "format_exception", None)
-    if original is None:
-        yield
-        return
-
-    def remember(error: Exception) -> str:
-        failures.append(error)
-        return str(original(error))
-
-    with patch.multiple(heretic.model, format_exception=remember):
-        yield
-
-
-def loading_error(model: str, cause: Exception, is_loaded: bool) -> ContrastError:
-    """Returns what the user is told where a model cannot be loaded, or `is_loaded` and cannot answer a first prompt."""
-
-    is_loaded = is_loaded or (isinstance(cause, ValueError) and not has_generation_config(model))
-    if isinstance(cause, torch.OutOfMemoryError):
-        remedy = "use a smaller model, --quantization bnb_4bit, or a device with more memory"
-    elif is_loaded and isinstance(cause, ValueError | OSError):
-        # Some settings ask for code of another repository.
-        remedy = "correct its generation_config.json"
-    elif isinstance(cause, OSError):
-        # transformers says so of files and of repositories that are not there.
-        remedy = "check its name or path"
-    else:
-        remedy = "look whether the installed versions of transformers and its libraries support it"
-    reason = one_line(str(cause)) or type(cause).__name__
-    what = "cannot generate" if is_loaded else "could not be loaded"
-    return ContrastError(f"The model {model_name(model)} {what} ({reason[:300]}): {remedy}.")
-
-
-def has_generation_config(model: str) -> bool:
-    """Returns whether a model's generation configuration can be read, where it has one."""
-
-    try:
-        transformers.GenerationConfig.from_pretrained(model)
-    except OSError:
-        # It needs none.
-        return True
-    except ValueError:
-        return False
-    return True
 
 
 class PlainModel(ChatModel):
@@ -235,22 +202,23 @@ def open_model(settings: Any, model_class: type[ChatModel] = PlainModel) -> Chat
     return model_class(settings)
 
 
-def with_response_prefix(
-    model: LanguageModel,
-    settings: Any,
-    harmless: Sequence[Prompt],
-    harmful: Sequence[Prompt],
+def with_common_prefix(
+    model: LanguageModel, settings: Any, sources: DirectionSources
 ) -> LanguageModel:
     """
-    Returns the model with the common prefix of its responses, as Heretic determines it.
+    Returns the model with the response prefix of the settings, or of directions files, or the one that Heretic would find.
 
-    A chain of thought that all responses open with, or in Heretic 2.0 the chat template, is closed, so that the residual
-    is taken where the actual response starts. A prefix that is given in the settings is used as it is, and so are, in
-    Heretic 2.0, the prompts to look for one with.
+    A directions file says what was found, or given, when its residuals were taken of this model. A chain of thought that all
+    responses open with, or in Heretic 2.0 the chat template, is closed, so that the residual is taken where the actual response
+    starts. Prompts to look for a prefix with, which Heretic 2.0 has a setting for, are used where they are given.
     """
 
+    found = sources.response_prefix
+    if settings.response_prefix is None and found is not None:
+        settings.response_prefix = found
+        log(f"* Response prefix of the directions file: [bold]{escape(one_line(repr(found)))}[/]")
     if settings.response_prefix is None:
-        prompts = [*harmless[:100], *harmful[:100]]
+        prompts = [*sources.bulk[:100], *sources.harmful[:100]]
         if "response_prefix_test_prompts" in settings.model_fields_set:
             prompts = load_pool(
                 prompt_sources(settings.response_prefix_test_prompts),
@@ -298,23 +266,6 @@ def _closed_thought(text: str, settings: Any, stands_in: Callable[[str, str], bo
         tags = re.findall(r"^[<\[]\w+[>\]]|[<\[]\w+[>\]]$", text)
         skips = [(tag, f"{tag}{tag[0]}/{tag[1:]}") for tag in tags]
     return next((block for tag, block in skips if stands_in(text, tag)), None)
-
-
-def with_common_prefix(
-    model: LanguageModel, settings: Any, sources: DirectionSources
-) -> LanguageModel:
-    """
-    Returns the model with the response prefix of the settings, or of directions files, or the one that is found.
-
-    A directions file says what was found, or given, when its residuals were taken of this model.
-    """
-
-    if settings.response_prefix is None and sources.response_prefix is not None:
-        settings.response_prefix = sources.response_prefix
-        log(
-            f"* Response prefix of the directions file: [bold]{escape(one_line(repr(settings.response_prefix)))}[/]"
-        )
-    return with_response_prefix(model, settings, sources.bulk, sources.harmful)
 
 
 def _common_prefix(model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int) -> str:

@@ -11,17 +11,12 @@ from ..settings import EXTRACTION_FIELDS
 if TYPE_CHECKING:
     from ..modifier import ContrastAbliteration
 
-PATHS = {
-    "good_prompts",
-    "bad_prompts",
-    "matched_prompts",
-    "finalist_prompts",
-    "sensitive_prompts",
-    "residual_cache",
-    "directions",
-    "save_directions",
-    "warm_start",
-}
+PATHS = set(
+    """
+    good_prompts bad_prompts matched_prompts finalist_prompts sensitive_prompts residual_cache directions
+    save_directions warm_start
+    """.split()
+)
 """Settings that name files."""
 
 

@@ -4,7 +4,7 @@
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,18 +41,9 @@ class RecordedSettings(HostSettings):
         return (named["init_settings"],)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A record, the settings that it was made with, and the inputs that it asks for, as they are found now."""
-
-    record: Record
-    settings: RecordedSettings
-    sources: DirectionSources
-
-
-def prepare(record: Record, given: Any) -> Prepared:
+def prepare(record: Record, given: Any) -> tuple[RecordedSettings, DirectionSources]:
     """
-    Reads what a record asks for, before a model is loaded.
+    Returns the settings of a record, and the inputs that it asks for as they are found now, before a model is loaded.
 
     `given`: places that stand before those of the record. Raises `ContrastError` when something is gone, or another one.
     """
@@ -125,21 +116,26 @@ def prepare(record: Record, given: Any) -> Prepared:
         warn(
             f"The record was made with {', '.join(others)}, so that the weights may have other last digits."
         )
-    return Prepared(record, settings, sources)
+    return settings, sources
 
 
 OPTIONS = {"harmful": "bad-prompts", "harmless": "good-prompts", "matched": "matched-prompts"}
 """The options that name the pools of directions."""
 
 
-def rebuild(prepared: Prepared, output: Path, modifier_class: type["ContrastAbliteration"]) -> None:
+def rebuild(
+    record: Record,
+    settings: RecordedSettings,
+    sources: DirectionSources,
+    output: Path,
+    modifier_class: type["ContrastAbliteration"],
+) -> None:
     """
     Makes a model again, saves it to a folder, and says whether its files are those that were saved first.
 
     Raises `ContrastError` when the original model is another one than that of the record.
     """
 
-    record, settings = prepared.record, prepared.settings
     if HAS_PLUGIN_SURFACE:
         model_class: type[ChatModel] = ChatModel
     else:
@@ -162,7 +158,7 @@ def rebuild(prepared: Prepared, output: Path, modifier_class: type["ContrastAbli
         modifier.directions,
         # It may have been made with other versions, which the record knows.
         replace(record.parameters, configuration=""),
-        prepared.sources.named_pools(),
+        sources.named_pools(),
         record.measured,
     )
     log("* Abliterating...")

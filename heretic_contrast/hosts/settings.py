@@ -390,7 +390,8 @@ class HostSettings(Settings):
         have been loaded.
         """
 
-        content = _lasting(self.model_dump(mode="json"))
+        passing: dict[str, Any] = {**dict.fromkeys(PASSING, True), "contrast": PASSING_OF_CONTRAST}
+        content = self.model_dump(mode="json", exclude=passing)
         if self.response_prefix is not None:
             content["response_prefix"] = self.response_prefix
         # Where the trials are kept may lie within a folder of prompts.
@@ -405,32 +406,14 @@ class HostSettings(Settings):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _lasting(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings, as JSON values, without those that are decided during the run, or have no influence on trials."""
-
-    found = {name: value for name, value in content.items() if name not in PASSING}
-    contrast = {
-        name: value
-        for name, value in content["contrast"].items()
-        if name not in PASSING_OF_CONTRAST
-    }
-    return {**found, "contrast": contrast}
-
-
 def deciding(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings, as JSON values, that decide trials and are no places: what lies there is compared when it has been loaded."""
+    """Returns settings, as JSON values by their options, that decide trials and are no places: what lies there is compared when loaded."""
 
-    found = _lasting(content)
-    for table, names in (
-        (found, ("model", "study_checkpoint_dir", *PLACES, *EVALUATION_POOLS)),
-        (
-            found["contrast"],
-            (*PLACES, "matched_prompts", "sensitive_prompts", "directions", "warm_start"),
-        ),
-    ):
-        for name in names:
-            table.pop(name, None)
-    return found
+    own = {f"contrast.{name}": value for name, value in content.get("contrast", {}).items()}
+    kept_out = {"contrast", "model", "study_checkpoint_dir", *PASSING, *PLACES, *EVALUATION_POOLS}
+    passing = (*PASSING_OF_CONTRAST, *PLACES, "matched_prompts", "sensitive_prompts")
+    kept_out |= {f"contrast.{name}" for name in (*passing, "directions", "warm_start")}
+    return {name: value for name, value in {**content, **own}.items() if name not in kept_out}
 
 
 def datasets_of(content: Any) -> list[str]:

@@ -74,16 +74,8 @@ def require_same_settings(attributes: Mapping[str, Any], settings: HostSettings)
     names = []
     if model_name(stored.get("model", "")) != model_name(settings.model):
         names.append("model")
-    given, expected = deciding(ours), deciding(stored)
-    for prefix, mine, theirs in (
-        ("", given, expected),
-        ("contrast.", given.pop("contrast"), expected.pop("contrast", {})),
-    ):
-        names += [
-            prefix + name
-            for name in dict.fromkeys([*mine, *theirs])
-            if mine.get(name) != theirs.get(name)
-        ]
+    mine, theirs = deciding(ours), deciding(stored)
+    names += [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
     if settings.seed is None and "seed" in names:
         # Whoever leaves it open goes on with that of the study.
         names.remove("seed")

@@ -6,7 +6,6 @@ What the plugins need of the installed Heretic, whichever it is.
 Importing this module imports Heretic and PyTorch.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -65,27 +64,6 @@ def require_model_access(ctx: Context, plugin: str) -> None:
             f"{plugin} looks into the model, which this Heretic keeps to itself (its plugin context has no get_model): "
             f"use Heretic 2.0, or leave {plugin} out."
         )
-
-
-def language_model(
-    ctx: Context,
-    heretic_settings: Any,
-    batch_size: int | None = None,
-    writers: Writers | None = None,
-) -> LanguageModel:
-    """Returns the wrapper around the model that Heretic has loaded at this moment."""
-
-    return from_heretic(ctx.get_model(), heretic_settings, batch_size, writers)
-
-
-def scorer_entries(heretic_settings: Any, name: str) -> list[Any]:
-    """Returns Heretic's entries in `scorers` that name a scorer, by import path or by file; none under Heretic 1.4."""
-
-    return [
-        entry
-        for entry in getattr(heretic_settings, "scorers", [])
-        if re.split("[.:]", entry.plugin)[-1] == name
-    ]
 
 
 def from_heretic(

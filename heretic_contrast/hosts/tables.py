@@ -5,7 +5,7 @@
 import sys
 from functools import cache
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ValidationError
 from rich.markup import escape
@@ -20,48 +20,20 @@ from .unused import (
     Unused,
     config_file,
     named_plugins,
+    own_place,
     without_shipped,
 )
 
-SettingsType = TypeVar("SettingsType", bound=BaseModel)
-
-
-def check_tables(
-    heretic_settings: Any, namespace: str, plugin: str, settings_class: type[BaseModel]
-) -> None:
-    """
-    Looks for what is meant for a plugin, or for another one of this package, and has no effect.
-
-    `namespace`: "modifier" or "scorer". Heretic 2.0 keeps unknown tables in its settings' `model_extra`; there is none where the
-    host for Heretic 1.4 has looked at `config.toml` itself. Raises `ContrastError` with the first complaint.
-    """
-
-    extra = heretic_settings.model_extra
-    if extra is None:
-        return
-    known = getattr(type(heretic_settings), "model_fields", {})
-    named = {
-        where: named_plugins(getattr(heretic_settings, name, None))
-        for where, name in NAMESPACES.items()
-    }
-    named[namespace].add((plugin, None))
-    # What the command line overrides is no longer among Heretic's settings.
-    configs, shipped = zip(
-        *(without_shipped(whole, known) for whole in (extra, config_file())), strict=True
-    )
-    for sentence in filter(None, shipped):
-        notice(f"* {sentence}")
-    idle = ONLY_UNDER_14 if namespace == "modifier" else ()
-    Unused(plugin, settings_class.model_fields, known, named, idle).require_none(*configs)
-    for other, where in PLUGINS.items():
-        if other not in {name for name, _ in named[where]} and other in (extra.get(where) or {}):
-            notice(
-                f"* [{where}.{other}] in config.toml is not used: {NAMESPACES[where]} names no {other}"
-            )
-
 
 class PluginTables:
-    """What the plugins of this package share: their tables are looked at before Heretic 2.0 filters them."""
+    """
+    What the plugins of this package share: their tables are looked at before Heretic 2.0 filters them.
+
+    `settings_class`: the class of the plugin's settings, whose table is named after the plugin's class.
+    """
+
+    settings_class: ClassVar[type[BaseModel]]
+    heretic_settings: Any
 
     @classmethod
     def get_settings_raw(
@@ -85,24 +57,57 @@ class PluginTables:
         base: Any = super()
         return base.get_settings_raw(model_extra, top_namespace, instance_name)
 
+    @classmethod
+    def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> Any:
+        """Validates the plugin's table, for Heretic 2.0. Raises `ContrastError` with the first complaint."""
+
+        try:
+            return cls.settings_class.model_validate(raw_namespace or {})
+        except ValidationError as error:
+            show_errors_as_sentences()
+            raise validation_error(error, own_place(cls.__name__)) from error
+
+    def check_tables(self) -> None:
+        """
+        Looks for what is meant for the plugin, or for another one of this package, and has no effect.
+
+        Heretic 2.0 keeps unknown tables in its settings' `model_extra`; there is none where the host for Heretic 1.4 has looked at
+        `config.toml` itself. Raises `ContrastError` with the first complaint.
+        """
+
+        show_errors_as_sentences()
+        extra = self.heretic_settings.model_extra
+        if extra is None:
+            return
+        plugin = type(self).__name__
+        known = getattr(type(self.heretic_settings), "model_fields", {})
+        named = {
+            where: named_plugins(getattr(self.heretic_settings, name, None))
+            for where, name in NAMESPACES.items()
+        }
+        named[PLUGINS[plugin]].add((plugin, None))
+        # What the command line overrides is no longer among Heretic's settings.
+        configs, shipped = zip(
+            *(without_shipped(whole, known) for whole in (extra, config_file())), strict=True
+        )
+        for sentence in filter(None, shipped):
+            notice(f"* {sentence}")
+        idle = ONLY_UNDER_14 if PLUGINS[plugin] == "modifier" else ()
+        unused = Unused(plugin, self.settings_class.model_fields, known, named, idle)
+        unused.require_none(*configs)
+        for other, where in PLUGINS.items():
+            loaded = {name for name, _ in named[where]}
+            if other not in loaded and other in (extra.get(where) or {}):
+                notice(
+                    f"* [{where}.{other}] in config.toml is not used: {NAMESPACES[where]} names no {other}"
+                )
+
 
 @cache
 def notice(text: str) -> None:
     """Says something once in a process."""
 
     log(escape(text))
-
-
-def validated(
-    settings_class: type[SettingsType], raw: dict[str, Any] | None, where: str
-) -> SettingsType:
-    """Returns validated settings of a plugin; `where` names its table. Raises `ContrastError` with the first complaint."""
-
-    try:
-        return settings_class.model_validate(raw or {})
-    except ValidationError as error:
-        show_errors_as_sentences()
-        raise validation_error(error, where) from error
 
 
 def show_errors_as_sentences() -> None:

@@ -105,17 +105,23 @@ def class_name(plugin: Any) -> str:
     return re.split(r"[.:]", str(plugin))[-1]
 
 
+def own_place(plugin: str) -> str:
+    """Returns the table that the settings of a plugin of this package belong into."""
+
+    return f"[{PLUGINS[plugin]}.{plugin}]"
+
+
 def own_table(name: str) -> str | None:
     """Returns the table of this package that a table's name, or a part of it, is much like, or None."""
 
     for part in (name, name.partition("_")[0], name.rpartition(".")[2]):
         text = _letters(part).removeprefix("heretic")
-        for plugin, namespace in PLUGINS.items():
+        for plugin in PLUGINS:
             known = _letters(plugin)
             if (text.startswith("contrast") and known.startswith(text)) or (
                 difflib.SequenceMatcher(None, text, known).ratio() > LIKE
             ):
-                return f"[{namespace}.{plugin}]"
+                return own_place(plugin)
     return None
 
 
@@ -151,7 +157,7 @@ class Unused:
 
     @property
     def table(self) -> str:
-        return f"[{PLUGINS[self.plugin]}.{self.plugin}]"
+        return own_place(self.plugin)
 
     def _setting(self, name: str, others: Collection[str] = (), cutoff: float = LIKE) -> str | None:
         """Returns the setting that a name is much like, and its table; None where none is, or another name is as much."""

@@ -307,28 +307,20 @@ def test_random_flags_of_the_sweep(command_line: Run, flags: dict[str, str]) -> 
 def test_random_tables_under_heretic_2(data: st.DataObject) -> None:
     """Heretic 2.0 hands over its raw tables, and a plugin's own table without a check."""
 
-    from heretic_contrast import response_scorers, scorers
-    from heretic_contrast.hosts.tables import check_tables, validated
+    import heretic_contrast
+    from heretic_contrast.hosts.unused import PLUGINS
 
-    settings_class, namespace, plugin = data.draw(
-        st.sampled_from(
-            [
-                (ContrastSettings, "modifier", "ContrastAbliteration"),
-                (response_scorers.RefusalTiersSettings, "scorer", "RefusalTiers"),
-                (scorers.TeacherForcedDivergenceSettings, "scorer", "TeacherForcedDivergence"),
-                (scorers.FixedWeightSweepSettings, "scorer", "FixedWeightSweep"),
-            ]
-        )
-    )
-    table = st.dictionaries(st.sampled_from(sorted(settings_class.model_fields)), json_values)
+    plugin, namespace = data.draw(st.sampled_from(sorted(PLUGINS.items())))
+    plugin_class = getattr(heretic_contrast, plugin)
+    fields = sorted(plugin_class.settings_class.model_fields)
+    table = st.dictionaries(st.sampled_from(fields), json_values)
     names = st.sampled_from([plugin, f"{plugin}_2", plugin.lower(), "Other"])
     tables = data.draw(json_values | st.dictionaries(names, json_values | table, max_size=2))
     raw = data.draw(json_values | table)
+    given = SimpleNamespace(model_extra={namespace: tables})
     for check in (
-        lambda: check_tables(
-            SimpleNamespace(model_extra={namespace: tables}), namespace, plugin, settings_class
-        ),
-        lambda: validated(settings_class, raw, f"[{namespace}.{plugin}]"),
+        plugin_class(heretic_settings=given, settings=None).check_tables,
+        lambda: plugin_class.validate_settings(raw),
     ):
         try:
             check()

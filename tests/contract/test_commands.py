@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from os.path import commonprefix
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from heretic_contrast.directions.directions import Directions
-from heretic_contrast.hosts.loading import with_response_prefix
+from heretic_contrast.hosts.loading import with_common_prefix
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt, PromptSource, load_pool
@@ -254,15 +255,16 @@ def test_thinking_tag_is_found_in_the_chat_template(
     view: Callable[[Any], Any], refuser: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [Prompt("What is tea?"), Prompt("Name a color."), Prompt("Describe a river.")]
+    sources = SimpleNamespace(response_prefix=None, bulk=prompts[:2], harmful=prompts[2:])
     settings = view(make_settings("some/model", {}, response_prefix=None, max_response_length=4))
-    found = with_response_prefix(refuser, settings, prompts[:2], prompts[2:])
+    found = with_common_prefix(refuser, settings, sources)
     plain = refuser.generate(prompts, 4, special_tokens=True)
     assert found.response_prefix == commonprefix(plain).rstrip(" ")  # noqa: RUF071
 
     template = refuser.tokenizer.chat_template.replace("assistant\\n", "assistant\\n<think>\\n")
     monkeypatch.setattr(refuser.tokenizer, "chat_template", template)
     settings = view(make_settings("some/model", {}, response_prefix=None, max_response_length=4))
-    found = with_response_prefix(refuser, settings, prompts[:2], prompts[2:])
+    found = with_common_prefix(refuser, settings, sources)
     texts = [text + "<think></think>" for text in refuser.chat_texts(prompts)]
     assert texts[0].endswith("<think>\n<think></think>")
     responses = []

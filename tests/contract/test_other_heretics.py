@@ -11,18 +11,6 @@ import pytest
 
 from tests.upstream.checkout import REPOSITORY
 
-OLDER = """
-from pydantic_settings import BaseSettings
-
-
-class DatasetSpecification(BaseSettings):
-    dataset: str
-
-
-class Settings(BaseSettings):
-    model: str
-"""
-
 
 def python(directory: Path, code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
@@ -35,20 +23,6 @@ def python(directory: Path, code: str, *arguments: str) -> "subprocess.Completed
         cwd=directory,
         capture_output=True,
         text=True,
-    )
-
-
-def test_older_heretic_is_one_sentence(tmp_path: Path) -> None:
-    """A package with the settings of Heretic's first releases stands in for one."""
-
-    (tmp_path / "heretic").mkdir()
-    (tmp_path / "heretic" / "__init__.py").write_text("")
-    (tmp_path / "heretic" / "config.py").write_text(OLDER)
-    finished = python(tmp_path, "from heretic_contrast.cli import main; main()", "some/model")
-    assert finished.returncode == 2
-    assert finished.stderr == (
-        "Error: The installed Heretic is older than 1.4, which this program needs: "
-        "run pip install --upgrade heretic-llm.\n"
     )
 
 

@@ -106,10 +106,10 @@ def test_no_words_at_all(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["first", "second"], r'"first", "second" belong to no option'),
-        (["--model", "first", "second"], '"second" belongs to no option, and --model names'),
-        (["first", "--model=second"], '"first" belongs to no option'),
-        (["first", "sweep"], "write a command first"),
+        (["first", "second"], 'no option that "first", "second" could'),
+        (["--model", "first", "second"], 'no option that "second" could'),
+        (["first", "--model=second"], 'no option that "first" could'),
+        (["first", "sweep"], "a command first"),
         (
             ["--contrast.embeddings=perhaps", "first"],
             "--contrast.embeddings true or --contrast.embeddings false",
@@ -148,7 +148,7 @@ def test_every_option_with_a_value_takes_the_next_word(settings_class: type[Base
 def test_an_audit_has_no_model() -> None:
     arguments = ["--dataset", "pool.txt", "--output", "out"]
     assert normalize_arguments(AuditSettings, arguments) == ["--dataset=pool.txt", "--output=out"]
-    with pytest.raises(ContrastError, match=r'"pool\.txt" belongs to no option: see'):
+    with pytest.raises(ContrastError, match=r'no option that "pool\.txt" could'):
         normalize_arguments(AuditSettings, ["pool.txt", *arguments])
 
 

@@ -498,11 +498,11 @@ def test_several_directions_reach_down_to_the_strength_of_one() -> None:
         ),
         (
             {"mlp.down_proj.min_weight": [0, 2]},
-            'The range of "mlp.down_proj.min_weight" in search_space goes from 0 to 2, but',
+            'The range of "mlp.down_proj.min_weight" in search_space goes from 0 to 2: it is a fraction',
         ),
         (
             {"max_weight_position": [5, 20]},
-            'The range of "max_weight_position" in search_space goes from 5 to 20, but',
+            'The range of "max_weight_position" in search_space goes from 5 to 20: it is a fraction',
         ),
     ],
 )

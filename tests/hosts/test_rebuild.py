@@ -148,7 +148,7 @@ def test_a_record_of_a_stranger_decides_nothing_else(made: Made, tmp_path: Path)
     given = RebuildSettings.model_construct(record="")
     record = Record.model_validate_json(json.dumps(content))
     with pytest.warns(ContrastWarning, match="made with torch 1.0 [(]now .*other last digits"):
-        settings = prepare(record, given).settings
+        settings, _ = prepare(record, given)
     found = settings.contrast
     assert found.save_directions is found.residual_cache is found.text_classifier is None
     assert elsewhere not in settings.study_checkpoint_dir
