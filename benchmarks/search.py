@@ -36,7 +36,7 @@ from scipy.stats import t as student
 from heretic_contrast.builtin import REFUSER, refuser_pool, resolve_model
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.hosts import answers, heretic14
-from heretic_contrast.hosts.checkpoint import STUDY_NAME, repair_checkpoints
+from heretic_contrast.hosts.checkpoint import STUDY_NAME, repair_checkpoint
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.journal import CheckedJournal
 from heretic_contrast.modifier import ContrastAbliteration
@@ -194,7 +194,8 @@ class Study:
             flags = self.flags(paths)
             stack.enter_context(patch.multiple(sys, argv=["heretic", *flags]))
             if is_plain:
-                repair_checkpoints(self.folder / "checkpoints")
+                for path in (self.folder / "checkpoints").glob("*.jsonl"):
+                    repair_checkpoint(path)
                 heretic.main.run()
             else:
                 settings = load_settings(HostSettings, "heretic-contrast", flags)

@@ -167,7 +167,8 @@ class FixedWeightSweep(ContrastScorer):
             self.heretic_settings.response_prefix or "",
             log,
         )
-        check_places(language_model(ctx, self.heretic_settings), self.prepared.options)
+        model = from_heretic(ctx.get_model(), self.heretic_settings)
+        check_places(model, self.prepared.options)
 
     def get_baseline_score(self, ctx: Context) -> Score:
         """
