@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from .errors import ContrastError
-from .settings import ContrastSettings, PromptSource
+from .settings import ContrastSettings, PromptSource, PromptSources
 
 DATA = Path(__file__).parent / "data"
 
@@ -43,6 +43,19 @@ def model_name(model: str) -> str:
         return REFUSER
     path = Path(model)
     return path.resolve().name if path.exists() else model
+
+
+def pool_name(source: PromptSources) -> str:
+    """Returns what the source of a pool is called in stored results: never an absolute path."""
+
+    names = []
+    for item in source if isinstance(source, list) else [source]:
+        path = Path(item.dataset)
+        name = path.name if path.exists() else item.dataset
+        if path.is_relative_to(DATA):
+            name = path.relative_to(DATA).as_posix()
+        names.append(" ".join(filter(None, (name, item.split))))
+    return ", ".join(names)
 
 
 def refuser_pool(pool: str, split: str) -> PromptSource:

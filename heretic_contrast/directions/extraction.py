@@ -118,6 +118,7 @@ def extract(
             "response_prefix": model.response_prefix,
             "prompts": {name: prompts_digest(pool) for name, pool in pools.named().items()},
             "prompt_digests": sorted(digests),
+            "sources": list(pools.sources),
             "dropped": [list(entry) for entry in pools.dropped],
         },
     )

@@ -105,6 +105,7 @@ class _Provenance(BaseModel):
 
     settings: dict[str, Any] = {}
     prompt_digests: list[str] = []
+    sources: list[str] = []
     response_prefix: str = ""
 
 

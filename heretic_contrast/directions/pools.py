@@ -5,12 +5,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ..builtin import harmful_pool, harmless_pool, matched_pool
+from ..builtin import harmful_pool, harmless_pool, matched_pool, pool_name
 from ..errors import ContrastError
 from ..language_model import LanguageModel
 from ..prompts import Prompt, load_pool
 from ..prompts.categories import assign
-from ..settings import BASELINES, CategorySource, Classes, ContrastSettings
+from ..settings import BASELINES, CategorySource, Classes, ContrastSettings, PromptSources
 from .baselines import NEEDS_MATCHED, require_matched, require_neighbors
 from .classes import ClassSelection, select_classes
 
@@ -27,6 +27,9 @@ class Pools:
     matched: tuple[Prompt, ...]
     dropped: tuple[tuple[str, int, int], ...] = ()
     """What a behavior filter found: name of the pool, number of misbehaving prompts, number of all prompts."""
+
+    sources: tuple[str, ...] = ()
+    """What the files and datasets are called that they were read from, where they were."""
 
     def named(self) -> dict[str, tuple[Prompt, ...]]:
         return {"harmful": self.harmful, "harmless": self.bulk, "matched": self.matched}
@@ -61,16 +64,18 @@ def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
     """
 
     harmful, bulk = load_plain_pools(settings, where)
+    sources = list(_plain_sources(settings))
     matched: list[Prompt] = []
     # Baselines of other packages may use what is given.
     if settings.baseline in NEEDS_MATCHED or (
         settings.matched_prompts is not None and settings.baseline not in BASELINES
     ):
-        source = settings.matched_prompts or matched_pool()
-        matched = load_pool(source, "matched harmless", f"{where}matched_prompts.")
+        sources.append(settings.matched_prompts or matched_pool())
+        matched = load_pool(sources[-1], "matched harmless", f"{where}matched_prompts.")
     for name, pool in (("harmless", bulk), ("matched harmless", matched)):
         require_apart(harmful, pool, name, "contrasted with itself")
-    pools = Pools(harmful=tuple(harmful), bulk=tuple(bulk), matched=tuple(matched))
+    names = tuple(map(pool_name, sources))
+    pools = Pools(tuple(harmful), tuple(bulk), tuple(matched), sources=names)
     if needs_model(settings):
         return pools
     pools = with_categories(pools, settings, None)
@@ -81,15 +86,17 @@ def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
 def load_plain_pools(settings: ContrastSettings, where: str) -> tuple[list[Prompt], list[Prompt]]:
     """Returns the harmful and the general harmless prompts that the settings name, without assigning categories."""
 
+    harmful, harmless = _plain_sources(settings)
     return (
-        load_pool(
-            settings.bad_prompts or harmful_pool("train[:400]"), "harmful", f"{where}bad_prompts."
-        ),
-        load_pool(
-            settings.good_prompts or harmless_pool("train[:400]"),
-            "harmless",
-            f"{where}good_prompts.",
-        ),
+        load_pool(harmful, "harmful", f"{where}bad_prompts."),
+        load_pool(harmless, "harmless", f"{where}good_prompts."),
+    )
+
+
+def _plain_sources(settings: ContrastSettings) -> tuple[PromptSources, PromptSources]:
+    return (
+        settings.bad_prompts or harmful_pool("train[:400]"),
+        settings.good_prompts or harmless_pool("train[:400]"),
     )
 
 
@@ -205,7 +212,8 @@ def filter_by_behavior(pools: Pools, model: LanguageModel, max_new_tokens: int) 
                 f"The model {'answers' if should_refuse else 'refuses'} all {len(prompts)} {name} prompts, so none would be left: "
                 "use other prompts, or leave drop_misbehaving off."
             )
-    return Pools(
+    return replace(
+        pools,
         harmful=kept["harmful"],
         bulk=kept["harmless"],
         matched=kept["matched harmless"],

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..ablation.operator import Composition, Operator, compose, equalize
+from ..builtin import pool_name
 from ..directions.directions import Directions
 from ..directions.pools import Log, assign_categories, require_apart
 from ..directions.sources import DirectionSources, ShowProgress, UsedPrompts
@@ -177,17 +178,21 @@ def plan_sweep(
     options: SweepOptions | None = None,
     used: UsedPrompts | None = None,
     left_out: Mapping[str, int] | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> SweepPlan:
     """
     Returns the plan of a sweep with these prompts, less those that directions were extracted from.
 
     `used`: the latter, where more is known of them than directions say. `left_out`: how many prompts were left out of each pool
-    before, of which these are samples. Raises `ContrastError` when no harmful or no reference prompt is left.
+    before, of which these are samples. `sources`: what the files or datasets of the pools are called. Raises `ContrastError` when no harmful or no reference prompt is left.
     """
 
     completed = complete(configurations)
     used = used or UsedPrompts.of({name: item.directions for name, item in completed.items()})
     kept: dict[str, tuple[Prompt, ...]] = {}
+    provenances = [item.directions.provenance for item in completed.values()]
+    fitted = [name for item in provenances for name in item.get("sources", ())]
+    sources = {"extraction": ", ".join(dict.fromkeys(fitted)), **(sources or {})}
     pools: dict[str, dict[str, Any]] = {"extraction": used.to_dict()}
     given = {"harmful": harmful, "canaries": canaries, "references": references}
     for name, prompts in given.items():
@@ -203,6 +208,8 @@ def plan_sweep(
             raise ContrastError(
                 f"All {len(prompts)} prompts of the pool {name} are among those that directions were extracted from: give others."
             )
+    for name, pool in pools.items():
+        pool["source"] = sources.get(name) or None
     return SweepPlan(completed, **kept, options=options or SweepOptions(), pools=pools)
 
 
@@ -222,6 +229,7 @@ class PreparedSweep:
     canaries: tuple[Prompt, ...]
     references: tuple[Prompt, ...]
     left_out: dict[str, int]
+    pool_names: dict[str, str]
     options: SweepOptions
     pairs: tuple[Pair, ...]
     storage: str
@@ -255,6 +263,7 @@ class PreparedSweep:
             self.options,
             self.used,
             self.left_out,
+            self.pool_names,
         )
 
 
@@ -307,6 +316,7 @@ def prepare_sweep(
     used = sources.used_prompts()
     for sentence in used.sentences():
         log(f"* [yellow]{sentence}[/]")
+    names = dict.fromkeys(("canaries", "references"), pool_name(evaluation.harmless))
     harmful, n_harmful_left_out = _evaluation_pool(
         evaluation.harmful, "harmful evaluation", evaluation.harmful_setting, used, log
     )
@@ -331,6 +341,7 @@ def prepare_sweep(
         canaries=tuple(canaries),
         references=tuple(references),
         left_out={"harmful": n_harmful_left_out, "references": n_harmless_left_out},
+        pool_names={"harmful": pool_name(evaluation.harmful), **names},
         options=options,
         pairs=tuple(pairs),
         storage=storage,

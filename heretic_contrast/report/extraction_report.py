@@ -143,6 +143,11 @@ def configuration_table(extracted: "Extracted", geometry: Geometry) -> Table:
         Column("Mean cosine", average("mean_cosine"), number(3)),
         Column("Share of σ₁²", average("first_share"), number(3)),
         Column("Effective weight", average("effective_weight"), number(2)),
+        text_column(
+            "Prompts from",
+            lambda item: ", ".join(extracted[item].provenance.get("sources", ())) or None,
+            essential=False,
+        ),
         note="Averages over layers; norm, cosine and share of the first squared singular value of the class directions as trained.",
     )
 

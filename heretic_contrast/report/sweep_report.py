@@ -210,6 +210,7 @@ def overview_section(result: SweepResult) -> Section:
         text_column("Pool", lambda item: item[0]),
         Column("Prompts", lambda item: item[1].get("count")),
         Column("Left out", lambda item: item[1].get("left_out_as_used_for_extraction")),
+        text_column("From", lambda item: item[1].get("source")),
         text_column("Digest", lambda item: str(item[1].get("digest", ""))[:12] or None),
         note="Left out: evaluation prompts that directions were extracted from. Digest: the first 12 digits of SHA-256.",
     )

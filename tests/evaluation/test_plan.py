@@ -462,9 +462,18 @@ def test_a_directions_file_is_swept_as_the_extraction_that_made_it(
     extraction = dict(older.pools["extraction"])
     (note,) = extraction.pop("notes")
     assert "cannot be known" in note
-    assert extraction == {"count": None, "digest": None, "unknown": ["unmatched"]}
+    source = "harmful-train.jsonl, harmless-train.jsonl"
+    assert extraction == {
+        "count": None,
+        "digest": None,
+        "unknown": ["unmatched"],
+        "source": source,
+    }
     page = to_html(sweep_report(older))
     assert "cannot be known" in page and "cannot be known" not in to_html(sweep_report(found))
+    for name in (source, ">harmful-test.jsonl<", ">harmless-test.jsonl<"):
+        assert name in page
+    assert str(tmp_path) not in page
     assert older.pools["harmful"]["left_out_as_used_for_extraction"] is None
     assert json.loads(older.to_json())["pools"] == older.pools
 

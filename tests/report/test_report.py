@@ -372,6 +372,7 @@ def test_extraction_report(tmp_path: Path) -> None:
         name: make_directions(random_tensor(4, 3, 16, seed=seed))
         for seed, name in enumerate(("first", "random & <control>"))
     }
+    extracted["first"].provenance["sources"] = ["bad.jsonl", "good.csv"]
     report = extraction_report("tiny", extracted, capture, geometry)
     names = {figure.name for figure in report.figures()}
     assert {"norms", "singular-values", "class-cosines-first", "norm-ratio", "occupancy"} <= names
@@ -381,7 +382,8 @@ def test_extraction_report(tmp_path: Path) -> None:
         float(random_tensor(4, 3, 16)[_shown(report) + 1, 0].norm())
     )
     write_report(report, tmp_path, {})
-    assert Page((tmp_path / "report.html").read_text()).open == []
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.open == [] and "bad.jsonl, good.csv" in page.text
 
 
 def _shown(report: Any) -> int:
