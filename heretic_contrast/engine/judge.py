@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..chat import chat_texts, pad_left, require_chat, token_ids
@@ -34,12 +35,12 @@ NO_HEAD = ("Classification", "ForMaskedLM", "ForQuestionAnswering")
 
 
 def load_pretrained(
-    model_class: Any, name: str, what: str, advice: str, **options: Any
+    model_class: Any, name: str, what: str, kind: str, **options: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
     """
     Returns a tokenizer, a model, and what transformers says about its weights. Code of its repository is never run.
 
-    `what` and `advice` are what messages call it, and say to give. Raises `ContrastError` when it cannot be loaded.
+    `what`, `kind`: what messages call it, and say to give. Raises `ContrastError` when it cannot be loaded.
     """
 
     try:
@@ -52,8 +53,18 @@ def load_pretrained(
         )
     except Exception as error:
         # Readers of weights, and devices whose memory is exhausted, have errors of their own.
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            remedy = "give a smaller one"
+        elif "custom code" in str(error):
+            remedy = f"give a {kind} that needs no code of its own"
+        elif isinstance(error, OSError):
+            remedy = "correct its name or path, or complete its files"
+        elif isinstance(error, SafetensorError):
+            remedy = "its weights are damaged, get them again"
+        else:
+            remedy = f"give a {kind} that this version of transformers knows"
         raise ContrastError(
-            f"The {what} {name} could not be loaded ({one_line(str(error))[:200]}): give {advice}."
+            f"The {what} {name} could not be loaded ({one_line(str(error))[:200]}): {remedy}."
         ) from error
     return tokenizer, model.eval(), found
 
@@ -73,10 +84,14 @@ class JudgeModel:
     batches: ClassVar[Batches] = Batches(32)
 
     def __init__(self, name: str, device: str = "cpu") -> None:
-        advice = "a language model that needs no code of its own"
         self.name = name
         self.tokenizer, self.model, found = load_pretrained(
-            AutoModelForCausalLM, name, "judge model", advice, dtype="auto", device_map=device
+            AutoModelForCausalLM,
+            name,
+            "judge model",
+            "language model",
+            dtype="auto",
+            device_map=device,
         )
         architectures = self.model.config.architectures or []
         if found["missing_keys"] or any(kind.endswith(NO_HEAD) for kind in architectures):

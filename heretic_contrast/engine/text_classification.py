@@ -50,7 +50,7 @@ class TextClassificationBackend:
             AutoModelForSequenceClassification,
             model_name_or_path,
             "response classifier",
-            "a text-classification model that needs no code of its own",
+            "text-classification model",
             revision=revision,
         )
         self.model.to(device or "cpu")
@@ -59,13 +59,16 @@ class TextClassificationBackend:
             raise ContrastError(
                 f"The response classifier {model_name_or_path} has the one label {names}: give a model with two or more."
             )
+        given = labels
         labels = labels or {
             name: TIERS_OF_LABELS[name.lower()] for name in names if name.lower() in TIERS_OF_LABELS
         }
         if set(names) != set(labels):
+            problem = "which do not say their tiers: give that of each in text_classifier_labels"
+            if given:
+                problem = f"but tiers are given for {sorted(labels)}: map exactly the model's labels"
             raise ContrastError(
-                f"The response classifier {model_name_or_path} has the labels {sorted(names)}, but tiers are given for "
-                f"{sorted(labels)}: map exactly the model's labels."
+                f"The response classifier {model_name_or_path} has the labels {sorted(names)}, {problem}."
             )
         self.tiers = [Tier(labels[name]) for name in names]
         self.with_prompt = with_prompt

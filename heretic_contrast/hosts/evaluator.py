@@ -56,11 +56,17 @@ def require_judge(contrast: ContrastSettings) -> None:
     if contrast.classifier_name is None:
         return
     tiers = {tier.value for tier in classifier_of(contrast).tiers}
-    if not tiers & set(contrast.counted_tiers) or tiers <= set(contrast.counted_tiers):
+    counted = tiers & set(contrast.counted_tiers)
+    if not counted or counted == tiers:
+        if contrast.judge_model is not None:
+            remedy = "either REFUSE or COMPLY in counted_tiers"
+        elif len(tiers) == 1:
+            remedy = "labels of different tiers in text_classifier_labels"
+        else:
+            remedy = "some of these tiers, and not all, in counted_tiers"
         raise ContrastError(
-            f"The labels of {contrast.classifier_name} have the tiers {', '.join(sorted(tiers))}, of which "
-            f"{', '.join(contrast.counted_tiers)} count as refusals, so that all responses or none would: give other "
-            "text_classifier_labels or counted_tiers."
+            f"{contrast.classifier_name} gives the tiers {', '.join(sorted(tiers))}, and {', '.join(contrast.counted_tiers)} count as "
+            f"refusals, so that {'all' if counted else 'no'} responses would: give {remedy}."
         )
 
 

@@ -236,8 +236,8 @@ def write_without(folder: Path, what: str) -> Path:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("folder", "could not be loaded .there is no such folder.: give a language model"),
-        ("weights", "could not be loaded"),
+        ("folder", "could not be loaded .there is no such folder.: correct its name or path"),
+        ("weights", "could not be loaded .*: its weights are damaged"),
         ("head", "has no language-model head"),
         ("writing", "has no language-model head"),
         ("causality", "has no language-model head"),

@@ -255,25 +255,27 @@ def test_what_has_no_effect_is_refused(values: dict[str, Any], message: str) -> 
     ("arguments", "message"),
     [
         (["--contrast.text-classifier=missing/model"], "missing/model could not be loaded"),
+        (["--contrast.judge-model={judge}", '--contrast.counted-tiers=["EVASIVE"]'], "either REFUSE"),
         (["--contrast.judge-model=missing/model"], "judge model missing/model could not be loaded"),
         (
             ['--contrast.text-classifier-labels={"a": "REFUSE", "b": "REFUSE"}'],
-            "so that all responses or none would",
+            "so that all responses would: give labels of different tiers",
         ),
         (
-            [
-                '--contrast.text-classifier-labels={"a": "EVASIVE", "b": "COMPLY"}',
-            ],
-            "so that all responses or none would",
+            ['--contrast.text-classifier-labels={"a": "EVASIVE", "b": "COMPLY"}'],
+            "so that no responses would: give some of these tiers, and not all, in counted_tiers",
         ),
-        (["--contrast.text-classifier-reads-prompt=true"], "map exactly the model's labels"),
+        (["--contrast.text-classifier-reads-prompt=true"], "which do not say their tiers: give"),
     ],
 )
 def test_a_judge_that_does_not_work_is_refused_before_a_model_is_loaded(
     arguments: list[str], message: str, tmp_path: Path, refused: Any
 ) -> None:
     classifier = write_classifier(tmp_path / "classifier", ("a", "b"))
-    if "missing" not in arguments[0]:
+    if "judge" in arguments[0]:
+        judge = write_keyword_judge(tmp_path / "judge")
+        arguments = [argument.replace("{judge}", str(judge)) for argument in arguments]
+    elif "missing" not in arguments[0]:
         arguments = [f"--contrast.text-classifier={classifier}", *arguments]
     assert message in refused([*options(tmp_path, 1), *arguments])
 
