@@ -61,7 +61,8 @@ def pool_name(source: PromptSources) -> str:
 def refuser_pool(pool: str, split: str) -> PromptSource:
     """Returns a pool of the built-in refuser: "harmful", "matched" or "harmless", "train" or "test"."""
 
-    return PromptSource(dataset=str(DATA / "refuser_prompts" / pool / f"{split}.jsonl"))
+    # As Heretic itself reads it, too.
+    return PromptSource(dataset=str(DATA / "refuser_prompts" / pool), split=split, column="text")
 
 
 def with_refuser_pools(settings: ContrastSettings) -> ContrastSettings:

@@ -35,10 +35,10 @@ from pydantic_settings import (
 )
 
 from ..builtin import (
-    DATA,
     harmful_pool,
     harmless_pool,
     is_builtin,
+    refuser_pool,
     resolve_model,
     with_refuser_pools,
 )
@@ -361,10 +361,8 @@ class HostSettings(Settings):
             ("bad_evaluation_prompts", "harmful", "test"),
         ):
             if name not in given and hasattr(self, name):
-                specification = type(getattr(self, name))(
-                    dataset=str(DATA / "refuser_prompts" / pool), split=split, column="text"
-                )
-                setattr(self, name, specification)
+                source = refuser_pool(pool, split).model_dump(exclude_defaults=True)
+                setattr(self, name, type(getattr(self, name))(**source))
         own = with_refuser_pools(self.contrast)
         self.contrast = self.contrast.model_copy(
             update={

@@ -172,9 +172,9 @@ def test_only_baselines_that_use_matched_prompts_read_them() -> None:
         name: load_pools(with_refuser_pools(ContrastSettings(baseline=name))) for name in NAMES
     }
     assert {name for name in NAMES if pools[name].matched} == {"matched", "mixed", "residualized"}
-    files = tuple(f"refuser_prompts/{name}/train.jsonl" for name in ("harmful", "harmless"))
+    files = tuple(f"refuser_prompts/{name} train" for name in ("harmful", "harmless"))
     assert pools["unmatched"].sources == files
-    assert pools["matched"].sources == (*files, "refuser_prompts/matched/train.jsonl")
+    assert pools["matched"].sources == (*files, "refuser_prompts/matched train")
 
 
 def test_another_package_can_add_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heretic_contrast.builtin import matched_pool, refuser_pool
+from heretic_contrast.builtin import DATA, matched_pool, refuser_pool
 from heretic_contrast.commands import audit as audit_command
 from heretic_contrast.commands.sweep import SweepSettings
 from heretic_contrast.directions.pools import load_pools
@@ -442,7 +442,7 @@ def test_pools_of_run_are_read_before_a_model(
                 host_settings(monkeypatch, f"{flag}.dataset={broken}"), ContrastAbliteration
             )
         with pytest.raises(ContrastError, match=f"correct {flag}.column"):
-            pool = refuser_pool("harmful", "test").dataset
+            pool = DATA / "refuser_prompts" / "harmful" / "test.jsonl"
             options = [f"{flag}.dataset={pool}", f"{flag}.column=prompt"]
             heretic14.run(host_settings(monkeypatch, *options), ContrastAbliteration)
 
@@ -1090,8 +1090,9 @@ def test_cleaned_pools_are_read_again(tmp_path: Path) -> None:
 
 
 def test_shipped_pools() -> None:
-    for source in (matched_pool(), refuser_pool("harmful", "train")):
-        rows = Dataset.from_json(source.dataset)
+    refuser = refuser_pool("harmful", "train")
+    for source, folder in ((matched_pool(), "matched"), (refuser, "refuser_prompts/harmful")):
+        rows = Dataset.from_json(str(DATA / folder / "train.jsonl"))
         found = load_pool(source, "shipped")
         assert [(prompt.text, prompt.category) for prompt in found] == [
             (row["text"], row["category"]) for row in rows
