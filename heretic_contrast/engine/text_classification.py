@@ -66,7 +66,9 @@ class TextClassificationBackend:
         if set(names) != set(labels):
             problem = "which do not say their tiers: give that of each in text_classifier_labels"
             if given:
-                problem = f"but tiers are given for {sorted(labels)}: map exactly the model's labels"
+                problem = (
+                    f"but tiers are given for {sorted(labels)}: map exactly the model's labels"
+                )
             raise ContrastError(
                 f"The response classifier {model_name_or_path} has the labels {sorted(names)}, {problem}."
             )

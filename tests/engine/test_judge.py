@@ -237,7 +237,7 @@ def write_without(folder: Path, what: str) -> Path:
     ("what", "message"),
     [
         ("folder", "could not be loaded .there is no such folder.: correct its name or path"),
-        ("weights", "could not be loaded .*: its weights are damaged"),
+        ("weights", r"could not be loaded .*: its weights are damaged"),
         ("head", "has no language-model head"),
         ("writing", "has no language-model head"),
         ("causality", "has no language-model head"),

@@ -151,7 +151,7 @@ def test_a_model_with_one_label(tmp_path: Path) -> None:
 
 
 def test_what_is_no_classifier(tmp_path: Path) -> None:
-    with pytest.raises(ContrastError, match="could not be loaded .*: correct its name or path"):
+    with pytest.raises(ContrastError, match=r"could not be loaded .*: correct its name or path"):
         TextClassificationBackend(str(tmp_path / "missing"), LABELS)
 
 

@@ -255,7 +255,10 @@ def test_what_has_no_effect_is_refused(values: dict[str, Any], message: str) -> 
     ("arguments", "message"),
     [
         (["--contrast.text-classifier=missing/model"], "missing/model could not be loaded"),
-        (["--contrast.judge-model={judge}", '--contrast.counted-tiers=["EVASIVE"]'], "either REFUSE"),
+        (
+            ["--contrast.judge-model={judge}", '--contrast.counted-tiers=["EVASIVE"]'],
+            "either REFUSE",
+        ),
         (["--contrast.judge-model=missing/model"], "judge model missing/model could not be loaded"),
         (
             ['--contrast.text-classifier-labels={"a": "REFUSE", "b": "REFUSE"}'],

@@ -25,7 +25,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heretic_contrast.builtin import DATA, matched_pool, refuser_pool
+from heretic_contrast.builtin import matched_pool, refuser_pool
 from heretic_contrast.commands import audit as audit_command
 from heretic_contrast.commands.sweep import SweepSettings
 from heretic_contrast.directions.pools import load_pools
