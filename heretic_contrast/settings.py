@@ -40,6 +40,8 @@ CategorySource = Enum(
 )
 SmallClasses = Enum("SmallClasses", {"ERROR": "error", "DROP": "drop", "MERGE": "merge"}, type=str)
 Scale = Enum("Scale", {"UNIT": "unit", "RAW": "raw", "UNMATCHED": "unmatched"}, type=str)
+"""The length of the directions (paper, section 5.1)."""
+
 RowNormalization = Enum(
     "RowNormalization", {"NONE": "none", "PRE": "pre", "FULL": "full"}, type=str
 )
