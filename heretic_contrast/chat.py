@@ -26,11 +26,7 @@ SYSTEM_MESSAGE = "Be brief."
 
 
 def require_chat(tokenizer: Any, name: str) -> None:
-    """
-    Raises `ContrastError` when a tokenizer cannot write a prompt as chat, or cannot fill shorter prompts of a batch.
-
-    `name` is that of the model.
-    """
+    """Raises `ContrastError` when the tokenizer of a model cannot write a prompt as chat, or fill the shorter prompts of a batch."""
 
     if tokenizer.chat_template is None:
         raise ContrastError(
@@ -51,8 +47,6 @@ def require_chat(tokenizer: Any, name: str) -> None:
 
 
 def has_system_role(tokenizer: Any) -> bool:
-    """Returns whether the chat template takes a system message, which for example that of Gemma 2 refuses."""
-
     return _with_system_message(tokenizer) is not None
 
 
@@ -90,11 +84,7 @@ def without_system_role(chat: Chat) -> Chat:
 
 
 def chat_texts(tokenizer: Any, chats: Sequence[Chat], **options: Any) -> list[str]:
-    """
-    Returns chats in the model's format, up to where its response begins.
-
-    `options` are those of transformers. Raises jinja2's `TemplateError` where the template refuses a chat.
-    """
+    """Returns chats up to where the response begins. Raises jinja2's `TemplateError` where the template refuses one."""
 
     if not chats:
         return []
@@ -107,12 +97,7 @@ def chat_texts(tokenizer: Any, chats: Sequence[Chat], **options: Any) -> list[st
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """
-    Returns the tokens of texts in the model's format.
-
-    What the tokenizer puts in front of a text stands there once, also where the text begins with it. Nothing is put
-    behind it, where the response is to follow.
-    """
+    """Returns tokens of texts. What the tokenizer puts in front stands there once, and nothing behind, where responses follow."""
 
     if not texts:
         return []

@@ -67,8 +67,6 @@ def sentence_of(error: BaseException) -> str | None:
 
 
 def may_be_configured() -> bool:
-    """Returns whether a model may be named elsewhere than on the command line."""
-
     return os.path.exists("config.toml") or "HERETIC_MODEL" in map(str.upper, os.environ)
 
 
@@ -94,8 +92,6 @@ def has_lost_its_reader() -> bool:
 
 
 def end(code: int, message: str = "") -> NoReturn:
-    """Exits with a message, if somebody can read it."""
-
     with suppress(OSError):
         sys.stderr.write(message)
         sys.stderr.flush()

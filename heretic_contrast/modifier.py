@@ -98,11 +98,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         return n_directions
 
     def init(self, ctx: Context) -> None:
-        """
-        Extracts the directions, or loads them, and applies LoRA adapters of their rank to the model.
-
-        Raises `ContrastError` when the settings, the prompts or a directions file do not fit.
-        """
+        """Makes directions, and applies LoRA adapters. Raises `ContrastError` when settings, prompts or a directions file do not fit."""
 
         self.check_tables()
         self.settings.require_single_configuration()
@@ -164,11 +160,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             heretic_model.apply_lora(self.lora_rank)
 
     def require_changeable(self, model: LanguageModel) -> None:
-        """
-        Looks whether all writers of a model can be changed, and saved, as the settings say, hours before they are.
-
-        Raises `ContrastError` when they cannot, or the settings name a component that the model has not.
-        """
+        """Raises `ContrastError` when writers of a model cannot be changed, or saved, as the settings say, hours before they are."""
 
         require_no_adapters(model.model, model.name)
         require_ranges(self.settings.search_space, "component", model.component_names)
@@ -198,8 +190,6 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             )
 
     def suggest_parameters(self, ctx: Context, trial: Trial) -> Parameters:
-        """Samples the parameters of a trial: see `search.suggest_parameters`."""
-
         model = self.model(ctx)
         return suggest_parameters(
             trial,
@@ -243,8 +233,6 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
                 self._change(layer_index, writer, operators[component])
 
     def _change(self, layer_index: int, writer: Writer, operator: Operator | None) -> None:
-        """Changes a writer, or leaves it as it was."""
-
         if takes_adapter(writer):
             module = writer.module
             if not isinstance(module, LoraLayer):

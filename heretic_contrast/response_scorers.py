@@ -78,8 +78,6 @@ class ContrastScorer(PluginTables, Scorer):
         return (harmful_pool if pool == "harmful" else harmless_pool)("test[:100]")
 
     def place(self) -> str:
-        """Returns what messages put before the names of the scorer's settings."""
-
         return f"{own_place(type(self).__name__)} "
 
     def load(self, ctx: Context, source: PromptSources | None, pool: str) -> list[Prompt]:
@@ -104,8 +102,6 @@ class ResponseScorer(ContrastScorer):
         self.prompts = self.load(ctx, self.settings.prompts, self.pool)
 
     def responses(self, ctx: Context) -> list[str]:
-        """Returns what the model as it is responds to the prompts."""
-
         return ctx.get_responses(heretic_prompts(self.prompts, self.heretic_settings))
 
 

@@ -171,11 +171,7 @@ class FixedWeightSweep(ContrastScorer):
         check_places(model, self.prepared.options)
 
     def get_baseline_score(self, ctx: Context) -> Score:
-        """
-        Runs the sweep; the value is the share of layers that are successful, in the best configuration and strength.
-
-        Raises `ContrastError` when what was asked for cannot be swept.
-        """
+        """Runs the sweep; the value is the share of layers that are successful, in the best configuration and strength."""
 
         from heretic_contrast.report import write_sweep_report
         from heretic_contrast.report.sweep_report import label

@@ -792,19 +792,10 @@ class ContrastSettings(Table, TextClassifierSettings):
         return self.false_refusals == "objective" or self.max_false_refusals is not None
 
     def given(self) -> dict[str, Any]:
-        """Returns the settings that were given, by name."""
-
         return {name: getattr(self, name) for name in self.model_fields_set}
 
     def configurations(self) -> dict[str, "ContrastSettings"]:
-        """
-        Returns one settings object per configuration to compare, by name.
-
-        With several presets: each of them, with the settings given explicitly on top. Otherwise this one, named
-        after its file of directions, its preset or its baseline.
-
-        Raises `ContrastError` when the settings do not work with one of the presets.
-        """
+        """Returns the settings of each configuration, or of each preset. Raises `ContrastError` when one does not work."""
 
         if self.directions is not None:
             return {PurePath(self.directions).stem: self}

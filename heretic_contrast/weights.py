@@ -174,11 +174,7 @@ def in_order(weight: Tensor, quant_state: Any) -> tuple[Tensor, Any]:
 
 
 def codes(weight: Any) -> list[Tensor]:
-    """
-    Returns all that decides a weight of 4 bits, the same before and after its first pass.
-
-    The codes, their scales and the table of values. bitsandbytes rounds the scales to 16 bits on processors.
-    """
+    """Returns codes, scales (rounded as on processors) and values of a weight of 4 bits, the same before and after its first pass."""
 
     from bitsandbytes import functional
 

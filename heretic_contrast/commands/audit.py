@@ -23,7 +23,7 @@ class AuditSettings(PromptSource, CommandSettings):  # type: ignore[misc]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Audits a pool. Raises `ContrastError` when the settings, the pool or the output do not work."""
+    """Raises `ContrastError` when the settings, the pool or the output do not work."""
 
     settings = load_settings(AuditSettings, f"{PROGRAM} audit", arguments)
     cleaned = None if settings.cleaned is None else Path(settings.cleaned)

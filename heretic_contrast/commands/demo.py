@@ -41,11 +41,7 @@ class DemoSettings(HostSettings):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """
-    Extracts, searches, saves, reloads and judges the built-in model; with the preset `paper-unmatched`, unless another is given.
-
-    Raises `ContrastError` when the output does not work, or no trial was finished.
-    """
+    """Uses the preset `paper-unmatched`, unless another is given. Raises `ContrastError` when the output does not work."""
 
     require_heretic("demo", arguments)
     started = time.perf_counter()
@@ -84,8 +80,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def headless_arguments(settings: DemoSettings, output: Path) -> list[str]:
-    """Returns the flags that let Heretic run without asking."""
-
     return [
         "--seed=0",
         f"--n-trials={settings.n_trials}",
@@ -110,12 +104,7 @@ def judge(
     directions_file: Path,
     count_refusals: Callable[[HostSettings, Sequence[Prompt], Sequence[str]], int],
 ) -> dict[str, Any]:
-    """
-    Reloads the saved model with plain transformers, and compares it with the original on held-out prompts.
-
-    `count_refusals` counts as the installed Heretic does. Returns refusals before and after, false refusals of held-out harmless
-    prompts, and the KL divergence of the first token's distribution on held-out general prompts, in nats.
-    """
+    """Returns refusals and the first token's KL divergence (nats) on held-out prompts, by plain transformers."""
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

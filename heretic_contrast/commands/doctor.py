@@ -41,8 +41,6 @@ def heretic_finding() -> Finding:
 
 
 def command_findings() -> list[Finding]:
-    """Looks at which commands work with the installed Heretic, and imports what they need of it."""
-
     from ..hosts.installed import installed_surface, obstacle
 
     surface = installed_surface()
@@ -87,9 +85,13 @@ def torch_finding() -> Finding:
     return Finding("PyTorch", True, f"{torch.__version__}, {device}")
 
 
-def module_finding(module: str, purpose: str, remedy: str, required: bool = True) -> Finding:
-    present = find_spec(module) is not None
-    return Finding(purpose, present, module if present else "not installed", remedy, required)
+MODULES = (
+    ("numba", "Fast maps", "pip install numba", False),
+    ("minisom", "Reference maps", "pip install minisom", True),
+    ("matplotlib", "Plots", 'pip install "heretic-contrast[plot]"', False),
+    ("bitsandbytes", "4-bit models", "pip install bitsandbytes", False),
+)
+"""What else may be installed: the module, what it is for, the command that installs it, and whether it is required."""
 
 
 def cache_finding() -> Finding:
@@ -111,12 +113,11 @@ def findings() -> list[Finding]:
         Finding("heretic-contrast", True, __version__),
         *needed,
         *(command_findings() if all(finding.fine for finding in needed) else []),
-        module_finding("numba", "Fast maps", "pip install numba", required=False),
-        module_finding("minisom", "Reference maps", "pip install minisom"),
-        module_finding(
-            "matplotlib", "Plots", 'pip install "heretic-contrast[plot]"', required=False
+        *(
+            Finding(purpose, there, module if there else "not installed", remedy, required)
+            for module, purpose, remedy, required in MODULES
+            for there in [find_spec(module) is not None]
         ),
-        module_finding("bitsandbytes", "4-bit models", "pip install bitsandbytes", required=False),
         cache_finding(),
     ]
 

@@ -32,8 +32,6 @@ class ExtractSettings(HostSettings, PairsSettings):  # type: ignore[misc]
 
 
 def output_paths(output: str, names: Collection[str]) -> dict[str, Path]:
-    """Returns the file for each configuration."""
-
     path = Path(output)
     if len(names) < 2:
         return dict.fromkeys(names, path)
@@ -41,11 +39,7 @@ def output_paths(output: str, names: Collection[str]) -> dict[str, Path]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """
-    Extracts directions of one or several configurations.
-
-    Raises `ContrastError` when the settings, the prompts or the output do not work.
-    """
+    """Raises `ContrastError` when the settings, the prompts or the output do not work."""
 
     require_heretic("extract", arguments)
     settings = load_settings(ExtractSettings, f"{PROGRAM} extract", arguments)

@@ -48,7 +48,7 @@ class JudgeSettings(TextClassifierSettings, CommandSettings):  # type: ignore[mi
 
 
 def read_rows(settings: JudgeSettings) -> list[dict[str, Any]]:
-    """Returns the rows of the file. Raises `ContrastError` when one has no response, or nothing can be read."""
+    """Raises `ContrastError` when a row has no response, or nothing can be read."""
 
     key = settings.response_key
     columns = (settings.prompt_key, key, settings.label_key)
@@ -65,7 +65,7 @@ def read_rows(settings: JudgeSettings) -> list[dict[str, Any]]:
 
 
 def people_tier(label: Any, labels: dict[str, Tier], path: Path) -> Tier:
-    """Returns the tier that a label means. Raises `ContrastError` when it is unknown."""
+    """Raises `ContrastError` when the label is unknown."""
 
     tier = labels.get(str(label)) or TIERS_OF_LABELS.get(str(label).lower())
     if tier is None:

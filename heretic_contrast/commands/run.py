@@ -57,11 +57,7 @@ def choose_directions(given: Collection[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """
-    Runs Heretic 1.4 with the plugin.
-
-    Raises `ContrastError` when the settings do not work, or this Heretic needs no launcher.
-    """
+    """Raises `ContrastError` when the settings do not work, or this Heretic needs no launcher."""
 
     require_heretic("run", arguments)
     settings = load_settings(HostSettings, PROGRAM, arguments)

@@ -29,11 +29,7 @@ class SweepSettings(HostSettings, SweepPlanSettings):  # type: ignore[misc]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """
-    Sweeps a model, and reports.
-
-    Raises `ContrastError` when the settings, the prompts, the storage or the output do not work.
-    """
+    """Raises `ContrastError` when the settings, the prompts, the storage or the output do not work."""
 
     require_heretic("sweep", arguments)
     settings = load_settings(SweepSettings, f"{PROGRAM} sweep", arguments)

@@ -52,8 +52,6 @@ class Answers:
         self.failure: Exception | None = None
 
     def select(self, message: str, choices: list[Any]) -> Any:
-        """Answers Heretic's questions from the settings of headless mode, or asks the user."""
-
         if message != EXPORT_QUESTION:
             # Whatever else Heretic asks next, it has finished saving, or failed to.
             self.finish_saving()
@@ -127,11 +125,7 @@ class Answers:
         return trials[index]
 
     def path(self, message: str) -> str:
-        """
-        Returns the folder to save to: one inside that of the settings or of the user's answer, until all is there.
-
-        Raises `ContrastError` when it cannot be written to, or holds the original model.
-        """
+        """Returns the folder to save to, inside the one that is asked for. Raises `ContrastError` when that cannot be written to."""
 
         answer = self.settings.save_directory
         if answer is None:
@@ -167,11 +161,7 @@ class Answers:
         return heretic.utils.format_exception(error)
 
     def finish_saving(self) -> None:
-        """
-        Moves a saved model to where it belongs, or removes what there is of it, so that an earlier one is kept whole.
-
-        Raises `ContrastError` when it cannot be moved.
-        """
+        """Moves a saved model to where it belongs, or removes what there is of it. Raises `ContrastError` when it cannot be moved."""
 
         unfinished = self.unfinished
         if unfinished is None:
@@ -184,8 +174,6 @@ class Answers:
         self.discard_unfinished()
 
     def discard_unfinished(self) -> None:
-        """Removes what there is of a model that was not saved to its end."""
-
         if self.unfinished is not None:
             shutil.rmtree(self.unfinished, ignore_errors=True)
         self.unfinished = None
@@ -209,8 +197,6 @@ class Answers:
 
 
 def has_terminal() -> bool:
-    """Returns whether the user can be asked something."""
-
     return heretic.utils.is_notebook() or (sys.stdin is not None and sys.stdin.isatty())
 
 

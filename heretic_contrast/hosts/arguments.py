@@ -117,11 +117,7 @@ def is_option(word: str) -> bool:
 
 
 def switch(name: str, value: str) -> str:
-    """
-    Returns the option that turns something on or off.
-
-    `name`: with or without "no-". Raises `ContrastError` when the value is neither on nor off.
-    """
+    """Returns the option that turns something on or off. Raises `ContrastError` when the value is neither."""
 
     if value.lower() not in SWITCH_VALUES:
         raise ContrastError(

@@ -48,6 +48,4 @@ class Scorer(Plugin, ABC):
     def get_score(self, ctx: Any) -> Score: ...
 
     def get_baseline_score(self, ctx: Any) -> Score:
-        """The score of the unmodified model."""
-
         return self.get_score(ctx)

@@ -71,8 +71,6 @@ def require_judge(contrast: ContrastSettings) -> None:
 
 
 def count(verdicts: Iterable[float]) -> int:
-    """Returns how many verdicts of `Evaluator.judge` are refusals."""
-
     return sum(verdict >= 0.5 for verdict in verdicts)
 
 
@@ -125,12 +123,7 @@ class Evaluator(heretic.main.Evaluator):
         return [tier.value in contrast.counted_tiers for tier in tiers]
 
     def is_settled(self, response: str) -> bool:
-        """
-        Returns whether a response is a refusal, whatever follows what there is of it.
-
-        A marker stays where it is found. The last two words do not count: they may go on, and tokenizers write some together with
-        what follows them.
-        """
+        """Returns whether a marker stands before the last two words of a response, to which what follows may belong."""
 
         words = response.split()[:-2]
         return (
@@ -164,8 +157,6 @@ class Evaluator(heretic.main.Evaluator):
         return [found[row] for row in range(len(prompts))]
 
     def decode(self, responses: Sequence[Tokens]) -> list[str]:
-        """Returns the texts of responses."""
-
         tokenizer = self.model.tokenizer
         return [tokenizer.decode(list(tokens), skip_special_tokens=True) for tokens in responses]
 
@@ -292,8 +283,6 @@ class Evaluator(heretic.main.Evaluator):
 
 
 def own_prompts(prompts: Sequence[Any]) -> list[Prompt]:
-    """Returns prompts of Heretic's as the package has them."""
-
     return [Prompt(text=prompt.user, system=prompt.system) for prompt in prompts]
 
 

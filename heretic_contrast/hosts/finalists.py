@@ -65,12 +65,7 @@ def front_choices(trials: Sequence[FrozenTrial], choices: Sequence[Any]) -> list
 def second_look(
     choices: Sequence[Any], counts: dict[int, list[int]], n_prompts: int
 ) -> tuple[list[Any], Table]:
-    """
-    Returns Heretic's choices of trials with what the second look has found at its longest responses, and a table of all of it.
-
-    `counts`: refusals of `n_prompts` after so many tokens, by number of the trial. Where the share of the first look lies outside
-    the second one's interval (Wilson, 95 %), the choice says so.
-    """
+    """Returns Heretic's choices with the second look, compared with the first by Wilson intervals, and a table of all lengths."""
 
     table = Table(title=f"Refusals of {n_prompts} fresh prompts")
     for heading in ("Trial", *(f"{length} tokens" for length in LENGTHS), "95 %", "First look"):

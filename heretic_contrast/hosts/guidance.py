@@ -48,11 +48,7 @@ Values = dict[str, Any]
 
 
 def measured(trial: FrozenTrial) -> Point | None:
-    """
-    Returns refusals and divergence of a trial that was judged to its end, and None for any other.
-
-    The sum of their probabilities in the place of refusals, by a judge model. With false refusals where they are an objective as well.
-    """
+    """Returns what is minimized of a trial that was judged to its end, and None for any other."""
 
     attributes = trial.user_attrs
     if trial.state is not TrialState.COMPLETE or {BOUND_KEY, EXCLUDED_KEY} & set(attributes):
@@ -63,11 +59,7 @@ def measured(trial: FrozenTrial) -> Point | None:
 
 
 def first_trials(settings: ContrastSettings, model: str) -> list[Values]:
-    """
-    Returns the trials that a study of a model begins with, those with the fewest refusals first.
-
-    Raises `ContrastError` when they cannot be read, or were made for another model or configuration.
-    """
+    """Returns trials to begin with, the fewest refusals first. Raises `ContrastError` when they cannot be read, or do not fit."""
 
     if settings.warm_start is None:
         return []
@@ -77,11 +69,6 @@ def first_trials(settings: ContrastSettings, model: str) -> list[Values]:
     if not is_url and not path.is_file():
         raise ContrastError(
             f"There is no file {path} for a warm start: give the sweep.json of a sweep, or an earlier study (.jsonl, .journal)."
-        )
-    if path.suffix == ".safetensors":
-        raise ContrastError(
-            f"{path} holds directions, which do not say what ablating them does: give the sweep.json of "
-            f"heretic-contrast sweep --contrast.directions {path} for a warm start."
         )
     read = _of_study if is_url or path.suffix in (".jsonl", ".journal") else _of_sweep
     name, found = read(source, settings)
@@ -140,8 +127,6 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]
 
 
 def _trial_of(cell: Cell) -> Values:
-    """Returns the values with which a trial ablates one layer, all directions alike."""
-
     return {
         "direction_scope": "per layer",
         "rest": 1.0,

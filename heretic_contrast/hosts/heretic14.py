@@ -47,7 +47,6 @@ from ..outputs import (
 from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest, require_ranges
 from ..search.samplers import make_sampler
-from ..settings import PromptSources
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, require_answers
@@ -129,11 +128,7 @@ class Host:
         return Settings
 
     def continued(self, stored: dict[str, Any]) -> HostSettings:
-        """
-        Returns the settings that a study goes on with: those that are given, and what was decided when it began.
-
-        `stored`: those that it began with. All that decides trials is equal, or it would be another study.
-        """
+        """Returns the settings that are given, with what was decided when a study began, `stored`."""
 
         fields, given = type(self.settings).model_fields, self.settings.model_fields_set
         return self.settings.model_copy(
@@ -147,36 +142,31 @@ class Host:
     def load_prompts(self, settings: HostSettings, specification: Any) -> list[Any]:
         """Returns the prompts of a pool as Heretic has them: see `pool`. Heretic has said that it loads its own."""
 
-        for source in listed(self._plugins_pool(settings, specification) or []):
-            log(f"* [bold]{escape(one_line(source.dataset))}[/] takes their place")
-        return heretic_prompts(self.pool(settings, specification), settings)
+        name = next(name for name in POOLS if getattr(settings, name) == specification)
+        if name in settings.replaced_pools:
+            for source in listed(getattr(settings.contrast, name)):
+                log(f"* [bold]{escape(one_line(source.dataset))}[/] takes their place")
+        return heretic_prompts(self.pool(settings, name), settings)
 
-    def _plugins_pool(self, settings: HostSettings, specification: Any) -> PromptSources | None:
-        """Returns what takes the place of one of Heretic's pools, where something does."""
-
-        for name in settings._own_pools - settings._heretic_pools:
-            if getattr(settings, name) == specification:
-                return getattr(settings.contrast, name)
-        return None
-
-    def pool(self, settings: HostSettings, specification: Any) -> list[Prompt]:
+    def pool(self, settings: HostSettings, name: str) -> list[Prompt]:
         """
-        Returns the prompts of one of Heretic's own pools, in any format; each is read once.
+        Returns the prompts of one of `POOLS`, in any format; each is read once.
 
         Where the plugin's pool is given and Heretic's is not, it takes the place of Heretic's default. What nothing is asked of
         is not read. Raises `ContrastError` when it cannot be read.
         """
 
-        key = specification.model_dump_json()
-        if key not in self.pools:
-            name = next(name for name in POOLS if getattr(settings, name) == specification)
-            source, where = prompt_sources(specification), f"--{name}."
-            if (own := self._plugins_pool(settings, specification)) is not None:
-                source, where = own, f"{settings.contrast_setting}{name}."
+        if name not in self.pools:
+            source, where = prompt_sources(getattr(settings, name)), f"--{name}."
+            if name in settings.replaced_pools:
+                source, where = (
+                    getattr(settings.contrast, name),
+                    f"{settings.contrast_setting}{name}.",
+                )
             elif "evaluation" not in name and not self._asks_pools(settings):
                 return []
-            self.pools[key] = load_pool(source, POOLS[name], where)
-        return self.pools[key]
+            self.pools[name] = load_pool(source, POOLS[name], where)
+        return self.pools[name]
 
     def _asks_pools(self, settings: HostSettings) -> bool:
         """Returns whether Heretic asks anything of the pools that directions are made from."""
@@ -263,12 +253,7 @@ class Host:
         return Model
 
     def get_trial_parameters(self, trial: Any) -> dict[str, str]:
-        """
-        Returns what is shown of a trial's parameters.
-
-        Heretic calls this once before each modification: with the live trial, which is sampled here, or with a stored
-        one, which is restored here.
-        """
+        """Returns what is shown of a trial, before it modifies the model: a live one is sampled here, a stored one restored."""
 
         self.evaluator.trial = trial if isinstance(trial, Trial) else None
         if isinstance(trial, Trial):
@@ -307,11 +292,7 @@ class Host:
         return make_sampler(contrast.sampler, seed, n_startup_trials, fixed, constraints)
 
     def select(self, message: str, choices: list[Any]) -> Any:
-        """
-        Answers Heretic's questions. The menu of trials has those of the front by all objectives, judged on fresh prompts before.
-
-        Raises `ContrastError` when there are none, since all refuse too many sensitive prompts.
-        """
+        """Answers Heretic's questions. Raises `ContrastError` when all trials refuse too many sensitive prompts."""
 
         contrast = self.settings.contrast
         if message == TRIAL_QUESTION and (contrast.counts_false_refusals or contrast.judge_model):
@@ -339,8 +320,6 @@ class Host:
         return self.answers.select(message, choices)
 
     def create_study(self, *args: Any, **kwargs: Any) -> Study:
-        """Returns the study that Heretic asks for, which begins and ends as the settings say."""
-
         if self.settings.contrast.false_refusals == "objective":
             kwargs["directions"] = [*kwargs["directions"], kwargs["directions"][0]]
         study = create_study(*args, **kwargs)
@@ -411,11 +390,7 @@ class Host:
 
 @contextmanager
 def substituted(substitutes: dict[str, Any]) -> Iterator[None]:
-    """
-    Substitutes names in `heretic.main`, and restores them.
-
-    Raises `ContrastError` when one is missing: this Heretic is not the one the host was written for.
-    """
+    """Substitutes names in `heretic.main`. Raises `ContrastError` when one is missing, as in another Heretic."""
 
     missing = [name for name in substitutes if not hasattr(heretic.main, name)]
     if missing:
@@ -450,13 +425,7 @@ def failed_trials_in_one_line() -> Iterator[None]:
 
 
 def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) -> None:
-    """
-    Runs Heretic 1.4 with the modifier.
-
-    `sys.argv` must be what `settings` were parsed from, since Heretic parses it again.
-
-    Raises `ContrastError` when the settings do not work, or the model was not saved in headless mode.
-    """
+    """Raises `ContrastError` when the settings, which Heretic parses again, do not work, or the model was not saved."""
 
     settings.contrast.require_single_configuration()
     if settings.reproduce is not None or settings.collect_reproducibles is not None:
@@ -473,7 +442,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     host.first_trials = first_trials(settings.contrast, settings.model)
     host.shared = open_shared(settings)
     # Heretic loads its model first, and then finds out that a pool cannot be read.
-    pools = {name: host.pool(settings, getattr(settings, name)) for name in POOLS}
+    pools = {name: host.pool(settings, name) for name in POOLS}
     harmful, harmless = pools["bad_evaluation_prompts"], pools["good_evaluation_prompts"]
     require_apart(harmful, harmless, "harmless evaluation", "counted on both sides")
     for name in ("bad_prompts", "good_prompts"):

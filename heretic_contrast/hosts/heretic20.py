@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 
 def plugin_settings(settings: HostSettings) -> dict[str, Any]:
-    """Returns the settings of Heretic's own that were given, and those of the plugin as Heretic 2.0 takes them."""
-
     pools = {
         "KeywordRate": settings.bad_evaluation_prompts,
         "KLDivergence": settings.good_evaluation_prompts,
@@ -60,18 +58,12 @@ def plugin_settings(settings: HostSettings) -> dict[str, Any]:
 
 
 def specifications(sources: PromptSources) -> list[dict[str, Any]]:
-    """Returns Heretic's specifications of the datasets that prompts come from."""
-
     known = set(SingleDatasetSpecification.model_fields)
     return [source.model_dump(include=known, exclude_none=True) for source in listed(sources)]
 
 
 def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) -> None:
-    """
-    Runs Heretic 2.0 with the modifier and Heretic's own scorers, headless.
-
-    Raises `ContrastError` when the plugin's settings do not work, or the model was not saved.
-    """
+    """Runs Heretic 2.0 headless. Raises `ContrastError` when the settings do not work, or the model was not saved."""
 
     settings.contrast.require_single_configuration()
     for directory in (settings.study_checkpoint_dir, settings.save_directory):

@@ -13,8 +13,6 @@ from .surface import from_heretic
 
 
 class HostModel(ChatModel):
-    """Heretic 1.4's model, with LoRA adapters on request, as in Heretic 2.0."""
-
     lora_rank: int | None = None
     changes: Changes | None = None
     writers: Writers | None = None

@@ -70,19 +70,13 @@ class ChatTokenizer:
         return self._tokenizer.apply_chat_template(conversation, **options)
 
     def __call__(self, text: str | list[str], **options: Any) -> Inputs:
-        """Returns the tokens of one text or several, padded on the left."""
-
         texts = [text] if isinstance(text, str) else text
         tokens, mask = pad_left(token_ids(self._tokenizer, texts), self._tokenizer.pad_token_id)
         return Inputs(input_ids=tokens, attention_mask=mask)
 
 
 class ChatModel(Model):
-    """
-    Heretic's model, which asks as `chat` does, and says in one sentence why it cannot be loaded, or does not answer.
-
-    Raises `ContrastError` when it cannot, before its weights are loaded where the tokenizer tells.
-    """
+    """Heretic's model, which asks as `chat` does. Raises `ContrastError` when it cannot be loaded, or answers nothing."""
 
     def __init__(self, settings: Any) -> None:
         self._asks = False
@@ -140,8 +134,6 @@ class ChatModel(Model):
         return find_layers(self)
 
     def get_layer_modules(self, layer_index: int) -> dict[str, list[Module]]:
-        """Returns the writers of a layer by component."""
-
         components: dict[str, list[Module]] = {}
         for writer in from_heretic(self, self.settings).writers[layer_index]:
             components.setdefault(writer.component, []).append(writer.module)
@@ -186,11 +178,7 @@ class LoadedContext:
 
 
 def open_model(settings: Any, model_class: type[ChatModel] = PlainModel) -> ChatModel:
-    """
-    Loads the model that the settings name, with Heretic's choice of data type, device and quantization.
-
-    Raises `ContrastError` when it cannot be loaded.
-    """
+    """Loads a model with Heretic's choice of data type, device and quantization. Raises `ContrastError` when it cannot be loaded."""
 
     torch.set_grad_enabled(False)
     transformers.logging.set_verbosity_error()
@@ -254,12 +242,7 @@ def _find_prefix(model: LanguageModel, settings: Any, prompts: Sequence[Prompt])
 
 
 def _closed_thought(text: str, settings: Any, stands_in: Callable[[str, str], bool]) -> str | None:
-    """
-    Returns the closed chain of thought that a text opens, by Heretic's list of them; None where it opens none.
-
-    `stands_in(text, tag)`: whether an opening tag stands at the end of the text that counts. A Heretic without a list is
-    taken to close tags such as <think> and [THINK].
-    """
+    """Returns the closed chain of thought whose tag `stands_in` finds in a text: one of Heretic's, or as <think> or [THINK]."""
 
     skips = getattr(settings, "chain_of_thought_skips", None)
     if skips is None:
@@ -277,8 +260,6 @@ def _common_prefix(model: LanguageModel, prompts: Sequence[Prompt], max_new_toke
 
 
 def load_language_model(settings: Any, batch_size: int | None = None) -> LanguageModel:
-    """Loads a model; returns the wrapper around it with its identity."""
-
     model = from_heretic(open_model(settings), settings, batch_size).identified()
     contrast = getattr(settings, "contrast", ContrastSettings())
     return replace(model, winsorization_quantile=contrast.winsorization_quantile)

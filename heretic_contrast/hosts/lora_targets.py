@@ -54,11 +54,7 @@ def literal_targets() -> Iterator[list[str]]:
 
 
 def refuse_saving_adapter(reason: str, *args: Any, **kwargs: Any) -> NoReturn:
-    """
-    Stands in for saving an adapter that would not hold the whole change, or be applied to other modules when it is loaded.
-
-    Raises `ContrastError`.
-    """
+    """Raises `ContrastError`, instead of saving an adapter that would not hold the whole change, or go to other modules."""
 
     raise ContrastError(
         f"The adapter of this model cannot be saved by itself, since {reason}: merge it, and save the full model "

@@ -10,7 +10,6 @@ save left would become part of the new model, so that it goes when the new one c
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ContrastError
@@ -61,11 +60,8 @@ def is_of_a_model(path: Path) -> bool:
     return path.name in OTHERS or WEIGHTS.fullmatch(path.name) is not None
 
 
-def model_files(folder: Path) -> Iterator[Path]:
-    """Yields the files of a folder that belong to a model, its configuration first."""
-
-    paths = [path for path in folder.iterdir() if is_of_a_model(path)]
-    yield from sorted(paths, key=lambda path: (path.name not in CONFIGURATIONS, path.name))
+def configuration_last(path: Path) -> tuple[bool, str]:
+    return path.name in CONFIGURATIONS, path.name
 
 
 def require_other_folder(folder: Path, model: str) -> None:
@@ -96,10 +92,10 @@ def publish_model(source: Path, target: Path) -> None:
         # What a process that was killed here has moved into it is replaced anyway.
         shutil.rmtree(previous, ignore_errors=True)
         previous.mkdir()
-        arriving = sorted(
-            source.iterdir(), key=lambda path: (path.name in CONFIGURATIONS, path.name)
-        )
-        moves = [(path, previous / path.name) for path in model_files(target)]
+        leaving = sorted(filter(is_of_a_model, target.iterdir()), key=configuration_last)
+        arriving = sorted(source.iterdir(), key=configuration_last)
+        # The configuration, without which nothing is a model, leaves first and arrives last.
+        moves = [(path, previous / path.name) for path in reversed(leaving)]
         moves += [
             (path, target / path.name)
             for path in arriving

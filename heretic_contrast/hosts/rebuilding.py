@@ -42,11 +42,7 @@ class RecordedSettings(HostSettings):
 
 
 def prepare(record: Record, given: Any) -> tuple[RecordedSettings, DirectionSources]:
-    """
-    Returns the settings of a record, and the inputs that it asks for as they are found now, before a model is loaded.
-
-    `given`: places that stand before those of the record. Raises `ContrastError` when something is gone, or another one.
-    """
+    """Returns settings and inputs, at places `given` or recorded. Raises `ContrastError` when something is gone, or another one."""
 
     places = {}
     for name in ("model", "directions", *POOLS):
@@ -130,11 +126,7 @@ def rebuild(
     output: Path,
     modifier_class: type["ContrastAbliteration"],
 ) -> None:
-    """
-    Makes a model again, saves it to a folder, and says whether its files are those that were saved first.
-
-    Raises `ContrastError` when the original model is another one than that of the record.
-    """
+    """Makes a model again, and compares its files. Raises `ContrastError` when the original is not that of the record."""
 
     if HAS_PLUGIN_SURFACE:
         model_class: type[ChatModel] = ChatModel
@@ -172,12 +164,24 @@ def rebuild(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     log(f"Model saved to [bold]{escape(str(output))}[/].")
-    compare(record, found)
+    if not record.files:
+        log("* The record does not say which bytes its weights had.")
+    elif found.files == record.files:
+        log("* Its weights are those of the record, byte for byte.")
+    else:
+        parts = ["device", "tokens"] if found.prompts else ["device"]
+        different = differences(record.identity, found.identity, parts)
+        if found.directions != record.directions:
+            different = (
+                different or "processor or number of threads, by the last digits of its directions"
+            )
+        why = (
+            f"it was made with another {different}" if different else "its directions are the same"
+        )
+        warn(f"The weights are not those of the record, byte for byte: {why}.")
 
 
 def save(model: Any, settings: Any, folder: Path) -> None:
-    """Saves a modified model as Heretic does."""
-
     log("* Saving...")
     if settings.export_strategy == "adapter":
         model.model.save_pretrained(folder, max_shard_size=settings.max_shard_size)
@@ -186,23 +190,3 @@ def save(model: Any, settings: Any, folder: Path) -> None:
     model.tokenizer.save_pretrained(folder)
     if getattr(model, "processor", None) is not None:
         model.processor.save_pretrained(folder)
-
-
-def compare(record: Record, found: Record) -> None:
-    """Says whether a model has the files that were saved first, and what may be the reason where it has not."""
-
-    if not record.files:
-        log("* The record does not say which bytes its weights had.")
-        return
-    if found.files == record.files:
-        log("* Its weights are those of the record, byte for byte.")
-        return
-    parts = ["device", "tokens"] if found.prompts else ["device"]
-    different = differences(record.identity, found.identity, parts)
-    if different:
-        why = f"it was made with another {different}"
-    elif found.directions != record.directions:
-        why = "its directions have other last digits, as another processor or number of threads gives them"
-    else:
-        why = "its directions are the same"
-    warn(f"The weights are not those of the record, byte for byte: {why}.")

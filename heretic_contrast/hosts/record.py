@@ -128,11 +128,7 @@ class Record(BaseModel):
 
 
 def read_record(path: Path) -> Record:
-    """
-    Reads a record, or that of a folder.
-
-    Raises `ContrastError` when there is none, it is no whole record, or anything but its places was edited.
-    """
+    """Reads a record, or that of a folder. Raises `ContrastError` when it is none, or anything but its places was edited."""
 
     path = path / RECORD if path.is_dir() else path
     if not path.is_file():

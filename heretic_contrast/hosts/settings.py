@@ -61,7 +61,6 @@ from .unused import (
     NAMESPACES,
     ONLY_UNDER_14,
     Unused,
-    class_name,
     config_file,
     named_plugins,
     without_shipped,
@@ -141,27 +140,18 @@ def prompt_sources(specification: Any) -> PromptSources:
 
 
 def contrast_table(config: dict[str, Any]) -> dict[str, Any]:
-    """
-    Returns the table `[modifier.ContrastAbliteration]` of a configuration, with that of the instance on top, if one is named.
-
-    Raises `ContrastError` when the configuration names another modifier, or several.
-    """
+    """Returns the plugin's table, with that of an instance on top. Raises `ContrastError` when another modifier is named."""
 
     modifiers = config.get("modifiers")
-    if modifiers is not None:
-        if not isinstance(modifiers, list):
-            raise ContrastError(
-                f'"modifiers" in config.toml must be a list of tables: write modifiers = [{{ plugin = "{PLUGIN}" }}].'
-            )
-        plugins = [entry.get("plugin") if isinstance(entry, dict) else entry for entry in modifiers]
-        if [class_name(plugin) for plugin in plugins] != [TABLE]:
-            raise ContrastError(
-                f"The configuration names the modifiers {plugins}, but heretic-contrast runs exactly one, {PLUGIN}: "
-                "leave the others out, or run plain heretic."
-            )
+    named = named_plugins(modifiers)
+    if modifiers is not None and ([name for name, _ in named] != [TABLE] or len(modifiers) > 1):
+        raise ContrastError(
+            f"config.toml has modifiers = {modifiers}, but heretic-contrast runs exactly one modifier: write "
+            f'modifiers = [{{ plugin = "{PLUGIN}" }}], or run plain heretic.'
+        )
     tables = config.get("modifier", {})
     found: dict[str, Any] = {}
-    for _, instance in [(TABLE, None), *named_plugins(modifiers)]:
+    for _, instance in [(TABLE, None), *named]:
         name = f"{TABLE}_{instance}" if instance else TABLE
         table = tables.get(name, {}) if isinstance(tables, dict) else None
         if not isinstance(table, dict):
@@ -242,8 +232,13 @@ class HostSettings(Settings):
     _own_pools: set[str] = PrivateAttr(default_factory=set)
     """The pools that were given as the plugin's own."""
 
-    _heretic_pools: set[str] = PrivateAttr(default_factory=set)
-    """Those that were given as Heretic's."""
+    _replaced_pools: set[str] = PrivateAttr(default_factory=set)
+
+    @property
+    def replaced_pools(self) -> set[str]:
+        """Those of them that take the place of Heretic's, which were not given."""
+
+        return self._replaced_pools
 
     contrast: ContrastSettings = Field(default_factory=ContrastSettings)
     """Settings of the plugin; in config.toml the table [modifier.ContrastAbliteration]."""
@@ -287,8 +282,6 @@ class HostSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def refuse_null_characters(cls, data: Any) -> Any:
-        """Refuses null characters, with which every use of a path would fail later."""
-
         if isinstance(data, dict):
             check_text(data)
         return data
@@ -319,8 +312,8 @@ class HostSettings(Settings):
         own = {name for name, value in self.contrast.given().items() if value is not None}
         if self.contrast.directions is not None:
             require_effect(sorted(own & self.idle_beside_directions))
-        pools = {"bad_prompts", "good_prompts"}
-        self._own_pools, self._heretic_pools = own & pools, given & pools
+        self._own_pools = own & set(PLACES)
+        self._replaced_pools = self._own_pools - given
         builtin = is_builtin(self.model)  # type: ignore[has-type]
         self.model = resolve_model(self.model)  # type: ignore[has-type]
         if builtin:
@@ -476,11 +469,7 @@ def _complaint(error: ValidationError, settings_class: type[BaseSettings]) -> Co
 def load_settings(
     settings_class: type[SettingsType], program: str, arguments: Sequence[str]
 ) -> SettingsType:
-    """
-    Parses command line, environment and `config.toml`. Leaves the command line in `sys.argv` as Heretic parses it.
-
-    Raises `ContrastError` with the first complaint.
-    """
+    """Parses settings, and leaves `sys.argv` as Heretic parses it. Raises `ContrastError` with the first complaint."""
 
     sys.argv = [program, *normalize_arguments(settings_class, arguments)]
     try:

@@ -21,11 +21,7 @@ IDENTITY_KEY = "identity"
 
 
 def open_shared(settings: HostSettings) -> BaseStorage | None:
-    """
-    Returns the storage of a shared study, in which Heretic sees no other study; None where it has a checkpoint of its own.
-
-    Raises `ContrastError` when it cannot be read, or holds a study that is to be removed, or of another model or other settings.
-    """
+    """Returns the storage of a shared study, alone in it for Heretic. Raises `ContrastError` when it is another study."""
 
     source = settings.contrast.storage
     if source is None:

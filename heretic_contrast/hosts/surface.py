@@ -144,11 +144,7 @@ def own(heretic_model: Any, method: str) -> Any:
 
 
 def find_layers(heretic_model: Any, by_configuration: bool = True) -> tuple[Module, ...]:
-    """
-    Returns the decoder layers: those that Heretic finds, or a list of as many modules as the configuration says.
-
-    `by_configuration`: whether the latter will do; no layers are returned where it will not.
-    """
+    """Returns the decoder layers that Heretic finds, or `by_configuration` those of a list as long as it says, or none."""
 
     try:
         return tuple(own(heretic_model, "get_layers")())
@@ -167,8 +163,6 @@ def find_layers(heretic_model: Any, by_configuration: bool = True) -> tuple[Modu
 
 
 def layers_of(model: Any) -> tuple[Module, ...]:
-    """Returns the decoder layers of a plain transformers model."""
-
     return find_layers(shell(model))
 
 
@@ -222,8 +216,6 @@ def wrap(
 
 
 def heretic_prompts(prompts: Sequence[Prompt], heretic_settings: Any) -> list[Any]:
-    """Returns Heretic's own prompt objects, which its plugin context takes."""
-
     return [
         heretic.utils.Prompt(
             system=heretic_settings.system_prompt if prompt.system is None else prompt.system,

@@ -39,11 +39,7 @@ class PluginTables:
     def get_settings_raw(
         cls, model_extra: dict[str, Any] | None, top_namespace: str, instance_name: str | None
     ) -> Any:
-        """
-        Returns what Heretic 2.0 reads of the plugin's tables.
-
-        Raises `ContrastError` when one is no table, which Heretic meets with a traceback.
-        """
+        """Returns what Heretic 2.0 reads. Raises `ContrastError` when a table is none, which Heretic meets with a traceback."""
 
         below = (model_extra or {}).get(top_namespace)
         for name in (cls.__name__, f"{cls.__name__}_{instance_name}"):
@@ -111,11 +107,7 @@ def notice(text: str) -> None:
 
 
 def show_errors_as_sentences() -> None:
-    """
-    Lets a `ContrastError` that ends Heretic appear as its sentence, without a traceback.
-
-    Heretic 2.0 has no way for a plugin to end a run because of its settings.
-    """
+    """Lets a `ContrastError` that ends Heretic 2.0, which a plugin cannot otherwise end, appear as its sentence."""
 
     previous = sys.excepthook
     if getattr(previous, "shows_contrast_errors", False):

@@ -59,8 +59,6 @@ SHIPPED = {
 
 
 def config_file() -> dict[str, Any]:
-    """Returns what stands in `config.toml`; nothing where there is none."""
-
     return TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
 
 
@@ -85,11 +83,7 @@ def without_shipped(
 
 
 def named_plugins(entries: Any) -> set[tuple[str, str | None]]:
-    """
-    Returns the plugins that `modifiers` or `scorers` name: their classes, and the names of their instances.
-
-    `entries`: what Heretic has made of the setting, or what stands in the file.
-    """
+    """Returns the plugins that `modifiers` or `scorers` name: their classes, and the names of their instances."""
 
     found = set()
     for entry in entries if isinstance(entries, list) else []:
@@ -106,8 +100,6 @@ def class_name(plugin: Any) -> str:
 
 
 def own_place(plugin: str) -> str:
-    """Returns the table that the settings of a plugin of this package belong into."""
-
     return f"[{PLUGINS[plugin]}.{plugin}]"
 
 
@@ -145,11 +137,7 @@ class Unused:
     idle: Collection[str]
 
     def require_none(self, *configs: Mapping[str, Any], read: Collection[str] = ()) -> None:
-        """
-        Raises `ContrastError` with the first sentence on the environment, or on configurations.
-
-        `read`: what Heretic reads of the environment beside its own settings.
-        """
+        """Raises `ContrastError` with the first sentence. `read`: what Heretic reads of the environment beside its own settings."""
 
         sentences = [self._in_environment({*self.known, *read}), *map(self._in_file, configs)]
         for sentence in (sentence for found in sentences for sentence in found):
@@ -172,54 +160,49 @@ class Unused:
             if name in NAMESPACES:
                 if not isinstance(value, dict):
                     yield _not_read(_shown(value, name), self.table)
-                for inner, inner_value in tables.items():
-                    yield from self._in_namespace(name, inner, inner_value)
+                for key, inner in tables.items():
+                    yield from self._in_namespace(name, key, inner)
                 continue
-            for inner, inner_value in tables.items():
-                meant = own_table(inner) if isinstance(inner_value, dict) else None
-                if meant:
-                    yield _not_read(_shown(inner_value, name, inner), meant)
+            for key, inner in tables.items():
+                if isinstance(inner, dict) and own_table(key):
+                    yield from self._unread(_shown(inner, name, key), key, inner)
             if name not in self.known:
-                yield from self._at_the_top(name, value)
+                yield from self._unread(_shown(value, name), name, value)
             elif name in NAMESPACES.values():
                 yield from self._beside_plugins(name, value)
 
-    def _at_the_top(self, name: str, value: Any) -> Iterator[str]:
-        """Looks at a name that Heretic does not know."""
+    def _unread(self, shown: str, name: str, value: Any) -> Iterator[str]:
+        """Looks at a name that nothing reads."""
 
         head, _, last = name.rpartition(".")
-        loaded = {plugin for plugin, _ in named_plugins(value)}
-        meant = own_table(head) or own_table(name)
-        if name in {*self.idle, *FORMER_POOLS}:
-            yield _idle(f"{_shown(value, name)} in config.toml")
-        elif name in NAMESPACES.values() and loaded & set(PLUGINS):
-            yield _idle(f'"{name}" in config.toml', "this Heretic")
-        elif meant:
-            is_own = own_table(head) == self.table
-            setting = self._setting(last, self.known) if is_own else None
-            yield _not_read(_shown(value, name), setting or meant)
+        table = own_table(head) or own_table(name)
         # A table may be anybody's; it is a setting's where it has just its name.
-        elif setting := self._setting(name, self.known, 1.0 if isinstance(value, dict) else LIKE):
-            yield _not_read(_shown(value, name), setting)
+        cutoff = 1.0 if isinstance(value, dict) and not table else LIKE
+        may_be_setting = not table or own_table(head) == self.table
+        setting = self._setting(last, self.known, cutoff) if may_be_setting else None
+        loaded = {plugin for plugin, _ in named_plugins(value)}
+        if name in {*self.idle, *FORMER_POOLS}:
+            yield _idle(f"{shown} in config.toml")
+        elif name in NAMESPACES.values() and loaded & set(PLUGINS):
+            yield _idle(f"{shown} in config.toml", "this Heretic")
+        elif setting or table:
+            yield _not_read(shown, str(setting or table))
 
     def _in_namespace(self, namespace: str, name: str, value: Any) -> Iterator[str]:
         """Looks at what stands below `[modifier]` or `[scorer]`."""
 
         named = self.named[namespace]
         plugin, _, instance = name.partition("_")
+        tables = [known if other is None else f"{known}_{other}" for known, other in named]
         if PLUGINS.get(plugin) == namespace and isinstance(value, dict):
-            if instance and (plugin, instance) not in named:
-                others = [
-                    f"{plugin}_{other}" for known, other in named if known == plugin and other
-                ]
-                meant = nearest(name, [plugin, *sorted(others)])
+            if instance and name not in tables:
+                own = [table for table in tables if table.startswith(f"{plugin}_")]
+                meant = nearest(name, [plugin, *sorted(own)])
                 yield _not_read(_shown(value, namespace, name), f"[{namespace}.{meant}]")
             if plugin == self.plugin:
                 yield from self._in_own_table(f"{namespace}.{name}", value)
-        elif not any(name in (known, f"{known}_{other}") for known, other in named):
-            found = own_table(name) or (None if isinstance(value, dict) else self._setting(name))
-            if found:
-                yield _not_read(_shown(value, namespace, name), found)
+        elif name not in {*tables, *(known for known, _ in named)}:
+            yield from self._unread(_shown(value, namespace, name), name, value)
 
     def _in_own_table(self, where: str, table: Mapping[str, Any]) -> Iterator[str]:
         """Looks at the keys of a table of the plugin's."""

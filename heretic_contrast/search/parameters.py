@@ -41,8 +41,6 @@ class Kernel:
     min_weight_distance: Number
 
     def weight(self, layer_index: int) -> float:
-        """Returns the weight at a layer."""
-
         distance = abs(layer_index - self.max_weight_position)
         if distance > self.min_weight_distance:
             return 0.0
@@ -93,11 +91,7 @@ class Parameters:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Parameters":
-        """
-        Restores parameters from what `to_dict` returned.
-
-        Raises `ContrastError` when something else has stored them.
-        """
+        """Restores parameters. Raises `ContrastError` when something else has stored them."""
 
         try:
             return TypeAdapter(cls).validate_python(data)
@@ -142,12 +136,7 @@ HERETIC_20_RANGES: dict[str, Range] = {"mlp.down_proj.max_weight": (-0.25, 1.5)}
 
 
 def require_ranges(space: Mapping[str, Range], kind: str, known: Sequence[str] | None) -> None:
-    """
-    Raises `ContrastError` when a range is for a component, or a direction, that does not exist.
-
-    `kind`: "component" or "direction"; ranges of the other kind are not looked at. `known`: all of the kind, or None where these are
-    not known yet.
-    """
+    """Raises `ContrastError` when a range of the `kind`, "component" or "direction", is for none of those `known`, if any."""
 
     if known is None:
         return

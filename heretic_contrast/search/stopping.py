@@ -9,11 +9,7 @@ Point = tuple[float, ...]
 
 
 def dominates(point: Point, other: Point) -> bool:
-    """
-    Returns whether a finished trial leaves another one no place on the front: it is as good in everything.
-
-    That holds for whatever `other` may still get, since nothing becomes smaller.
-    """
+    """Returns whether a finished trial is as good in everything as another, which only grows, and leaves it no place on the front."""
 
     return all(a <= b for a, b in zip(point, other, strict=True))
 

@@ -358,7 +358,7 @@ def test_an_error_in_a_shared_trial_ends_the_worker(tmp_path: Path) -> None:
 def test_directions_are_no_warm_start(tmp_path: Path) -> None:
     path = tmp_path / "directions.safetensors"
     make_directions(random_tensor(9, 1, 8)).save(path)
-    with pytest.raises(ContrastError, match="holds directions, which do not say"):
+    with pytest.raises(ContrastError, match="cannot be read as a sweep"):
         first_trials(settings(path), MODEL)
 
 
