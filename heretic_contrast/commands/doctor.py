@@ -25,25 +25,22 @@ class Finding:
     required: bool = True
 
 
-def heretic_finding() -> Finding:
+def heretic_findings() -> list[Finding]:
+    """Looks at which commands work with the installed Heretic, and imports what they need of it."""
+
     try:
         installed = version("heretic-llm")
     except PackageNotFoundError:
-        return Finding("Heretic", False, "not installed", 'pip install "heretic-llm>=1.4"')
-    from ..hosts.installed import installed_surface
+        return [Finding("Heretic", False, "not installed", 'pip install "heretic-llm>=1.4"')]
+    from ..hosts.installed import installed_surface, obstacle
 
+    surface = installed_surface()
     offers = {
         "1.4": "no plugins, so that heretic-contrast hosts the plugin",
         "scorers": "scorers, but no modifiers",
         "2.0": "modifiers and scorers",
     }
-    return Finding("Heretic", True, f"{installed}, with {offers[installed_surface()]}")
-
-
-def command_findings() -> list[Finding]:
-    from ..hosts.installed import installed_surface, obstacle
-
-    surface = installed_surface()
+    found = [Finding("Heretic", True, f"{installed}, with {offers[surface]}")]
     hosting = "heretic20" if surface == "2.0" else "heretic14"
     needs = {
         "run": hosting,
@@ -52,22 +49,18 @@ def command_findings() -> list[Finding]:
         **dict.fromkeys(("audit", "judge"), "surface"),
         "demo": hosting,
     }
-    found = []
     for command, module in needs.items():
-        sentence = obstacle(command, surface)
-        remedy = ""
+        sentence, remedy = obstacle(command, surface), ""
         if sentence is None:
             try:
                 import_module(f"heretic_contrast.hosts.{module}")
             except Exception as error:
                 # Heretic's development state may have changed whatever it likes.
-                sentence = (
-                    f"this Heretic is another one than {command} knows ({one_line(str(error))})"
-                )
+                reason = one_line(str(error))
+                sentence = f"this Heretic is another one than {command} knows ({reason})"
                 remedy = 'pip install "heretic-llm>=1.4,<2"'
-        found.append(
-            Finding(f"Command {command}", sentence is None, sentence or "works", remedy, False)
-        )
+        fine = sentence is None
+        found.append(Finding(f"Command {command}", fine, sentence or "works", remedy, False))
     return found
 
 
@@ -108,11 +101,12 @@ def cache_finding() -> Finding:
 
 
 def findings() -> list[Finding]:
-    needed = [heretic_finding(), torch_finding()]
+    found = torch_finding()
     return [
         Finding("heretic-contrast", True, __version__),
-        *needed,
-        *(command_findings() if all(finding.fine for finding in needed) else []),
+        found,
+        # Heretic's modules need PyTorch.
+        *(heretic_findings() if found.fine else []),
         *(
             Finding(purpose, there, module if there else "not installed", remedy, required)
             for module, purpose, remedy, required in MODULES

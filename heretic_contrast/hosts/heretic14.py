@@ -109,7 +109,6 @@ class Host:
         self.answers = Answers(settings)
         self.answers.describe = lambda folder: self.made().record(folder).write(folder)
         self.modifier_class = modifier_class
-        self.is_started = False
         self.identity: Identity = {}
         self.pools: dict[str, list[Prompt]] = {}
         self.finalist_prompts: list[Prompt] = []
@@ -143,7 +142,7 @@ class Host:
         """Returns the prompts of a pool as Heretic has them: see `pool`. Heretic has said that it loads its own."""
 
         name = next(name for name in POOLS if getattr(settings, name) == specification)
-        if name in settings.replaced_pools:
+        if name in settings._replaced_pools:
             for source in listed(getattr(settings.contrast, name)):
                 log(f"* [bold]{escape(one_line(source.dataset))}[/] takes their place")
         return heretic_prompts(self.pool(settings, name), settings)
@@ -158,37 +157,28 @@ class Host:
 
         if name not in self.pools:
             source, where = prompt_sources(getattr(settings, name)), f"--{name}."
-            if name in settings.replaced_pools:
-                source, where = (
-                    getattr(settings.contrast, name),
-                    f"{settings.contrast_setting}{name}.",
-                )
-            elif "evaluation" not in name and not self._asks_pools(settings):
+            if name in settings._replaced_pools:
+                source = getattr(settings.contrast, name)
+                where = f"{settings.contrast_setting}{name}."
+            elif "evaluation" not in name and not (
+                settings.contrast.directions is None
+                or settings.response_prefix is None
+                or settings.batch_size == 0
+                or settings.print_residual_geometry
+                or settings.plot_residuals
+            ):
                 return []
             self.pools[name] = load_pool(source, POOLS[name], where)
         return self.pools[name]
 
-    def _asks_pools(self, settings: HostSettings) -> bool:
-        """Returns whether Heretic asks anything of the pools that directions are made from."""
-
-        return (
-            settings.contrast.directions is None
-            or settings.response_prefix is None
-            or settings.batch_size == 0
-            or settings.print_residual_geometry
-            or settings.plot_residuals
-        )
-
-    def start(self, model: HostModel) -> None:
+    def start(self) -> None:
         """Runs the modifier's `init` at the point where Heretic computes its own directions."""
 
-        if self.is_started:
-            return
-        self.modifier.init(self.context)
-        self.identity = self._identify(model.settings)
-        self.is_started = True
+        if not self.identity:
+            self.modifier.init(self.context)
+            self.identity = self._identify()
 
-    def _identify(self, settings: HostSettings) -> Identity:
+    def _identify(self) -> Identity:
         """Returns what decides the trials of a study, after everything has been loaded."""
 
         model = replace(self.modifier.model(self.context), known_identity=self.modifier.identity)
@@ -235,12 +225,12 @@ class Host:
 
             def get_residuals_mean(self, prompts: list[Any]) -> Tensor:
                 # Heretic's own direction is never used, so its forward passes are saved.
-                host.start(self)
+                host.start()
                 return torch.zeros(len(self.get_layers()) + 1, 1)
 
             def get_residuals_batched(self, prompts: list[Any]) -> Tensor:
                 # Called for plots and printed geometry, which show the real residuals.
-                host.start(self)
+                host.start()
                 return super().get_residuals_batched(prompts)
 
             def get_abliterable_components(self) -> list[str]:
@@ -266,13 +256,9 @@ class Host:
             self.parameters = self.modifier.suggest_parameters(self.context, trial)
             trial.set_user_attr(TRIAL_KEY, self.parameters.to_dict())
         else:
-            stored = trial.user_attrs.get(TRIAL_KEY)
-            if stored is None:
-                raise ContrastError(
-                    f"Trial {trial.number + 1} of the checkpoint was not made by heretic-contrast: start from scratch."
-                )
+            stored = Parameters.from_dict(trial.user_attrs.get(TRIAL_KEY, {}))
             self._require_own([trial])
-            self.parameters, self.trial = Parameters.from_dict(stored), trial
+            self.parameters, self.trial = stored, trial
         return self.parameters.to_presentation_dict()
 
     def make_sampler(self, *args: Any, seed: int, n_startup_trials: int, **kwargs: Any) -> Any:

@@ -196,16 +196,6 @@ class ContrastTomlSource(TomlConfigSettingsSource):
         config, shipped = without_shipped(config, self.settings_cls.model_fields)
         if shipped:
             warn(f"{shipped}.")
-        self._require_effect(config)
-        config.pop("modifiers", None)
-        config.pop("modifier", None)
-        if table:
-            config["contrast"] = table
-        return config
-
-    def _require_effect(self, config: dict[str, Any]) -> None:
-        """Raises `ContrastError` for what looks meant for the plugin and has no effect."""
-
         idle = ONLY_UNDER_14 if "scorers" in Settings.model_fields else ()
         # As in config.toml for Heretic 2.0, there is one table for the plugin.
         known = {*self.settings_cls.model_fields, "modifiers"} - {"contrast"}
@@ -218,6 +208,8 @@ class ContrastTomlSource(TomlConfigSettingsSource):
                 raise ContrastError(
                     f'config.toml has "{name}", which nothing reads: did you mean "{close}"?'
                 )
+        kept = {name: config[name] for name in config if name not in ("modifiers", "modifier")}
+        return {**kept, "contrast": table} if table else kept
 
 
 class HostSettings(Settings):
@@ -233,12 +225,7 @@ class HostSettings(Settings):
     """The pools that were given as the plugin's own."""
 
     _replaced_pools: set[str] = PrivateAttr(default_factory=set)
-
-    @property
-    def replaced_pools(self) -> set[str]:
-        """Those of them that take the place of Heretic's, which were not given."""
-
-        return self._replaced_pools
+    """Those of Heretic's, not given, whose place they take."""
 
     contrast: ContrastSettings = Field(default_factory=ContrastSettings)
     """Settings of the plugin; in config.toml the table [modifier.ContrastAbliteration]."""
