@@ -36,8 +36,8 @@ from scipy.stats import t as student
 from heretic_contrast.builtin import REFUSER, refuser_pool, resolve_model
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.hosts import answers, heretic14
-from heretic_contrast.hosts.checkpoint import STUDY_NAME, repair_checkpoint
 from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.hosts.studies import STUDY_NAME, repair_checkpoint
 from heretic_contrast.journal import CheckedJournal
 from heretic_contrast.modifier import ContrastAbliteration
 from heretic_contrast.outputs import json_text

@@ -62,8 +62,6 @@ def note_on_system_role(tokenizer: Any) -> str | None:
 
 
 def _with_system_message(tokenizer: Any) -> str | None:
-    """Returns a chat with a system message as the template writes it, or None where it refuses one."""
-
     chat = [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": "Hello"}]
     try:
         return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))

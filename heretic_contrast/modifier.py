@@ -143,8 +143,6 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         self._apply_lora(ctx)
 
     def model(self, ctx: Context, batch_size: int | None = None) -> LanguageModel:
-        """Returns the wrapper around the model that is loaded at this moment, with all that is ablated."""
-
         heretic_model = ctx.get_model()
         model = from_heretic(
             heretic_model, self.heretic_settings, batch_size, self.settings.writers

@@ -59,8 +59,6 @@ class ContrastScorer(PluginTables, Scorer):
 
     @property
     def score_name(self) -> str:
-        """What the command line and the model card call the score."""
-
         return str(self.settings.score_name)
 
     def init(self, ctx: Context) -> None:

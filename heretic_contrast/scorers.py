@@ -111,9 +111,7 @@ class TeacherForcedDivergence(ContrastScorer):
         # A single prompt has no standard error.
         shown = "" if math.isnan(error) else f" ± {error:.4f}"
         return Score(
-            value=mean,
-            rich_display=f"[bold]{mean:.4f}[/]{shown}",
-            md_display=f"{mean:.4f}{shown}",
+            value=mean, rich_display=f"[bold]{mean:.4f}[/]{shown}", md_display=f"{mean:.4f}{shown}"
         )
 
 

@@ -213,14 +213,10 @@ class TextClassifierSettings(Described):
 
     @property
     def classifier_name(self) -> str | None:
-        """The model of the user's choice that judges, if there is one."""
-
         return self.text_classifier or self.judge_model
 
     @model_validator(mode="after")
     def check_judges(self) -> "TextClassifierSettings":
-        """Refuses two models for one task."""
-
         if self.text_classifier is not None and self.judge_model is not None:
             raise ContrastError(
                 "Both a text classifier and a judge model are given, of which only one can judge: leave out text_classifier or "
@@ -356,14 +352,10 @@ BASELINES = ("unmatched", "matched", "mixed", "nearest", "residualized")
 
 
 def other_baselines() -> EntryPoints:
-    """Returns the baselines of other packages."""
-
     return entry_points(group="heretic_contrast.baselines")
 
 
 def baseline_names() -> list[str]:
-    """Returns the names of all baselines: the built-in ones, then those of other packages."""
-
     return [*BASELINES, *sorted({entry.name for entry in other_baselines()} - set(BASELINES))]
 
 
@@ -650,8 +642,6 @@ class ContrastSettings(Table, TextClassifierSettings):
     @model_validator(mode="before")
     @classmethod
     def apply_preset(cls, data: Any) -> Any:
-        """Fills in what a single preset says."""
-
         if not isinstance(data, dict):
             return data
         data = {str(name).replace("-", "_"): value for name, value in data.items()}
@@ -727,8 +717,6 @@ class ContrastSettings(Table, TextClassifierSettings):
 
     @model_validator(mode="after")
     def check_together(self) -> "ContrastSettings":
-        """Refuses settings that do not work together, or have no effect beside others."""
-
         fields, given = type(self).model_fields, self.model_fields_set
         changed = {name for name, value in self.given().items() if value != fields[name].default}
         if self.preset or self.directions is not None:
@@ -787,8 +775,6 @@ class ContrastSettings(Table, TextClassifierSettings):
 
     @property
     def counts_false_refusals(self) -> bool:
-        """Whether the refusals of sensitive prompts are counted in a study."""
-
         return self.false_refusals == "objective" or self.max_false_refusals is not None
 
     def given(self) -> dict[str, Any]:

@@ -64,8 +64,6 @@ def require_known(module: Module) -> None:
 
 
 def is_projection(layer: Module) -> bool:
-    """Returns whether a module multiplies by one matrix, however that is kept."""
-
     return isinstance(layer, Linear | Conv1D)
 
 
@@ -105,8 +103,6 @@ def _is_linear(layer: Any) -> bool:
 
 
 def is_bitsandbytes(layer: Any) -> bool:
-    """Returns whether bitsandbytes keeps a module's weight in 4 or 8 bits."""
-
     weight: Any = getattr(layer, "weight", None)
     kind = type(weight).__name__
     return (kind == "Params4bit" and weight.quant_state is not None) or (

@@ -29,8 +29,6 @@ SWITCH_VALUES = {
 
 @cache
 def command_line_options(settings_class: type[BaseSettings]) -> dict[str, Action]:
-    """Returns the options that the parser of a settings class knows, by each of their names."""
-
     nothing = InitSettingsSource(settings_class, {})
     # The parser reads the command line as soon as it is made.
     with patch.multiple(sys, argv=[PROGRAM]):

@@ -34,16 +34,12 @@ class Modifier(Plugin, Generic[Parameters]):
 
 @dataclass
 class Score:
-    """A scorer's result: the number to optimize, and how it is shown."""
-
     value: float
     rich_display: str
     md_display: str
 
 
 class Scorer(Plugin, ABC):
-    """A plugin that scores the model."""
-
     @abstractmethod
     def get_score(self, ctx: Any) -> Score: ...
 

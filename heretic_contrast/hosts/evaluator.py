@@ -196,8 +196,6 @@ class Evaluator(heretic.main.Evaluator):
         return F.kl_div(logprobs, base, reduction="batchmean", log_target=True).item()
 
     def count_refusals(self) -> int:
-        """Returns how many responses are refusals, or were where the trial has ended."""
-
         self.refusals, self.refusal_sum, self.false_refusals = 0, 0.0, 0
         try:
             self._require_place(0)
@@ -289,8 +287,6 @@ def own_prompts(prompts: Sequence[Any]) -> list[Prompt]:
 def count_refusals(
     settings: HostSettings, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> int:
-    """Returns how many responses Heretic's markers take for refusals."""
-
     # Heretic's judgement needs the settings and nothing else of an evaluator.
     evaluator = heretic.main.Evaluator.__new__(heretic.main.Evaluator)
     evaluator.settings = settings

@@ -21,7 +21,7 @@ from ..evaluation.cells import Cell, SweepResult
 from ..leases import Leases, open_storage, without_password
 from ..search.stopping import Point, front, trials_since_growth
 from ..settings import ContrastSettings
-from .checkpoint import STUDY_NAME
+from .studies import STUDY_NAME
 from .surface import log
 
 BOUND_KEY = "bound"
@@ -271,8 +271,6 @@ GIVEN_UP = "given up"
 
 
 def give_back(study: Study, leases: Leases) -> None:
-    """Marks the trials of processes that died as failed."""
-
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if leases.is_abandoned(trial):
             # Another process may do the same.

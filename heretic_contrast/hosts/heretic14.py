@@ -39,18 +39,13 @@ from ..engine.text_classification import classifier_identity
 from ..errors import ContrastError, find_cause, one_line, raising_causes
 from ..identity import Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
-from ..outputs import (
-    remove_empty_directories,
-    require_writable_directory,
-    require_writable_file,
-)
+from ..outputs import remove_empty_directories, require_writable_directory, require_writable_file
 from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest, require_ranges
 from ..search.samplers import make_sampler
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, require_answers
-from .checkpoint import repair_checkpoint
 from .evaluator import Evaluator, own_prompts, require_judge, sensitive_prompts
 from .finalists import LENGTHS, count_refusals_at, front_choices, require_fresh, second_look
 from .guidance import (
@@ -65,11 +60,10 @@ from .guidance import (
 )
 from .host_model import HostModel
 from .loading import LoadedContext
-from .model_card import with_plugin
 from .model_folder import require_other_folder
-from .record import Made
+from .record import Made, with_plugin
 from .settings import HostSettings, datasets_of, listed, prompt_sources
-from .sharing import IDENTITY_KEY, open_shared, require_same_identity
+from .studies import IDENTITY_KEY, open_shared, repair_checkpoint, require_same_identity
 from .surface import heretic_prompts, log
 
 if TYPE_CHECKING:
@@ -91,8 +85,6 @@ TRIAL_KEY = "contrast"
 
 
 class Host:
-    """One run of the modifier inside Heretic 1.4."""
-
     # Known as soon as Heretic has loaded what they are about.
     evaluator: Evaluator
     context: LoadedContext
@@ -179,8 +171,6 @@ class Host:
             self.identity = self._identify()
 
     def _identify(self) -> Identity:
-        """Returns what decides the trials of a study, after everything has been loaded."""
-
         model = replace(self.modifier.model(self.context), known_identity=self.modifier.identity)
         pools = {
             "harmful evaluation prompts": self.evaluator.bad_prompts,

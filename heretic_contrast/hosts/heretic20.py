@@ -108,11 +108,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
 def count_refusals(
     settings: HostSettings, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> int:
-    """Returns how many responses Heretic's keywords take for refusals."""
-
     class Given:
-        """A plugin context in which the model has responded already."""
-
         def load_prompts(self, specification: Any) -> list[Any]:
             return heretic_prompts(prompts, settings)
 

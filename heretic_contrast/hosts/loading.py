@@ -59,8 +59,6 @@ class ChatTokenizer:
         return getattr(self._tokenizer, name)
 
     def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
-        """Returns one chat or several in the model's format; without system messages where it has no role for them."""
-
         if not has_system_role(self._tokenizer):
             one = isinstance(conversation[0], dict)
             chats = [
@@ -129,8 +127,6 @@ class ChatModel(Model):
     heretic_get_layer_modules = Model.get_layer_modules
 
     def get_layers(self) -> Any:
-        """Returns the decoder layers, also where Heretic finds none."""
-
         return find_layers(self)
 
     def get_layer_modules(self, layer_index: int) -> dict[str, list[Module]]:

@@ -40,8 +40,6 @@ def literal_targets() -> Iterator[list[str]]:
     misread: list[str] = []
 
     def keep(configuration: Any, **kwargs: Any) -> None:
-        """Converts a copy of the configuration, only to compare it."""
-
         converted = copy.deepcopy(configuration)
         original(converted, **kwargs)
         misread.extend(sorted(set(configuration.target_modules) - set(converted.target_modules)))

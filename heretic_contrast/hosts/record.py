@@ -11,10 +11,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from .. import __version__
 from ..builtin import REFUSER, is_builtin, with_refuser_pools
 from ..directions.directions import Directions
 from ..errors import ContrastError
@@ -24,9 +25,13 @@ from ..language_model import LanguageModel
 from ..outputs import json_text
 from ..prompts import Prompt, prompts_digest
 from ..search.parameters import Parameters
-from ..settings import ContrastSettings
+from ..settings import EXTRACTION_FIELDS, ContrastSettings
 from .model_folder import RECORD
+from .settings import datasets_of
 from .unused import ONLY_UNDER_14
+
+if TYPE_CHECKING:
+    from ..modifier import ContrastAbliteration
 
 FORMAT = "heretic-contrast record 1"
 
@@ -122,7 +127,11 @@ class Record(BaseModel):
         places = {
             name: place
             for name, place in self.places.items()
-            if not any(os.path.exists(part) for part in _names(place))
+            if not any(
+                os.path.exists(part)
+                for part in [place, *datasets_of(place)]
+                if isinstance(part, str)
+            )
         }
         return self.model_copy(update={"places": places})
 
@@ -168,15 +177,42 @@ def _places(model: str, settings: ContrastSettings) -> dict[str, Any]:
     return places
 
 
-def _names(place: Any) -> list[str]:
-    """Returns the names of a model, a file, a dataset, or several, which may be paths."""
-
-    parts = place if isinstance(place, list) else [place]
-    return [str(part["dataset"] if isinstance(part, dict) else part) for part in parts]
-
-
 def _digest(content: Mapping[str, Any]) -> str:
     """Returns a digest of all but places and itself, as JSON gives it back."""
 
     kept = {name: value for name, value in content.items() if name not in ("places", "digest")}
     return digest(json.loads(json_text(kept)))
+
+
+PATHS = set(
+    """
+    good_prompts bad_prompts matched_prompts finalist_prompts sensitive_prompts residual_cache directions
+    save_directions warm_start
+    """.split()
+)
+"""Settings that name files."""
+
+
+def with_plugin(introduction: str, modifier: "ContrastAbliteration", record: str) -> str:
+    """Returns a model card's introduction that names the plugin and its settings before the performance, with the model's record."""
+
+    settings = modifier.settings
+    # A model on this machine says nothing to others.
+    own = ("text_classifier", "judge_model")
+    excluded = PATHS | {name for name in own if os.path.isdir(getattr(settings, name) or "")}
+    if settings.directions is not None:
+        # They were made with other settings, which the file knows.
+        excluded = excluded | {"preset", "som_backend"} | EXTRACTION_FIELDS
+    values = {
+        **settings.model_dump(mode="json", exclude=excluded),
+        **modifier.directions.provenance.get("settings", {}),
+    }
+    rows = "".join(f"| **{name}** | {value} |\n" for name, value in values.items())
+    heading, separator, rest = introduction.partition("## Performance")
+    return (
+        f"{heading}The directions were made by heretic-contrast v{__version__} (arXiv:2603.22061), "
+        "without which Heretic cannot rebuild this model.\n\n"
+        f"| heretic-contrast setting | Value |\n| :------- | :---: |\n{rows}\n"
+        f"With the following in a file, `heretic-contrast rebuild` makes the same weights:\n\n```json\n{record}```\n\n"
+        f"{separator}{rest}"
+    )

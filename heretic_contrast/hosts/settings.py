@@ -126,14 +126,10 @@ def path_digest(
 
 
 def listed(value: Any) -> list[Any]:
-    """Returns a list as it is, and anything else as the only item of one."""
-
     return value if isinstance(value, list) else [value]
 
 
 def prompt_sources(specification: Any) -> PromptSources:
-    """Returns the source of prompts that a dataset specification of Heretic names, or several for a list."""
-
     known = set(PromptSource.model_fields)
     sources = [PromptSource(**item.model_dump(include=known)) for item in listed(specification)]
     return sources if isinstance(specification, list) else sources[0]
@@ -293,8 +289,6 @@ class HostSettings(Settings):
 
     @model_validator(mode="after")
     def complete(self) -> "HostSettings":
-        """Fills in what follows from other settings: pools, Heretic's own options, the checkpoint folder."""
-
         given = set(self.model_fields_set)
         own = {name for name, value in self.contrast.given().items() if value is not None}
         if self.contrast.directions is not None:
@@ -332,8 +326,6 @@ class HostSettings(Settings):
         return self
 
     def _use_builtin_pools(self, given: set[str]) -> None:
-        """Points every pool that was not given to those of the built-in refuser."""
-
         for name, pool, split in (
             ("good_prompts", "harmless", "train"),
             ("bad_prompts", "harmful", "train"),
@@ -395,8 +387,6 @@ def deciding(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def datasets_of(content: Any) -> list[str]:
-    """Returns the name or path of every dataset among settings, each once."""
-
     found: set[str] = set()
     if isinstance(content, dict):
         if isinstance(content.get("dataset"), str):
@@ -463,13 +453,9 @@ def load_settings(
         return settings_class()
     except ValidationError as error:
         raise _complaint(error, settings_class) from error
-    except SettingsError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        complaint = f"The settings cannot be read ({reason}): correct them"
-        cause: Exception = error
-    except UnicodeEncodeError as error:
+    except (SettingsError, UnicodeEncodeError, RecursionError) as error:
         # Bytes of the command line that are no UTF-8 arrive as halves of characters, which pydantic cannot complain about.
-        complaint, cause = "A setting holds text that is not UTF-8: correct it", error
-    except RecursionError as error:
-        complaint, cause = "A setting is nested too deeply to be read: correct it", error
-    raise ContrastError(f"{complaint}, or see {PROGRAM} --help.") from cause
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ContrastError(
+            f"The settings cannot be read ({reason}): correct them, or see {PROGRAM} --help."
+        ) from error

@@ -16,7 +16,7 @@ import heretic.utils
 import torch
 from heretic.utils import print as log
 from peft import PeftModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch.nn import Module, ModuleList
 
 from ..ablation.hooks import missed_shares
@@ -177,8 +177,6 @@ def shell(model: Any) -> Any:
 
 
 def unsupported(what: str, heretic_model: Any) -> ContrastError:
-    """Returns what the user is told of a model in which something was not found."""
-
     model = heretic_model.model
     architecture = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
     return ContrastError(f"{what} ({architecture}): its architecture is not supported.")
@@ -229,13 +227,8 @@ def heretic_prompts(prompts: Sequence[Prompt], heretic_settings: Any) -> list[An
 def progress_bar() -> Iterator[ProgressCallback]:
     """Shows a progress bar for work that is counted in steps; each first step starts a new count."""
 
-    with Progress(
-        TextColumn("  "),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        transient=True,
-    ) as bar:
+    columns = ("  ", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def update(done: int, total: int) -> None:

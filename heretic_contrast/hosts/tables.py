@@ -101,8 +101,6 @@ class PluginTables:
 
 @cache
 def notice(text: str) -> None:
-    """Says something once in a process."""
-
     log(escape(text))
 
 

@@ -172,8 +172,6 @@ class Unused:
                 yield from self._beside_plugins(name, value)
 
     def _unread(self, shown: str, name: str, value: Any) -> Iterator[str]:
-        """Looks at a name that nothing reads."""
-
         head, _, last = name.rpartition(".")
         table = own_table(head) or own_table(name)
         # A table may be anybody's; it is a setting's where it has just its name.
@@ -189,8 +187,6 @@ class Unused:
             yield _not_read(shown, str(setting or table))
 
     def _in_namespace(self, namespace: str, name: str, value: Any) -> Iterator[str]:
-        """Looks at what stands below `[modifier]` or `[scorer]`."""
-
         named = self.named[namespace]
         plugin, _, instance = name.partition("_")
         tables = [known if other is None else f"{known}_{other}" for known, other in named]
@@ -205,8 +201,6 @@ class Unused:
             yield from self._unread(_shown(value, namespace, name), name, value)
 
     def _in_own_table(self, where: str, table: Mapping[str, Any]) -> Iterator[str]:
-        """Looks at the keys of a table of the plugin's."""
-
         named = self.named.get(PLUGINS[self.plugin], ())
         for key, value in table.items():
             # Names may be written as on the command line.
@@ -226,8 +220,6 @@ class Unused:
                 yield from inner._in_own_table(f"{where}.contrast", value)
 
     def _beside_plugins(self, name: str, entries: Any) -> Iterator[str]:
-        """Looks at the entries of `modifiers` or `scorers`."""
-
         read = ["plugin", "instance_name", "optimization"]
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and class_name(entry.get("plugin")) in PLUGINS:

@@ -73,8 +73,6 @@ class Parameters:
         return asdict(self)
 
     def to_presentation_dict(self) -> dict[str, str]:
-        """Returns what the command line and the model card show."""
-
         shown = {
             "direction_index": "per layer"
             if self.direction_index is None

@@ -28,7 +28,7 @@ from heretic_contrast.evaluation import storage as storage_module
 from heretic_contrast.evaluation.cells import Cell, CellKey
 from heretic_contrast.evaluation.storage import SweepState, group_cells
 from heretic_contrast.files import write_text_atomically
-from heretic_contrast.hosts.checkpoint import repair_checkpoint
+from heretic_contrast.hosts.studies import repair_checkpoint
 from heretic_contrast.journal import CheckedJournal, JournalLock
 from heretic_contrast.language_model import Progress
 from heretic_contrast.processes import is_dead, this_process

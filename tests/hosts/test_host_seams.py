@@ -21,11 +21,11 @@ pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 from heretic_contrast.directions.directions import Directions  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.hosts import heretic14  # noqa: E402
-from heretic_contrast.hosts.checkpoint import repair_checkpoint  # noqa: E402
 from heretic_contrast.hosts.evaluator import Evaluator  # noqa: E402
 from heretic_contrast.hosts.loading import LoadedContext  # noqa: E402
 from heretic_contrast.hosts.record import Made, Record  # noqa: E402
 from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
+from heretic_contrast.hosts.studies import repair_checkpoint  # noqa: E402
 from heretic_contrast.language_model import LanguageModel  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
 from heretic_contrast.search.parameters import (  # noqa: E402

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.settings import HostSettings, load_settings
-from heretic_contrast.hosts.sharing import open_shared, require_same_identity
+from heretic_contrast.hosts.studies import open_shared, require_same_identity
 from tests.command_server import Server
 from tests.small_runs import COMMON, pools, study
 

@@ -1,23 +1,77 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""The storage of a study that several processes share: whether it holds this one, which is said before its first trial."""
+"""
+Where a study is kept: a checkpoint of its own, or a storage that several processes share.
+
+A study that was killed leaves an unfinished trial, perhaps half a line, and perhaps a lock. Heretic counts unfinished trials as
+done. They are taken out here, so that the resumed study runs them again. Whether a storage holds this study is said before its
+first trial.
+"""
 
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from optuna.storages import BaseStorage
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import Study
+from optuna.trial import TrialState
 
 from ..builtin import model_name
 from ..errors import ContrastError
 from ..identity import Identity, differences
+from ..journal import CheckedJournal, remove_locks
 from ..leases import open_storage, without_password
-from .checkpoint import STUDY_NAME
 from .settings import HostSettings, deciding
+
+STUDY_NAME = "heretic"
 
 IDENTITY_KEY = "identity"
 """The user attribute of a trial, or of a shared study, that says what decided its numbers."""
+
+
+def repair_checkpoint(path: Path) -> None:
+    """
+    Takes unfinished trials and a stale lock out of one checkpoint; the journal itself copes with half a last line.
+
+    Raises `ContrastError` when it is damaged beyond its last line; it is left as it is.
+    """
+
+    remove_locks(path)
+    try:
+        storage = JournalStorage(CheckedJournal(str(path)))
+        is_there = any(study.study_name == STUDY_NAME for study in storage.get_all_studies())
+        study = optuna.load_study(study_name=STUDY_NAME, storage=storage) if is_there else None
+        trials = study.get_trials(deepcopy=False) if study else []
+    except ContrastError:
+        raise
+    except Exception as error:
+        # Optuna raises whatever its decoding runs into.
+        raise ContrastError(
+            f"The checkpoint {path} is damaged and cannot be resumed: move it away to start from scratch."
+        ) from error
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    if study is None or not complete:
+        # Nothing is lost, and Heretic expects a study that was set up to its end.
+        path.unlink()
+        return
+    if len(complete) == len(trials):
+        return
+    temporary = path.with_name(f".{path.name}.repaired")
+    temporary.unlink(missing_ok=True)
+    remove_locks(temporary)
+    repaired = optuna.create_study(
+        study_name=STUDY_NAME,
+        storage=JournalStorage(CheckedJournal(str(temporary))),
+        directions=study.directions,
+    )
+    for name, value in study.user_attrs.items():
+        repaired.set_user_attr(name, value)
+    for trial in complete:
+        repaired.add_trial(trial)
+    os.replace(temporary, path)
 
 
 def open_shared(settings: HostSettings) -> BaseStorage | None:
