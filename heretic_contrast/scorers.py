@@ -126,7 +126,7 @@ class FixedWeightSweep(ContrastScorer):
     settings_class = FixedWeightSweepSettings
     settings: FixedWeightSweepSettings
     prepared: PreparedSweep
-    score: Score | None = None
+    score: Score
 
     def init(self, ctx: Context) -> None:
         """
@@ -199,10 +199,6 @@ class FixedWeightSweep(ContrastScorer):
         return self.score
 
     def get_score(self, ctx: Context) -> Score:
-        """Returns the score of the sweep that ran as the baseline. Raises `ContrastError` when none has run."""
+        """Returns the score of the sweep that ran as the baseline."""
 
-        if self.score is None:
-            raise ContrastError(
-                "The sweep is measured on the unmodified model, as the baseline, which has not been taken yet."
-            )
         return self.score

@@ -180,9 +180,9 @@ class Unused:
         setting = self._setting(last, self.known, cutoff) if may_be_setting else None
         loaded = {plugin for plugin, _ in named_plugins(value)}
         if name in {*self.idle, *FORMER_POOLS}:
-            yield _idle(f"{shown} in config.toml")
+            yield _idle(f"The setting {shown} in config.toml")
         elif name in NAMESPACES.values() and loaded & set(PLUGINS):
-            yield _idle(f"{shown} in config.toml", "this Heretic")
+            yield _idle(f"The setting {shown} in config.toml", "this Heretic")
         elif setting or table:
             yield _not_read(shown, str(setting or table))
 
@@ -208,7 +208,7 @@ class Unused:
             if (self.plugin, key) in named:
                 yield _not_read(f"[{where}.{key}]", f"[{where}_{key}]")
             elif name in self.idle:
-                yield _idle(f'"{key}" in [{where}]')
+                yield _idle(f'The setting "{key}" in [{where}]')
             elif name not in self.settings:
                 close = nearest(name, [known for known in self.settings if known not in self.idle])
                 yield f'There is no setting "{key}" in [{where}]: did you mean "{close}"?'
@@ -247,7 +247,7 @@ class Unused:
                 # Other variables of this package begin in the same way.
                 meant = self._setting(rest, cutoff=1.0 if rest == name else LIKE)
             if rest in self.idle:
-                yield _idle(f"the environment variable {variable}")
+                yield _idle(f"The environment variable {variable}")
             elif meant:
                 yield f"The environment variable {variable} has no effect: did you mean {meant} of config.toml?"
 
@@ -266,4 +266,4 @@ def _not_read(what: str, meant: str) -> str:
 
 
 def _idle(what: str, heretic: str = "Heretic 2.0") -> str:
-    return f"The setting {what} has no effect under {heretic}, whose studies and scorers have settings of their own: remove it."
+    return f"{what} has no effect under {heretic}, whose studies and scorers have settings of their own: remove it."
