@@ -86,7 +86,7 @@ class ChatModel(Model):
             return str(heretic.utils.format_exception(error))
 
         try:
-            with patch.multiple(heretic.model, format_exception=remember):
+            with patch.object(heretic.model, "format_exception", remember, create=True):
                 super().__init__(settings)
         except ContrastError:
             raise
