@@ -48,25 +48,25 @@ from heretic_contrast.settings import PRESETS, PromptSource
 PLAIN = "heretic"
 """Heretic without the plugin, that everything is compared with."""
 
-AS_HERETIC = "--row-normalization=full --orthogonalize-direction=true"
-"""What Heretic 1.4 does unless told otherwise, and the plugin does not."""
+PLAIN_OPTIONS = "--row-normalization=none --orthogonalize-direction=false"
+"""What neither Heretic 1.4 nor the plugin does unless told so."""
 
 MAPS = "--contrast.method=som --contrast.classes=category"
 MEANS = "--contrast.classes=category"
 
 CONFIGURATIONS = {
     PLAIN: "",
-    "heretic, no normalization": "--row-normalization=none --orthogonalize-direction=false",
+    "heretic, not normalized": PLAIN_OPTIONS,
     "default": "",
-    "default, as Heretic": AS_HERETIC,
-    "default, as Heretic, ended early": f"{AS_HERETIC} --contrast.stop-dominated",
+    "default, ended early": "--contrast.stop-dominated",
+    "default, not normalized": PLAIN_OPTIONS,
     "maps": MAPS,
-    "maps, as Heretic": f"{AS_HERETIC} {MAPS}",
-    "means, as Heretic": f"{AS_HERETIC} {MEANS}",
-    "capped, as Heretic": f"{AS_HERETIC} {MAPS} --contrast.composition=capped",
-    "equal weight, as Heretic": f"{AS_HERETIC} {MAPS} --contrast.equal-effective-weight",
-    "shared, as Heretic": f"{AS_HERETIC} {MAPS} --contrast.shared-direction",
-    "shared means, as Heretic": f"{AS_HERETIC} {MEANS} --contrast.shared-direction",
+    "maps, not normalized": f"{PLAIN_OPTIONS} {MAPS}",
+    "means": MEANS,
+    "capped": f"{MAPS} --contrast.composition=capped",
+    "equal weight": f"{MAPS} --contrast.equal-effective-weight",
+    "shared": f"{MAPS} --contrast.shared-direction",
+    "shared means": f"{MEANS} --contrast.shared-direction",
     **{preset: f"--contrast.preset={preset}" for preset in PRESETS},
 }
 """Options by name; those whose names begin with "heretic" are options of plain Heretic."""
@@ -398,7 +398,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=24, help="length of responses")
     parser.add_argument("--kl-limit", type=float, default=0.1, help="the box reaches to this KL")
     parser.add_argument(
-        "--configurations", nargs="+", default=[PLAIN, "default", "default, as Heretic"]
+        "--configurations", nargs="+", default=[PLAIN, "default", "default, not normalized"]
     )
     parser.add_argument("--options", default="", help="options of Heretic for all studies")
     parser.add_argument("--add", action="append", default=[], metavar="NAME=OPTIONS")

@@ -140,6 +140,15 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             )
         listed = escape(one_line(", ".join(self.directions.names)))
         log(f"* Directions: [bold]{self.directions.n_directions}[/] per layer ({listed})")
+        without_adapter = {
+            writer.component
+            for layer in model.writers
+            for writer in layer
+            if not takes_adapter(writer) and writer.component != EMBEDDINGS
+        }
+        if without_adapter and self.settings.row_normalization is not RowNormalization.NONE:
+            listed = ", ".join(sorted(without_adapter))
+            log(f"* The rows of {listed} are not normalized, since no adapter changes them")
         self._apply_lora(ctx)
 
     def model(self, ctx: Context, batch_size: int | None = None) -> LanguageModel:
@@ -175,16 +184,6 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             raise ContrastError(
                 f"No LoRA adapter carries {', '.join(beyond)} of {model.name}: give --export-strategy merge, or leave them as "
                 f"they are with {remedy}."
-            )
-        fixed = {
-            writer.component
-            for writer in writers
-            if not takes_adapter(writer) and writer.component != EMBEDDINGS
-        }
-        if fixed and self.settings.row_normalization is not RowNormalization.NONE:
-            raise ContrastError(
-                f"The rows of {', '.join(sorted(fixed))} cannot be normalized: leave row normalization out, or leave them as they are "
-                "with writers = heretic."
             )
 
     def suggest_parameters(self, ctx: Context, trial: Trial) -> Parameters:

@@ -279,7 +279,10 @@ else:
     PromptSources = Annotated[PromptSource, WrapValidator(_validate_sources), SerializeAsAny()]
 
 
-PAPER: dict[str, Any] = {"method": "som", "classes": "category", "svd": False}
+PLAIN: dict[str, Any] = {"orthogonalize_direction": False, "row_normalization": "none"}
+"""What no published configuration does, and Heretic 1.4 does unless told otherwise."""
+
+PAPER: dict[str, Any] = {**PLAIN, "method": "som", "classes": "category", "svd": False}
 """What the configurations of arXiv:2603.22061 have in common: one SOM per harm class."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -290,6 +293,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Piras et al. (2026): one SOM for all harmful prompts with the settings of their code, several neurons, one ablation
     # after the other. They search which neurons, most often five to seven, and take those of one layer for all.
     "piras": {
+        **PLAIN,
         "baseline": "unmatched",
         "method": "som",
         "classes": "single",
@@ -304,6 +308,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Arditi et al. (2024): the difference in means, removed from everything that writes into the residual stream.
     "arditi": {
+        **PLAIN,
         "baseline": "unmatched",
         "method": "mean",
         "classes": "single",
@@ -312,6 +317,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Heretic's pull request 196, with the winners it meant to take: the densest neurons. There each direction has a
     # maximum and a minimum weight per component.
     "heretic-soma": {
+        **PLAIN,
         "baseline": "unmatched",
         "method": "som",
         "classes": "single",
@@ -483,10 +489,10 @@ class ContrastSettings(Table, TextClassifierSettings):
     against massive activations.
     """
 
-    orthogonalize_direction: bool = False
+    orthogonalize_direction: bool = True
     """
     Whether to adjust the directions so that only the component that is orthogonal to the mean residual of harmless prompts is
-    subtracted.
+    subtracted, as Heretic does.
     """
 
     control: Control = Control.NONE
@@ -527,10 +533,11 @@ class ContrastSettings(Table, TextClassifierSettings):
     compounding.
     """
 
-    row_normalization: RowNormalization = RowNormalization.NONE
+    row_normalization: RowNormalization = RowNormalization.FULL
     """
-    How to apply row normalization of the weights. Options: "none" (no normalization), "pre" (compute LoRA adapter relative to
-    row-normalized weights), "full" (like "pre", but renormalizes to preserve original row magnitudes).
+    How to apply row normalization of the weights, where a LoRA adapter changes them. Options: "none" (no normalization), "pre" (compute
+    LoRA adapter relative to row-normalized weights), "full" (like "pre", but renormalizes to preserve original row magnitudes, as
+    Heretic does).
     """
 
     full_normalization_lora_rank: int | None = Field(None, ge=1)

@@ -310,7 +310,10 @@ def prepare_sweep(
             configurations[RANDOM] = first.model_copy(update={"control": Control.RANDOM})
         else:
             log("* Random directions are left out, since the directions come from a file")
-    if any(item.row_normalization is not RowNormalization.NONE for item in configurations.values()):
+    if any(
+        item.given().get("row_normalization", RowNormalization.NONE) is not RowNormalization.NONE
+        for item in configurations.values()
+    ):
         log("* Row normalization is left out: a sweep ablates outputs, and changes no weights")
     sources = DirectionSources.read(configurations, response_prefix, evaluation.contrast_setting)
     used = sources.used_prompts()

@@ -64,7 +64,7 @@ def test_times_until_a_share() -> None:
 @pytest.mark.slow
 def test_a_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
     command = "--trials 2 --startup-trials 2 --seeds 1 --judged 8 --fresh 8 --tokens 8"
-    names = [search.PLAIN, "default, as Heretic"]
+    names = [search.PLAIN, "default"]
     arguments = [f"--output={tmp_path}", *command.split(), "--configurations", *names]
     search.main(arguments)
     first = json.loads((tmp_path / "search.json").read_text())
@@ -75,7 +75,7 @@ def test_a_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
         judged = [trial for trial in study["trials"] if trial["fresh"] is not None]
         assert judged and all(0 <= trial["fresh"][0] <= 8 for trial in judged)
     # One study is lost, and the other is not run again.
-    kept, lost = (tmp_path / "studies" / f"{name}-0" for name in ("heretic", "default-as Heretic"))
+    kept, lost = (tmp_path / "studies" / f"{name}-0" for name in ("heretic", "default"))
     shutil.rmtree(lost)
     written = (kept / "result.json").stat().st_mtime_ns
     search.main(arguments)
