@@ -9,7 +9,7 @@ This module imports neither PyTorch nor Heretic, so that `--help` stays fast.
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import PurePath
@@ -114,20 +114,22 @@ def validation_error(
     return ContrastError(f"The setting {subject} does not work ({message}): {remedy}.")
 
 
-def check_text(settings: Any, name: str = "") -> None:
+def check_text(settings: Any) -> None:
     """
     Raises `ContrastError` when a text in raw settings, however deep, holds a null character.
 
     No file name can hold one, so that the text would fail wherever it is used.
     """
 
-    if isinstance(settings, str) and "\0" in settings:
-        raise ContrastError(f"The setting {name} holds a null character: correct it.")
-    items: Iterable[Any] = settings.items() if isinstance(settings, dict) else ()
-    if isinstance(settings, list | tuple):
-        items = ((name, item) for item in settings)
-    for key, inner in items:
-        check_text(inner, f"{name}.{key}".strip("."))
+    waiting = [("", settings)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, str) and "\0" in value:
+            raise ContrastError(f"The setting {name} holds a null character: correct it.")
+        if isinstance(value, dict):
+            waiting += [(f"{name}.{key}".strip("."), inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(name, inner) for inner in value]
 
 
 PROMPT_COLUMNS = ("text", "prompt", "instruction", "question", "goal", "messages")
@@ -279,10 +281,7 @@ else:
     PromptSources = Annotated[PromptSource, WrapValidator(_validate_sources), SerializeAsAny()]
 
 
-PLAIN: dict[str, Any] = {"orthogonalize_direction": False, "row_normalization": "none"}
-"""What no published configuration does, and Heretic 1.4 does unless told otherwise."""
-
-PAPER: dict[str, Any] = {**PLAIN, "method": "som", "classes": "category", "svd": False}
+PAPER: dict[str, Any] = {"method": "som", "classes": "category", "svd": False}
 """What the configurations of arXiv:2603.22061 have in common: one SOM per harm class."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -293,7 +292,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Piras et al. (2026): one SOM for all harmful prompts with the settings of their code, several neurons, one ablation
     # after the other. They search which neurons, most often five to seven, and take those of one layer for all.
     "piras": {
-        **PLAIN,
         "baseline": "unmatched",
         "method": "som",
         "classes": "single",
@@ -308,7 +306,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Arditi et al. (2024): the difference in means, removed from everything that writes into the residual stream.
     "arditi": {
-        **PLAIN,
         "baseline": "unmatched",
         "method": "mean",
         "classes": "single",
@@ -317,7 +314,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Heretic's pull request 196, with the winners it meant to take: the densest neurons. There each direction has a
     # maximum and a minimum weight per component.
     "heretic-soma": {
-        **PLAIN,
         "baseline": "unmatched",
         "method": "som",
         "classes": "single",
@@ -721,6 +717,21 @@ class ContrastSettings(Table, TextClassifierSettings):
                 f'There is no contrast baseline "{value}": choose one of {", ".join(baseline_names())}.'
             )
         return value
+
+    @model_validator(mode="after")
+    def leave_rows(self) -> "ContrastSettings":
+        """Takes Heretic's normalization and orthogonalization, which no published configuration has, back beside a preset."""
+
+        if self.preset:
+            plain = {"row_normalization": RowNormalization.NONE, "orthogonalize_direction": False}
+            # They do not count as given, so that Heretic's own flags stand before them.
+            self.__dict__.update(
+                {
+                    **plain,
+                    **{key: getattr(self, key) for key in plain if key in self.model_fields_set},
+                }
+            )
+        return self
 
     @model_validator(mode="after")
     def check_together(self) -> "ContrastSettings":

@@ -45,7 +45,6 @@ from ..builtin import (
 from ..errors import ContrastError, warn
 from ..files import file_digest
 from ..settings import (
-    PRESETS,
     ContrastSettings,
     PromptSource,
     PromptSources,
@@ -306,18 +305,17 @@ class HostSettings(Settings):
             specification = getattr(self, name, None)
             if getattr(self.contrast, name) is None and specification is not None:
                 updates[name] = prompt_sources(specification)
-        # Heretic's own flags mean the plugin's settings of the same name, and stand before those of a preset.
-        preset = PRESETS.get(self.contrast.preset[0], {}) if self.contrast.preset else {}
+        # Heretic's own flags mean the plugin's settings of the same name.
         for name in (
             "row_normalization",
             "orthogonalize_direction",
             "full_normalization_lora_rank",
             "winsorization_quantile",
         ):
-            own = getattr(self.contrast, name)
-            is_given = name in self.contrast.model_fields_set and own != preset.get(name)
-            if name in given and not is_given and (value := getattr(self, name)) != own:
-                updates[name] = getattr(value, "value", value)
+            if name in given and name not in self.contrast.model_fields_set:
+                value = getattr(self, name)
+                if value != getattr(self.contrast, name):
+                    updates[name] = getattr(value, "value", value)
         if updates:
             self.contrast = ContrastSettings.model_validate({**self.contrast.given(), **updates})
         directory: str = self.study_checkpoint_dir  # type: ignore[has-type]

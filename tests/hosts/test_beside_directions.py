@@ -42,7 +42,7 @@ IDLE: dict[str, Any] = {
     "shared_direction": True,
     "scale": "raw",
     "winsorization_quantile": 0.9,
-    "orthogonalize_direction": True,
+    "orthogonalize_direction": False,
     "control": "random",
     "drop_misbehaving": True,
     "matched_prompts": {"dataset": "prompts.txt"},
@@ -54,7 +54,7 @@ EFFECTIVE: dict[str, Any] = {
     "embeddings": True,
     "composition": "capped",
     "equal_effective_weight": True,
-    "row_normalization": "full",
+    "row_normalization": "none",
     "full_normalization_lora_rank": 3,
     "search_space": {"scale": [0.0, 0.5]},
     "sampler": "tpe",
@@ -109,7 +109,7 @@ def test_what_has_no_effect_is_named(settings_class: Any, monkeypatch: pytest.Mo
             "",
             ["builtin:refuser", "--contrast.svd", "--contrast.baseline=mixed", FILE],
         )
-    for name in ("orthogonalize-direction", "winsorization-quantile=0.9"):
+    for name in ("no-orthogonalize-direction", "winsorization-quantile=0.9"):
         with pytest.raises(ContrastError, match="no effect"):
             load_settings(settings_class, "", ["builtin:refuser", f"--{name}", FILE])
     settings = load_settings(
