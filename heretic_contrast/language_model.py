@@ -7,8 +7,8 @@ Nothing here knows a version of Heretic: the hosts hand over a transformers mode
 output projections that Heretic found in each layer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -110,7 +110,21 @@ def winsorize(residuals: Tensor, quantile: float) -> Tensor:
 
 
 @contextmanager
-def contiguous_head(network: Any) -> Iterator[None]:
+def hooked(
+    before: Iterable[tuple[Module, Callable[..., Any]]] = (),
+    after: Iterable[tuple[Module, Callable[..., Any]]] = (),
+) -> Iterator[None]:
+    """Calls functions before (with keywords) and after modules run, as PyTorch's hooks, for as long as the context lasts."""
+
+    with ExitStack() as stack:
+        for module, function in before:
+            stack.callback(module.register_forward_pre_hook(function, with_kwargs=True).remove)
+        for module, function in after:
+            stack.callback(module.register_forward_hook(function).remove)
+        yield
+
+
+def contiguous_head(network: Any) -> AbstractContextManager[None]:
     """
     Hands the head whole tensors for as long as the context lasts, where `generate` hands it a slice at the end of prompts.
 
@@ -118,13 +132,10 @@ def contiguous_head(network: Any) -> Iterator[None]:
     (`benchmarks/head.py`).
     """
 
-    hook = network.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: tuple(tensor.contiguous() for tensor in inputs)
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
+    def make_contiguous(module: Module, inputs: Sequence[Tensor], options: Any) -> Any:
+        return tuple(tensor.contiguous() for tensor in inputs), options
+
+    return hooked([(network.get_output_embeddings(), make_contiguous)])
 
 
 @contextmanager
@@ -311,9 +322,7 @@ class LanguageModel:
         the embedding, index i + 1 that of decoder layer i. As in Heretic, the last index is what transformers
         calls the last hidden state, which most models normalise.
 
-        Only the last position is ever kept, where Heretic stacks all positions first, and prompts of
-        similar length share a batch, so that little is computed on padding. The language model's head is not run.
-
+        Prompts of similar length share a batch, so that little is computed on padding. The language model's head is not run.
         A layer that does not run on text alone, as Llama 3.2's for images, passes on what it is given.
         """
 
@@ -370,33 +379,22 @@ class LanguageModel:
         """Collects hidden states of shape (batch, hidden_size) by layer index, and ends the pass when the decoder is done."""
 
         captured: dict[int, Tensor] = {}
+        indices = {layer: index for index, layer in enumerate(self.layers)}
 
-        def capture_input(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if 0 not in captured:
-                states = self.stream(args or kwargs["hidden_states"])
-                captured[0] = states[:, -1].clone()
+                captured[0] = self.stream(args or kwargs["hidden_states"])[:, -1].clone()
 
-        def capture_output(index: int) -> Callable[..., None]:
-            def hook(module: Module, args: Any, output: Any) -> None:
-                captured[index] = self.stream(output)[:, -1].clone()
+        def leave(module: Module, args: Any, output: Any) -> None:
+            captured[indices[module] + 1] = self.stream(output)[:, -1].clone()
 
-            return hook
-
-        def capture_last(module: Module, args: Any, output: Any) -> None:
+        def leave_decoder(module: Module, args: Any, output: Any) -> None:
             captured[self.n_layers] = output[0][:, -1].clone()
             raise Reached
 
-        handles = []
-        for index, layer in enumerate(self.layers):
-            handles.append(layer.register_forward_pre_hook(capture_input, with_kwargs=True))
-            handles.append(layer.register_forward_hook(capture_output(index + 1)))
-        handles.append(self.decoder().register_forward_hook(capture_last))
-        try:
-            with suppress(Reached):
-                yield captured
-        finally:
-            for handle in handles:
-                handle.remove()
+        after = [(self.decoder(), leave_decoder), *((layer, leave) for layer in self.layers)]
+        with hooked([(layer, enter) for layer in self.layers], after), suppress(Reached):
+            yield captured
 
     def decoder(self) -> Module:
         """

@@ -8,14 +8,14 @@ model again after an export. So nothing here keeps a model, and every score look
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import Field, PositiveInt
 
 from heretic_contrast.builtin import is_builtin, model_name, with_refuser_pools
 from heretic_contrast.engine.check import checked_engine
-from heretic_contrast.engine.interface import Continuations, Engine
+from heretic_contrast.engine.interface import Continuations
+from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.divergence import References
 from heretic_contrast.evaluation.plan import RANDOM, PreparedSweep, SweepSources, prepare_sweep
@@ -30,7 +30,6 @@ from heretic_contrast.hosts.surface import (
     require_model_access,
 )
 from heretic_contrast.hosts.unused import class_name
-from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.response_scorers import DEFAULT_POOL, ContrastScorer
 from heretic_contrast.settings import ContrastSettings, PromptSources, Table
 
@@ -81,7 +80,7 @@ class TeacherForcedDivergence(ContrastScorer):
     settings_class = TeacherForcedDivergenceSettings
     settings: TeacherForcedDivergenceSettings
     references: References
-    engine: Callable[[LanguageModel], Engine]
+    engine: type[PlainEngine]
 
     def init(self, ctx: Context) -> None:
         """
@@ -101,7 +100,7 @@ class TeacherForcedDivergence(ContrastScorer):
         known = Continuations(tuple(tokens), tuple(continuations))
         self.references = References(engine, known, self.settings.top_k)
         # An export loads the model again, and two of them may not fit into memory.
-        self.engine = engine.kind
+        self.engine = type(engine)
 
     def get_score(self, ctx: Context) -> Score:
         """Measures the model as it is; the value is in nats per token."""

@@ -4,7 +4,7 @@
 Ablation by forward hooks: of all samples of a batch in one way, or of each in its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils.rnn import pad_sequence
 
-from ..language_model import LanguageModel
+from ..language_model import LanguageModel, hooked
 from ..offloading import loaded
 from ..vectors import to_device
 from .operator import Operator
@@ -39,15 +40,12 @@ class BatchOperator:
     def stack(cls, operators: Sequence[Operator | None], hidden_size: int) -> "BatchOperator":
         """Stacks operators, some of which may be missing or have fewer directions than others."""
 
-        n_directions = max(len(operator.kernel) for operator in operators if operator is not None)
-        vectors = torch.zeros(len(operators), n_directions, hidden_size)
-        mixed_vectors = torch.zeros(len(operators), n_directions, hidden_size)
-        for index, operator in enumerate(operators):
-            if operator is not None:
-                n = len(operator.kernel)
-                vectors[index, :n] = operator.vectors
-                mixed_vectors[index, :n] = operator.mixed_vectors
-        return cls(vectors, mixed_vectors)
+        nothing = torch.zeros(0, hidden_size)
+        rows = [
+            (item.vectors, item.mixed_vectors) if item else (nothing, nothing) for item in operators
+        ]
+        columns = zip(*rows, strict=True)
+        return cls(*(pad_sequence(list(column), batch_first=True) for column in columns))
 
     def select(self, indices: Tensor) -> "BatchOperator":
         """Returns the operators of some samples, in a new order."""
@@ -89,7 +87,6 @@ def ablated(
     parameters are kept, as with offloading, its first call does.
     """
 
-    handles: list[Any] = []
     moved: dict[torch.device, Operator | BatchOperator] = {}
 
     def on(device: torch.device) -> Operator | BatchOperator:
@@ -104,18 +101,15 @@ def ablated(
         return output - on(output.device).apply(output if bias is None else output - bias)
 
     biases: dict[Module, Tensor] = {}
-    try:
-        for module in modules:
-            on(next(module.parameters()).device)
-            if not with_bias and getattr(module, "bias", None) is not None:
-                # An offloaded bias is gone again when the hook runs.
-                with loaded(module, None):
-                    biases[module] = cast(Tensor, module.bias)
-            handles.append(module.register_forward_hook(hook))
+    modules = list(modules)
+    for module in modules:
+        on(next(module.parameters()).device)
+        if not with_bias and getattr(module, "bias", None) is not None:
+            # An offloaded bias is gone again when the hook runs.
+            with loaded(module, None):
+                biases[module] = cast(Tensor, module.bias)
+    with hooked(after=[(module, hook) for module in modules]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -148,11 +142,7 @@ class Intervention:
 def output_projections(
     model: LanguageModel, layer: int, components: tuple[str, ...] | None
 ) -> list[Module]:
-    """
-    Returns the modules of a layer that are ablated.
-
-    A layer of a hybrid model may lack a component, and then contributes nothing to it.
-    """
+    """Returns the modules of a layer that are ablated. A layer of a hybrid model may lack a component."""
 
     return [writer.module for writer in writers_of(model, layer, components)]
 
@@ -249,23 +239,14 @@ def carries_samples(model: LanguageModel) -> bool:
         )
         seen.append(output.reshape(2, 3, -1) if kept else output)
 
-    modules = [
-        module
-        for layer in range(model.n_layers)
-        for module in output_projections(model, layer, None)
-    ]
-    paths = [writer.path for writers in model.writers for writer in writers]
-    if any(part.isdigit() for path in paths for part in path.split(".")):
+    writers = [writer for writers in model.writers for writer in writers]
+    if any(part.isdigit() for writer in writers for part in writer.path.split(".")):
         # Each expert of a list sees the tokens that are its own.
         return False
-    handles = [module.register_forward_hook(see) for module in modules]
-    try:
-        tokens = (torch.arange(3, 9, device=model.device) % model.vocabulary_size).view(2, 3)
+    tokens = (torch.arange(3, 9, device=model.device) % model.vocabulary_size).view(2, 3)
+    with hooked(after=[(writer.module, see) for writer in writers]):
         for batch in (tokens, tokens.flip(0)):
             model.model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     pairs = zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True)
     return all(
         first.ndim == 3
@@ -286,6 +267,8 @@ def missed_shares(model: LanguageModel, tolerance: float | None = None) -> dict[
 
     if tolerance is None:
         tolerance = 1e-3 if model.model.dtype in (torch.float32, torch.float64) else 0.1
+    layers = {layer: index for index, layer in enumerate(model.layers)}
+    entered: dict[int, Tensor] = {}
     states: dict[int, tuple[Tensor, Tensor]] = {}
 
     def shorten(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -293,27 +276,23 @@ def missed_shares(model: LanguageModel, tolerance: float | None = None) -> dict[
         before = args[0] if args else kwargs["hidden_states"]
         lengths = before.float().square().mean(dim=-1, keepdim=True).sqrt()
         before = (before / (lengths / LENGTH).clamp_min(1)).to(before.dtype)
+        entered[layers[module]] = before
         if args:
             return (before, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": before}
 
-    def leave(layer: int) -> Callable[..., None]:
-        def hook(
-            module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            before, after = (
-                model.stream(item).flatten(0, 1).double().cpu()
-                for item in (args or kwargs["hidden_states"], output)
-            )
-            states[layer] = (before, after)
-
-        return hook
+    def leave(module: Module, args: Any, output: Any) -> None:
+        before, after = (
+            model.stream(item).flatten(0, 1).double().cpu()
+            for item in (entered[layers[module]], output)
+        )
+        states[layers[module]] = (before, after)
 
     decoder, tokens = model.decoder(), some_tokens(model)
-    with ExitStack() as stack:
-        for index, module in enumerate(model.layers):
-            stack.callback(module.register_forward_pre_hook(shorten, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(leave(index), with_kwargs=True).remove)
+    with (
+        hooked([(layer, shorten) for layer in layers], [(layer, leave) for layer in layers]),
+        ExitStack() as stack,
+    ):
         decoder(input_ids=tokens, use_cache=False)
         directions = {
             layer: torch.nn.functional.normalize((after - before)[-1], dim=0)

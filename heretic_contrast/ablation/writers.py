@@ -7,9 +7,9 @@ They are found in one pass over a few tokens, by walking back from what a layer 
 modules that hold matrices. No family of models is known here; names only decide what a component is called.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ from torch.nn import Module, ModuleList
 
 from ..errors import ContrastError
 from ..identity import digest
-from ..language_model import LanguageModel
+from ..language_model import LanguageModel, hooked
 from ..offloading import loaded
 from .operator import Operator
 
@@ -205,16 +205,12 @@ def find_embeddings(model: LanguageModel) -> tuple[Writer, ...]:
 
     first, network = model.layers[0], base_model(model)
     if first not in _FOUND_EMBEDDINGS:
-        with torch.enable_grad(), ExitStack() as stack:
-            trace = _Trace(network, model.hidden_size, stack)
-            stack.callback(
-                first.register_forward_pre_hook(
-                    lambda module, args, kwargs: trace.leave(
-                        args[0] if args else kwargs["hidden_states"]
-                    ),
-                    with_kwargs=True,
-                ).remove
-            )
+        trace = _Trace(network, model.hidden_size)
+
+        def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            trace.leave(module, args, args[0] if args else kwargs["hidden_states"])
+
+        with torch.enable_grad(), hooked([*trace.before, (first, enter)], trace.after):
             model.decoder()(input_ids=some_tokens(model), use_cache=False)
         found = tuple(
             replace(writer, component=EMBEDDINGS) for writer in _complete(network, trace, {})
@@ -351,31 +347,27 @@ class _Trace:
     Hooks of one layer, or of a network, that cut the graph at every matrix, to walk back from what the layer returns.
 
     `found`: for each module that was reached, in the order that they ran in, the norms behind it.
-    `entered`, `left`: the layer's input and output, for all tokens.
     """
 
-    def __init__(self, layer: Module, hidden_size: int, stack: ExitStack) -> None:
+    def __init__(self, layer: Module, hidden_size: int) -> None:
         self.hidden_size = hidden_size
+        self.before: list[tuple[Module, Callable[..., Any]]] = []
+        self.after: list[tuple[Module, Callable[..., Any]]] = []
         self.found: dict[str, tuple[str, ...]] = {}
         self._ends: dict[Any, str] = {}
         self._norms: dict[Any, str] = {}
         for path, module, dimensions in _leaves(layer):
             # A vector multiplies, or is a norm's; a matrix ends the walk.
-            function = self._cut if dimensions >= 2 else self._mark
             if dimensions >= 2:
                 # Nothing of its input is walked, and some quantized ones cannot compute gradients.
-                stack.callback(module.register_forward_pre_hook(_enter, with_kwargs=True).remove)
-            stack.callback(
-                module.register_forward_hook(
-                    lambda module, args, output, function=function, path=path: function(
-                        path, output
-                    )
-                ).remove
-            )
+                self.before.append((module, _enter))
+                self.after.append((module, partial(self._cut, path)))
+            else:
+                self.after.append((module, partial(self._mark, path)))
 
-    def _cut(self, path: str, output: Any) -> Any:
+    def _cut(self, path: str, module: Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
-            return tuple(self._cut(path, item) for item in output)
+            return tuple(self._cut(path, module, args, item) for item in output)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         output = output.detach()
@@ -385,11 +377,11 @@ class _Trace:
         self._ends[output.grad_fn] = path
         return output
 
-    def _mark(self, path: str, output: Any) -> None:
+    def _mark(self, path: str, module: Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.grad_fn is not None:
             self._norms[output.grad_fn] = path
 
-    def leave(self, output: Any) -> None:
+    def leave(self, module: Module, args: Any, output: Any) -> None:
         """Walks back from what the layer returns."""
 
         state = output[0] if isinstance(output, tuple) else output
@@ -425,15 +417,11 @@ def _enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _trace(model: LanguageModel) -> list[_Trace]:
-    decoder = model.decoder()
-    with torch.enable_grad(), ExitStack() as stack:
-        traces = [_Trace(layer, model.hidden_size, stack) for layer in model.layers]
-        for layer, trace in zip(model.layers, traces, strict=True):
-            stack.callback(layer.register_forward_pre_hook(_enter, with_kwargs=True).remove)
-            stack.callback(
-                layer.register_forward_hook(
-                    lambda module, args, output, trace=trace: trace.leave(output)
-                ).remove
-            )
-        decoder(input_ids=some_tokens(model), use_cache=False)
-    return traces
+    traces = {layer: _Trace(layer, model.hidden_size) for layer in model.layers}
+    before = [(layer, _enter) for layer in traces]
+    after = [(layer, trace.leave) for layer, trace in traces.items()]
+    for trace in traces.values():
+        before, after = before + trace.before, trace.after + after
+    with torch.enable_grad(), hooked(before, after):
+        model.decoder()(input_ids=some_tokens(model), use_cache=False)
+    return list(traces.values())

@@ -14,7 +14,7 @@ from ..greedy import is_plainly_greedy
 from ..language_model import LanguageModel, Tokens, is_out_of_memory
 from ..vectors import unit_vectors
 from .fast.engine import FastEngine
-from .interface import Continuations, Engine
+from .interface import Continuations
 from .plain import PlainEngine
 
 N_PROMPTS = 3
@@ -24,7 +24,7 @@ DEVICE_FAILS = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
 """What PyTorch raises from 2.8 on when a device does not work any more."""
 
 
-def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> Engine:
+def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> PlainEngine:
     """
     Returns the fast engine, or the plain one where the fast one differs or fails on some of the prompts.
 
@@ -74,7 +74,7 @@ def some_interventions(plain: PlainEngine, known: Continuations) -> list[Interve
 
 
 def reason_against(
-    engine: Engine,
+    engine: PlainEngine,
     plain: PlainEngine,
     known: Continuations,
     interventions: Sequence[Intervention],
@@ -103,7 +103,7 @@ def reason_against(
 
 
 def all_logits(
-    engine: Engine, known: Continuations, interventions: Sequence[Intervention] | None
+    engine: PlainEngine, known: Continuations, interventions: Sequence[Intervention] | None
 ) -> list[Tensor]:
     """
     Returns the logits at all positions under each intervention, Tensors of shape (n_positions, vocabulary).

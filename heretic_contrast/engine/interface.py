@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""What an engine does: all that the rest of the package asks of a running model."""
+"""What engines are given, and what they give."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..ablation.hooks import Intervention
-from ..language_model import LanguageModel, Tokens
+from ..language_model import Tokens
 
 Count = Callable[[int], None]
 """Is told how many more prompts are done, each under each intervention."""
@@ -63,53 +61,6 @@ class Logits:
     interventions: Tensor
     positions: Tensor
     values: Tensor
-
-
-class Engine(Protocol):
-    """
-    Runs a model under many interventions. `engine.plain` defines what is right; `engine.fast` must give the same.
-
-    Without an intervention the model is run as it is at that moment.
-    """
-
-    model: LanguageModel
-
-    @property
-    def kind(self) -> "Callable[[LanguageModel], Engine]":
-        """What makes the same engine for another model, and keeps none."""
-
-    def generate(self, prompts: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
-        """
-        Returns the greedy continuation of each prompt, at most `limits` tokens, up to and with the one that ends it.
-
-        It is what the model's own `generate` gives for the prompt alone, with the model's generation configuration. Raises
-        `ContrastError` when that does not work.
-        """
-
-    def respond(
-        self,
-        known: Continuations,
-        limit: int,
-        interventions: Sequence[Intervention],
-        count: Count = no_count,
-    ) -> list[list[Tokens]]:
-        """
-        Returns what `generate` gives for each prompt under each intervention.
-
-        `known`: with the unmodified model's responses of at most `limit` tokens.
-        """
-
-    def logits(
-        self,
-        known: Continuations,
-        interventions: Sequence[Intervention] | None = None,
-        count: Count = no_count,
-    ) -> Iterator[Logits]:
-        """
-        Yields what is predicted at all positions of continuations that the model reads, under each intervention.
-
-        With interventions, the unmodified model must be the same in all calls for the same continuations.
-        """
 
 
 def pad_right(

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import Module
 from transformers import LogitsProcessorList
 
 from ..ablation.hooks import contributions
-from ..language_model import LanguageModel, Tokens, plain_settings
+from ..language_model import LanguageModel, Tokens, hooked, plain_settings
 from ..vectors import to_device
 
 Observe = Callable[[Tensor, Tensor, Tensor], None]
@@ -75,30 +76,25 @@ def _last_positions(
     outputs: dict[int, Tensor] = {}
     states: dict[int, Tensor] = {}
 
-    def add_output(layer: int, with_bias: bool) -> Callable[..., None]:
-        def hook(module: Module, args: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            bias = None if with_bias else getattr(module, "bias", None)
-            # Experts give the tokens of all samples in one list.
-            last = output.reshape(n_samples, -1, output.shape[-1])[:, -1]
-            last = (last if bias is None else last - bias).float()
-            outputs[layer] = outputs[layer] + last if layer in outputs else last
+    layers = {layer: index for index, layer in enumerate(model.layers)}
+    writers = {
+        module: (index, with_bias)
+        for index in range(model.n_layers)
+        for module, with_bias in contributions(model, index).items()
+    }
 
-        return hook
+    def add_output(module: Module, args: Any, output: Any) -> None:
+        layer, with_bias = writers[module]
+        output = output[0] if isinstance(output, tuple) else output
+        bias = None if with_bias else getattr(module, "bias", None)
+        # Experts give the tokens of all samples in one list.
+        last = output.reshape(n_samples, -1, output.shape[-1])[:, -1]
+        last = (last if bias is None else last - bias).float()
+        outputs[layer] = outputs[layer] + last if layer in outputs else last
 
-    def keep_state(layer: int) -> Callable[..., None]:
-        def hook(module: Module, args: Any, output: Any) -> None:
-            states[layer] = model.stream(output)[:, -1].float()
+    def keep_state(module: Module, args: Any, output: Any) -> None:
+        states[layers[module]] = model.stream(output)[:, -1].float()
 
-        return hook
-
-    handles = []
-    try:
-        for index, layer in enumerate(model.layers):
-            handles.append(layer.register_forward_hook(keep_state(index)))
-            for module, with_bias in contributions(model, index).items():
-                handles.append(module.register_forward_hook(add_output(index, with_bias)))
+    hooks = [(layer, keep_state) for layer in layers], [(module, add_output) for module in writers]
+    with hooked(after=chain(*hooks)):
         yield outputs, states
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -2,7 +2,7 @@
 
 """The plain engine, the definition of right: hooks, the model's own `generate`, and whole forward passes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,26 +11,30 @@ from torch import Tensor
 from ..ablation.hooks import Intervention, ablated_samples
 from ..language_model import Batches, LanguageModel, Tokens
 from .compat import forget_images
-from .interface import Continuations, Count, Engine, Logits, no_count, pad_right
+from .interface import Continuations, Count, Logits, no_count, pad_right
 
 ELEMENTS = 2**24
 """Logits of one pass, 64 MiB, that are allowed where it holds more than one sequence."""
 
 
 class PlainEngine:
-    """See `Engine`. One intervention after the other, the prompts of each in batches of the model's size."""
+    """
+    Runs a model under many interventions: one after the other, the prompts of each in batches of the model's size.
+
+    All that the rest of the package asks of a running model. `engine.fast` must give the same. Without an intervention the
+    model is run as it is at that moment.
+    """
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
 
-    @property
-    def kind(self) -> Callable[[LanguageModel], Engine]:
-        """See `Engine.kind`."""
-
-        return type(self)
-
     def generate(self, prompts: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
-        """See `Engine.generate`."""
+        """
+        Returns the greedy continuation of each prompt, at most `limits` tokens, up to and with the one that ends it.
+
+        It is what the model's own `generate` gives for the prompt alone, with the model's generation configuration. Raises
+        `ContrastError` when that does not work.
+        """
 
         forget_images(self.model.model)
         return self.model.generate_tokens(prompts, limits)
@@ -42,7 +46,11 @@ class PlainEngine:
         interventions: Sequence[Intervention],
         count: Count = no_count,
     ) -> list[list[Tokens]]:
-        """See `Engine.respond`."""
+        """
+        Returns what `generate` gives for each prompt under each intervention.
+
+        `known`: with the unmodified model's responses of at most `limit` tokens.
+        """
 
         found = []
         for intervention in interventions:
@@ -59,7 +67,11 @@ class PlainEngine:
         interventions: Sequence[Intervention] | None = None,
         count: Count = no_count,
     ) -> Iterator[Logits]:
-        """See `Engine.logits`."""
+        """
+        Yields what is predicted at all positions of continuations that the model reads, under each intervention.
+
+        With interventions, the unmodified model must be the same in all calls for the same continuations.
+        """
 
         sequences = known.sequences
         # Logits are asked for from the first prediction on, and not of what comes before.

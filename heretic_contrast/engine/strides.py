@@ -42,12 +42,6 @@ def has_ended(tokens: Tokens, limit: int, ends: frozenset[int]) -> bool:
     return len(tokens) >= limit or (len(tokens) > 0 and tokens[-1] in ends)
 
 
-def unmodified(rows: list[Row]) -> AbstractContextManager[None]:
-    """Lets the model be as it is."""
-
-    return nullcontext()
-
-
 @torch.no_grad()
 def generate_together(
     model: LanguageModel,
@@ -58,7 +52,7 @@ def generate_together(
     found: dict[Row, Tokens],
     limit: int,
     watch: Watch[Row] = none_leaves,
-    ablated: Callable[[list[Row]], AbstractContextManager[None]] = unmodified,
+    ablated: Callable[[list[Row]], AbstractContextManager[None]] = lambda rows: nullcontext(),
 ) -> None:
     """
     Generates responses to their end, in one batch that those leave which have ended.
@@ -91,14 +85,9 @@ def generate_together(
         n_new += new.shape[1]
         for row, more in zip(rows, new.tolist(), strict=True):
             found[row] = until_end(found[row] + tuple(more), limit, ends)
-        done = [has_ended(found[row], limit, ends) for row in rows]
-        others = [row for row, is_done in zip(rows, done, strict=True) if not is_done]
-        leaving = watch(found, [row for row, end in zip(rows, done, strict=True) if end], others)
-        kept = [
-            sample
-            for sample, (row, is_done) in enumerate(zip(rows, done, strict=True))
-            if not is_done and row not in leaving
-        ]
+        ended = [row for row in rows if has_ended(found[row], limit, ends)]
+        leaving = {*ended, *watch(found, ended, [row for row in rows if row not in ended])}
+        kept = [sample for sample, row in enumerate(rows) if row not in leaving]
         tokens, cache = output.sequences, getattr(output, CACHE)
         mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)
         if 0 < len(kept) < len(rows):

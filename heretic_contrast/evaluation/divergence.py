@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..ablation.hooks import Intervention
-from ..engine.interface import Continuations, Count, Engine, no_count
+from ..engine.interface import Continuations, Count, no_count
+from ..engine.plain import PlainEngine
 from ..errors import ContrastError
 
 
@@ -127,7 +128,7 @@ class References:
     `engine`: runs the unmodified model, and is not kept. `top_k`: how many log-probabilities are kept of each position.
     """
 
-    def __init__(self, engine: Engine, known: Continuations, top_k: int) -> None:
+    def __init__(self, engine: PlainEngine, known: Continuations, top_k: int) -> None:
         self.known = known
         chunks = []
         for chunk in engine.logits(known):
@@ -142,7 +143,7 @@ class References:
 
     def measure(
         self,
-        engine: Engine,
+        engine: PlainEngine,
         interventions: Sequence[Intervention] | None = None,
         count: Count = no_count,
     ) -> list[tuple[float, float]]:

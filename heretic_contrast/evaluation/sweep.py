@@ -22,8 +22,9 @@ from ..ablation.writers import writers_digest
 from ..directions.pools import Log
 from ..directions.sources import ShowProgress
 from ..engine.check import checked_engine
-from ..engine.interface import Continuations, Engine
+from ..engine.interface import Continuations
 from ..engine.judge import JudgeModel
+from ..engine.plain import PlainEngine
 from ..engine.text_classification import TextClassificationBackend, classifier_of
 from ..errors import ContrastError
 from ..identity import Identity, identify, program_digest
@@ -69,7 +70,7 @@ class SweepEvaluator:
         model: LanguageModel,
         plan: SweepPlan,
         classify: Classifier = classify_response,
-        engine: Engine | None = None,
+        engine: PlainEngine | None = None,
     ) -> None:
         # Its weights are read once.
         model = model.identified()
@@ -211,7 +212,7 @@ class SweepEvaluator:
         limit = self.options.max_new_tokens
         for _ in range(limit):
             # By an engine of its own, since engines keep what they know of a continuation.
-            engine = self._engine.kind(self.model)
+            engine = type(self._engine)(self.model)
             found = tuple(engine.respond(known, limit, [self._nothing])[0])
             if found == known.tokens:
                 break

@@ -104,7 +104,7 @@ class Evaluator(heretic.main.Evaluator):
             engine = checked_engine(wrapped, tokens)
             limits = [settings.contrast.divergence_tokens] * len(tokens)
             known = Continuations(tuple(tokens), tuple(engine.generate(tokens, limits)))
-            self.references, self._engine = References(engine, known, top_k=100), engine.kind
+            self.references, self._engine = References(engine, known, top_k=100), type(engine)
 
     def judge(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         """Returns how far responses are refusals: 0 or 1, or what a judge model takes for the probability."""

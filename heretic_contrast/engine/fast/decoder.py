@@ -9,16 +9,15 @@ unmodified model has computed.
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ...language_model import LanguageModel, Reached, batches
+from ...language_model import LanguageModel, Reached, batches, hooked
 from ...vectors import to_device
 from ..compat import CACHE, Cache, shares_its_cache
 from ..cpu.layers import fast_on_cpu
@@ -30,13 +29,8 @@ LEAST_POSITIONS = 256
 """Positions whose logits are held at the same time in any case, elsewhere than on a CPU."""
 
 
-@dataclass(frozen=True)
-class TokenBatch:
-    """
-    Known tokens: `input_ids` and `attention_mask`, integer tensors of shape (batch, length).
-
-    What follows the last token of a sample is masked. Tokens that a cache holds are not among them.
-    """
+class TokenBatch(NamedTuple):
+    """Known tokens that no cache holds, masked behind the last of a sample: integer tensors of shape (batch, length)."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -61,6 +55,12 @@ class LayerInput:
         rows = to_device(samples, self.hidden_states.device)
         return replace(self, hidden_states=self.hidden_states[:, :length][rows])
 
+    def passed(self) -> Any:
+        """Returns what the layers below pass on."""
+
+        states = self.hidden_states
+        return (states, *[None] * (self.n_outputs - 1)) if self.n_outputs else states
+
 
 class Decoder:
     """A model's decoder and its head, as they are hooked at the moment of a call."""
@@ -71,19 +71,11 @@ class Decoder:
         parameters = inspect.signature(self._decoder.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self._output_class: Any = None
-
-    @property
-    def config(self) -> Any:
-        """The decoder's configuration, which decides what caches it needs."""
-
-        return self._decoder.config
-
-    @cached_property
-    def highest_start(self) -> int:
-        """The lowest layer whose keys and values layers above it attend to, or the number of layers."""
-
-        shared = (index for index, layer in enumerate(self.model.layers) if shares_its_cache(layer))
-        return next(shared, self.model.n_layers)
+        # What decides which caches it needs.
+        self.config = self._decoder.config
+        # No pass starts above a layer whose keys and values layers above it attend to.
+        shared = (index for index, layer in enumerate(model.layers) if shares_its_cache(layer))
+        self.highest_start = next(shared, model.n_layers)
 
     @torch.no_grad()
     def run(
@@ -102,18 +94,19 @@ class Decoder:
 
         mask = tokens.attention_mask
         mask = torch.cat([mask.new_ones(len(mask), n_cached), mask], dim=1)
-        arguments: dict[str, Any] = {
-            "input_ids": tokens.input_ids,
-            "attention_mask": mask,
-            "use_cache": cache is not None,
-        }
-        if cache is not None:
-            arguments[CACHE] = cache
+        arguments: dict[str, Any] = {} if cache is None else {CACHE: cache}
         if self.takes_positions:
             positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
             arguments["position_ids"] = positions[:, n_cached:]
-        with fast_on_cpu(self.model), self._started(start):
-            output = self._decoder(**arguments)
+        # The layers below pass on what is known already.
+        below = [] if start is None else self.model.layers[: start.layer]
+        with fast_on_cpu(self.model), replaced_forwards(below, start and start.passed()):
+            output = self._decoder(
+                input_ids=tokens.input_ids,
+                attention_mask=mask,
+                use_cache=cache is not None,
+                **arguments,
+            )
         self._output_class = type(output)
         hidden_states: Tensor = output.last_hidden_state
         return hidden_states
@@ -147,13 +140,9 @@ class Decoder:
                 if any(item is not None for item in output[1:]):
                     raise NotImplementedError("its layers pass on more than hidden states")
 
-        with ExitStack() as stack:
-            layers = self.model.layers
-            hook = layers[layer].register_forward_pre_hook(enter, with_kwargs=True)
-            stack.callback(hook.remove)
-            if layer > 0:
-                stack.callback(layers[layer - 1].register_forward_hook(leave).remove)
-            stack.enter_context(suppress(Reached))
+        layers = self.model.layers
+        below = [(item, leave) for item in layers[max(layer - 1, 0) : layer]]
+        with hooked([(layers[layer], enter)], below), suppress(Reached):
             self.run(tokens, cache, n_cached, start)
         return LayerInput(layer, entered[0], n_outputs)
 
@@ -185,20 +174,6 @@ class Decoder:
 
         parts = self.chunks(hidden_states)
         return torch.cat([self.logits(hidden_states[part]).argmax(dim=1) for part in parts])
-
-    @contextmanager
-    def _started(self, start: LayerInput | None) -> Iterator[None]:
-        """Makes the layers below `start` pass on what is known already."""
-
-        if start is None:
-            yield
-            return
-        n = start.n_outputs
-        states = start.hidden_states
-        with replaced_forwards(
-            self.model.layers[: start.layer], (states, *[None] * (n - 1)) if n else states
-        ):
-            yield
 
 
 @contextmanager

@@ -11,9 +11,9 @@ the KV cache of the verification where tokens after the departure can be masked.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ...ablation.hooks import Intervention, ablated_samples
 from ...language_model import Batches, Tokens, until_end
@@ -31,17 +31,11 @@ from ..strides import generate_together, has_ended
 from .decoder import Decoder
 from .teacher_forcing import Pass, TeacherForcing
 
+Row = tuple[int, int]
+"""Intervention and prompt of a response."""
 
-@dataclass(frozen=True)
-class Departures:
-    """
-    Responses that are to be generated further.
-
-    `rows`: intervention and prompt of each. `cache`: of the tokens of the drafts, None where it has to be read again.
-    """
-
-    rows: list[tuple[int, int]]
-    cache: Cache | None
+Departures = tuple[list[Row], Cache | None]
+"""Responses that are to be generated further, and the cache of their drafts' tokens; None where it has to be read again."""
 
 
 class Drafts:
@@ -67,24 +61,23 @@ class Drafts:
     def respond(self, interventions: Sequence[Intervention], count: Count) -> list[list[Tokens]]:
         """Returns the responses to all prompts under each intervention."""
 
-        found: dict[tuple[int, int], Tokens] = {}
+        found: dict[Row, Tokens] = {}
         waiting: list[Departures] = []
         for item in self._forcing.modified(interventions):
-            departures = self._verify(item, found)
+            rows, cache = self._verify(item, found)
             count(len(item.rows))
-            if not departures.rows:
-                continue
-            n_waiting = sum(len(others.rows) for others in waiting)
-            if n_waiting + len(departures.rows) > self._batches.size or (
-                waiting and not self._can_share(waiting[0], departures)
+            together = [row for part, _ in (*waiting, (rows, cache)) for row in part]
+            if len(together) > self._batches.size or (
+                len({index for index, _ in together}) > 1 and not self._forcing.carries_samples
             ):
                 self._generate(waiting, interventions, found)
-            waiting.append(departures)
+            if rows:
+                waiting.append((rows, cache))
         self._generate(waiting, interventions, found)
         prompts = range(len(self._known.prompts))
         return [[found[index, prompt] for prompt in prompts] for index in range(len(interventions))]
 
-    def _verify(self, item: Pass, found: dict[tuple[int, int], Tokens]) -> Departures:
+    def _verify(self, item: Pass, found: dict[Row, Tokens]) -> Departures:
         """
         Returns the responses that are not finished with their draft.
 
@@ -104,13 +97,7 @@ class Drafts:
             found[index, prompt] = response
             if not has_ended(response, self._limit, self._ends):
                 departed.append(sample)
-        return Departures([item.rows[sample] for sample in departed], self._kept(item, departed))
-
-    def _can_share(self, some: Departures, others: Departures) -> bool:
-        """Returns whether two sets of departures may be generated in one batch."""
-
-        one_intervention = some.rows[0][0] == others.rows[0][0]
-        return self._forcing.carries_samples or one_intervention
+        return [item.rows[sample] for sample in departed], self._kept(item, departed)
 
     def _unmodified_cache(self) -> tuple[Cache | None, dict[int, int]]:
         """Returns the KV cache of all drafts, where tokens can be masked in it, and the row of each prompt."""
@@ -148,56 +135,45 @@ class Drafts:
         self,
         waiting: list[Departures],
         interventions: Sequence[Intervention],
-        found: dict[tuple[int, int], Tokens],
+        found: dict[Row, Tokens],
     ) -> None:
         """Generates responses to their end, in one batch where memory suffices for that. None waits any more."""
 
-        rows = [row for departures in waiting for row in departures.rows]
-        caches = [departures.cache for departures in waiting if departures.cache is not None]
+        rows = [row for part, _ in waiting for row in part]
+        caches = [cache for _, cache in waiting if cache is not None]
         waiting.clear()
+
+        def ablated(rows: list[Row]) -> AbstractContextManager[None]:
+            return ablated_samples(self._model, [interventions[index] for index, _ in rows])
 
         def generate(part: slice) -> None:
             # What there is of a response stays where memory was exhausted, and is read again.
             left = [row for row in rows[part] if not has_ended(found[row], self._limit, self._ends)]
+            if not left:
+                return
             cache = concatenate(caches) if caches and len(left) == len(rows) else None
             # Not to be held beside it.
             caches.clear()
-            self._generate_together(left, cache, interventions, found)
+            sequences = [self._known.prompts[row[1]] + found[row] for row in left]
+            tokens, mask = self._inputs(sequences, cache)
+            generate_together(
+                self._model, left, tokens, mask, cache, found, self._limit, ablated=ablated
+            )
 
         for _ in self._batches.run(len(rows), generate):
             pass
 
-    def _generate_together(
-        self,
-        rows: list[tuple[int, int]],
-        cache: Cache | None,
-        interventions: Sequence[Intervention],
-        found: dict[tuple[int, int], Tokens],
-    ) -> None:
-        """
-        Generates responses to their end.
+    def _inputs(self, sequences: list[Tokens], cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Returns tokens and mask of what is to be generated further. `cache`: of the tokens of the drafts."""
 
-        `cache`: of the tokens of the drafts, None where they have to be read.
-        """
-
-        if not rows:
-            return
-        sequences = [self._known.prompts[row[1]] + found[row] for row in rows]
         if cache is None:
             inputs = self._model.pad(sequences)
-            tokens, mask = inputs["input_ids"], inputs["attention_mask"]
-        else:
-            # What the cache holds of the draft after the departure is masked; the last token is not read yet.
-            read = [sequence[:-1] for sequence in sequences]
-            filler = self._model.pad_token_id()
-            tokens, mask = pad_right(read, filler, cache.get_seq_length())
-            last = torch.tensor([[sequence[-1]] for sequence in sequences])
-            tokens = to_device(torch.cat([tokens, last], dim=1), self._model.device)
-            mask = to_device(torch.cat([mask, torch.ones_like(last)], dim=1), self._model.device)
-
-        def ablated(rows: list[tuple[int, int]]) -> AbstractContextManager[None]:
-            return ablated_samples(self._model, [interventions[index] for index, _ in rows])
-
-        generate_together(
-            self._model, rows, tokens, mask, cache, found, self._limit, ablated=ablated
+            return inputs["input_ids"], inputs["attention_mask"]
+        # What the cache holds of the draft after the departure is masked; the last token is not read yet.
+        read = [sequence[:-1] for sequence in sequences]
+        tokens, mask = pad_right(read, self._model.pad_token_id(), cache.get_seq_length())
+        last = torch.tensor([[sequence[-1]] for sequence in sequences])
+        return (
+            to_device(torch.cat([tokens, last], dim=1), self._model.device),
+            to_device(torch.cat([mask, torch.ones_like(last)], dim=1), self._model.device),
         )

@@ -19,9 +19,7 @@ from .teacher_forcing import TeacherForcing
 
 
 class FastEngine(PlainEngine):
-    """
-    See `Engine`. Must give what the plain engine gives, but for rounding. What is known of continuations is kept.
-    """
+    """Must give what the plain engine gives, but for rounding. What is known of continuations is kept."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__(model)
@@ -30,8 +28,6 @@ class FastEngine(PlainEngine):
         self._drafts: dict[Continuations, Drafts] = {}
 
     def generate(self, prompts: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
-        """See `Engine.generate`."""
-
         with fast_on_cpu(self.model):
             return super().generate(prompts, limits)
 
@@ -42,8 +38,6 @@ class FastEngine(PlainEngine):
         interventions: Sequence[Intervention],
         count: Count = no_count,
     ) -> list[list[Tokens]]:
-        """See `Engine.respond`."""
-
         if not is_plainly_greedy(self.model.model):
             # Looks at more than the next token: how a response began, how long it may become, or what else is in its batch.
             return super().respond(known, limit, interventions, count)
@@ -59,8 +53,6 @@ class FastEngine(PlainEngine):
         interventions: Sequence[Intervention] | None = None,
         count: Count = no_count,
     ) -> Iterator[Logits]:
-        """See `Engine.logits`."""
-
         forcing, starts, lengths = self._forcing(known), known.starts, known.lengths
         passes = forcing.unmodified() if interventions is None else forcing.modified(interventions)
         for item in passes:

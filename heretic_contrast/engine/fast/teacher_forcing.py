@@ -96,19 +96,30 @@ class TeacherForcing:
     def modified(self, interventions: Sequence[Intervention]) -> Iterator[Pass]:
         """Yields the hidden states under each intervention. The unmodified model must be the same in all calls."""
 
-        for layer, group in self._shared_passes(interventions):
-            prefix, start = self._layer_inputs(layer)
+        by_layer: dict[int, list[int]] = {}
+        for index, intervention in enumerate(interventions):
+            layer = min(intervention.first_layer, self._decoder.highest_start)
+            by_layer.setdefault(layer, []).append(index)
+        for layer, group in sorted(by_layer.items()):
+            # Where modules do not carry the samples of a batch apart, every intervention has passes of its own.
+            for part in [group] if self.carries_samples else [[index] for index in group]:
+                yield from self._modified(interventions, layer, part)
 
-            def read_prefix(
-                part: slice, group: list[int] = group, prefix: LayerInput | None = prefix
-            ) -> tuple[list[int], Cache | None]:
-                ablated = [interventions[index] for index in group[part]]
-                cache = None if prefix is None else self._read_ablated_prefix(ablated, prefix)
-                return group[part], cache
+    def _modified(
+        self, interventions: Sequence[Intervention], layer: int, group: list[int]
+    ) -> Iterator[Pass]:
+        """Yields the passes of interventions that start at one layer."""
 
-            # Interventions that do not fit into one pass beside each other take turns.
-            for chosen, cache in self._batches.run(len(group), read_prefix):
-                yield from self._passes(interventions, chosen, start, cache)
+        prefix, start = self._layer_inputs(layer)
+
+        def read_prefix(part: slice) -> tuple[list[int], Cache | None]:
+            ablated = [interventions[index] for index in group[part]]
+            cache = None if prefix is None else self._read_ablated_prefix(ablated, prefix)
+            return group[part], cache
+
+        # Interventions that do not fit into one pass beside each other take turns.
+        for chosen, cache in self._batches.run(len(group), read_prefix):
+            yield from self._passes(interventions, chosen, start, cache)
 
     def _passes(
         self,
@@ -159,24 +170,6 @@ class TeacherForcing:
         shown = tuple((index, prompt) for (_, index), prompt in zip(rows, prompts, strict=True))
         return Pass(shown, hidden_states[samples, columns], cache, first_layer)
 
-    def _shared_passes(
-        self, interventions: Sequence[Intervention]
-    ) -> Iterator[tuple[int, list[int]]]:
-        """
-        Yields layers at which passes start, each with the indices of the interventions that share these passes.
-
-        Where modules do not carry the samples of a batch apart, every intervention has passes of its own.
-        """
-
-        by_layer: dict[int, list[int]] = {}
-        for index, intervention in enumerate(interventions):
-            layer = min(intervention.first_layer, self._decoder.highest_start)
-            by_layer.setdefault(layer, []).append(index)
-        for layer in sorted(by_layer):
-            group = by_layer[layer]
-            parts = [group] if self.carries_samples else [[index] for index in group]
-            yield from ((layer, part) for part in parts)
-
     def _read_prefix(self) -> Cache | None:
         """Returns the KV cache of the prefix, of a model as it is at this moment."""
 
@@ -201,12 +194,11 @@ class TeacherForcing:
     def _layer_inputs(self, layer: int) -> tuple[LayerInput | None, LayerInput]:
         """Returns the inputs of a layer for the prefix, and for what follows: from those that were asked for last."""
 
-        known = self._inputs
-        if known is not None and known[1].layer == layer:
-            return known
-        if known is not None and known[1].layer > layer:
-            known = None
-        below, start = known or (None, None)
+        below, start = self._inputs or (None, None)
+        if start is not None and start.layer == layer:
+            return below, start
+        if start is not None and start.layer > layer:
+            below = start = None
         prefix = None
         if self.prefix:
             if self._prefix_cache is None:
