@@ -5,18 +5,13 @@
 import glob
 import hashlib
 import os
-import tempfile
+import uuid
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from .errors import ContrastError
-
-try:
-    import fcntl
-except ImportError:
-    # Windows.
-    fcntl = None  # type: ignore[assignment]
+from .processes import is_dead, this_process
 
 SUFFIX = ".incomplete"
 """How the names of temporary files end."""
@@ -32,28 +27,25 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     Raises `ContrastError` when the directory cannot be created, or the file cannot be written.
     """
 
-    temporary = None
+    # Its name says whose it is, so that what was left can be told from what is being written.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{this_process()}{SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
-        descriptor, temporary = _open_temporary(path)
-        with os.fdopen(descriptor, "wb") as file:
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????.*{SUFFIX}"):
+            if is_dead(leftover.name[len(path.name) + 11 : -len(SUFFIX)]):
+                leftover.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            # mkstemp makes the file private.
-            os.chmod(temporary, usual_mode())
-            if fcntl is None:
-                # Windows moves no open file. Elsewhere the lock is kept until the file has its name.
-                file.close()
-            os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise ContrastError(
             f"{path} could not be written ({error.strerror or error}): choose a writable place with enough room."
         ) from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def usual_mode() -> int:
@@ -62,32 +54,6 @@ def usual_mode() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
-
-
-def _open_temporary(path: Path) -> tuple[int, str]:
-    """Returns the descriptor and the name of a new temporary file, locked for as long as it is open."""
-
-    while True:
-        descriptor, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=SUFFIX
-        )
-        if fcntl is not None:
-            # Some file systems know no locks; leftovers stay there.
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Another process may have taken it for a leftover before it was locked.
-        if os.path.exists(temporary):
-            return descriptor, temporary
-        os.close(descriptor)
-
-
-def _remove_leftovers(path: Path) -> None:
-    if fcntl is None:
-        return
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????{SUFFIX}"):
-        with suppress(OSError), leftover.open("r+b") as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
 
 
 def write_text_atomically(path: Path, content: str) -> None:

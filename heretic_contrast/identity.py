@@ -70,7 +70,7 @@ LIBRARIES = """
 """What computes, where it is installed."""
 
 CHUNK = 2**26
-"""How many bytes one thread digests at a time."""
+"""How many bytes one thread copies at a time."""
 
 PASSING = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version"}
 """What a configuration holds that decides nothing: where the model lies, and what saved it."""
@@ -146,12 +146,11 @@ def weights_digest(network: Module, own_adapter: str | None = None) -> str:
     Raises `ContrastError` when a weight has no data.
     """
 
-    found: dict[str, list[Future[bytes]]] = {}
-    tied: dict[int, list[Future[bytes]]] = {}
+    found: dict[str, Future[str]] = {}
+    tied: dict[int, Future[str]] = {}
     with ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))) as pool:
         for module_name, module in network.named_modules():
             with loaded(module):
-                new: list[Future[bytes]] = []
                 for name, tensor in _tensors(module):
                     # Without adapters around the module.
                     full_name = f"{module_name}.{name}".removeprefix("base_model.model.")
@@ -164,35 +163,22 @@ def weights_digest(network: Module, own_adapter: str | None = None) -> str:
                             "the model again."
                         )
                     # Tied weights are one parameter, and read once.
-                    futures = tied.get(id(tensor))
-                    if futures is None:
-                        header = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-                        futures = [pool.submit(bytes, header), *_submit(pool, tensor)]
-                        new += futures
-                        if isinstance(tensor, Parameter) and not is_offloaded(module):
-                            tied[id(tensor)] = futures
-                    found[full_name] = futures
-                if is_offloaded(module):
-                    # What was loaded is only there until the context ends.
-                    for future in new:
+                    future = tied.get(id(tensor)) or pool.submit(_tensor_digest, tensor)
+                    found[full_name] = future
+                    if is_offloaded(module):
+                        # What was loaded is only there until the context ends.
                         future.result()
-        parts = {
-            name: hashlib.sha256(b"".join(future.result() for future in futures)).hexdigest()
-            for name, futures in found.items()
-        }
-    return digest(parts)
+                    elif isinstance(tensor, Parameter):
+                        tied[id(tensor)] = future
+        return digest({name: future.result() for name, future in found.items()})
 
 
-def _submit(pool: ThreadPoolExecutor, tensor: Tensor) -> Iterator[Future[bytes]]:
-    """Yields the digests of the chunks of a tensor, which are computed in other threads."""
-
+def _tensor_digest(tensor: Tensor) -> str:
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     flat = tensor.detach().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0)
     for start in range(0, flat.numel(), CHUNK):
-        yield pool.submit(_bytes_digest, flat[start : start + CHUNK])
-
-
-def _bytes_digest(chunk: Tensor) -> bytes:
-    return hashlib.sha256(chunk.cpu().numpy().data).digest()
+        found.update(hashlib.sha256(flat[start : start + CHUNK].cpu().numpy().data).digest())
+    return found.hexdigest()
 
 
 def _tensors(module: Module) -> Iterator[tuple[str, Tensor]]:

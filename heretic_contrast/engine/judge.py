@@ -46,11 +46,9 @@ def load_pretrained(
     try:
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
             raise OSError("there is no such folder")
-        source = {"revision": options.pop("revision", None), "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
-        model, found = model_class.from_pretrained(
-            name, output_loading_info=True, **source, **options
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        options |= {"trust_remote_code": False, "output_loading_info": True}
+        model, found = model_class.from_pretrained(name, **options)
     except Exception as error:
         # Readers of weights, and devices whose memory is exhausted, have errors of their own.
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -152,12 +150,8 @@ class JudgeModel:
         Raises `ContrastError` when the judge computes something else than numbers.
         """
 
-        texts = [strip_markup(response) for response in responses]
-        read = {
-            row: self.tokens(prompt, text)
-            for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
-            if text
-        }
+        texts = enumerate(zip(prompts, map(strip_markup, responses), strict=True))
+        read = {row: self.tokens(prompt, text) for row, (prompt, text) in texts if text}
         # Of about the same length, so that little is padded.
         rows = sorted(read, key=lambda row: len(read[row]))
 
@@ -180,7 +174,7 @@ class JudgeModel:
                 )
             return list(odds.sigmoid().tolist())
 
-        found = dict.fromkeys(range(len(texts)), 1.0)
+        found = dict.fromkeys(range(len(responses)), 1.0)
         judged = [value for values in self.batches.run(len(rows), judge) for value in values]
         found.update(zip(rows, judged, strict=True))
         return list(found.values())

@@ -17,18 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..builtin import DATA, REFUSER, refuser_pool
+from ..builtin import DATA, REFUSER
 from ..directions.directions import Directions
 from ..errors import ContrastError
 from ..language_model import LanguageModel, winsorize
-from ..prompts import Prompt, is_text, load_pool
+from ..prompts import Prompt, is_text
 from ..prompts.formats import read_file
 from ..tiers.responses import Tier, classify_response
 from ..vectors import unit_vectors
 from .results import CaptureResult, LayerCapture, LeftOut, Pair
-
-N_PAIRS_PER_CATEGORY = 2
-"""With nine categories, 18 pairs: as many as in the paper."""
 
 RANK_TOLERANCE = 1e-6
 """Singular values of unit directions below this share of the first one are rounding."""
@@ -45,9 +42,7 @@ def load_pairs(path: Path | str | None = None, model: str | None = None) -> list
     """
 
     if path is None:
-        if model == REFUSER:
-            return _refuser_pairs()
-        path = DATA / "pairs.jsonl"
+        path = (DATA / "refuser_prompts" if model == REFUSER else DATA) / "pairs.jsonl"
     pairs = []
     columns = ("refused", "answered", "category")
     for row in read_file(Path(path), columns).rows:
@@ -59,21 +54,6 @@ def load_pairs(path: Path | str | None = None, model: str | None = None) -> list
         pairs.append(Pair(cells[0], cells[1], cells[2] or None))
     if not pairs:
         raise ContrastError(f"There are no prompt pairs in {path}: give a file with pairs.")
-    return pairs
-
-
-def _refuser_pairs() -> list[Pair]:
-    """Returns the first held-out prompts of each category, harmful and matched ones in the same wording."""
-
-    harmful, matched = (
-        load_pool(refuser_pool(name, "test"), name) for name in ("harmful", "matched")
-    )
-    counts: dict[str | None, int] = {}
-    pairs = []
-    for refused, answered in zip(harmful, matched, strict=True):
-        counts[refused.category] = counts.get(refused.category, 0) + 1
-        if counts[refused.category] <= N_PAIRS_PER_CATEGORY:
-            pairs.append(Pair(refused.text, answered.text, refused.category))
     return pairs
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from heretic_contrast.builtin import REFUSER
+from heretic_contrast.builtin import REFUSER, refuser_pool
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import (
     capture_pairs,
@@ -24,6 +24,7 @@ from heretic_contrast.evaluation.capture import (
     subspace_capture,
 )
 from heretic_contrast.evaluation.results import Pair
+from heretic_contrast.prompts import load_pool
 from tests.made_directions import make_directions, random_tensor
 
 
@@ -106,6 +107,13 @@ def test_shipped_pairs_and_refuser_pairs() -> None:
         assert len(pairs) == 18
         assert set(Counter(pair.category for pair in pairs).values()) == {2}
         assert not {pair.refused for pair in pairs} & {pair.answered for pair in pairs}
+    # Those of the refuser are held out.
+    held_out = [
+        load_pool(refuser_pool(name, "test"), name) for name in ("harmful", "matched")
+    ]
+    assert {(pair.refused, pair.answered) for pair in pairs} <= {
+        (refused.text, answered.text) for refused, answered in zip(*held_out, strict=True)
+    }
 
 
 def test_pairs_of_the_user(tmp_path: Path) -> None:
