@@ -18,7 +18,7 @@ from heretic_contrast.engine.interface import Continuations
 from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.divergence import References
-from heretic_contrast.evaluation.plan import RANDOM, PreparedSweep, SweepSources, prepare_sweep
+from heretic_contrast.evaluation.plan import RANDOM, PreparedSweep, SweepSources
 from heretic_contrast.evaluation.plan_settings import SweepPlanSettings
 from heretic_contrast.evaluation.sweep import check_places, run_prepared
 from heretic_contrast.hosts.surface import (
@@ -148,7 +148,7 @@ class FixedWeightSweep(ContrastScorer):
         if is_builtin(self.heretic_settings.model):
             contrast = with_refuser_pools(contrast)
         where = self.place()
-        self.prepared = prepare_sweep(
+        self.prepared = PreparedSweep(
             self.settings,
             contrast,
             SweepSources(

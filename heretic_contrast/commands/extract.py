@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     from ..hosts.surface import log, progress_bar
 
     # Whatever can be wrong with prompts and files is found before a model is loaded.
-    sources = DirectionSources.read(
+    sources = DirectionSources(
         configurations,
         settings.response_prefix,
         settings.contrast_setting,

@@ -38,13 +38,13 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(settings.output)
 
     # Heavy imports come last, so that bad settings are answered at once.
-    from ..evaluation.plan import SweepSources, prepare_sweep
+    from ..evaluation.plan import PreparedSweep, SweepSources
     from ..evaluation.sweep import check_places, run_prepared
     from ..hosts.loading import load_language_model, with_common_prefix
     from ..hosts.surface import log, progress_bar
     from ..report import write_sweep_report
 
-    prepared = prepare_sweep(
+    prepared = PreparedSweep(
         settings,
         settings.contrast,
         SweepSources(

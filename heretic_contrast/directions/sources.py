@@ -75,50 +75,38 @@ class UsedPrompts:
         }
 
 
-@dataclass(frozen=True)
 class DirectionSources:
     """
     Where the directions of some configurations come from, by name: everything that is known before a model is loaded.
 
     `pools`: of configurations whose directions are extracted. `loaded`: the directions of the others. `harmful`, `bulk`:
     the prompts that a response prefix is looked for with, and activations are observed on; empty where neither is needed.
+    `response_prefix`: None where it is looked for. `where`: as in `load_pools`. Raises `ContrastError` as `load_pools` and
+    `Directions.load` do.
     """
 
-    settings: dict[str, ContrastSettings]
-    pools: dict[str, Pools]
-    loaded: dict[str, Directions]
-    harmful: tuple[Prompt, ...] = ()
-    bulk: tuple[Prompt, ...] = ()
-
-    @classmethod
-    def read(
-        cls,
+    def __init__(
+        self,
         settings: Mapping[str, ContrastSettings],
         response_prefix: str | None,
         where: str = "--contrast.",
         needs_prompts: bool = False,
-    ) -> "DirectionSources":
-        """
-        Reads the pools and files that the settings name.
-
-        `response_prefix`: None where it is looked for. `where`: as in `load_pools`. Raises `ContrastError` as `load_pools` and `Directions.load` do.
-        """
-
-        pools: dict[str, Pools] = {}
-        loaded: dict[str, Directions] = {}
+    ) -> None:
+        self.settings = dict(settings)
+        self.pools: dict[str, Pools] = {}
+        self.loaded: dict[str, Directions] = {}
         for name, item in settings.items():
             if item.directions is None:
-                pools[name] = load_pools(item, where)
+                self.pools[name] = load_pools(item, where)
             else:
-                loaded[name] = Directions.load(item.directions)
-        found = cls(dict(settings), pools, loaded)
-        if pools:
-            first = next(iter(pools.values()))
-            return replace(found, harmful=first.harmful, bulk=first.bulk)
-        if needs_prompts or (response_prefix is None and found.response_prefix is None):
-            harmful, bulk = load_plain_pools(next(iter(settings.values())), where)
-            return replace(found, harmful=tuple(harmful), bulk=tuple(bulk))
-        return found
+                self.loaded[name] = Directions.load(item.directions)
+        self.harmful: Sequence[Prompt] = ()
+        self.bulk: Sequence[Prompt] = ()
+        if self.pools:
+            first = next(iter(self.pools.values()))
+            self.harmful, self.bulk = first.harmful, first.bulk
+        elif needs_prompts or (response_prefix is None and self.response_prefix is None):
+            self.harmful, self.bulk = load_plain_pools(next(iter(settings.values())), where)
 
     def names(self, configuration: str) -> tuple[str, ...] | None:
         """Returns the names of the directions of a configuration, so far as they are known before a model is loaded."""

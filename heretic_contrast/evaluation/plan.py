@@ -3,7 +3,7 @@
 """
 What a sweep consists of, set up in one place: configurations, prompts and options.
 
-Whoever sweeps makes a `SweepPlan`: the command and Heretic's scorer from settings, by `prepare_sweep`, which finds what is
+Whoever sweeps makes a `SweepPlan`: the command and Heretic's scorer from settings, by `PreparedSweep`, which finds what is
 wrong before a model is loaded, and whoever has directions and prompts already by `plan_sweep`.
 """
 
@@ -27,7 +27,6 @@ from ..prompts.sampling import split_harmless, stratified_sample
 from ..settings import CategorySource, ContrastSettings, Control, PromptSources, RowNormalization
 from .capture import load_pairs
 from .plan_settings import WEIGHTS, SweepPlanSettings
-from .results import Pair
 from .storage import require_own_sweep
 
 RANDOM = "random"
@@ -146,12 +145,6 @@ class SweepOptions:
             n_synergy_layers=settings.synergy_layers,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
-
 
 @dataclass(frozen=True)
 class SweepPlan:
@@ -214,25 +207,85 @@ def plan_sweep(
 
 
 @dataclass(frozen=True)
+class SweepSources:
+    """Where evaluation prompts come from, and what messages put before the names of the settings that say so."""
+
+    harmful: PromptSources
+    harmless: PromptSources
+    harmful_setting: str = "--bad-evaluation-prompts."
+    harmless_setting: str = "--good-evaluation-prompts."
+    contrast_setting: str = "--contrast."
+
+
 class PreparedSweep:
     """
-    A sweep before its model is loaded.
+    A sweep before its model is loaded: all prompts and directions files are read, and the prompts chosen that it evaluates.
 
-    `harmful`: the harmful evaluation prompts to choose from, without those of the extraction. The harmless ones are chosen.
+    `response_prefix`: that of the settings, or None where it is looked for. Only categories that the model itself assigns
+    are left open, and with them which harmful prompts are judged.
+
+    Raises `ContrastError` when the settings, the prompts, a directions file or the output do not work.
     """
 
-    settings: SweepPlanSettings
-    contrast: ContrastSettings
-    sources: DirectionSources
-    used: UsedPrompts
-    harmful: tuple[Prompt, ...]
-    canaries: tuple[Prompt, ...]
-    references: tuple[Prompt, ...]
-    left_out: dict[str, int]
-    pool_names: dict[str, str]
-    options: SweepOptions
-    pairs: tuple[Pair, ...]
-    storage: str
+    def __init__(
+        self,
+        settings: SweepPlanSettings,
+        contrast: ContrastSettings,
+        evaluation: SweepSources,
+        output: Path,
+        model_name: str,
+        response_prefix: str | None,
+        log: Log,
+    ) -> None:
+        require_writable_directory(output)
+        self.settings = settings
+        self.contrast = contrast
+        self.options = SweepOptions.of(settings)
+        self.storage = settings.storage or str(output / "sweep.journal")
+        if "://" not in self.storage:
+            require_writable_file(Path(self.storage))
+        self.pairs = load_pairs(settings.pairs, model_name)
+        configurations = contrast.configurations()
+        if settings.random_control and all(
+            item.control is Control.NONE for item in configurations.values()
+        ):
+            first = next(iter(configurations.values()))
+            if first.directions is None:
+                configurations[RANDOM] = first.model_copy(update={"control": Control.RANDOM})
+            else:
+                log("* Random directions are left out, since the directions come from a file")
+        if any(
+            item.given().get("row_normalization", RowNormalization.NONE)
+            is not RowNormalization.NONE
+            for item in configurations.values()
+        ):
+            log("* Row normalization is left out: a sweep ablates outputs, and changes no weights")
+        where = evaluation.contrast_setting
+        self.sources = DirectionSources(configurations, response_prefix, where)
+        self.used = self.sources.used_prompts()
+        for sentence in self.used.sentences():
+            log(f"* [yellow]{sentence}[/]")
+        self.harmful, n_harmful_left_out = _evaluation_pool(
+            evaluation.harmful, "harmful evaluation", evaluation.harmful_setting, self.used, log
+        )
+        harmless, n_harmless_left_out = _evaluation_pool(
+            evaluation.harmless, "harmless evaluation", evaluation.harmless_setting, self.used, log
+        )
+        self.left_out = {"harmful": n_harmful_left_out, "references": n_harmless_left_out}
+        names = dict.fromkeys(("canaries", "references"), pool_name(evaluation.harmless))
+        self.pool_names = {"harmful": pool_name(evaluation.harmful), **names}
+        require_apart(self.harmful, harmless, "harmless evaluation", "counted on both sides")
+        self.canaries, self.references = _harmless(settings, harmless, contrast.seed, log)
+        known: dict[str, Any] = {"options": asdict(self.options)}
+        if contrast.category_source is not CategorySource.MODEL:
+            self.harmful = _judged(settings, contrast, self.harmful, None, log)
+            pools = {
+                "harmful": self.harmful,
+                "canaries": self.canaries,
+                "references": self.references,
+            }
+            known["texts"] = {name: prompts_digest(pool) for name, pool in pools.items()}
+        require_own_sweep(self.storage, known)
 
     def plan(
         self,
@@ -250,7 +303,7 @@ class PreparedSweep:
 
         harmful = self.harmful
         if self.contrast.category_source is CategorySource.MODEL:
-            harmful = tuple(_judged(self.settings, self.contrast, harmful, model, log))
+            harmful = _judged(self.settings, self.contrast, harmful, model, log)
         directions = self.sources.directions(model, log, show_progress, max_response_length)
         return plan_sweep(
             {
@@ -267,93 +320,9 @@ class PreparedSweep:
         )
 
 
-@dataclass(frozen=True)
-class SweepSources:
-    """Where evaluation prompts come from, and what messages put before the names of the settings that say so."""
-
-    harmful: PromptSources
-    harmless: PromptSources
-    harmful_setting: str = "--bad-evaluation-prompts."
-    harmless_setting: str = "--good-evaluation-prompts."
-    contrast_setting: str = "--contrast."
-
-
-def prepare_sweep(
-    settings: SweepPlanSettings,
-    contrast: ContrastSettings,
-    evaluation: SweepSources,
-    output: Path,
-    model_name: str,
-    response_prefix: str | None,
-    log: Log,
-) -> PreparedSweep:
-    """
-    Reads all prompts and directions files of a sweep, and chooses the prompts that it evaluates.
-
-    `response_prefix`: that of the settings, or None where it is looked for. Only categories that the model itself assigns
-    are left open.
-
-    Raises `ContrastError` when the settings, the prompts, a directions file or the output do not work.
-    """
-
-    require_writable_directory(output)
-    storage = settings.storage or str(output / "sweep.journal")
-    if "://" not in storage:
-        require_writable_file(Path(storage))
-    pairs = load_pairs(settings.pairs, model_name)
-    configurations = contrast.configurations()
-    if settings.random_control and all(
-        item.control is Control.NONE for item in configurations.values()
-    ):
-        first = next(iter(configurations.values()))
-        if first.directions is None:
-            configurations[RANDOM] = first.model_copy(update={"control": Control.RANDOM})
-        else:
-            log("* Random directions are left out, since the directions come from a file")
-    if any(
-        item.given().get("row_normalization", RowNormalization.NONE) is not RowNormalization.NONE
-        for item in configurations.values()
-    ):
-        log("* Row normalization is left out: a sweep ablates outputs, and changes no weights")
-    sources = DirectionSources.read(configurations, response_prefix, evaluation.contrast_setting)
-    used = sources.used_prompts()
-    for sentence in used.sentences():
-        log(f"* [yellow]{sentence}[/]")
-    names = dict.fromkeys(("canaries", "references"), pool_name(evaluation.harmless))
-    harmful, n_harmful_left_out = _evaluation_pool(
-        evaluation.harmful, "harmful evaluation", evaluation.harmful_setting, used, log
-    )
-    harmless, n_harmless_left_out = _evaluation_pool(
-        evaluation.harmless, "harmless evaluation", evaluation.harmless_setting, used, log
-    )
-    require_apart(harmful, harmless, "harmless evaluation", "counted on both sides")
-    canaries, references = _harmless(settings, harmless, contrast.seed, log)
-    options = SweepOptions.of(settings)
-    known: dict[str, Any] = {"options": options.to_dict()}
-    if contrast.category_source is not CategorySource.MODEL:
-        harmful = tuple(_judged(settings, contrast, harmful, None, log))
-        pools = {"harmful": harmful, "canaries": canaries, "references": references}
-        known["texts"] = {name: prompts_digest(pool) for name, pool in pools.items()}
-    require_own_sweep(storage, known)
-    return PreparedSweep(
-        settings=settings,
-        contrast=contrast,
-        sources=sources,
-        used=used,
-        harmful=harmful,
-        canaries=tuple(canaries),
-        references=tuple(references),
-        left_out={"harmful": n_harmful_left_out, "references": n_harmless_left_out},
-        pool_names={"harmful": pool_name(evaluation.harmful), **names},
-        options=options,
-        pairs=tuple(pairs),
-        storage=storage,
-    )
-
-
 def _evaluation_pool(
     source: PromptSources, name: str, setting: str, used: UsedPrompts, log: Log
-) -> tuple[tuple[Prompt, ...], int]:
+) -> tuple[Sequence[Prompt], int]:
     """Returns the prompts of a pool that directions do not come from, and how many do."""
 
     pool = load_pool(source, name, setting)
@@ -375,7 +344,7 @@ def _judged(
     pool: Sequence[Prompt],
     model: LanguageModel | None,
     log: Log,
-) -> list[Prompt]:
+) -> Sequence[Prompt]:
     """
     Returns the harmful prompts that are judged: a sample over the categories.
 

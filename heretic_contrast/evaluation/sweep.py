@@ -10,7 +10,7 @@ successful, and at what cost. Interventions are forward hooks, so the model is l
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -273,7 +273,7 @@ class SweepEvaluator:
             pools,
             # The texts are judged, and shown with their categories.
             texts={name: prompts_digest(pool) for name, pool in pools.items()},
-            options=self.options.to_dict(),
+            options=asdict(self.options),
             directions={name: item.key() for name, item in self.configurations.items()},
             rules=f"{program_digest(RULES, self._classify)} {linear.numbers_digest()}",
             writers=writers_digest(self.model),
@@ -306,7 +306,7 @@ class SweepEvaluator:
             baseline_verdicts=self._base.verdicts,
             pools=self.plan.pools,
             settings={
-                **self.options.to_dict(),
+                **asdict(self.options),
                 "directions": {name: item.to_dict() for name, item in self.configurations.items()},
             },
         )

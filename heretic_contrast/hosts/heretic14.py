@@ -437,7 +437,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
             require_fresh(host.finalist_prompts, POOLS[name], pools[name])
     if settings.evaluate_model is None:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
-        host.sources = DirectionSources.read({"": settings.contrast}, "")
+        host.sources = DirectionSources({"": settings.contrast}, "")
         require_ranges(settings.contrast.search_space, "direction", host.sources.names(""))
     require_answers(settings)
     require_judge(settings.contrast)

@@ -100,7 +100,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         replace(modifier.model(ctx), known_identity=modifier.identity),
         modifier.directions,
         parameters,
-        DirectionSources.read({"": modifier.settings}, "").named_pools(),
+        DirectionSources({"": modifier.settings}, "").named_pools(),
     )
     made.record(folder).write(folder)
 

@@ -89,7 +89,7 @@ def prepare(record: Record, given: Any) -> tuple[RecordedSettings, DirectionSour
         raise ContrastError(
             f'The record holds a setting that does not work here ("{name}"): take that of the model again.'
         ) from error
-    sources = DirectionSources.read({"": settings.contrast}, "", "--")
+    sources = DirectionSources({"": settings.contrast}, "", "--")
     for directions in sources.loaded.values():
         if directions.digest() != record.directions:
             raise ContrastError(

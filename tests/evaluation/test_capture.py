@@ -108,9 +108,7 @@ def test_shipped_pairs_and_refuser_pairs() -> None:
         assert set(Counter(pair.category for pair in pairs).values()) == {2}
         assert not {pair.refused for pair in pairs} & {pair.answered for pair in pairs}
     # Those of the refuser are held out.
-    held_out = [
-        load_pool(refuser_pool(name, "test"), name) for name in ("harmful", "matched")
-    ]
+    held_out = [load_pool(refuser_pool(name, "test"), name) for name in ("harmful", "matched")]
     assert {(pair.refused, pair.answered) for pair in pairs} <= {
         (refused.text, answered.text) for refused, answered in zip(*held_out, strict=True)
     }

@@ -23,7 +23,6 @@ from heretic_contrast.evaluation.plan import (
     SweepOptions,
     SweepSources,
     plan_sweep,
-    prepare_sweep,
 )
 from heretic_contrast.evaluation.plan_settings import SweepPlanSettings
 from heretic_contrast.evaluation.sweep import SweepEvaluator, run_prepared, sweep
@@ -76,7 +75,7 @@ def prepare(
     """Prepares a sweep of one direction from twelve harmful and twelve harmless prompts."""
 
     shown = [] if lines is None else lines
-    return prepare_sweep(
+    return PreparedSweep(
         SweepPlanSettings(**settings),
         ContrastSettings(
             **{
@@ -188,7 +187,7 @@ def test_natural_pools_fit_by_default(tmp_path: Path) -> None:
     options = dict(option[2:].split(".dataset=") for option in natural_pools.write_pools(tmp_path))
     lines: list[str] = []
     for preset in ("paper-unmatched", "paper-matched", "paper-matched-svd", "piras", "arditi"):
-        prepared = prepare_sweep(
+        prepared = PreparedSweep(
             SweepPlanSettings(),
             ContrastSettings(
                 preset=[preset],
@@ -366,7 +365,7 @@ def run_refuser(
             "residual_cache": str(directory / "residuals"),
             **contrast,
         }
-    prepared = prepare_sweep(
+    prepared = PreparedSweep(
         SweepPlanSettings(**{**REFUSER_SETTINGS, **settings}),
         ContrastSettings(**contrast),
         SweepSources(pools["harmful test"], pools["harmless test"]),
@@ -432,7 +431,7 @@ def test_a_directions_file_is_swept_as_the_extraction_that_made_it(
         left_out = expected.pools[name]["left_out_as_used_for_extraction"]
         assert left_out == len(fitted & set(texts[pool])) > 0
 
-    sources = DirectionSources.read(
+    sources = DirectionSources(
         {
             "unmatched": ContrastSettings(
                 classes="category",
@@ -502,7 +501,7 @@ def test_the_prefix_of_a_directions_file_is_the_one_it_was_extracted_with(
     def read(**given: Any) -> DirectionSources:
         taken = {name: contrast[name] for name in ("bad_prompts", "good_prompts")}
         settings = {**(taken if given else contrast), **given}
-        return DirectionSources.read({"one": ContrastSettings(**settings)}, None)
+        return DirectionSources({"one": ContrastSettings(**settings)}, None)
 
     # Refusals of both subjects open alike.
     sources = read()

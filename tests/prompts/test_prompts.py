@@ -31,7 +31,7 @@ from heretic_contrast.commands.sweep import SweepSettings
 from heretic_contrast.directions.pools import load_pools
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import load_pairs
-from heretic_contrast.evaluation.plan import SweepSources, prepare_sweep
+from heretic_contrast.evaluation.plan import PreparedSweep, SweepSources
 from heretic_contrast.evaluation.results import Pair
 from heretic_contrast.hosts.settings import HostSettings, load_settings, prompt_sources
 from heretic_contrast.prompts import Prompt, load_pool, prompts_digest
@@ -347,7 +347,7 @@ def test_evaluation_pools_of_a_sweep(
         sources = {name: [refuser_pool(name, "test")] for name in ("harmful", "harmless")}
         evaluation = settings.bad_evaluation_prompts.model_copy(update={"dataset": path})
         sources[side] = prompt_sources(evaluation)
-        plan = prepare_sweep(
+        plan = PreparedSweep(
             settings,
             settings.contrast,
             SweepSources(**sources),
