@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from heretic_contrast.files import write_bytes_atomically
-from heretic_contrast.report.plots import COLORS, MARKERS, _figure, _png, _write_values, lines
+from heretic_contrast.report.plots import COLORS, MARKERS, lines, new_figure, to_png, write_values
 
 from .claims import MATCHED, SVD, UNMATCHED
 from .evidence import Study
@@ -41,7 +41,7 @@ def curves(study: Study) -> bytes | None:
     panels = [(title, names) for title, names in panels if names]
     if not panels:
         return None
-    figure = _figure(5.2 * len(panels) + 0.4, 4.8)
+    figure = new_figure(5.2 * len(panels) + 0.4, 4.8)
     axes_list = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, names) in zip(axes_list, panels, strict=True):
         smallest = np.inf
@@ -89,7 +89,7 @@ def curves(study: Study) -> bytes | None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, frameon=False)
     axes_list[0].set_ylabel("share refused")
-    return _png(figure)
+    return to_png(figure)
 
 
 def heat_maps(study: Study) -> bytes:
@@ -99,7 +99,7 @@ def heat_maps(study: Study) -> bytes:
     present = [name for name in presets if study.layer_cells(name)]
     strengths = [s for s in ("weight", "effective") if study.layer_cells(present[0], s)]
     n_layers = int(study.data["n_layers"])
-    figure = _figure(2.5 * len(present) + 0.8, (1.3 + 0.19 * n_layers) * len(strengths))
+    figure = new_figure(2.5 * len(present) + 0.8, (1.3 + 0.19 * n_layers) * len(strengths))
     grid = figure.subplots(len(strengths), len(present), squeeze=False, sharey=True)
     for row, strength in enumerate(strengths):
         for column, preset in enumerate(present):
@@ -111,7 +111,7 @@ def heat_maps(study: Study) -> bytes:
             image = axes.imshow(
                 values, aspect="auto", cmap="cividis", vmin=0, vmax=study.sweep_base
             )
-            _write_values(axes, values, 0, study.sweep_base, "{}", fontsize=6)
+            write_values(axes, values, 0, study.sweep_base, "{}", fontsize=6)
             axes.set_xticks(range(len(weights)), [f"{w:g}" for w in weights], fontsize=7)
             axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=6)
             kind = "equal weight" if strength == "weight" else "equal effective weight"
@@ -119,7 +119,7 @@ def heat_maps(study: Study) -> bytes:
             if column == 0:
                 axes.set_ylabel("layer")
     figure.colorbar(image, ax=grid, label=f"R of {study.sweep_prompts}", fraction=0.03)
-    return _png(figure)
+    return to_png(figure)
 
 
 def lengths(study: Study) -> bytes:

@@ -110,6 +110,11 @@ class Cell:
 
         return CellKey(self.configuration, self.strength, self.layers, self.weight)
 
+    def cost(self) -> tuple[int, float]:
+        """Returns refusals and divergence, by which cells are ranked."""
+
+        return self.measurement.refusals, self.measurement.kl_divergence
+
 
 def single_cells(cells: Iterable[Cell], configuration: str, strength: str) -> list[Cell]:
     """Returns the cells of single layers of one configuration."""
@@ -121,10 +126,8 @@ def single_cells(cells: Iterable[Cell], configuration: str, strength: str) -> li
 def best_layers(cells: Iterable[Cell], configuration: str, strength: str) -> list[int]:
     """Returns the layers of a configuration, those with the fewest refusals at any weight first, then the least divergence."""
 
-    ranked = sorted(
-        single_cells(cells, configuration, strength),
-        key=lambda cell: (cell.measurement.refusals, cell.measurement.kl_divergence, cell.layers),
-    )
+    found = single_cells(cells, configuration, strength)
+    ranked = sorted(found, key=lambda cell: (*cell.cost(), cell.layers))
     return list(dict.fromkeys(cell.layers[0] for cell in ranked))
 
 

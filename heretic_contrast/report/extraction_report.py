@@ -122,13 +122,10 @@ def configuration_table(extracted: "Extracted", geometry: Geometry) -> Table:
     def setting(name: str) -> Callable[[str], Any]:
         return lambda item: extracted[item].settings.get(name)
 
-    def average(attribute: str) -> Callable[[str], float | None]:
-        def value(item: str) -> float | None:
-            values = [getattr(layer, attribute) for layer in geometry.of(item)]
-            known = [value for value in values if value is not None]
-            return sum(known) / len(known) if known else None
-
-        return value
+    def average(item: str, attribute: str) -> float | None:
+        values = [getattr(layer, attribute) for layer in geometry.of(item)]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
 
     return Table.of(
         extracted,
@@ -139,10 +136,10 @@ def configuration_table(extracted: "Extracted", geometry: Geometry) -> Table:
         Column("Directions", lambda item: extracted[item].n_directions),
         text_column("SVD", lambda item: "yes" if setting("svd")(item) else "no", essential=False),
         text_column("Scale", setting("scale"), essential=False),
-        Column("Mean norm", average("mean_norm"), number(3)),
-        Column("Mean cosine", average("mean_cosine"), number(3)),
-        Column("Share of σ₁²", average("first_share"), number(3)),
-        Column("Effective weight", average("effective_weight"), number(2)),
+        Column("Mean norm", partial(average, attribute="mean_norm"), number(3)),
+        Column("Mean cosine", partial(average, attribute="mean_cosine"), number(3)),
+        Column("Share of σ₁²", partial(average, attribute="first_share"), number(3)),
+        Column("Effective weight", partial(average, attribute="effective_weight"), number(2)),
         text_column(
             "Prompts from",
             lambda item: ", ".join(extracted[item].provenance.get("sources", ())) or None,

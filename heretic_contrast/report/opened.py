@@ -91,11 +91,7 @@ def _ranked(result: SweepResult) -> list[Cell]:
     ranked = [
         sorted(
             (cell for cell in result.cells if cell.key()[:2] == pair),
-            key=lambda cell: (
-                cell.measurement.refusals,
-                cell.measurement.kl_divergence,
-                cell.key(),
-            ),
+            key=lambda cell: (*cell.cost(), cell.key()),
         )
         for pair in result.configurations()
     ]

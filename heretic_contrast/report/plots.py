@@ -31,7 +31,9 @@ def can_plot() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """Returns an empty figure of matplotlib. `width`, `height`: in inches."""
+
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -41,7 +43,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()
@@ -72,7 +74,7 @@ def heat_map(
     n_rows, n_columns = values.shape
     rows, columns = labels
     row_title, column_title, value_title = titles
-    figure = _figure(
+    figure = new_figure(
         max(4.4, min(8.0, 1.9 + 0.5 * n_columns)), max(2.8, min(11.0, 1.3 + 0.31 * n_rows))
     )
     axes = figure.subplots()
@@ -90,9 +92,18 @@ def heat_map(
     axes.set_xlabel(column_title)
     axes.set_ylabel(row_title)
     if n_columns <= 32 and n_rows <= 64:
-        _write_values(axes, values, low, high, annotate)
+        write_values(axes, values, low, high, annotate)
     figure.colorbar(image, ax=axes, label=value_title, fraction=0.06)
-    return _png(figure)
+    return to_png(figure)
+
+
+def matrix(
+    values: Mapping[tuple[Any, Any], float], rows: Sequence[Any], columns: Sequence[Any]
+) -> NDArray[Any]:
+    """Returns values by row and column as an array of shape (n_rows, n_columns), NaN where there is none."""
+
+    found = [[values.get((row, column), np.nan) for column in columns] for row in rows]
+    return np.array(found, dtype=np.float64)
 
 
 def lines(
@@ -111,7 +122,7 @@ def lines(
 
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(6.0, 3.9)
+    figure = new_figure(6.0, 3.9)
     axes = figure.subplots()
     for index, (name, (x, y)) in enumerate(series.items()):
         axes.plot(
@@ -147,7 +158,7 @@ def fronts(
     values, which broken models have, are left out of the picture.
     """
 
-    figure = _figure(6.0, 4.4)
+    figure = new_figure(6.0, 4.4)
     axes = figure.subplots()
     for index, (name, (x, y, on_front)) in enumerate(series.items()):
         style = _style(index)
@@ -179,7 +190,7 @@ def hit_maps(hits: NDArray[Any], titles: Sequence[str]) -> bytes:
 
     n_columns = min(3, len(hits))
     n_rows = -(-len(hits) // n_columns)
-    figure = _figure(2.0 * n_columns + 0.4, 2.1 * n_rows)
+    figure = new_figure(2.0 * n_columns + 0.4, 2.1 * n_rows)
     axes_grid = figure.subplots(n_rows, n_columns, squeeze=False)
     for axes in axes_grid.flat:
         axes.set_axis_off()
@@ -191,11 +202,11 @@ def hit_maps(hits: NDArray[Any], titles: Sequence[str]) -> bytes:
         axes.set_yticks([])
         axes.set_title(title, fontsize=9)
         if counts.size <= 100:
-            _write_values(axes, counts, 0, high, "{}")
-    return _png(figure)
+            write_values(axes, counts, 0, high, "{}")
+    return to_png(figure)
 
 
-def _write_values(
+def write_values(
     axes: Any, values: NDArray[Any], low: float, high: float, form: str, fontsize: int = 8
 ) -> None:
     for (row, column), value in np.ndenumerate(values):
@@ -229,4 +240,4 @@ def _finished(figure: Any, axes: Any, x_title: str, y_title: str) -> bytes:
             fontsize=8,
             frameon=False,
         )
-    return _png(figure)
+    return to_png(figure)

@@ -53,27 +53,25 @@ def capture_section(capture: CaptureResult) -> Section:
         paragraphs.append(
             f"{len(capture.left_out)} of {n_pairs} pairs are left out, since the model does not treat them as assumed."
         )
-    tables = []
-    figures = []
-    if capture.layers:
-        tables.append(capture_table(capture))
-        figures = [
-            over_layers(
-                f"capture-{name.replace('_', '-')}",
-                title,
-                "Line plot: share of the residual differences captured, over layers, for {names}. "
-                "The table below has mean and peak.",
-                {item: capture.of(item) for item in capture.configurations()},
-                attrgetter(name),
-                "Captured share (0 to 1)",
-                from_zero=True,
-            )
-            for name, title in (
-                ("subspace", "Capture in the span of the directions"),
-                ("max_cosine", "Capture by the nearest single direction"),
-            )
-        ]
-    else:
+    tables = [capture_table(capture)] if capture.layers else []
+    figures = [
+        over_layers(
+            f"capture-{name.replace('_', '-')}",
+            title,
+            "Line plot: share of the residual differences captured, over layers, for {names}. "
+            "The table below has mean and peak.",
+            {item: capture.of(item) for item in capture.configurations()},
+            attrgetter(name),
+            "Captured share (0 to 1)",
+            from_zero=True,
+        )
+        for name, title in (
+            ("subspace", "Capture in the span of the directions"),
+            ("max_cosine", "Capture by the nearest single direction"),
+        )
+        if capture.layers
+    ]
+    if not capture.layers:
         paragraphs.append("No pair is left, so capture could not be measured.")
     if capture.left_out:
         tables.append(
@@ -98,27 +96,15 @@ def _subspace(layer: LayerCapture) -> float:
 def capture_table(capture: CaptureResult) -> Table:
     """Returns mean and peak of capture by configuration."""
 
-    rows: list[tuple[Any, ...]] = []
-    for configuration in capture.configurations():
+    def row(configuration: str) -> tuple[Any, ...]:
         layers = [layer for layer in capture.of(configuration) if layer.subspace is not None]
         if not layers:
-            rows.append((configuration, *[None] * 8))
-            continue
+            return (configuration, *[None] * 8)
         peak = max(layers, key=_subspace)
         cosines = [layer.max_cosine or 0 for layer in layers]
-        rows.append(
-            (
-                configuration,
-                fmean(map(_subspace, layers)),
-                peak.subspace,
-                peak.subspace_error,
-                peak.layer,
-                fmean(cosines),
-                max(cosines),
-                peak.rank,
-                peak.random_subspace,
-            )
-        )
+        found = fmean(map(_subspace, layers)), peak.subspace, peak.subspace_error, peak.layer
+        return configuration, *found, fmean(cosines), max(cosines), peak.rank, peak.random_subspace
+
     return Table(
         "capture",
         "Capture by configuration",
@@ -133,7 +119,7 @@ def capture_table(capture: CaptureResult) -> Table:
             Column("Rank", essential=False),
             Column("Random subspace", form=percent),
         ),
-        tuple(rows),
+        tuple(map(row, capture.configurations())),
         f"{capture.n_pairs} pairs. Random subspace: about what as many random directions would capture.",
     )
 
@@ -196,14 +182,10 @@ def compounding_section(geometry: Geometry) -> Section:
     """Returns how much parallel directions add up."""
 
     figures = []
+    eigenvalue = "Largest eigenvalue of Σ v vᵀ at weight 1"
     for name, title, attribute, axis in (
         ("cosines", "Cosine between classes", "mean_cosine", "Mean pairwise cosine"),
-        (
-            "effective-weight",
-            "Effective weight",
-            "effective_weight",
-            "Largest eigenvalue of Σ v vᵀ at weight 1",
-        ),
+        ("effective-weight", "Effective weight", "effective_weight", eigenvalue),
     ):
         value = attrgetter(attribute)
         layers = {item: geometry.of(item) for item in geometry.configurations()}
@@ -299,15 +281,16 @@ def comparison_section(geometry: Geometry) -> Section:
         Column("Norm ratio", "norm_ratio", number(3)),
         Column("Angle per class, mean", "mean_class_angle", number(1)),
         Column(
-            "Smallest principal angle", lambda x: next(iter(x.principal_angles), None), number(1)
+            "Smallest principal angle", lambda x: min(x.principal_angles, default=None), number(1)
         ),
         Column(
-            "Largest principal angle", lambda x: next(reversed(x.principal_angles), None), number(1)
+            "Largest principal angle", lambda x: max(x.principal_angles, default=None), number(1)
         ),
         note="Norm ratio: mean norm of the class directions as trained, second over first. Angles in degrees: between the "
         "directions of the same class as trained, and between the spans of the directions as ablated.",
         n_keys=3,
     )
+    angle = "Angle between directions of the same class"
     series: dict[str, list[Any]] = {}
     for item in geometry.comparisons:
         series.setdefault(f"{item.second} / {item.first}", []).append(item)
@@ -323,13 +306,7 @@ def comparison_section(geometry: Geometry) -> Section:
         )
         for name, title, attribute, axis, level in (
             ("norm-ratio", "Ratio of norms", "norm_ratio", "Second / first", (1.0, "equal")),
-            (
-                "class-angle",
-                "Angle between directions of the same class",
-                "mean_class_angle",
-                "Degrees",
-                None,
-            ),
+            ("class-angle", angle, "mean_class_angle", "Degrees", None),
         )
     ]
     return Section("Between configurations", (), tuple(figures), (table,))

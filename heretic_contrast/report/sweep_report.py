@@ -2,16 +2,15 @@
 
 """The report of a sweep: the paper's Tables 1 to 4 for this model, with plots."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.markup import escape
 
-from ..evaluation.cells import Cell, Measurement, SweepResult
+from ..evaluation.cells import Cell, Measurement, SweepResult, Synergy
 from ..evaluation.results import CaptureResult, Geometry
 from ..evaluation.statistics import wilson_interval
 from ..search.stopping import front
@@ -43,6 +42,11 @@ from .sections import (
 from .writing import say_what_is_missing, to_csv, to_json, to_rich, write_report
 
 STRENGTHS = {"weight": "equal weight", "effective": "equal effective weight"}
+MEANINGS = {
+    "weight": "Every direction of the layer has the weight, as in the paper.",
+    "effective": "The weights of a layer's directions are scaled so that together they remove no more than one direction of "
+    "that weight: the control for parallel directions that add up.",
+}
 """What the weight of a cell means."""
 
 SMALLEST_DIVERGENCE = 1e-6
@@ -234,13 +238,7 @@ def configuration_table(result: SweepResult) -> Table:
     """Returns the best cell of each configuration: fewest refusals, then least divergence."""
 
     return Table.of(
-        (
-            min(
-                result.single_cells(*pair),
-                key=lambda cell: (cell.measurement.refusals, cell.measurement.kl_divergence),
-            )
-            for pair in result.configurations()
-        ),
+        (min(result.single_cells(*pair), key=Cell.cost) for pair in result.configurations()),
         "configurations",
         "Best cell of each configuration",
         CONFIGURATION,
@@ -283,20 +281,23 @@ def minimal_weight_table(result: SweepResult) -> Table:
     )
 
 
-def _grid(result: SweepResult, configuration: str, strength: str) -> tuple[list[int], list[float]]:
+def _grid(
+    result: SweepResult, configuration: str, strength: str
+) -> tuple[list[int], list[float], dict[tuple[int, float], Cell]]:
+    """Returns layers, weights, and the cells at both."""
+
     cells = result.single_cells(configuration, strength)
+    by_place = {(cell.layers[0], cell.weight): cell for cell in cells}
     # A synergy test may add a weight for a few layers; the grid's weights come from the settings.
     swept = result.settings.get("weights") or sorted({cell.weight for cell in cells})
-    return sorted({cell.layers[0] for cell in cells}), [float(weight) for weight in swept]
+    layers = sorted({cell.layers[0] for cell in cells})
+    return layers, [float(weight) for weight in swept], by_place
 
 
 def refusal_table(result: SweepResult, configuration: str, strength: str) -> Table:
     """Returns R per layer and weight, as the paper's Tables 2 and 3."""
 
-    layers, weights = _grid(result, configuration, strength)
-    by_place = {
-        (cell.layers[0], cell.weight): cell for cell in result.single_cells(configuration, strength)
-    }
+    layers, weights, by_place = _grid(result, configuration, strength)
     return Table(
         f"refusals-{slug(configuration, strength)}",
         f"R per layer and weight: {label(configuration, strength)}",
@@ -318,33 +319,20 @@ def _by_strength(result: SweepResult) -> dict[str, list[str]]:
 def refusal_sections(result: SweepResult) -> list[Section]:
     """Returns R per layer and weight for every configuration, a section for each strength."""
 
-    sections = []
-    for strength, names in _by_strength(result).items():
-        text = (
-            "Every direction of the layer has the weight, as in the paper."
-            if strength == "weight"
-            else "The weights of a layer's directions are scaled so that together they remove no more than one direction of "
-            "that weight: the control for parallel directions that add up."
+    return [
+        Section(
+            f"Refusals at {STRENGTHS[strength]}",
+            (MEANINGS[strength],),
+            tuple(refusal_figure(result, name, strength) for name in names),
+            tuple(refusal_table(result, name, strength) for name in names),
         )
-        sections.append(
-            Section(
-                f"Refusals at {STRENGTHS[strength]}",
-                (text,),
-                tuple(refusal_figure(result, name, strength) for name in names),
-                tuple(refusal_table(result, name, strength) for name in names),
-            )
-        )
-    return sections
+        for strength, names in _by_strength(result).items()
+    ]
 
 
 def refusal_figure(result: SweepResult, configuration: str, strength: str) -> Figure:
-    layers, weights = _grid(result, configuration, strength)
-    values = np.full((len(layers), len(weights)), math.nan)
-    for cell in result.single_cells(configuration, strength):
-        if cell.weight in weights:
-            values[layers.index(cell.layers[0]), weights.index(cell.weight)] = (
-                cell.measurement.refusals
-            )
+    layers, weights, by_place = _grid(result, configuration, strength)
+    values = {place: cell.measurement.refusals for place, cell in by_place.items()}
     n_harmful = result.baseline.n_harmful
     weight_title = "Weight of each direction" if strength == "weight" else "Effective weight"
     return Figure(
@@ -354,7 +342,7 @@ def refusal_figure(result: SweepResult, configuration: str, strength: str) -> Fi
         "the table of the same title has the numbers.",
         partial(
             plots.heat_map,
-            values,
+            plots.matrix(values, layers, weights),
             ([str(layer) for layer in layers], [f"{weight:g}" for weight in weights]),
             ("Layer", weight_title, f"Refusals R (of {n_harmful} prompts)"),
             limits=(0, n_harmful),
@@ -365,10 +353,7 @@ def refusal_figure(result: SweepResult, configuration: str, strength: str) -> Fi
 def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
     """Returns the cells that no other one beats in refusals and divergence, by increasing divergence."""
 
-    points = {
-        index: (cell.measurement.refusals, cell.measurement.kl_divergence)
-        for index, cell in enumerate(cells)
-    }
+    points = {index: cell.cost() for index, cell in enumerate(cells)}
     return [cells[index] for index in reversed(front(points))]
 
 
@@ -428,19 +413,13 @@ def synergy_figures(result: SweepResult) -> Iterable[Figure]:
     """Yields a matrix of the synergies of layer pairs for each configuration that has any."""
 
     most = max(1, *(abs(item.synergy) for item in result.synergies))
-    for pair in dict.fromkeys((item.configuration, item.strength) for item in result.synergies):
-        own = [
-            item
-            for item in result.synergies
-            if (item.configuration, item.strength) == pair and len(item.layers) == 2
-        ]
-        if not own:
-            continue
+    by_pair: dict[tuple[str, str], list[Synergy]] = {}
+    for item in result.synergies:
+        if len(item.layers) == 2:
+            by_pair.setdefault((item.configuration, item.strength), []).append(item)
+    for pair, own in by_pair.items():
         layers = sorted({layer for item in own for layer in item.layers})
-        values = np.full((len(layers), len(layers)), math.nan)
-        for item in own:
-            first, second = (layers.index(layer) for layer in item.layers)
-            values[first, second] = values[second, first] = item.synergy
+        values = {place: item.synergy for item in own for place in permutations(item.layers)}
         names = [str(layer) for layer in layers]
         yield Figure(
             f"synergy-{slug(*pair)}",
@@ -448,7 +427,7 @@ def synergy_figures(result: SweepResult) -> Iterable[Figure]:
             f"Matrix of synergies of layer pairs for {label(*pair)}; the table has the numbers.",
             partial(
                 plots.heat_map,
-                values,
+                plots.matrix(values, layers, layers),
                 (names, names),
                 ("Layer", "Layer", "Synergy (refusals)"),
                 limits=(-most, most),
