@@ -139,24 +139,29 @@ def contiguous_head(network: Any) -> AbstractContextManager[None]:
 
 
 @contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives an attribute another value for as long as the context lasts."""
+
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
 def plain_settings(network: Any) -> Iterator[None]:
     """Makes a model decode plainly for as long as the context lasts, whatever its generation configuration says."""
 
     # PEFT hands on its own one, if it was given one.
     base = getattr(network, "get_base_model", lambda: network)()
-    owners = [
-        owner
-        for owner in {id(item): item for item in (network, base)}.values()
-        if "generation_config" in vars(owner)
-    ]
-    originals = [owner.generation_config for owner in owners]
-    try:
-        for owner, original in zip(owners, originals, strict=True):
-            owner.generation_config = GenerationConfig(eos_token_id=original.eos_token_id)
+    with ExitStack() as stack:
+        for owner in dict.fromkeys((network, base)):
+            if "generation_config" in vars(owner):
+                plain = GenerationConfig(eos_token_id=owner.generation_config.eos_token_id)
+                stack.enter_context(replaced(owner, "generation_config", plain))
         yield
-    finally:
-        for owner, original in zip(owners, originals, strict=True):
-            owner.generation_config = original
 
 
 @dataclass(frozen=True)

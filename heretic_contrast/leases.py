@@ -108,8 +108,6 @@ class Leases:
             thread.join()
 
     def is_abandoned(self, trial: FrozenTrial) -> bool:
-        """Returns whether a running trial is nobody's."""
-
         lease: dict[str, Any] | None = trial.user_attrs.get("lease")
         if lease is None:
             # Killed between taking it and the lease.

@@ -29,8 +29,6 @@ def json_text(value: Any, sort_keys: bool = True, indent: int | None = 2) -> str
 
 
 def json_lines(rows: Iterable[Any]) -> str:
-    """Returns JSON Lines, in the order of the rows and of their keys."""
-
     return "".join(f"{json_text(row, sort_keys=False, indent=None)}\n" for row in rows)
 
 

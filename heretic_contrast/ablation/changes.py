@@ -154,8 +154,6 @@ class Changes:
         self._kept: list[tuple[int, Writer, Operator, bool]] = []
 
     def undo(self) -> None:
-        """Takes the hooks away, which leaves the model as it was."""
-
         self._hooks.close()
         self._kept.clear()
 

@@ -48,8 +48,6 @@ class BatchOperator:
         return cls(*(pad_sequence(list(column), batch_first=True) for column in columns))
 
     def select(self, indices: Tensor) -> "BatchOperator":
-        """Returns the operators of some samples, in a new order."""
-
         return BatchOperator(self.vectors[indices], self.mixed_vectors[indices])
 
     def to(self, device: torch.device) -> "BatchOperator":
@@ -127,8 +125,6 @@ class Intervention:
 
     @property
     def first_layer(self) -> int:
-        """The lowest layer that is ablated."""
-
         return min(self.operators)
 
     def operator(self, layer: int, writer: Writer) -> Operator | None:

@@ -47,8 +47,6 @@ def set_factors(layer: Any, factor_a: Tensor, factor_b: Tensor) -> None:
 
 
 def zero_factors(layer: Any) -> None:
-    """Makes the LoRA factors of a PEFT layer zero."""
-
     factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     device = computing_device(layer, factors[0].device)
     set_factors(layer, *(torch.zeros(factor.shape, device=device) for factor in factors))

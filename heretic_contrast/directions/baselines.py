@@ -41,8 +41,6 @@ class Residuals:
     matched_classes: tuple[str, ...]
 
     def layer(self, index: int) -> "Residuals":
-        """Returns views of the residuals of one layer."""
-
         return replace(
             self,
             harmful=self.harmful[:, index],
@@ -51,8 +49,6 @@ class Residuals:
         )
 
     def of(self, selection: ClassSelection) -> "Residuals":
-        """Returns the residuals of the classes that get directions."""
-
         kept = list(selection.kept)
         return replace(
             self,
@@ -126,9 +122,7 @@ def unmatched(layer: Residuals, options: BaselineOptions) -> Tensor:
 def matched(layer: Residuals, options: BaselineOptions) -> Tensor:
     """μ = mean of h over G_c, the paper's topic-matched contrast (section 3.2 b)."""
 
-    means = class_means(layer)
-    references = torch.stack([means[name] for name in layer.harmful_classes])
-    return (layer.harmful.to(torch.float64) - references).float()
+    return mixed(layer, replace(options, mixing=1.0))
 
 
 def mixed(layer: Residuals, options: BaselineOptions) -> Tensor:

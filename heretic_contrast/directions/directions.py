@@ -88,8 +88,6 @@ class Directions:
         return self.names[0] == SHARED and self.settings.get("shared_direction") is True
 
     def digest(self) -> str:
-        """Returns a digest of the tensor and its names."""
-
         digest = hashlib.sha256(json.dumps(self.names).encode())
         digest.update(self.tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()

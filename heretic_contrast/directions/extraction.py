@@ -9,7 +9,7 @@ them into class directions, an optional SVD orthogonalizes those, and the scale 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -290,16 +290,9 @@ def winning_neurons(trained: TrainedMap, count: int) -> Tensor:
 
 
 def _som_settings(settings: ContrastSettings) -> SomSettings:
-    return SomSettings(
-        rows=settings.som_rows,
-        columns=settings.som_columns,
-        iterations=settings.som_iterations,
-        sigma=settings.som_sigma,
-        learning_rate=settings.som_learning_rate,
-        neighborhood=settings.som_neighborhood,
-        topology=settings.som_topology,
-        seed=settings.seed,
-    )
+    names = [item.name for item in fields(SomSettings) if item.name != "seed"]
+    own = {name: getattr(settings, f"som_{name}") for name in names}
+    return SomSettings(**own, seed=settings.seed)
 
 
 def _unmatched_norms(

@@ -110,8 +110,6 @@ class _Provenance(BaseModel):
 
 
 class _Metadata(BaseModel):
-    """The fields of `Directions` that are no tensors."""
-
     model_config = ConfigDict(strict=True)
 
     names: Json[Annotated[tuple[str, ...], Field(min_length=1)]]
@@ -144,8 +142,6 @@ def _read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _shapes_agree(tensors: Mapping[str, Tensor], n_directions: int, n_classes: int) -> bool:
-    """Returns whether the tensors of a file have the shapes that `Directions` describes."""
-
     directions, class_directions, mean_direction, hits = (tensors[name].shape for name in TENSORS)
     if not len(directions) == len(class_directions) == len(hits) == 3:
         return False
@@ -164,8 +160,6 @@ def _shapes_agree(tensors: Mapping[str, Tensor], n_directions: int, n_classes: i
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Returns a digest of the numbers of all tensors."""
-
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())

@@ -36,8 +36,6 @@ class Pools:
 
 
 def shared_texts(first: Sequence[Prompt], second: Sequence[Prompt]) -> set[str]:
-    """Returns the texts that stand in both of two pools."""
-
     return {prompt.text for prompt in first} & {prompt.text for prompt in second}
 
 
@@ -107,8 +105,6 @@ def needs_model(settings: ContrastSettings) -> bool:
 
 
 def needs_categories(settings: ContrastSettings) -> bool:
-    """Returns whether directions depend on the categories of prompts."""
-
     return settings.classes is Classes.CATEGORY or bool(settings.exclude_categories)
 
 

@@ -54,8 +54,6 @@ class UsedPrompts:
         return kept, len(prompts) - len(kept)
 
     def sentences(self) -> list[str]:
-        """Returns what cannot be known."""
-
         return [
             f"It cannot be known which prompts the directions of {name} were extracted from, since they do not say so: those among "
             "the evaluation prompts are not left out. Directions that are extracted again do."

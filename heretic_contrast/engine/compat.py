@@ -18,7 +18,7 @@ Layers of a cache are those of the model, by index. No function changes a cache 
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from inspect import signature
 from itertools import product
@@ -37,6 +37,7 @@ from transformers.cache_utils import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations import sdpa_attention
 
+from ..language_model import replaced
 from ..vectors import to_device
 
 __all__ = ["Cache"]
@@ -154,8 +155,7 @@ def forget_images(network: Module) -> None:
             module.rope_deltas = None  # type: ignore[assignment]
 
 
-@contextmanager
-def grouped_attention() -> Iterator[None]:
+def grouped_attention() -> AbstractContextManager[None]:
     """
     Spares "sdpa" attention its copies of keys and values on a CPU, for as long as the context lasts.
 
@@ -163,19 +163,14 @@ def grouped_attention() -> Iterator[None]:
     takes them as they are. From 5.24 on, TRANSFORMERS_SDPA_FORCE_GQA=1 does the same.
     """
 
-    original = getattr(sdpa_attention, "use_gqa_in_sdpa", None)
+    original: Any = getattr(sdpa_attention, "use_gqa_in_sdpa", None)
     if original is None:
-        yield
-        return
+        return nullcontext()
 
     def use_gqa(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
         return key.device.type == "cpu" or original(attention_mask, key, value)
 
-    sdpa_attention.use_gqa_in_sdpa = use_gqa
-    try:
-        yield
-    finally:
-        sdpa_attention.use_gqa_in_sdpa = original
+    return replaced(sdpa_attention, "use_gqa_in_sdpa", use_gqa)
 
 
 @contextmanager
@@ -189,12 +184,6 @@ def replaced_functions(
     """
 
     namespaces = {sys.modules[type(layer).__module__] for layer in layers}
-    originals = [
-        (namespace, name, getattr(namespace, name))
-        for namespace, name in product(namespaces, functions)
-        # Some versions have None here where a library is not installed.
-        if callable(getattr(namespace, name, None))
-    ]
 
     def choose(original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:
         first_name = next(iter(signature(replacement).parameters))
@@ -209,10 +198,11 @@ def replaced_functions(
 
         return run
 
-    try:
-        for namespace, name, original in originals:
-            setattr(namespace, name, choose(original, functions[name]))
+    with ExitStack() as stack:
+        for namespace, name in product(namespaces, functions):
+            original = getattr(namespace, name, None)
+            # Some versions have None here where a library is not installed.
+            if callable(original):
+                function = choose(original, functions[name])
+                stack.enter_context(replaced(namespace, name, function))
         yield
-    finally:
-        for namespace, name, original in originals:
-            setattr(namespace, name, original)

@@ -98,7 +98,7 @@ class TextClassificationBackend:
                 max_length=self.max_length,
             ).to(self.model.device)
             with torch.inference_mode():
-                return self.model(**encoded).logits.float().softmax(dim=-1).cpu()  # type: ignore[no-any-return]
+                return self.model(**encoded).logits.float().softmax(dim=-1).cpu()
 
         nothing = torch.empty(0, len(self.tiers))
         return torch.cat([nothing, *Batches(self.batch_size).run(len(pairs), judge)])

@@ -179,8 +179,6 @@ def _expand(phrase: str, groups: Mapping[str, Sequence[str]]) -> Iterator[Phrase
 
 @lru_cache(maxsize=1)
 def default_lexicon() -> Lexicon:
-    """Returns the shipped lexicon, read once."""
-
     resource = files("heretic_contrast").joinpath("data/lexicon.json")
     return Lexicon.from_dict(json.loads(resource.read_text(encoding="utf-8")))
 

@@ -58,8 +58,6 @@ class Rows:
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def listed_columns(self) -> str:
-        """Returns what a message says about the columns."""
-
         names = [name for name in self.columns or () if name]
         return f"its columns are {', '.join(names)}" if names else "it has no columns"
 
@@ -74,8 +72,6 @@ def arrow_rows(
 
 
 def labels_of(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
-    """Returns the names of integer labels, by column."""
-
     from datasets import ClassLabel
 
     return {

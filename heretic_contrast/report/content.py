@@ -23,8 +23,6 @@ def number(digits: int) -> Formatter:
 
 
 def significant(digits: int) -> Formatter:
-    """Returns a formatter to a number of significant digits."""
-
     def form(value: float) -> str:
         if math.isinf(value):
             return "∞"
@@ -43,8 +41,6 @@ def percent(value: float) -> str:
 
 
 def layers_text(layers: Any) -> str:
-    """Formats layer indices, runs of them as ranges."""
-
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][-1] + 1:

@@ -230,8 +230,6 @@ def cosine_figure(name: str, classes: tuple[str, ...], measured: LayerGeometry) 
 
 
 def hits_figure(name: str, directions: "Directions", layer: int) -> Figure:
-    """Returns the maps of prompts won by each neuron."""
-
     rows = directions.settings.get("som_rows", 1)
     maps = directions.hits[layer + 1].numpy().reshape(len(directions.class_names), rows, -1)
     return Figure(

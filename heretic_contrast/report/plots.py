@@ -98,7 +98,7 @@ def heat_map(
 
 
 def matrix(
-    values: Mapping[tuple[Any, Any], float], rows: Sequence[Any], columns: Sequence[Any]
+    values: Mapping[Any, float], rows: Sequence[Any], columns: Sequence[Any]
 ) -> NDArray[Any]:
     """Returns values by row and column as an array of shape (n_rows, n_columns), NaN where there is none."""
 

@@ -94,8 +94,6 @@ def _subspace(layer: LayerCapture) -> float:
 
 
 def capture_table(capture: CaptureResult) -> Table:
-    """Returns mean and peak of capture by configuration."""
-
     def row(configuration: str) -> tuple[Any, ...]:
         layers = [layer for layer in capture.of(configuration) if layer.subspace is not None]
         if not layers:
@@ -125,8 +123,6 @@ def capture_table(capture: CaptureResult) -> Table:
 
 
 def capture_layers_table(capture: CaptureResult) -> Table:
-    """Returns capture per configuration and layer, for the CSV file."""
-
     columns = [Column(name, name) for name in LayerCapture.__dataclass_fields__]
     return Table.of(capture.layers, "capture-layers", "Capture per layer", *columns, n_keys=2)
 
@@ -179,8 +175,6 @@ def layer_table(geometry: Geometry) -> Table:
 
 
 def compounding_section(geometry: Geometry) -> Section:
-    """Returns how much parallel directions add up."""
-
     figures = []
     eigenvalue = "Largest eigenvalue of Σ v vᵀ at weight 1"
     for name, title, attribute, axis in (
@@ -269,8 +263,6 @@ def perturbation_section(geometry: Geometry, pools: str) -> Section:
 
 
 def comparison_section(geometry: Geometry) -> Section:
-    """Returns norms and angles of configurations against each other."""
-
     table = Table.of(
         geometry.comparisons,
         "comparison",

@@ -172,8 +172,6 @@ def summary(result: SweepResult) -> tuple[str, ...]:
 
 
 def reading_note(result: SweepResult, n_opened: int) -> str:
-    """Returns where the responses can be read."""
-
     which = (
         "Every R"
         if n_opened == len(result.cells)
@@ -189,8 +187,6 @@ def _layer_count(layers: Sequence[int], total: int) -> str:
 
 
 def label(configuration: str, strength: str) -> str:
-    """Returns what a configuration is called in reports."""
-
     return f"{configuration}, {STRENGTHS[strength]}"
 
 
@@ -308,8 +304,6 @@ def refusal_table(result: SweepResult, configuration: str, strength: str) -> Tab
 
 
 def _by_strength(result: SweepResult) -> dict[str, list[str]]:
-    """Returns the configurations that were swept at each strength."""
-
     found: dict[str, list[str]] = {}
     for configuration, strength in result.configurations():
         found.setdefault(strength, []).append(configuration)
@@ -317,8 +311,6 @@ def _by_strength(result: SweepResult) -> dict[str, list[str]]:
 
 
 def refusal_sections(result: SweepResult) -> list[Section]:
-    """Returns R per layer and weight for every configuration, a section for each strength."""
-
     return [
         Section(
             f"Refusals at {STRENGTHS[strength]}",

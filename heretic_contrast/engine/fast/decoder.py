@@ -56,8 +56,6 @@ class LayerInput:
         return replace(self, hidden_states=self.hidden_states[:, :length][rows])
 
     def passed(self) -> Any:
-        """Returns what the layers below pass on."""
-
         states = self.hidden_states
         return (states, *[None] * (self.n_outputs - 1)) if self.n_outputs else states
 
