@@ -24,14 +24,7 @@ from .. import __version__
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel, Progress
 from ..prompts import prompts_digest, text_digest
-from ..settings import (
-    EXTRACTION_FIELDS,
-    Classes,
-    ContrastSettings,
-    Control,
-    Method,
-    Scale,
-)
+from ..settings import EXTRACTION_FIELDS, Classes, ContrastSettings, Control, Method, Scale
 from ..vectors import unit_vectors
 from .baselines import BaselineOptions, Residuals, get_baseline, mean
 from .classes import select_classes

@@ -28,12 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations import sdpa_attention
 

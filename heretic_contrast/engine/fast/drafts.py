@@ -18,14 +18,7 @@ from torch import Tensor
 from ...ablation.hooks import Intervention, ablated_samples
 from ...language_model import Batches, Tokens, until_end
 from ...vectors import to_device
-from ..compat import (
-    Cache,
-    concatenate,
-    join,
-    keeps_every_token,
-    new_cache,
-    select_rows,
-)
+from ..compat import Cache, concatenate, join, keeps_every_token, new_cache, select_rows
 from ..interface import Continuations, Count, pad_right
 from ..strides import generate_together, has_ended
 from .decoder import Decoder
