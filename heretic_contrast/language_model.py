@@ -50,13 +50,6 @@ def until_end(tokens: Tokens, limit: int, ends: frozenset[int]) -> Tokens:
     return tokens
 
 
-def batches(n_items: int, batch_size: int) -> Iterator[slice]:
-    """Yields the slices that cut `n_items` items into batches of at most `batch_size`."""
-
-    for start in range(0, n_items, batch_size):
-        yield slice(start, min(start + batch_size, n_items))
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that memory is exhausted, on a GPU or a CPU."""
 

@@ -132,10 +132,10 @@ def named_writers(names: Names, layers: Sequence[Module]) -> tuple[tuple[Writer,
 
 
 _FOUND: WeakKeyDictionary[Module, tuple[tuple[Writer, ...], ...]] = WeakKeyDictionary()
-"""The writers of each model that is loaded, by its first layer, which adapters leave in its place; `module` is not used."""
-
-_FOUND_EMBEDDINGS: WeakKeyDictionary[Module, tuple[Writer, ...]] = WeakKeyDictionary()
-"""The same for its embeddings, where they have been looked for."""
+"""
+What was found in each model that is loaded, without `module`: the writers of its layers, by the first of these, which adapters
+leave in its place, and its embeddings, by the network.
+"""
 
 
 def are_found(model: LanguageModel) -> bool:
@@ -204,7 +204,7 @@ def find_embeddings(model: LanguageModel) -> tuple[Writer, ...]:
     """
 
     first, network = model.layers[0], base_model(model)
-    if first not in _FOUND_EMBEDDINGS:
+    if network not in _FOUND:
         trace = _Trace(network, model.hidden_size)
 
         def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -219,8 +219,8 @@ def find_embeddings(model: LanguageModel) -> tuple[Writer, ...]:
             raise ContrastError(
                 f"No embeddings were found in {model.name} that could be ablated: leave them as they are (embeddings = false)."
             )
-        _FOUND_EMBEDDINGS[first] = _without_modules(found)
-    return _resolved(network, _FOUND_EMBEDDINGS[first])
+        _FOUND[network] = (_without_modules(found),)
+    return _resolved(network, *_FOUND[network])
 
 
 def with_embeddings(model: LanguageModel) -> LanguageModel:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ...language_model import LanguageModel, Reached, batches, hooked
+from ...language_model import LanguageModel, Reached, hooked
 from ...vectors import to_device
 from ..compat import CACHE, Cache, shares_its_cache
 from ..cpu.layers import fast_on_cpu
@@ -160,12 +160,12 @@ class Decoder:
             logits: Tensor = self.model.model(input_ids=token, use_cache=False).logits
         return logits[0].float()
 
-    def chunks(self, hidden_states: Tensor) -> Iterator[slice]:
-        """Yields positions of final hidden states whose logits may be held at the same time."""
+    def chunks(self, hidden_states: Tensor) -> list[slice]:
+        """Returns positions of final hidden states whose logits may be held at the same time."""
 
         is_cpu = hidden_states.device.type == "cpu"
-        n_positions = max(1 if is_cpu else LEAST_POSITIONS, ELEMENTS // self.model.vocabulary_size)
-        return batches(len(hidden_states), n_positions)
+        n = max(1 if is_cpu else LEAST_POSITIONS, ELEMENTS // self.model.vocabulary_size)
+        return [slice(start, start + n) for start in range(0, len(hidden_states), n)]
 
     def most_likely(self, hidden_states: Tensor) -> Tensor:
         """Returns the most likely token of each position. Integer Tensor of shape (n_positions,)."""
