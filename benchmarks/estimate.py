@@ -424,13 +424,12 @@ def check(layers: list[int], references: int) -> dict[str, Any]:
     finished = time.process_time()
     generated, generation_seconds = record.tokens, record.seconds
     base = evaluator._base
+    responses = (*base.responses, *base.canary_responses)
     departed = sum(
-        response != base
+        response != unmodified
         for cell in cells
-        for response, base in zip(
-            (*cell.responses, *cell.canary_responses),
-            (*base.responses, *base.canary_responses),
-            strict=True,
+        for response, unmodified in zip(
+            (*cell.responses, *cell.canary_responses), responses, strict=True
         )
     )
     after = measure_machine(shape.hidden_size, shape.intermediate_size)
