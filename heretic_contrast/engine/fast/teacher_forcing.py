@@ -82,16 +82,7 @@ class TeacherForcing:
     def unmodified(self) -> Iterator[Pass]:
         """Yields the hidden states of a model as it is at this moment."""
 
-        cache = self._read_prefix()
-
-        def read(part: slice) -> Pass:
-            sequences = range(len(self._order))[part]
-            tokens = self._batch([self._sequences[index] for index in sequences])
-            known = _select(cache, [0] * len(sequences))
-            hidden_states = self._decoder.run(tokens, known, len(self.prefix))
-            return self._pass([(index, 0) for index in sequences], hidden_states, known, 0)
-
-        yield from self._batches.run(len(self._order), read)
+        yield from self._passes(None, [0], None, self._read_prefix())
 
     def modified(self, interventions: Sequence[Intervention]) -> Iterator[Pass]:
         """Yields the hidden states under each intervention. The unmodified model must be the same in all calls."""
@@ -123,13 +114,14 @@ class TeacherForcing:
 
     def _passes(
         self,
-        interventions: Sequence[Intervention],
+        interventions: Sequence[Intervention] | None,
         chosen: list[int],
-        start: LayerInput,
+        start: LayerInput | None,
         cache: Cache | None,
     ) -> Iterator[Pass]:
-        """Yields the passes of some interventions. `cache`: of the prefix, a sample for each of these."""
+        """Yields the passes of some interventions, or of none. `cache`: of the prefix, a sample for each of these."""
 
+        layer = 0 if start is None else start.layer
         # Those of one sequence beside each other, since they are of one length.
         rows = [(sequence, index) for sequence in range(len(self._order)) for index in chosen]
 
@@ -137,11 +129,12 @@ class TeacherForcing:
             sequences = [sequence for sequence, _ in rows[part]]
             indices = [index for _, index in rows[part]]
             tokens = self._batch([self._sequences[sequence] for sequence in sequences])
-            known = _select(cache, [chosen.index(index) for index in indices], start.layer)
-            own = start.select(sequences, tokens.input_ids.shape[1])
-            with ablated_samples(self._decoder.model, [interventions[index] for index in indices]):
+            known = _select(cache, [chosen.index(index) for index in indices], layer)
+            own = start and start.select(sequences, tokens.input_ids.shape[1])
+            ablated = [interventions[index] for index in indices] if interventions else []
+            with ablated_samples(self._decoder.model, ablated):
                 hidden_states = self._decoder.run(tokens, known, len(self.prefix), own)
-            return self._pass(rows[part], hidden_states, known, start.layer)
+            return self._pass(rows[part], hidden_states, known, layer)
 
         yield from self._batches.run(len(rows), read)
 
