@@ -89,7 +89,7 @@ def lora_factors(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """
-    Returns the LoRA pair (A, B) whose product B A is the change of the weight.
+    Returns the LoRA pair (A, B) whose product B A is the change of the weight, exactly unless it is truncated (paper, section 2.1).
 
     `weight`: Tensor of shape (hidden_size, in_features), float32.
     A: Tensor of shape (rank, in_features). B: Tensor of shape (hidden_size, rank). The rank is n_directions,
@@ -97,7 +97,8 @@ def lora_factors(
     """
 
     if row_normalization is RowNormalization.NONE:
-        return operator.lora_factors(weight)
+        vectors = operator.vectors.to(weight.device)
+        return rows_times(vectors, weight), -operator.mixed_vectors.T.to(weight.device)
 
     norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     if row_normalization is RowNormalization.PRE:

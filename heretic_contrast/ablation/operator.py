@@ -105,17 +105,6 @@ class Operator:
         coefficients = output.float() @ self.vectors.T
         return (coefficients @ self.mixed_vectors).to(output.dtype)
 
-    def lora_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Returns the LoRA pair (A, B) with B A = −C W, exactly (paper, section 2.1).
-
-        `weight`: Tensor of shape (hidden_size, in_features), float32.
-        A: Tensor of shape (n_directions, in_features). B: Tensor of shape (hidden_size, n_directions).
-        """
-
-        vectors = self.vectors.to(weight.device)
-        return rows_times(vectors, weight), -self.mixed_vectors.T.to(weight.device)
-
     def to(self, device: torch.device) -> "Operator":
         """Returns the operator on a device: itself where it is there already."""
 

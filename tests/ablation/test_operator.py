@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from heretic_contrast.ablation.hooks import ablated
+from heretic_contrast.ablation.lora import lora_factors
 from heretic_contrast.ablation.operator import (
     Composition,
     Operator,
@@ -54,7 +55,7 @@ def test_lora_factors_and_hook_equal_dense_operator(composition: str, weights: l
     operator = compose(vectors, amounts, composition)
     expected = dense(vectors, amounts, composition)
     weight = torch.randn(HIDDEN, INPUTS, generator=torch.Generator().manual_seed(1))
-    factor_a, factor_b = operator.lora_factors(weight)
+    factor_a, factor_b = lora_factors(operator, weight)
     assert factor_a.shape == (N, INPUTS) and factor_b.shape == (HIDDEN, N)
     change = -(expected @ weight.double())
     assert torch.allclose((factor_b @ factor_a).double(), change, rtol=1e-5, atol=1e-5)
@@ -71,7 +72,7 @@ def test_sum_of_orthonormal_directions_equals_capped() -> None:
     products = [
         factor_b @ factor_a
         for factor_a, factor_b in (
-            compose(vectors, weights, name).lora_factors(weight) for name in ("sum", "capped")
+            lora_factors(compose(vectors, weights, name), weight) for name in ("sum", "capped")
         )
     ]
     assert torch.allclose(*products, rtol=1e-5, atol=1e-6)
@@ -129,7 +130,7 @@ def test_hook_does_what_a_changed_weight_does(bias: bool) -> None:
     operator = compose(random_unit(), torch.full((N,), 0.6))
     changed = torch.nn.Linear(INPUTS, HIDDEN, bias=bias)
     changed.load_state_dict(module.state_dict())
-    factor_a, factor_b = operator.lora_factors(module.weight.detach())
+    factor_a, factor_b = lora_factors(operator, module.weight.detach())
     changed.weight.data += factor_b @ factor_a
     inputs = torch.randn(2, 7, INPUTS)
     before = module(inputs)

@@ -67,7 +67,7 @@ def test_all_forms_equal_dense_algebra(
     # The single products that are added up may be larger than their sum.
     scale = (1 + norm(expected)) * norm(weight)
 
-    factor_a, factor_b = operator.lora_factors(weight)
+    factor_a, factor_b = lora_factors(operator, weight)
     assert factor_a.shape == (n, weight.shape[1]) and factor_b.shape == (hidden, n)
     assert distance(factor_b @ factor_a, -(expected @ weight.double()), scale) < 1e-5
 
@@ -191,7 +191,7 @@ def test_compositions_of_orthonormal_directions_agree(
     weight = normal(16, 9, seed=seed + 1)
     changes = []
     for composition in Composition:
-        factor_a, factor_b = compose(vectors, weights, composition).lora_factors(weight)
+        factor_a, factor_b = lora_factors(compose(vectors, weights, composition), weight)
         changes.append(factor_b @ factor_a)
     assert torch.allclose(changes[0], changes[1], atol=1e-4)
     assert torch.allclose(changes[0], changes[2], atol=1e-4)
