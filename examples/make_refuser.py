@@ -38,7 +38,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from heretic_contrast.ablation.hooks import ablated_writers, writers_of
+from heretic_contrast.ablation.hooks import ablated_writers
 from heretic_contrast.ablation.operator import compose
 from heretic_contrast.builtin import refuser_pool
 from heretic_contrast.directions.extraction import extract
@@ -791,9 +791,8 @@ def refusals_by_writers(directory: Path) -> dict[str, int]:
             for layer in range(wrapped.n_layers):
                 vectors = F.normalize(directions.tensor[layer + 1], dim=-1)
                 operator = compose(vectors, torch.ones(1))
-                stack.enter_context(
-                    ablated_writers(writers_of(wrapped, layer, components), operator)
-                )
+                chosen = [item for item in wrapped.writers[layer] if item.is_among(components)]
+                stack.enter_context(ablated_writers(chosen, operator))
             responses = generate(model, tokenizer, prompts, DEFAULT_SYSTEM_PROMPT)
         counts[name] = sum(map(is_refusal, responses))
     return counts

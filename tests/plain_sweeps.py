@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from heretic_contrast.ablation.hooks import writers_of
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
@@ -74,7 +73,9 @@ def changed_weights(
         parameter.data = changed.to(parameter.dtype)
 
     try:
-        for writer in writers_of(model, layer, components):
+        for writer in model.writers[layer]:
+            if not writer.is_among(components):
+                continue
             matrix = before_norms(change, writer.gain)
             rest = torch.eye(len(matrix), dtype=torch.float64) - matrix
             module = writer.module

@@ -140,15 +140,7 @@ def output_projections(
 ) -> list[Module]:
     """Returns the modules of a layer that are ablated. A layer of a hybrid model may lack a component."""
 
-    return [writer.module for writer in writers_of(model, layer, components)]
-
-
-def writers_of(
-    model: LanguageModel, layer: int, components: tuple[str, ...] | None
-) -> list[Writer]:
-    """As `output_projections`, with all that is known about them."""
-
-    return [writer for writer in model.writers[layer] if writer.is_among(components)]
+    return [writer.module for writer in model.writers[layer] if writer.is_among(components)]
 
 
 def contributions(model: LanguageModel, layer: int) -> dict[Module, bool]:
