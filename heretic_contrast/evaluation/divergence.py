@@ -10,7 +10,7 @@ is a lower bound of the full divergence, by the log-sum inequality; with all of 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from ..engine.plain import PlainEngine
 from ..errors import ContrastError
 
 
-@dataclass(frozen=True)
-class SparseLogProbabilities:
+class SparseLogProbabilities(NamedTuple):
     """
     The largest log-probabilities of each position, and the log-probability of all others together.
 
@@ -37,9 +36,7 @@ class SparseLogProbabilities:
     def at(self, positions: Tensor) -> "SparseLogProbabilities":
         """Returns what is kept of some positions, in a new order. `positions`: integer Tensor of shape (n_positions,)."""
 
-        return SparseLogProbabilities(
-            self.tokens[positions], self.values[positions], self.tails[positions]
-        )
+        return SparseLogProbabilities(*(item[positions] for item in self))
 
 
 def _keep(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,11 +132,9 @@ class References:
             chunks.append((chunk.positions, base_statistics(chunk.values, top_k)))
             # Not to be held beside the next one.
             del chunk
-        parts = [(item.tokens, item.values, item.tails) for _, item in chunks]
-        statistics = (torch.cat(column) for column in zip(*parts, strict=True))
-        self.base = SparseLogProbabilities(*statistics).at(
-            torch.cat([positions for positions, _ in chunks]).argsort()
-        )
+        positions, statistics = zip(*chunks, strict=True)
+        columns = map(torch.cat, zip(*statistics, strict=True))
+        self.base = SparseLogProbabilities(*columns).at(torch.cat(positions).argsort())
 
     def measure(
         self,
