@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -261,7 +261,7 @@ def _own_code(network: Module) -> dict[str, str]:
     return {Path(path).name: file_digest(Path(path)) for path in files if path is not None}
 
 
-def program_digest(modules: Sequence[ModuleType], function: Callable[..., Any]) -> str:
+def program_digest(modules: Sequence[ModuleType], function: Any) -> str:
     """Returns a digest of what a function does: of the text of modules, its own text, and what it was made with."""
 
     return digest([[inspect.getsource(module) for module in modules], _state(function)])
