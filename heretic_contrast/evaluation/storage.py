@@ -88,6 +88,8 @@ class SweepState:
 
     def __init__(self, storage: str | None, identity: Identity) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # As a storage gives it back.
+        identity = json.loads(json.dumps(identity))
         self._choices: list[list[str]] = []
         try:
             self._study = optuna.create_study(
@@ -117,8 +119,7 @@ class SweepState:
                 f"The storage {without_password(storage)} cannot be read ({reason[:200]}): correct its URL, or move a damaged file "
                 "away to start anew."
             ) from error
-        # As the storage gives it back.
-        different = differences(stored, json.loads(json.dumps(identity)))
+        different = differences(stored, identity)
         if different:
             raise ContrastError(OTHER_SWEEP.format(without_password(storage), different))
 
