@@ -57,8 +57,6 @@ def usual_mode() -> int:
 
 
 def write_text_atomically(path: Path, content: str) -> None:
-    """Writes `content` to `path` as UTF-8 text, as `write_bytes_atomically` does."""
-
     write_bytes_atomically(path, content.encode("utf-8"))
 
 

@@ -199,8 +199,6 @@ class LanguageModel:
 
     @property
     def vocabulary_size(self) -> int:
-        """The number of tokens that the model knows."""
-
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property

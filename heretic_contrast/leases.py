@@ -79,8 +79,6 @@ class Leases:
             _at_work.discard(self.worker)
 
     def take(self, trial_id: int) -> None:
-        """Says until when a trial belongs to this worker."""
-
         lease = {"worker": self.worker, "until": time.time() + LEASE_SECONDS}
         # Another process may have given up on this one, which is no harm.
         with suppress(UpdateFinishedTrialError):

@@ -28,8 +28,6 @@ ROWS_AT_A_TIME = 2**16
 
 
 def takes_adapter(writer: Writer) -> bool:
-    """Returns whether a LoRA adapter can be put on a writer."""
-
     return writer.component != EMBEDDINGS and is_projection(writer.layer)
 
 

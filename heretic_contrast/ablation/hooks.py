@@ -51,8 +51,6 @@ class BatchOperator:
         return BatchOperator(self.vectors[indices], self.mixed_vectors[indices])
 
     def to(self, device: torch.device) -> "BatchOperator":
-        """Returns the operators on a device: themselves where they are there already."""
-
         if self.vectors.device == device:
             return self
         return BatchOperator(to_device(self.vectors, device), to_device(self.mixed_vectors, device))

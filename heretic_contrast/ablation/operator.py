@@ -106,8 +106,6 @@ class Operator:
         return (coefficients @ self.mixed_vectors).to(output.dtype)
 
     def to(self, device: torch.device) -> "Operator":
-        """Returns the operator on a device: itself where it is there already."""
-
         if self.vectors.device == device:
             return self
         written = None if self.written is None else to_device(self.written, device)

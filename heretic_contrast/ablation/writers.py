@@ -93,8 +93,6 @@ def is_fused(module: Module) -> bool:
 
 
 def writers_digest(model: LanguageModel) -> str:
-    """Returns a digest of which writers are ablated, and how, for a model's identity."""
-
     return digest(
         [
             [(writer.component, writer.path, *writer.norms, writer.with_bias) for writer in writers]
@@ -139,8 +137,6 @@ leave in its place, and its embeddings, by the network.
 
 
 def are_found(model: LanguageModel) -> bool:
-    """Returns whether the writers of a model are known already."""
-
     return model.layers[0] in _FOUND
 
 

@@ -31,8 +31,6 @@ _DIGITS = "123456789"
 
 
 def category_question(text: str) -> str:
-    """Returns the question that asks a language model for the category of `text`, to be answered by a digit."""
-
     options = "\n".join(
         f"{digit}. {category}: {SUBJECTS[category]}"
         for digit, category in zip(_DIGITS, CATEGORIES, strict=True)

@@ -20,8 +20,6 @@ Log = Callable[..., None]
 
 @dataclass(frozen=True)
 class Pools:
-    """The prompts that directions are fitted to; the harmful and the matched ones with their categories."""
-
     harmful: tuple[Prompt, ...]
     bulk: tuple[Prompt, ...]
     matched: tuple[Prompt, ...]

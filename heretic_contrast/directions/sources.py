@@ -35,8 +35,6 @@ class UsedPrompts:
 
     @classmethod
     def of(cls, configurations: Mapping[str, Directions]) -> "UsedPrompts":
-        """Returns what directions say about their prompts."""
-
         known = {
             name: directions.provenance["prompt_digests"]
             for name, directions in configurations.items()

@@ -38,14 +38,10 @@ class Continuations:
 
     @property
     def lengths(self) -> list[int]:
-        """The number of positions of each prompt."""
-
         return [len(tokens) for tokens in self.tokens]
 
     @property
     def starts(self) -> list[int]:
-        """The first position of each prompt."""
-
         return [0, *accumulate(self.lengths)][:-1]
 
 

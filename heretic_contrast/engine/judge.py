@@ -116,8 +116,6 @@ class JudgeModel:
         return {ids[0] for ids in spelled["input_ids"] if ids} - {self.tokenizer.unk_token_id}
 
     def tokens(self, prompt: str, response: str) -> Tokens:
-        """Returns what the judge reads of a prompt and a response."""
-
         texts = [self._without_special_tokens(text) for text in (prompt, response)]
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         while True:

@@ -104,8 +104,6 @@ class TextClassificationBackend:
         return torch.cat([nothing, *Batches(self.batch_size).run(len(pairs), judge)])
 
     def classify_responses(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Tier]:
-        """Returns the tiers of many responses, in batches."""
-
         likeliest = self.probabilities(prompts, responses).argmax(dim=-1).tolist()
         return [
             self.tiers[index] if strip_markup(response) else Tier.REFUSE
@@ -113,8 +111,6 @@ class TextClassificationBackend:
         ]
 
     def classify_response(self, prompt: str, response: str) -> Tier:
-        """Returns the tier of one response, with the signature of `tiers.classify_response`."""
-
         return self.classify_responses([prompt], [response])[0]
 
     def identity(self) -> list[Any]:

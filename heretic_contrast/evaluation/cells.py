@@ -106,13 +106,9 @@ class Cell:
     canary_verdicts: tuple[Verdict, ...] = ()
 
     def key(self) -> CellKey:
-        """Returns what tells the cell from others."""
-
         return CellKey(self.configuration, self.strength, self.layers, self.weight)
 
     def cost(self) -> tuple[int, float]:
-        """Returns refusals and divergence, by which cells are ranked."""
-
         return self.measurement.refusals, self.measurement.kl_divergence
 
 
@@ -252,8 +248,6 @@ class SweepResult:
         return json_text(self.to_dict()) + "\n"
 
     def to_csv(self) -> str:
-        """Returns one row per cell as CSV text."""
-
         def short(value: float | None) -> str:
             return "" if value is None else f"{value:.6g}"
 

@@ -49,8 +49,6 @@ class Configuration:
 
     @classmethod
     def of(cls, directions: Directions, settings: ContrastSettings) -> "Configuration":
-        """Returns directions as settings say that they are ablated."""
-
         return cls(
             directions,
             Composition(settings.composition),
@@ -59,8 +57,6 @@ class Configuration:
         )
 
     def strengths(self, asked: Sequence[str]) -> tuple[str, ...]:
-        """Returns the strengths that the configuration is swept at, of those that are asked for."""
-
         return ("effective",) if self.equal_effective_weight else tuple(asked)
 
     def operator(self, layer: int, weight: float, strength: str = "weight") -> Operator:
@@ -98,8 +94,6 @@ Configurations = Mapping[str, Configuration | Directions]
 
 
 def complete(configurations: Configurations) -> dict[str, Configuration]:
-    """Returns configurations, also where directions alone are given."""
-
     return {
         name: item if isinstance(item, Configuration) else Configuration(item)
         for name, item in configurations.items()
@@ -323,8 +317,6 @@ class PreparedSweep:
 def _evaluation_pool(
     source: PromptSources, name: str, setting: str, used: UsedPrompts, log: Log
 ) -> tuple[Sequence[Prompt], int]:
-    """Returns the prompts of a pool that directions do not come from, and how many do."""
-
     pool = load_pool(source, name, setting)
     # A repeated prompt would make intervals too narrow.
     distinct = list(dict.fromkeys(pool))

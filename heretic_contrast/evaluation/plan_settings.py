@@ -156,12 +156,8 @@ class SweepPlanSettings(PairsSettings, TextClassifierSettings):
     @field_validator("layers")
     @classmethod
     def check_layers(cls, value: str) -> str:
-        """Refuses what names no layers."""
-
         parse_layers(value)
         return value
 
     def layer_indices(self) -> tuple[int, ...] | None:
-        """Returns the decoder layers to test, or None for all."""
-
         return parse_layers(self.layers)

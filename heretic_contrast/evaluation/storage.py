@@ -229,8 +229,6 @@ class SweepState:
         return [], []
 
     def _show_parameters(self, trial: FrozenTrial) -> None:
-        """Writes the cell's parameters where optuna-dashboard shows them."""
-
         key = _key(trial)
         shown: dict[str, tuple[Any, BaseDistribution]] = {
             "configuration": (key.configuration, CategoricalDistribution(self._choices[0])),
@@ -263,8 +261,6 @@ class SweepState:
 
 
 def _part(progress: Progress | None, n_done: int, n_claimed: int, n_cells: int) -> Progress:
-    """Returns the progress of the claimed cells, which is shown as that of all cells."""
-
     def advance(done: int, total: int) -> None:
         if progress is not None:
             progress(n_done + n_claimed * done // total, n_cells)

@@ -280,8 +280,6 @@ class SweepEvaluator:
         )
 
     def result(self, cells: Sequence[Cell]) -> SweepResult:
-        """Returns the finished sweep, its cells in the order of their keys."""
-
         strengths = [*self.options.strengths, "effective"]
         order = {name: index for index, name in enumerate(self.configurations)}
         cells = sorted(
@@ -402,8 +400,6 @@ def sweep(
 def run_cells(
     evaluator: SweepEvaluator, storage: str | None, progress: Progress | None
 ) -> list[Cell]:
-    """Measures all cells that the storage does not hold yet, single layers first."""
-
     state = SweepState(storage, evaluator.identity())
     single = state.run(evaluator.grid(), evaluator.evaluate, progress)
     sets = state.run(evaluator.synergy_grid(single), evaluator.evaluate, progress)

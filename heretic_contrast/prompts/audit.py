@@ -105,8 +105,6 @@ def audit_pool(prompts: Sequence[Prompt]) -> PoolAudit:
 
 
 def clean_pool(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Returns the prompts in which the lexicon finds no category, in their order."""
-
     return [prompt for prompt in prompts if not classify(prompt.text)]
 
 

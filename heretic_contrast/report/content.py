@@ -166,8 +166,6 @@ class Report:
     anchors: Mapping[Any, str] = field(default_factory=dict)
 
     def anchor(self, value: Any) -> str | None:
-        """Returns the name of what opens a value of a table, if anything does."""
-
         key = getattr(value, "key", None)
         return self.anchors.get(key()) if callable(key) else None
 

@@ -23,8 +23,6 @@ Row = tuple[str, ...]
 
 
 def short(text: str) -> str:
-    """Returns a text on one line, cut off where it is long."""
-
     text = " ".join(text.split())
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 

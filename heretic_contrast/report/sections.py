@@ -152,8 +152,6 @@ def magnitude_section(geometry: Geometry) -> Section:
 
 
 def layer_table(geometry: Geometry) -> Table:
-    """Returns what is measured of each configuration's directions at each layer."""
-
     return Table.of(
         geometry.layers,
         "geometry",

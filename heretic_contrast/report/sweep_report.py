@@ -350,8 +350,6 @@ def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def divergence_section(result: SweepResult) -> Section:
-    """Returns what fewer refusals cost in divergence."""
-
     on_fronts: list[Cell] = []
     figures = []
     title = f"Refusals R (of {result.baseline.n_harmful} prompts)"
@@ -429,8 +427,6 @@ def synergy_figures(result: SweepResult) -> Iterable[Figure]:
 
 
 def synergy_section(result: SweepResult) -> Section:
-    """Returns what sets of layers achieve beyond their best layer."""
-
     table = Table.of(
         result.synergies,
         "synergy",

@@ -52,8 +52,6 @@ class Drafts:
         self._unmodified, self._places = self._unmodified_cache()
 
     def respond(self, interventions: Sequence[Intervention], count: Count) -> list[list[Tokens]]:
-        """Returns the responses to all prompts under each intervention."""
-
         found: dict[Row, Tokens] = {}
         waiting: list[Departures] = []
         for item in self._forcing.modified(interventions):

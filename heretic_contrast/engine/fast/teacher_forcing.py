@@ -99,8 +99,6 @@ class TeacherForcing:
     def _modified(
         self, interventions: Sequence[Intervention], layer: int, group: list[int]
     ) -> Iterator[Pass]:
-        """Yields the passes of interventions that start at one layer."""
-
         prefix, start = self._layer_inputs(layer)
 
         def read_prefix(part: slice) -> tuple[list[int], Cache | None]:
@@ -227,8 +225,6 @@ def common_prefix(prompts: Sequence[Tokens]) -> Tokens:
 
 
 def _select(cache: Cache | None, rows: Sequence[int], first_layer: int = 0) -> Cache | None:
-    """Returns a cache with some of its samples, if there is one."""
-
     if cache is None:
         return None
     return select_rows(cache, torch.tensor(rows), slice(first_layer, None))
