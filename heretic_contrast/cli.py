@@ -66,10 +66,6 @@ def sentence_of(error: BaseException) -> str | None:
     return None
 
 
-def may_be_configured() -> bool:
-    return os.path.exists("config.toml") or "HERETIC_MODEL" in map(str.upper, os.environ)
-
-
 def show_every_character() -> None:
     """Makes output streams show a question mark for what they have no character for, instead of failing."""
 
@@ -118,10 +114,11 @@ def main() -> None:
     show_every_character()
     arguments = sys.argv[1:]
     command = "run"
+    is_configured = os.path.exists("config.toml") or "HERETIC_MODEL" in map(str.upper, os.environ)
     try:
         if arguments and arguments[0] in COMMANDS:
             command, *arguments = arguments
-        elif arguments[:1] in (["-h"], ["--help"]) or not (arguments or may_be_configured()):
+        elif arguments[:1] in (["-h"], ["--help"]) or not (arguments or is_configured):
             print(OVERVIEW, flush=True)
             if not arguments:
                 sys.exit(2)

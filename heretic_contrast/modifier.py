@@ -152,10 +152,8 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         self._apply_lora(ctx)
 
     def model(self, ctx: Context, batch_size: int | None = None) -> LanguageModel:
-        heretic_model = ctx.get_model()
-        model = from_heretic(
-            heretic_model, self.heretic_settings, batch_size, self.settings.writers
-        )
+        settings = self.heretic_settings
+        model = from_heretic(ctx.get_model(), settings, batch_size, self.settings.writers)
         return with_embeddings(model) if self.settings.embeddings else model
 
     def _apply_lora(self, ctx: Context) -> None:

@@ -205,14 +205,11 @@ def require_answers(settings: HostSettings) -> None:
 
     if has_terminal() or settings.evaluate_model is not None or settings.model_action == "none":
         return
-    if settings.model_action == "upload":
-        raise ContrastError(
-            "Uploading asks for the name of a repository and who may see it, and there is no terminal to ask in: "
-            "run it in a terminal, or give --model-action save."
-        )
+    # Uploading asks for more.
+    action = None if settings.model_action == "upload" else settings.model_action
     answers = {
         "--trial-index 0": settings.trial_index,
-        "--model-action save": settings.model_action,
+        "--model-action save": action,
         "--save-directory DIR": settings.save_directory,
         "--export-strategy merge": settings.export_strategy,
     }
@@ -220,5 +217,5 @@ def require_answers(settings: HostSettings) -> None:
     if missing:
         raise ContrastError(
             f"There is no terminal to ask in what to do after the study: give {' '.join(missing)}, "
-            "or --model-action none to choose a trial later, in a terminal."
+            "or --model-action none to choose a trial later, or upload it, in a terminal."
         )

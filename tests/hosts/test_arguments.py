@@ -167,7 +167,10 @@ def test_an_audit_has_no_model() -> None:
         (["--trial-index=0"], ["--model-action save", "--save-directory", "--export-strategy"]),
         (["--trial-index=0", "--model-action=save"], ["--save-directory", "--export-strategy"]),
         (["--model-action=save", "--save-directory=out"], ["--trial-index 0", "--export-strategy"]),
-        (["--trial-index=0", "--model-action=upload"], ["Uploading", "--model-action save"]),
+        (
+            ["--trial-index=0", "--model-action=upload"],
+            ["upload", "--model-action save", "--save-directory"],
+        ),
     ],
 )
 def test_questions_that_nobody_can_answer_come_first(
