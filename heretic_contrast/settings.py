@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +23,7 @@ from pydantic import (
     SerializeAsAny,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     WrapValidator,
     field_validator,
     model_validator,
@@ -224,6 +225,12 @@ class TextClassifierSettings(Described):
                 "Both a text classifier and a judge model are given, of which only one can judge: leave out text_classifier or "
                 "judge_model."
             )
+        if self.text_classifier is None:
+            for name in ("text_classifier_labels", "text_classifier_reads_prompt"):
+                if getattr(self, name):
+                    raise ContrastError(
+                        f"The setting {name} has no effect without a text classifier: give text_classifier as well, or leave it out."
+                    )
         return self
 
 
@@ -371,10 +378,55 @@ EXTRACTION_FIELDS = set(
 )
 """The settings that decide directions."""
 
-OF_SEVERAL = set(
-    "composition equal_effective_weight shared_direction small_classes svd svd_rank".split()
+
+class Need(NamedTuple):
+    """What settings of these names need to have an effect, which nobody is told who has given one of `unless`."""
+
+    names: set[str]
+    is_met: Callable[["ContrastSettings"], bool]
+    unless: set[str]
+    sentence: str
+
+
+NEEDS = (
+    Need(
+        {name for name in EXTRACTION_FIELDS | {"som_backend"} if name.startswith("som_")}
+        | {"winners"},
+        lambda settings: settings.method is Method.SOM,
+        {"method"},
+        "on a mean: give the method som as well, or a preset that trains maps",
+    ),
+    Need(
+        set(
+            "composition equal_effective_weight shared_direction small_classes svd svd_rank".split()
+        ),
+        lambda settings: settings.classes is Classes.CATEGORY or settings.winners > 1,
+        {"method", "classes"},
+        "on one direction: give the classes category as well, or a preset with several directions",
+    ),
+    Need(
+        {"svd_rank"},
+        lambda settings: settings.svd,
+        {"svd"},
+        "without svd: give that as well, or leave it out",
+    ),
+    Need(
+        {"mixing"},
+        lambda settings: settings.baseline not in {*BASELINES} - {"mixed"},
+        set(),
+        "with another baseline than mixed: give that as well, or leave it out",
+    ),
+    Need(
+        {"n_neighbors"},
+        lambda settings: settings.baseline not in {*BASELINES} - {"nearest"},
+        set(),
+        "with another baseline than nearest: give that as well, or leave it out",
+    ),
 )
-"""The settings that have an effect on several directions only."""
+"""The settings that have no effect without others. Baselines of other packages may use all that there are."""
+
+SEVERAL = "several"
+"""The context in which one of several presets is validated: what has no effect with one of them may have one with another."""
 
 
 class ContrastSettings(Table, TextClassifierSettings):
@@ -734,13 +786,10 @@ class ContrastSettings(Table, TextClassifierSettings):
         return self
 
     @model_validator(mode="after")
-    def check_together(self) -> "ContrastSettings":
-        fields, given = type(self).model_fields, self.model_fields_set
-        changed = {name for name, value in self.given().items() if value != fields[name].default}
-        if self.preset or self.directions is not None:
-            # Each preset is checked by itself, and has maps or several directions where they have settings.
-            changed = set()
-        of_maps = {name for name in changed if name.startswith("som_") or name == "winners"}
+    def check_together(self, info: ValidationInfo) -> "ContrastSettings":
+        given = self.model_fields_set
+        alone = len(self.preset) <= 1 and self.directions is None and info.context != SEVERAL
+        idle = self.without_effect() if alone else {}
         n_neurons = self.som_rows * self.som_columns
         has_judge = self.classifier_name is not None
         for is_wrong, sentence in (
@@ -749,16 +798,7 @@ class ContrastSettings(Table, TextClassifierSettings):
                 f"{self.winners} winners are asked for, but a map of {self.som_rows} × {self.som_columns} has {n_neurons} neurons: "
                 "use a larger map or fewer winners.",
             ),
-            (
-                of_maps and "method" not in given,
-                f"The setting {min(of_maps, default='')} has no effect on a mean: give the method som as well, or a preset that "
-                "trains maps.",
-            ),
-            (
-                changed & OF_SEVERAL and not {"method", "classes"} & given,
-                f"The setting {min(changed & OF_SEVERAL, default='')} has no effect on one direction: give the classes category as "
-                "well, or a preset with several directions.",
-            ),
+            *((True, sentence) for sentence in idle.values()),
             (
                 self.embeddings and self.writers is Writers.HERETIC,
                 "Heretic ablates no embeddings: leave out embeddings, or use the writers all.",
@@ -791,6 +831,22 @@ class ContrastSettings(Table, TextClassifierSettings):
             self.refusal_classifier = "tiers"
         return self
 
+    def without_effect(self) -> dict[str, str]:
+        """Returns why each setting has no effect that was given beside what nobody has asked for, by name."""
+
+        preset = PRESETS[self.preset[0]] if len(self.preset) == 1 else {}
+        own = {name for name, value in self.given().items() if value != preset.get(name, ...)}
+        fields = type(self).model_fields
+        changed = {
+            name for name in own if name in preset or getattr(self, name) != fields[name].default
+        }
+        return {
+            name: f"The setting {name} has no effect {need.sentence}."
+            for need in NEEDS
+            if not need.is_met(self) and not need.unless & own
+            for name in sorted(changed & need.names)
+        }
+
     @property
     def counts_false_refusals(self) -> bool:
         return self.false_refusals == "objective" or self.max_false_refusals is not None
@@ -808,11 +864,17 @@ class ContrastSettings(Table, TextClassifierSettings):
         found = {}
         for name in self.preset:
             try:
-                found[name] = ContrastSettings.model_validate({**self.given(), "preset": [name]})
+                found[name] = ContrastSettings.model_validate(
+                    {**self.given(), "preset": [name]}, context=SEVERAL
+                )
             except ValidationError as error:
                 # Each setting works by itself, so that only what they are together can be wrong.
                 cause = error.errors()[0].get("ctx", {}).get("error", error)
                 raise ContrastError(f"With the preset {name}: {cause}") from error
+        first, *others = (item.without_effect() for item in found.values())
+        for name in first:
+            if all(name in other for other in others):
+                raise ContrastError(first[name])
         return found
 
     def require_single_configuration(self) -> None:

@@ -166,6 +166,20 @@ MAPS = "--contrast.preset paper-unmatched"
         ({}, f"{MAPS} --contrast.winners 10", "10 winners"),
         ({}, "--contrast.winners 2", "winners has no effect on a mean"),
         ({}, "--contrast.svd", "svd has no effect on one direction"),
+        (
+            {},
+            "--contrast.preset arditi --contrast.winners 2",
+            "winners has no effect on a mean: give the method som",
+        ),
+        ({}, "--contrast.category-source lexicon", "category_source has no effect on one"),
+        ({}, f"{MAPS} --contrast.svd-rank 2", "svd_rank has no effect without svd"),
+        ({}, "--contrast.baseline matched --contrast.mixing 0.3", "another baseline than mixed"),
+        ({}, f"{MAPS} --contrast.n-neighbors 5", "another baseline than nearest"),
+        (
+            {},
+            '--contrast.judge-model x --contrast.text-classifier-labels {"a":"REFUSE"}',
+            "text_classifier_labels has no effect without a text classifier",
+        ),
     ],
 )
 def test_pools(
@@ -236,6 +250,10 @@ def test_what_is_read_is_not_written_to(refused: Refused, tmp_path: Path) -> Non
         (
             "--contrast.preset piras --contrast.preset arditi --contrast.winners 17",
             "With the preset piras: 17 winners",
+        ),
+        (
+            "--contrast.preset paper-matched --contrast.preset arditi --contrast.mixing 0.3",
+            "mixing has no effect with another baseline than mixed",
         ),
         ("--contrast.baseline nearest --contrast.n-neighbors 13", "13 neighbors"),
         ("--bad-evaluation-prompts.dataset bad.jsonl", "All 24 harmful evaluation prompts"),

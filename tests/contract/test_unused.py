@@ -89,7 +89,7 @@ OF_OTHERS_UNDER_20 = [
     "refusal_markers = ['sorry']\nkl_divergence_scale = 1.0",
     "[scorer.KeywordRate]\nkeywords = ['sorry']",
     "[scorer.RefusalRate]\n[scorer.FalseRefusalRate]\n[scorer.KLDivergence]",
-    "[modifier.ContrastAbliteration]\nn_neighbors = 2",
+    "[modifier.ContrastAbliteration]\nbatch_size = 2",
     "[scorer.RefusalTiers]\ncount_incoherent = true",
     "[tool]\nscale = 'raw'",
     "batch_sise = 3",
@@ -250,7 +250,7 @@ def test_what_must_be_a_table(value: Any, folder: Path) -> None:
 def test_instances(folder: Path) -> None:
     """Tables of an instance are read where `instance_name` names it, and nowhere else."""
 
-    table = "[modifier.ContrastAbliteration_a]\nn_neighbors = 2"
+    table = "[modifier.ContrastAbliteration_a]\nbatch_size = 2"
     assert refused(table) == (
         "config.toml has [modifier.ContrastAbliteration_a], which nothing reads: "
         "did you mean [modifier.ContrastAbliteration]?"
@@ -260,8 +260,8 @@ def test_instances(folder: Path) -> None:
     same = [{"plugin": PLUGIN, "instance_name": "a"}]
     with pytest.raises(AttributeError):
         start_under_20(table, modifiers=same)
-    assert 'no setting "n_neighbor" in [modifier.ContrastAbliteration_a]' in refused(
-        table.replace("n_neighbors", "n_neighbor"), modifiers=same
+    assert 'no setting "batch_siz" in [modifier.ContrastAbliteration_a]' in refused(
+        table.replace("batch_size", "batch_siz"), modifiers=same
     )
 
 
@@ -323,7 +323,7 @@ def test_the_table_of_an_instance_under_heretic_14(folder: Path) -> None:
         f"""
         modifiers = [{{ plugin = "{PLUGIN}", instance_name = "a" }}]
         [modifier.ContrastAbliteration]
-        n_neighbors = 2
+        batch_size = 2
         seed = 3
         matched_prompts.dataset = "one"
         [modifier.ContrastAbliteration_a]
@@ -333,7 +333,7 @@ def test_the_table_of_an_instance_under_heretic_14(folder: Path) -> None:
     )
     contrast = load_settings(HostSettings, "heretic-contrast", ["--model", MODEL]).contrast
     expected = ContrastSettings(
-        n_neighbors=2, seed=4, matched_prompts={"dataset": "one", "split": "train"}
+        batch_size=2, seed=4, matched_prompts={"dataset": "one", "split": "train"}
     )
     assert contrast.model_dump(include=expected.model_fields_set) == expected.model_dump(
         include=expected.model_fields_set
@@ -412,7 +412,7 @@ def test_environment_variables_of_others(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(AttributeError):
         start_under_20("")
     if not HAS_PLUGIN_SURFACE:
-        monkeypatch.setenv("HERETIC_CONTRAST", '{"n_neighbors": 2}')
+        monkeypatch.setenv("HERETIC_CONTRAST", '{"batch_size": 2}')
         settings = load_settings(HostSettings, "heretic-contrast", ["--model", MODEL])
-        assert settings.contrast.n_neighbors == 2 and settings.n_trials == 3  # type: ignore[attr-defined]
+        assert settings.contrast.batch_size == 2 and settings.n_trials == 3  # type: ignore[attr-defined]
         assert "HERETIC_CONTRAST" in os.environ

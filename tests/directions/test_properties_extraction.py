@@ -293,7 +293,11 @@ def contrast_settings(draw: st.DrawFn, **fixed: Any) -> ContrastSettings:
     takes_shared = not options["svd"] and options["scale"] == "unit"
     options["shared_direction"] = takes_shared and draw(st.booleans())
     options["winners"] = draw(st.integers(1, min(3, options["som_rows"] * options["som_columns"])))
-    return ContrastSettings.model_validate({**options, **fixed})
+    options |= fixed
+    for name, baseline in (("mixing", "mixed"), ("n_neighbors", "nearest")):
+        if options["baseline"] != baseline:
+            del options[name]
+    return ContrastSettings.model_validate(options)
 
 
 def lengths_before_scale(directions: Directions) -> Tensor:
@@ -469,8 +473,8 @@ def test_one_prompt_per_class_is_its_own_direction(
         method=method,
         som_rows=1,
         som_columns=1,
-        n_neighbors=1,
         svd=svd,
+        **({"n_neighbors": 1} if baseline == "nearest" else {}),
     )
     directions = extract_directions(residuals, settings)
     options = BaselineOptions(n_neighbors=1)
