@@ -41,6 +41,7 @@ SUPPORT = {
     "chat.py": "its chat format, as the model reads it",
     "weights.py": "weights in full precision, however they are stored",
     "offloading.py": "weights that are on disk or another device",
+    "processes.py": "whether the process that left a file is gone",
     "identity.py": "what identifies a model, so that stored numbers are not those of another",
     "directions/residuals.py": "residuals, and keeping them on disk",
     "errors.py": "errors that are shown as one sentence",
