@@ -46,7 +46,7 @@ from heretic_contrast.directions.pools import Pools
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.prompts import load_pool
-from heretic_contrast.settings import Classes, ContrastSettings, Method
+from heretic_contrast.settings import ContrastSettings
 
 SEED = 20260
 # One thread adds in one order, and loses no time to waiting on a busy machine.
@@ -777,7 +777,7 @@ def refusals_by_writers(directory: Path) -> dict[str, int]:
         tuple(load_pool(refuser_pool("harmless", "train"), "harmless")),
         (),
     )
-    settings = ContrastSettings(method=Method.MEAN, classes=Classes.SINGLE)
+    settings = ContrastSettings(orthogonalize_direction=False)
     directions = extract(wrapped, pools, settings, print)
     prompts = [prompt.text for prompt in load_pool(refuser_pool("harmful", "test"), "harmful")]
     counts = {}

@@ -67,7 +67,14 @@ def measure(residuals: Residuals) -> dict[str, dict[str, list[float]]]:
         found, hits = class_directions(
             residuals,
             classes,
-            ContrastSettings(**{"method": "som", "classes": "category", **settings}),
+            ContrastSettings(
+                **{
+                    "method": "som",
+                    "classes": "category",
+                    "orthogonalize_direction": False,
+                    **settings,
+                }
+            ),
         )
         return found[layers], hits[layers]
 

@@ -132,6 +132,7 @@ class DirectionsMaker:
             "method": "som",
             "classes": "category",
             "baseline": "matched" if baseline == SENSITIVE else baseline,
+            "orthogonalize_direction": False,
             "seed": self.draw.seed,
         }
         if baseline == "random":

@@ -64,7 +64,7 @@ def everything(case: Case, *scales: float) -> Parameters:
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_nothing_of_a_direction_is_in_the_stream(name: str, tmp_path: Path) -> None:
-    case = make_case(name, tmp_path / "model", embeddings=True, row_normalization="none")
+    case = make_case(name, tmp_path / "model", embeddings=True)
     model = case.plain
     # Its norms write, too: see test_writers.py.
     nothing = 0.5 if name == "Gemma 3n" else 1e-4

@@ -18,6 +18,7 @@ def modifier_table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("pools")
     return {
         "classes": "category",
+        "row_normalization": "none",
         "residual_cache": str(directory / "residuals"),
         "bad_prompts": {"dataset": small_pool(directory, "harmful", "train", 6)},
         "good_prompts": {"dataset": small_pool(directory, "harmless", "train", 40)},

@@ -43,7 +43,13 @@ def make_residuals(seed: int = 0) -> Residuals:
 
 def settings(**values: Any) -> ContrastSettings:
     return ContrastSettings.model_validate(
-        {"method": "som", "classes": "category", "som_iterations": 300, **values}
+        {
+            "method": "som",
+            "classes": "category",
+            "som_iterations": 300,
+            "orthogonalize_direction": False,
+            **values,
+        }
     )
 
 

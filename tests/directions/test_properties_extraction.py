@@ -475,6 +475,7 @@ def test_one_prompt_per_class_is_its_own_direction(
         som_columns=1,
         svd=svd,
         **({"n_neighbors": 1} if baseline == "nearest" else {}),
+        orthogonalize_direction=False,
     )
     directions = extract_directions(residuals, settings)
     options = BaselineOptions(n_neighbors=1)

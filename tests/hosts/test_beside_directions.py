@@ -120,7 +120,7 @@ def test_what_has_no_effect_is_named(settings_class: Any, monkeypatch: pytest.Mo
             FILE,
             # As Heretic's own configuration file has it.
             "--winsorization-quantile=1.0",
-            "--no-orthogonalize-direction",
+            "--orthogonalize-direction",
             *(flag(name, value) for name, value in EFFECTIVE.items()),
         ],
     )
