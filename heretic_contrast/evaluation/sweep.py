@@ -7,6 +7,7 @@ Each layer alone, at each weight, all directions of the layer at uniform weight:
 successful, and at what cost. Interventions are forward hooks, so the model is loaded once and never changed.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -304,7 +305,8 @@ class SweepEvaluator:
             baseline_verdicts=self._base.verdicts,
             pools=self.plan.pools,
             settings={
-                **asdict(self.options),
+                # As JSON gives it back.
+                **json.loads(json.dumps(asdict(self.options))),
                 "directions": {name: item.to_dict() for name, item in self.configurations.items()},
             },
         )
