@@ -359,7 +359,9 @@ class Host:
             "upload_reproduce_folder": lambda *args, **kwargs: None,
             "format_exception": self.answers.format_exception,
             # Nor a journal where the study is kept elsewhere.
-            "JournalFileBackend": CheckedJournal if self.shared is None else lambda *args: None,
+            "JournalFileBackend": CheckedJournal
+            if self.shared is None
+            else lambda *args, **kwargs: None,
             "JournalStorage": lambda journal: self.shared or JournalStorage(journal),
         }
 

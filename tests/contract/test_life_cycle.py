@@ -213,6 +213,7 @@ def test_both_hosts_make_the_same_directions_and_factors(
             f"--good-evaluation-prompts.dataset={tmp_path / 'good.txt'}",
             "--contrast.classes=category",
             "--contrast.baseline=unmatched",
+            "--contrast.row-normalization=none",
             *(
                 f"--contrast.{name.replace('_', '-')}.dataset={modifier_table[name]['dataset']}"
                 for name in ("bad_prompts", "good_prompts", "matched_prompts")

@@ -44,6 +44,7 @@ def test_search_save_and_rebuild(
         *COMMON,
         *pools(tmp_path),
         "--contrast.writers=apart",
+        "--row-normalization=none",
         f"--contrast.search-space={json.dumps(space)}",
         f"--contrast.warm-start={sweep}",
         "--contrast.save-directions=directions.safetensors",

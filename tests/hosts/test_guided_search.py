@@ -87,7 +87,7 @@ def test_no_point_of_the_front_is_lost(
     save = ["--model-action=save", "--save-directory=saved", "--export-strategy=merge"]
     command = command_server.run([*shared, *asked, *save], tmp_path / "ended")
     assert command.code == 2
-    assert f"the Pareto front has {len(expected)} trials" in " ".join(command.output().split())
+    assert f"the Pareto front has {len(expected)} trial" in " ".join(command.output().split())
     assert study(tmp_path / "ended" / "checkpoints") == ended
 
 
