@@ -550,6 +550,7 @@ def make_batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, T
             yield tokens, mask, labels
 
 
+@torch.enable_grad()
 def train(model: Any, tokenizer: PreTrainedTokenizerFast, n_steps: int) -> None:
     """Trains the model in place, then rounds its weights to bfloat16, in which they are stored."""
 

@@ -375,7 +375,7 @@ def run_refuser(
         lambda *line: shown.extend(map(str, line)),
     )
     # Each run measures all of its cells itself.
-    prepared = replace(prepared, storage=None)
+    prepared.storage = None
     return run_prepared(
         model, prepared, lambda *line: shown.extend(map(str, line)), progress_bar, 10
     )[0]
