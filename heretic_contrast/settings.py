@@ -772,17 +772,14 @@ class ContrastSettings(Table, TextClassifierSettings):
 
     @model_validator(mode="after")
     def leave_rows(self) -> "ContrastSettings":
-        """Takes Heretic's normalization and orthogonalization, which no published configuration has, back beside a preset."""
+        """Leaves out Heretic's normalization and orthogonalization, which no published configuration has, beside a preset."""
 
         if self.preset:
-            plain = {"row_normalization": RowNormalization.NONE, "orthogonalize_direction": False}
             # They do not count as given, so that Heretic's own flags stand before them.
-            self.__dict__.update(
-                {
-                    **plain,
-                    **{key: getattr(self, key) for key in plain if key in self.model_fields_set},
-                }
-            )
+            if "row_normalization" not in self.model_fields_set:
+                self.__dict__["row_normalization"] = RowNormalization.NONE
+            if "orthogonalize_direction" not in self.model_fields_set:
+                self.__dict__["orthogonalize_direction"] = False
         return self
 
     @model_validator(mode="after")

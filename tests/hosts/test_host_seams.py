@@ -36,7 +36,7 @@ from heretic_contrast.search.parameters import (  # noqa: E402
     suggest_parameters,
 )
 from heretic_contrast.search.samplers import make_sampler  # noqa: E402
-from heretic_contrast.settings import ContrastSettings, Sampler, Scale  # noqa: E402
+from heretic_contrast.settings import PRESETS, ContrastSettings, Sampler, Scale  # noqa: E402
 from tests.conftest import DATA, Refused  # noqa: E402
 from tests.made_directions import make_directions  # noqa: E402
 
@@ -100,6 +100,20 @@ def test_stored_settings_restore_the_configuration(monkeypatch: pytest.MonkeyPat
     assert original.contrast.row_normalization.value == "pre"
     assert original.contrast.winsorization_quantile == 0.9
     assert original.contrast.composition == "sequential" and original.contrast.winners == 7
+
+
+def test_the_default_does_as_heretic_and_presets_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("row_normalization", "orthogonalize_direction")
+
+    def chosen(*arguments: str) -> list[Any]:
+        return [getattr(settings(monkeypatch, *arguments).contrast, name) for name in names]
+
+    assert chosen() == [HostSettings.model_fields[name].default for name in names]
+    given = ["--row-normalization=pre", "--orthogonalize-direction=true"]
+    for preset in PRESETS:
+        assert chosen(f"--contrast.preset={preset}") == ["none", False]
+        # Heretic's own flags stand before a preset.
+        assert chosen(f"--contrast.preset={preset}", *given) == ["pre", True]
 
 
 def test_table_and_flags_mean_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
