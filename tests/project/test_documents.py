@@ -394,8 +394,31 @@ def check_sweep(directory: Path, model: str) -> None:
     )
 
 
+def check_printed_sweep(directory: Path) -> None:
+    """Checks the README's table of a sweep, at the layers that the folder's configuration sweeps; its divergences are of fewer tokens."""
+
+    rows = re.findall(
+        r"^\| `(paper-\S+)` \| (\d+) \| (\S+) \| (\S+) \| \S+ \| \S+ \|$",
+        (ROOT / "README.md").read_text("utf-8"),
+        re.MULTILINE,
+    )
+    printed = {(name, int(layer)): tuple(map(float, values)) for name, layer, *values in rows}
+    cells = json.loads((directory / "sweep.json").read_text("utf-8"))["cells"]
+    found: dict[tuple[str, int], tuple[float, ...]] = {}
+    swept = {cell["layers"][0] for cell in cells if len(cell["layers"]) == 1}
+    for cell in sorted(cells, key=lambda cell: -cell["weight"]):
+        if len(cell["layers"]) == 1 and cell["measurement"]["refusals"] == 0:
+            assert cell["strength"] == "weight"
+            place = cell["configuration"], cell["layers"][0]
+            found[place] = (cell["weight"], cell["effective_weight"])
+    assert {place: values for place, values in printed.items() if place[1] in swept} == {
+        place: pytest.approx(values, rel=0.01) for place, values in found.items()
+    }
+
+
 def check_readme(reader: Reader) -> None:
     directory = reader.directory
+    check_printed_sweep(directory / "refuser-sweep")
     prompts = harmful_prompts("test")[:40]
     assert refusals(DATA / "refuser", prompts) == 40
     for folder in ("chosen", "out"):
