@@ -243,6 +243,7 @@ class Host:
                 # Heretic counts those that it runs itself.
                 trial.set_user_attr("index", trial.number + 1)
                 log(f"* It is trial [bold]{trial.number + 1}[/] of the shared study")
+            self.evaluator.prepare()
             self.parameters = self.modifier.suggest_parameters(self.context, trial)
             trial.set_user_attr(TRIAL_KEY, self.parameters.to_dict())
         else:
@@ -256,7 +257,8 @@ class Host:
         fixed: dict[str, Any] = {}
         if not self.modifier.directions.aligned:
             # Heretic samples these itself; where they have no meaning they are kept out of the search.
-            fixed = {"direction_scope": "per layer", "direction_index": None}
+            last_layer_index = self.modifier.model(self.context).n_layers - 1
+            fixed = {"direction_scope": "per layer", "direction_index": 0.4 * last_layer_index}
 
         def is_bound(trial: FrozenTrial) -> list[float]:
             # Its values look better than they are.

@@ -7,8 +7,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from optuna import create_study
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, NSGAIISampler, PartialFixedSampler, TPESampler
+from optuna.search_space import intersection_search_space
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -22,37 +25,75 @@ def trial_seed(seed: int, number: int) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
-class PerTrialSampler(BaseSampler):
-    """
-    Makes a sampler anew for each trial, with a seed of the trial's own.
+class FixedSampler(PartialFixedSampler):
+    """Leaves parameters out of the search, which have the given values; and may be asked about more than one study, as Optuna's own may not."""
 
-    A sampler that lives through a study draws from one stream of random numbers, so that a resumed study differs
-    from an uninterrupted one. Here both are the same, also where trials were lost in between.
-
-    `fixed` names parameters that have no meaning in this configuration: they get the given value and take no
-    part in the search.
-    """
-
-    def __init__(
-        self, make: Callable[[int], BaseSampler], seed: int, fixed: dict[str, Any]
-    ) -> None:
-        self._make = make
-        self._seed = seed
-        self._fixed = fixed
-        self._sampler = make(trial_seed(seed, 0))
-
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        # A trial that has failed, or was interrupted, is made up for by the next one, which gets its seed.
-        lost = study.get_trials(deepcopy=False, states=(TrialState.FAIL, TrialState.PRUNED))
-        n_lost = sum(other.number < trial.number for other in lost)
-        self._sampler = self._make(trial_seed(self._seed, trial.number - n_lost))
-        self._sampler.before_trial(study, trial)
+    def __init__(self, fixed: dict[str, Any], sampler: BaseSampler) -> None:
+        super().__init__(fixed, sampler)
+        self.fixed = fixed
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        space = self._sampler.infer_relative_search_space(study, trial)
-        return {name: value for name, value in space.items() if name not in self._fixed}
+        space = intersection_search_space(study.get_trials(deepcopy=False), include_pruned=True)
+        return {
+            name: distribution
+            for name, distribution in space.items()
+            if name not in self.fixed and not distribution.single()
+        }
+
+
+class StudySampler(BaseSampler):
+    """
+    Goes on in a resumed study as in an uninterrupted one, also where trials were lost in between.
+
+    `make` returns a sampler for a seed. With `heretic` it draws what Heretic's own sampler draws, which lives through a study with one stream
+    of random numbers: finished trials of other processes are drawn once more, to no other end than that the stream moves on. A trial beside one
+    that runs elsewhere, and every trial without `heretic`, has a stream of its own.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int, heretic: bool) -> None:
+        self._make = make
+        self._seed = seed
+        self._heretic = heretic
+        self._sampler = make(seed)
+        self._drawn: list[int] | None = []
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        earlier = [
+            other for other in study.get_trials(deepcopy=False) if other.number < trial.number
+        ]
+        finished = [other for other in earlier if other.state is TrialState.COMPLETE]
+        if not self._heretic or any(other.state is TrialState.RUNNING for other in earlier):
+            # A trial that has failed, or was interrupted, is made up for by the next one, which gets its seed.
+            lost = (TrialState.FAIL, TrialState.PRUNED)
+            n_lost = sum(other.state in lost for other in earlier)
+            self._sampler, self._drawn = (
+                self._make(trial_seed(self._seed, trial.number - n_lost)),
+                None,
+            )
+        else:
+            if self._drawn != [other.number for other in finished]:
+                self._sampler = self._make(self._seed)
+                self._draw_again(study, finished)
+            self._drawn = [*(other.number for other in finished), trial.number]
+        self._sampler.before_trial(study, trial)
+
+    def _draw_again(self, study: Study, finished: Sequence[FrozenTrial]) -> None:
+        again = create_study(sampler=self._sampler, directions=study.directions)
+        for earlier in finished:
+            if "fixed_params" in earlier.system_attrs:
+                again.enqueue_trial(earlier.system_attrs["fixed_params"])
+            trial = again.ask(earlier.distributions)
+            for name, value in earlier.user_attrs.items():
+                # They may be what makes a trial worse than any other.
+                trial.set_user_attr(name, value)
+            again.tell(trial, earlier.values)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._sampler.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -66,9 +107,6 @@ class PerTrialSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        if param_name in self._fixed:
-            value = self._fixed[param_name]
-            return getattr(param_distribution, "low", None) if value is None else value
         return self._sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(
@@ -83,27 +121,33 @@ def make_sampler(
     n_startup_trials: int,
     fixed: dict[str, Any],
     constraints: Callable[[FrozenTrial], Sequence[float]] | None = None,
-) -> PerTrialSampler:
+) -> StudySampler:
     """
-    Returns Heretic's multivariate TPE, or NSGA-II, seeded per trial.
+    Returns Heretic's multivariate TPE with Heretic's random numbers, or NSGA-II, seeded per trial.
 
+    `fixed`: values of parameters that have no meaning in this configuration, and take no part in the search.
     `constraints`: values of a trial, one of which above 0 makes it worse than any other, whatever it has reached.
     """
 
     def make(trial: int) -> BaseSampler:
-        # Optuna 5 warns of `constraints_func`, for which the versions before have nothing else.
         with warnings.catch_warnings():
+            # Optuna 5 warns of `constraints_func`, for which the versions before have nothing else, and all of them of `PartialFixedSampler`.
             warnings.filterwarnings("ignore", ".*constraints_func", FutureWarning)
+            warnings.filterwarnings("ignore", category=ExperimentalWarning)
             if kind is Sampler.NSGA2:
                 # A generation as large as Heretic's random start-up keeps both samplers comparable.
                 size = max(2, min(n_startup_trials, 50))
-                return NSGAIISampler(population_size=size, seed=trial, constraints_func=constraints)
-            return TPESampler(
-                n_startup_trials=n_startup_trials,
-                n_ei_candidates=128,
-                multivariate=True,
-                seed=trial,
-                constraints_func=constraints,
-            )
+                own: BaseSampler = NSGAIISampler(
+                    population_size=size, seed=trial, constraints_func=constraints
+                )
+            else:
+                own = TPESampler(
+                    n_startup_trials=n_startup_trials,
+                    n_ei_candidates=128,
+                    multivariate=True,
+                    seed=trial,
+                    constraints_func=constraints,
+                )
+            return FixedSampler(fixed, own)
 
-    return PerTrialSampler(make, seed, fixed)
+    return StudySampler(make, seed, kind is Sampler.TPE)

@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from pydantic import ValidationError
@@ -172,6 +173,23 @@ def test_resumed_study_equals_the_uninterrupted_one(kind: Sampler, tmp_path: Pat
     assert other != whole
 
 
+def test_trials_are_heretics_own(tmp_path: Path) -> None:
+    """Heretic's sampler lives through a study; ours draws the same numbers, also after a trial that failed, and in a new process."""
+
+    directions = unit_directions(1)
+    own = TPESampler(n_startup_trials=4, n_ei_candidates=128, multivariate=True, seed=5)
+    whole = run_study(own, None, 12, directions)
+    assert run_study(make_sampler(Sampler.TPE, 5, 4, {}), None, 12, directions) == whole
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.jsonl")))
+    for n_trials in (2, 3, 2):
+        resumed = run_study(make_sampler(Sampler.TPE, 5, 4, {}), storage, n_trials, directions)
+        study = optuna.load_study(study_name="heretic", storage=storage)
+        study.sampler = make_sampler(Sampler.TPE, 5, 4, {})
+        with pytest.raises(KeyError):
+            study.optimize(lambda trial: [1.0, {}[trial.suggest_float("x", 0, 1)]], n_trials=1)
+    assert [values for values in resumed if values[1]] == whole[:7]
+
+
 @pytest.mark.parametrize("n_good", [3, 30])
 def test_a_sampler_takes_bounds_for_bad_trials(n_good: int) -> None:
     """Also where fewer others are left than it takes for good ones."""
@@ -223,7 +241,7 @@ def test_the_search_beside_a_shared_direction_contains_heretics() -> None:
 
 
 def test_fixed_parameters_take_no_part_in_the_search() -> None:
-    fixed = {"direction_scope": "per layer", "direction_index": None}
+    fixed = {"direction_scope": "per layer", "direction_index": 0.4 * 7}
     trials = run_study(make_sampler(Sampler.TPE, 0, 3, fixed), None, 8, unit_directions(2))
     assert {params["direction_scope"] for params, _ in trials} == {"per layer"}
     assert {params["direction_index"] for params, _ in trials} == {0.4 * 7}

@@ -63,7 +63,7 @@ def test_times_until_a_share() -> None:
 
 @pytest.mark.slow
 def test_a_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
-    command = "--trials 2 --startup-trials 2 --seeds 1 --judged 8 --fresh 8 --tokens 8"
+    command = "--trials 5 --startup-trials 2 --seeds 1 --judged 8 --fresh 8 --tokens 8"
     names = [search.PLAIN, "default"]
     arguments = [f"--output={tmp_path}", *command.split(), "--configurations", *names]
     search.main(arguments)
@@ -71,9 +71,17 @@ def test_a_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
     plain, ours = first["studies"]
     assert plain["base_refusals"] == ours["base_refusals"] == {"judged": 8, "fresh": 8}
     for study in first["studies"]:
-        assert len(study["trials"]) == 2
+        assert len(study["trials"]) == 5
         judged = [trial for trial in study["trials"] if trial["fresh"] is not None]
         assert judged and all(0 <= trial["fresh"][0] <= 8 for trial in judged)
+    # The default makes Heretic's own trials, random ones and proposed ones, and measures what Heretic measures.
+    theirs, own = (
+        [(trial["refusals"], trial["kl_divergence"]) for trial in study["trials"]]
+        for study in (plain, ours)
+    )
+    assert len(set(theirs)) == 5 and own == [
+        (refusals, pytest.approx(kl, rel=1e-3)) for refusals, kl in theirs
+    ]
     # One study is lost, and the other is not run again.
     kept, lost = (tmp_path / "studies" / f"{name}-0" for name in ("heretic", "default"))
     shutil.rmtree(lost)
