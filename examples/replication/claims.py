@@ -438,7 +438,8 @@ def table_4(study: Study) -> Finding:
     return claim_c1(study)
 
 
-REFUSER, SMOLLM2 = "refuser", "smollm2-refuser"
+REFUSER, SMOLLM2 = TAUGHT = "refuser", "smollm2-refuser"
+"""The models that were taught to refuse for this measurement."""
 
 
 def confirmed(measured: str, yes: bool, no: bool) -> Finding:

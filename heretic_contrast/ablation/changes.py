@@ -7,6 +7,7 @@ While a study runs, hooks on the modules do it, which costs no memory and leaves
 saved, the weights are changed once. docs/writers.md says why.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,6 +23,9 @@ from ..weights import FULL_PRECISION, is_plain, is_projection, is_transposed, re
 from .hooks import ablated
 from .operator import Operator
 from .writers import EMBEDDINGS, Writer
+
+UNCHANGED = math.inf
+"""The lowest layer that is changed, where none is."""
 
 ROWS_AT_A_TIME = 2**16
 """Rows of a matrix that are held in float32 at the same time."""
@@ -143,22 +147,26 @@ class Changes:
     """
     The changes of a trial that no adapter carries: hooks until `undo`, and new weights by `write`.
 
-    `embeddings`: whether these are among them.
+    `embeddings`: whether these are among them. `first_layer`: the lowest layer that is changed, also by adapters, -1 where embeddings
+    are.
     """
 
     def __init__(self, embeddings: bool = False) -> None:
         self.embeddings = embeddings
+        self.first_layer = UNCHANGED
         self._hooks = ExitStack()
         self._kept: list[tuple[int, Writer, Operator, bool]] = []
 
     def undo(self) -> None:
         self._hooks.close()
         self._kept.clear()
+        self.first_layer = UNCHANGED
 
     def add(self, layer: int, writer: Writer, operator: Operator) -> None:
         """Ablates what adapters do not: a writer, or its bias alone where it carries an adapter."""
 
         is_adapted = hasattr(writer.module, "base_layer")
+        self.first_layer = min(self.first_layer, -1 if writer.component == EMBEDDINGS else layer)
         bias = writer.bias
         if is_adapted and bias is None:
             return

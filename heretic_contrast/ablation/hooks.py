@@ -6,7 +6,7 @@ Ablation by forward hooks: of all samples of a batch in one way, or of each in i
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -131,6 +131,18 @@ class Intervention:
         is_embedding = writer.component == EMBEDDINGS
         takes = self.embeddings if is_embedding else writer.is_among(self.components)
         return self.operators.get(layer) if takes else None
+
+
+@dataclass(frozen=True)
+class OwnWeights(Intervention):
+    """A model with the weights that it has at this moment, which are not changed below a layer. No hook does anything."""
+
+    operators: Mapping[int, Operator] = field(default_factory=dict)
+    changed_from: int = 0
+
+    @property
+    def first_layer(self) -> int:
+        return self.changed_from
 
 
 def output_projections(

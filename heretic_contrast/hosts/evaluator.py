@@ -15,7 +15,9 @@ from unittest.mock import patch
 import heretic.main
 import torch.nn.functional as F
 from optuna import Trial
+from torch import Tensor
 
+from ..ablation.changes import UNCHANGED
 from ..builtin import is_builtin, matched_pool, refuser_pool
 from ..engine.check import checked_engine
 from ..engine.cpu.layers import fast_on_cpu
@@ -23,6 +25,7 @@ from ..engine.interface import Continuations
 from ..engine.judge import loaded_judge
 from ..engine.strides import Watch, generate_watched, is_watchable, none_leaves
 from ..engine.text_classification import classifier_of
+from ..engine.trials import TrialEngine
 from ..errors import ContrastError
 from ..evaluation.divergence import References
 from ..language_model import Batches, Tokens
@@ -94,6 +97,7 @@ class Evaluator(heretic.main.Evaluator):
         self.sensitive_prompts = heretic_prompts(sensitive_prompts(settings), settings)
         self.batches = Batches(settings.batch_size or 32)
         self._is_watchable: bool | None = None
+        self._trials: TrialEngine | None = None
         wrapped = from_heretic(model, settings)
         with fast_on_cpu(wrapped):
             super().__init__(settings, model)
@@ -139,6 +143,10 @@ class Evaluator(heretic.main.Evaluator):
 
         model = from_heretic(self.model, self.settings)
         tokens = model.token_ids(own_prompts(prompts))
+        if self._trials is not None:
+            responses = self._trials.respond(model, tokens, limit, self._first_layer, watch)
+            if responses is not None:
+                return responses
         if self._is_watchable is None:
             self._is_watchable = is_watchable(model, tokens)
         if self._is_watchable:
@@ -155,6 +163,38 @@ class Evaluator(heretic.main.Evaluator):
         for _ in self.batches.run(len(prompts), generate):
             pass
         return [found[row] for row in range(len(prompts))]
+
+    def prepare(self) -> None:
+        """Computes what trials have in common, where the model is the unmodified one: with its adapters, and before it is changed."""
+
+        model = from_heretic(self.model, self.settings)
+        is_known = self._trials is not None and self._trials.knows(model)
+        if is_known or self._first_layer != UNCHANGED:
+            return
+        limit = self.settings.max_response_length
+        pools = [self.bad_prompts, self.sensitive_prompts]
+        tokens = [model.token_ids(own_prompts(prompts)) for prompts in pools if prompts]
+        self._trials = TrialEngine(model, tokens[0])
+        for part in tokens:
+            self._trials.respond(model, part, limit, UNCHANGED, lambda found, ended, others: others)
+        # Heretic has obtained them, and these differ by rounding.
+        self.base_logprobs = self._first_logprobs()
+
+    @property
+    def _first_layer(self) -> float:
+        changes = self.model.changes
+        return UNCHANGED if changes is None else changes.first_layer
+
+    def _first_logprobs(self) -> Tensor:
+        model = from_heretic(self.model, self.settings)
+        found = None
+        if self._trials is not None:
+            tokens = model.token_ids(own_prompts(self.good_prompts))
+            found = self._trials.first_logprobs(model, tokens, self._first_layer)
+        if found is not None:
+            return found
+        with fast_on_cpu(model):
+            return self.model.get_logprobs_batched(self.good_prompts)
 
     def decode(self, responses: Sequence[Tokens]) -> list[str]:
         tokenizer = self.model.tokenizer
@@ -186,13 +226,11 @@ class Evaluator(heretic.main.Evaluator):
         return score, self.divergence, self.refusals
 
     def _measure_divergence(self) -> float:
-        model = from_heretic(self.model, self.settings)
         if self.references is not None:
+            model = from_heretic(self.model, self.settings)
             ((mean, _),) = self.references.measure(self._engine(model))
             return mean
-        with fast_on_cpu(model):
-            logprobs = self.model.get_logprobs_batched(self.good_prompts)
-        base = self.base_logprobs
+        logprobs, base = self._first_logprobs(), self.base_logprobs
         return F.kl_div(logprobs, base, reduction="batchmean", log_target=True).item()
 
     def count_refusals(self) -> int:

@@ -20,7 +20,7 @@ from ...language_model import Batches, Tokens, until_end
 from ...vectors import to_device
 from ..compat import Cache, concatenate, join, keeps_every_token, new_cache, select_rows
 from ..interface import Continuations, Count, pad_right
-from ..strides import generate_together, has_ended
+from ..strides import Watch, generate_together, has_ended
 from .decoder import Decoder
 from .teacher_forcing import Pass, TeacherForcing
 
@@ -51,43 +51,50 @@ class Drafts:
         self._ends = self._model.end_tokens()
         self._unmodified, self._places = self._unmodified_cache()
 
-    def respond(self, interventions: Sequence[Intervention], count: Count) -> list[list[Tokens]]:
+    @property
+    def are_read_once(self) -> bool:
+        """Whether responses go on from the KV cache of a pass over their drafts."""
+
+        return self._unmodified is not None
+
+    def respond(
+        self, interventions: Sequence[Intervention], count: Count, watch: Watch[Row]
+    ) -> list[list[Tokens]]:
         found: dict[Row, Tokens] = {}
         waiting: list[Departures] = []
         for item in self._forcing.modified(interventions):
-            rows, cache = self._verify(item, found)
+            rows, cache = self._verify(item, found, watch)
             count(len(item.rows))
             together = [row for part, _ in (*waiting, (rows, cache)) for row in part]
             if len(together) > self._batches.size or (
                 len({index for index, _ in together}) > 1 and not self._forcing.carries_samples
             ):
-                self._generate(waiting, interventions, found)
+                self._generate(waiting, interventions, found, watch)
             if rows:
                 waiting.append((rows, cache))
-        self._generate(waiting, interventions, found)
+        self._generate(waiting, interventions, found, watch)
         prompts = range(len(self._known.prompts))
         return [[found[index, prompt] for prompt in prompts] for index in range(len(interventions))]
 
-    def _verify(self, item: Pass, found: dict[Row, Tokens]) -> Departures:
+    def _verify(self, item: Pass, found: dict[Row, Tokens], watch: Watch[Row]) -> Departures:
         """
-        Returns the responses that are not finished with their draft.
+        Returns the responses that are not finished with their draft, and that are needed further.
 
         Fills in how each response starts: as its draft, and one token more where it departs.
         """
 
         predicted = self._decoder.most_likely(item.hidden_states).tolist()
-        departed: list[int] = []
-        for sample, (index, prompt) in enumerate(item.rows):
+        for index, prompt in item.rows:
             draft = self._known.tokens[prompt]
             own, predicted = predicted[: len(draft)], predicted[len(draft) :]
             agreed = next(
                 (n for n, (a, b) in enumerate(zip(own, draft, strict=True)) if a != b), len(draft)
             )
             # Where the response departs, the prediction there is the right next token.
-            response = until_end(tuple(own[: agreed + 1]), self._limit, self._ends)
-            found[index, prompt] = response
-            if not has_ended(response, self._limit, self._ends):
-                departed.append(sample)
+            found[index, prompt] = until_end(tuple(own[: agreed + 1]), self._limit, self._ends)
+        ended = [row for row in item.rows if has_ended(found[row], self._limit, self._ends)]
+        leaving = {*ended, *watch(found, ended, [row for row in item.rows if row not in ended])}
+        departed = [sample for sample, row in enumerate(item.rows) if row not in leaving]
         return [item.rows[sample] for sample in departed], self._kept(item, departed)
 
     def _unmodified_cache(self) -> tuple[Cache | None, dict[int, int]]:
@@ -127,6 +134,7 @@ class Drafts:
         waiting: list[Departures],
         interventions: Sequence[Intervention],
         found: dict[Row, Tokens],
+        watch: Watch[Row],
     ) -> None:
         """Generates responses to their end, in one batch where memory suffices for that. None waits any more."""
 
@@ -148,7 +156,7 @@ class Drafts:
             sequences = [self._known.prompts[row[1]] + found[row] for row in left]
             tokens, mask = self._inputs(sequences, cache)
             generate_together(
-                self._model, left, tokens, mask, cache, found, self._limit, ablated=ablated
+                self._model, left, tokens, mask, cache, found, self._limit, watch, ablated
             )
 
         for _ in self._batches.run(len(rows), generate):

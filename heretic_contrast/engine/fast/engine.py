@@ -13,19 +13,25 @@ from ...vectors import to_device
 from ..cpu.layers import fast_on_cpu
 from ..interface import Continuations, Count, Logits, no_count
 from ..plain import PlainEngine
+from ..strides import Watch, none_leaves
 from .decoder import Decoder
-from .drafts import Drafts
+from .drafts import Drafts, Row
 from .teacher_forcing import TeacherForcing
 
 
 class FastEngine(PlainEngine):
-    """Must give what the plain engine gives, but for rounding. What is known of continuations is kept."""
+    """
+    Must give what the plain engine gives, but for rounding. What is known of continuations is kept.
 
-    def __init__(self, model: LanguageModel) -> None:
+    `n_starts`: of how many layers it is kept what enters them, for interventions that begin at one or another.
+    """
+
+    def __init__(self, model: LanguageModel, n_starts: int = 1) -> None:
         super().__init__(model)
+        self._n_starts = n_starts
         self._decoder = Decoder(model)
         self._forcings: dict[Continuations, TeacherForcing] = {}
-        self._drafts: dict[Continuations, Drafts] = {}
+        self._drafts: dict[tuple[Continuations, int], Drafts] = {}
 
     def generate(self, prompts: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
         with fast_on_cpu(self.model):
@@ -37,14 +43,23 @@ class FastEngine(PlainEngine):
         limit: int,
         interventions: Sequence[Intervention],
         count: Count = no_count,
+        watch: Watch[Row] = none_leaves,
     ) -> list[list[Tokens]]:
+        """As the plain engine's; `watch` lets responses go that are needed no further, where a model decodes plainly: see `greedy`."""
+
         if not is_plainly_greedy(self.model.model):
             # Looks at more than the next token: how a response began, how long it may become, or what else is in its batch.
             return super().respond(known, limit, interventions, count)
-        if known not in self._drafts:
+        return self.drafts(known, limit).respond(interventions, count, watch)
+
+    def drafts(self, known: Continuations, limit: int) -> Drafts:
+        """Returns the drafts of responses of at most `limit` tokens. The model must be the unmodified one when they are asked for first."""
+
+        key = known, limit
+        if key not in self._drafts:
             n_rows = self.model.batch_size
-            self._drafts[known] = Drafts(self._decoder, self._forcing(known), known, limit, n_rows)
-        return self._drafts[known].respond(interventions, count)
+            self._drafts[key] = Drafts(self._decoder, self._forcing(known), known, limit, n_rows)
+        return self._drafts[key]
 
     # A decorator without gradients would hold what was yielded last beside what comes next.
     def logits(
@@ -74,5 +89,5 @@ class FastEngine(PlainEngine):
     def _forcing(self, known: Continuations) -> TeacherForcing:
         if known not in self._forcings:
             n_rows = self.model.batch_size
-            self._forcings[known] = TeacherForcing(self._decoder, known, n_rows)
+            self._forcings[known] = TeacherForcing(self._decoder, known, n_rows, self._n_starts)
         return self._forcings[known]

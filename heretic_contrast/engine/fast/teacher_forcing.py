@@ -52,11 +52,13 @@ class TeacherForcing:
     """
     Continuations that a model reads.
 
-    `n_rows`: the largest number of samples in one pass. Sequences of similar length share a pass. `prefix`: the tokens that
-    all prompts begin with, at most all but the last of a prompt.
+    `n_rows`: the largest number of samples in one pass. Sequences of similar length share a pass. `n_starts`: of how many layers the
+    inputs are kept. `prefix`: the tokens that all prompts begin with, at most all but the last of a prompt.
     """
 
-    def __init__(self, decoder: Decoder, known: Continuations, n_rows: int) -> None:
+    def __init__(
+        self, decoder: Decoder, known: Continuations, n_rows: int, n_starts: int = 1
+    ) -> None:
         self._decoder = decoder
         self._known = known
         sequences = known.sequences
@@ -70,7 +72,8 @@ class TeacherForcing:
         if decoder.model.device.type == "cpu":
             n_tokens = max(CPU_TOKENS_PER_PASS, CPU_ELEMENTS_PER_PASS // decoder.model.hidden_size)
         self._batches = Batches(min(n_rows, max(1, n_tokens // max(1, self._width))))
-        self._inputs: tuple[LayerInput | None, LayerInput] | None = None
+        self._n_starts = n_starts
+        self._inputs: dict[int, tuple[LayerInput | None, LayerInput]] = {}
         self._prefix_cache: Cache | None = None
 
     @cached_property
@@ -183,13 +186,12 @@ class TeacherForcing:
         return join(self._prefix_cache, above, start.layer)
 
     def _layer_inputs(self, layer: int) -> tuple[LayerInput | None, LayerInput]:
-        """Returns the inputs of a layer for the prefix, and for what follows: from those that were asked for last."""
+        """Returns the inputs of a layer for the prefix, and for what follows: from those that were asked for before."""
 
-        below, start = self._inputs or (None, None)
-        if start is not None and start.layer == layer:
-            return below, start
-        if start is not None and start.layer > layer:
-            below = start = None
+        if layer in self._inputs:
+            return self._inputs[layer]
+        lower = max((other for other in self._inputs if other < layer), default=-1)
+        below, start = self._inputs.get(lower, (None, None))
         prefix = None
         if self.prefix:
             if self._prefix_cache is None:
@@ -206,8 +208,10 @@ class TeacherForcing:
         parts = list(self._batches.run(len(self._order), read))
         states = [item.hidden_states for item in parts]
         padded = [pad(item, (0, 0, 0, self._width - item.shape[1])) for item in states]
-        self._inputs = prefix, LayerInput(layer, torch.cat(padded), parts[0].n_outputs)
-        return self._inputs
+        while len(self._inputs) >= self._n_starts:
+            del self._inputs[next(iter(self._inputs))]
+        self._inputs[layer] = prefix, LayerInput(layer, torch.cat(padded), parts[0].n_outputs)
+        return self._inputs[layer]
 
     def _batch(self, sequences: Sequence[Tokens]) -> TokenBatch:
         """Returns sequences as a batch, padded on the right no further than they need."""

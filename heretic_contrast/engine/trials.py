@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""
+A model whose weights change from trial to trial, and the same prompts in each: what no trial changes is not computed again.
+
+Prompts are read without what they all begin with, and from the lowest layer on that is changed.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..ablation.changes import UNCHANGED
+from ..ablation.hooks import OwnWeights
+from ..greedy import is_plainly_greedy
+from ..language_model import LanguageModel, Tokens, is_out_of_memory
+from .check import checked_engine
+from .fast.drafts import Row
+from .fast.engine import FastEngine
+from .interface import Continuations
+from .strides import Watch
+
+N_STARTS = 8
+"""At how many layers, evenly apart, a trial may begin: of each is kept what enters it."""
+
+Result = TypeVar("Result")
+
+
+class TrialEngine:
+    """
+    Gives what a model gives that decodes plainly (see `greedy`), but for rounding.
+
+    `model`: the unmodified one. `prompts`: some that the fast engine is tried with. The methods return None where it does not work for
+    them: for this model, for one that was loaded anew, and where memory does not suffice. `first_layer`: the lowest layer that is changed at
+    the moment of a call; -1 for the embeddings. What prompts are asked for first is asked of the unmodified model.
+    """
+
+    def __init__(self, model: LanguageModel, prompts: Sequence[Tokens]) -> None:
+        self._model = model.model
+        self._engine: FastEngine | None = None
+        if is_plainly_greedy(model.model) and type(checked_engine(model, prompts)) is FastEngine:
+            self._engine = FastEngine(model, N_STARTS)
+        self._known: dict[tuple[Tokens, ...], Continuations] = {}
+
+    def knows(self, model: LanguageModel) -> bool:
+        return self._model is model.model
+
+    def respond(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Tokens],
+        limit: int,
+        first_layer: float,
+        watch: Watch[int],
+    ) -> list[Tokens] | None:
+        """Returns the response to each prompt, of at most `limit` tokens, or what there is of it where `watch` lets it go."""
+
+        def respond(engine: FastEngine, weights: OwnWeights) -> list[Tokens] | None:
+            known = self._asked(prompts, first_layer)
+            if known is None or not engine.drafts(known, limit).are_read_once:
+                return None
+            return engine.respond(known, limit, [weights], watch=by_prompt)[0]
+
+        def by_prompt(
+            found: Mapping[Row, Tokens], ended: list[Row], others: list[Row]
+        ) -> Collection[Row]:
+            responses = {prompt: tokens for (_, prompt), tokens in found.items()}
+            leaving = watch(responses, [row for _, row in ended], [row for _, row in others])
+            return [(0, prompt) for prompt in leaving]
+
+        return self._run(respond, model, first_layer)
+
+    def first_logprobs(
+        self, model: LanguageModel, prompts: Sequence[Tokens], first_layer: float
+    ) -> Tensor | None:
+        """Returns the logarithms of the probabilities of each response's first token. Tensor of shape (n_prompts, vocabulary), float32."""
+
+        def read(engine: FastEngine, weights: OwnWeights) -> Tensor | None:
+            known = self._asked(prompts, first_layer)
+            if known is None:
+                return None
+            chunks = list(engine.logits(known, [weights]))
+            order = torch.cat([chunk.positions for chunk in chunks]).argsort()
+            return torch.cat([chunk.values for chunk in chunks])[order].log_softmax(dim=-1)
+
+        return self._run(read, model, first_layer)
+
+    def _asked(self, prompts: Sequence[Tokens], first_layer: float) -> Continuations | None:
+        """Returns prompts with a continuation of one token, which nothing reads."""
+
+        key = tuple(prompts)
+        if first_layer == UNCHANGED:
+            self._known.setdefault(key, Continuations(key, ((0,),) * len(key)))
+        return self._known.get(key)
+
+    def _run(
+        self,
+        run: Callable[[FastEngine, OwnWeights], Result | None],
+        model: LanguageModel,
+        first_layer: float,
+    ) -> Result | None:
+        engine = self._engine
+        if engine is None or not self.knows(model) or first_layer < 0:
+            return None
+        step = -(-model.n_layers // N_STARTS)
+        lowest = int(min(first_layer, model.n_layers - 1)) // step * step
+        try:
+            return run(engine, OwnWeights(changed_from=lowest))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # What is kept beside the model is too much.
+            self._engine = None
+            self._known.clear()
+            return None
