@@ -209,9 +209,12 @@ class SweepState:
     ) -> tuple[list[CellKey], list[FrozenTrial]]:
         """Takes the missing cells of one group, unless another process has its first."""
 
-        waiting: dict[CellKey, FrozenTrial] = {}
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            waiting.setdefault(_key(trial), trial)
+        # Processes that begin at once each enqueue every cell: the first trial of a cell is the one that counts.
+        first: dict[CellKey, FrozenTrial] = {}
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.state is not TrialState.FAIL:
+                first.setdefault(_key(trial), trial)
+        waiting = {key: trial for key, trial in first.items() if trial.state is TrialState.WAITING}
         for group in groups:
             claimed = []
             for key in (key for key in group if key in missing):

@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -194,6 +197,33 @@ def test_cells_of_a_dead_process_are_taken_over(tmp_path: Path) -> None:
         make_cell(key) for key in KEYS
     ]
     assert sorted(evaluator.computed) == sorted(KEYS)
+
+
+def test_processes_that_begin_at_once_share_the_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sees that nothing is enqueued, and enqueues every cell."""
+
+    together, get_trials, has_looked = threading.Barrier(2), optuna.Study.get_trials, set()
+
+    def look(study: optuna.Study, *args: Any, **kwargs: Any) -> Any:
+        found = get_trials(study, *args, **kwargs)
+        if threading.get_ident() not in has_looked:
+            has_looked.add(threading.get_ident())
+            together.wait(timeout=60)
+        return found
+
+    def evaluate(keys: Sequence[CellKey], progress: Progress) -> list[Cell]:
+        time.sleep(0.2)
+        return both(keys, progress)
+
+    storage, both = str(tmp_path / "sweep.journal"), Evaluator()
+    states = [SweepState(storage, {"options": "f"}) for _ in range(2)]
+    monkeypatch.setattr(optuna.Study, "get_trials", look)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda state: state.run(KEYS, evaluate), states))
+    assert found == [[make_cell(key) for key in KEYS]] * 2
+    assert sorted(both.computed) == sorted(KEYS)
 
 
 def test_study_shows_cells_as_trials(tmp_path: Path) -> None:
