@@ -25,6 +25,9 @@ from .strides import Watch
 N_STARTS = 8
 """At how many layers, evenly apart, a trial may begin: of each is kept what enters it."""
 
+MOST_KEPT = 2**28
+"""Elements of keys and values that are kept in any case; half as many as the model has parameters where these are more."""
+
 Result = TypeVar("Result")
 
 
@@ -33,7 +36,7 @@ class TrialEngine:
     Gives what a model gives that decodes plainly (see `greedy`), but for rounding.
 
     `model`: the unmodified one. `prompts`: some that the fast engine is tried with. The methods return None where it does not work for
-    them: for this model, for one that was loaded anew, and where memory does not suffice. `first_layer`: the lowest layer that is changed at
+    them: for this model, for one that was loaded anew, and where more would be kept than memory allows. `first_layer`: the lowest layer that is changed at
     the moment of a call; -1 for the embeddings. What prompts are asked for first is asked of the unmodified model.
     """
 
@@ -59,7 +62,9 @@ class TrialEngine:
 
         def respond(engine: FastEngine, weights: OwnWeights) -> list[Tokens] | None:
             known = self._asked(prompts, first_layer)
-            if known is None or not engine.drafts(known, limit).are_read_once:
+            if known is None or not may_keep(model, prompts):
+                return None
+            if not engine.drafts(known, limit).are_read_once:
                 return None
             return engine.respond(known, limit, [weights], watch=by_prompt)[0]
 
@@ -115,3 +120,12 @@ class TrialEngine:
             self._engine = None
             self._known.clear()
             return None
+
+
+def may_keep(model: LanguageModel, prompts: Sequence[Tokens]) -> bool:
+    """Returns whether the keys and values of all prompts, in all layers, may be kept: at most so many, where no heads share them."""
+
+    n_tokens = len(prompts) * max(map(len, prompts), default=0)
+    n_parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    kept = 2 * n_tokens * model.n_layers * model.hidden_size
+    return kept <= max(MOST_KEPT, n_parameters // 2)

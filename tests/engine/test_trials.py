@@ -124,6 +124,15 @@ def test_what_it_does_not_know_is_left_to_others(monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patched:
         patched.setattr(trials.FastEngine, "respond", exhausted)
         assert answers(model, 3) == [False, False]
+    engine = TrialEngine(model, prompts)
+    assert answers(model, UNCHANGED) == [True, True]
+    with monkeypatch.context() as patched:
+        patched.setattr(trials, "MOST_KEPT", 0)
+        # Keys and values of every token in every layer, against half of the parameters.
+        n_parameters = sum(item.numel() for item in model.model.parameters())
+        n_prompts = n_parameters // (4 * N_LAYERS * model.hidden_size * len(prompts[0]))
+        assert trials.may_keep(model, [prompts[0]] * n_prompts)
+        assert not trials.may_keep(model, [prompts[0]] * (n_prompts + 1))
     monkeypatch.setattr(model.model.generation_config, "repetition_penalty", 1.3)
     engine = TrialEngine(model, prompts)
     assert answers(model, UNCHANGED) == [False, False]
