@@ -71,6 +71,9 @@ CONFIGURATIONS = {
 }
 """Options by name; those whose names begin with "heretic" are options of plain Heretic."""
 
+ROUNDING = 0.001
+"""Of a share: the same trials of two programs diverge by a little more or less."""
+
 POOLS = ("harmful", "harmless")
 
 
@@ -292,9 +295,11 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def seconds_until(study: dict[str, Any], share: float, limit: float) -> float | None:
-    """Returns the seconds of trials until a share is reached, or None where it never is."""
+    """Returns the seconds of trials until a share is reached but for rounding, or None where it never is."""
 
-    reached = [index for index, found in enumerate(shares(study, limit)) if found >= share]
+    reached = [
+        index for index, found in enumerate(shares(study, limit)) if found >= share - ROUNDING
+    ]
     if not reached:
         return None
     return sum(trial["seconds"] for trial in study["trials"][: reached[0] + 1])
