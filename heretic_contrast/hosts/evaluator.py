@@ -28,7 +28,7 @@ from ..engine.text_classification import classifier_of
 from ..engine.trials import TrialEngine
 from ..errors import ContrastError
 from ..evaluation.divergence import References
-from ..language_model import Batches, Tokens
+from ..language_model import Batches, LanguageModel, Tokens
 from ..prompts import Prompt, load_pool
 from ..search.stopping import Point, dominates
 from ..settings import ContrastSettings, PromptSources
@@ -169,7 +169,9 @@ class Evaluator(heretic.main.Evaluator):
 
         model = from_heretic(self.model, self.settings)
         is_known = self._trials is not None and self._trials.knows(model)
-        if is_known or self._first_layer != UNCHANGED:
+        # Adapters of offloaded layers hold nothing before a trial writes them.
+        is_complete = all(item.device.type != "meta" for item in model.model.parameters())
+        if is_known or self._first_layer != UNCHANGED or not is_complete:
             return
         limit = self.settings.max_response_length
         pools = [self.bad_prompts, self.sensitive_prompts]
@@ -177,8 +179,10 @@ class Evaluator(heretic.main.Evaluator):
         self._trials = TrialEngine(model, tokens[0])
         for part in tokens:
             self._trials.respond(model, part, limit, UNCHANGED, lambda found, ended, others: others)
-        # Heretic has obtained them, and these differ by rounding.
-        self.base_logprobs = self._first_logprobs()
+        found = self._read_first(model)
+        if found is not None:
+            # Heretic has obtained them, and these differ by rounding.
+            self.base_logprobs = found
 
     @property
     def _first_layer(self) -> float:
@@ -187,14 +191,17 @@ class Evaluator(heretic.main.Evaluator):
 
     def _first_logprobs(self) -> Tensor:
         model = from_heretic(self.model, self.settings)
-        found = None
-        if self._trials is not None:
-            tokens = model.token_ids(own_prompts(self.good_prompts))
-            found = self._trials.first_logprobs(model, tokens, self._first_layer)
+        found = self._read_first(model)
         if found is not None:
             return found
         with fast_on_cpu(model):
             return self.model.get_logprobs_batched(self.good_prompts)
+
+    def _read_first(self, model: LanguageModel) -> Tensor | None:
+        if self._trials is None:
+            return None
+        tokens = model.token_ids(own_prompts(self.good_prompts))
+        return self._trials.first_logprobs(model, tokens, self._first_layer)
 
     def decode(self, responses: Sequence[Tokens]) -> list[str]:
         tokenizer = self.model.tokenizer

@@ -75,6 +75,7 @@ HERETIC_2 = "needs Heretic 2.0, which no registry has: tests/contract runs the p
 CHECKOUT = "needs a checkout of Heretic, which is what it tests"
 SOURCES = "reads repositories that the document names, which are not part of this one"
 RANDOM_MODEL = "computes for minutes with a random model of 134 M parameters"
+QWEN = "takes hours on a real model: the commands before are run with a stand-in"
 TESTS = "runs tests that the slow suite runs"
 
 NOT_RUN = {
@@ -125,6 +126,8 @@ NOT_RUN = {
     "--sweep refuser-sweep/sweep.json --seeds 5": (
         "takes hours: tests/project/test_replication.py measures less of the same"
     ),
+    "heretic-contrast sweep QWEN --bad-prompts.dataset harmful-train.jsonl --good-prompts.dataset harmless-train.jsonl --bad-evaluation-prompts.dataset harmful-refused.jsonl --good-evaluation-prompts.dataset harmless-test.jsonl --contrast.preset paper-unmatched --contrast.preset paper-matched --contrast.preset paper-matched-svd --strength weight --no-random-control --n-canaries 4 --n-references 16 --kl-tokens 24 --sweep-response-length 24 --response-prefix= --output qwen-sweep": QWEN,
+    "python examples/replicate.py measure --model QWEN --prompts PROMPTS --name qwen2.5-coder-0.5b --output docs/replication/qwen2.5-coder-0.5b.json --sweep qwen-sweep/sweep.json --seeds 3 --n-judged 16 --n-references 8 --n-canaries 2 --tokens 24 --n-left-out 2 --single-layers 1 --main-weights 0.3 0.5 1.0 --control-weights 0.4 1.0 --equal-weights 0.06 0.12 0.3 1.0 --strong-weights 2.0": QWEN,
 }
 """Commands that are not run, and why."""
 
