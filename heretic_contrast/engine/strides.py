@@ -42,6 +42,20 @@ def has_ended(tokens: Tokens, limit: int, ends: frozenset[int]) -> bool:
     return len(tokens) >= limit or (len(tokens) > 0 and tokens[-1] in ends)
 
 
+def staying(
+    rows: Sequence[Row],
+    found: Mapping[Row, Tokens],
+    limit: int,
+    ends: frozenset[int],
+    watch: Watch[Row],
+) -> list[int]:
+    """Returns the samples of a batch whose responses have not ended and are needed further."""
+
+    ended = [row for row in rows if has_ended(found[row], limit, ends)]
+    leaving = {*ended, *watch(found, ended, [row for row in rows if row not in ended])}
+    return [sample for sample, row in enumerate(rows) if row not in leaving]
+
+
 @torch.no_grad()
 def generate_together(
     model: LanguageModel,
@@ -85,9 +99,7 @@ def generate_together(
         n_new += new.shape[1]
         for row, more in zip(rows, new.tolist(), strict=True):
             found[row] = until_end(found[row] + tuple(more), limit, ends)
-        ended = [row for row in rows if has_ended(found[row], limit, ends)]
-        leaving = {*ended, *watch(found, ended, [row for row in rows if row not in ended])}
-        kept = [sample for sample, row in enumerate(rows) if row not in leaving]
+        kept = staying(rows, found, limit, ends, watch)
         tokens, cache = output.sequences, getattr(output, CACHE)
         mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)
         if 0 < len(kept) < len(rows):

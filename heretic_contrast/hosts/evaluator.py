@@ -167,11 +167,13 @@ class Evaluator(heretic.main.Evaluator):
     def prepare(self) -> None:
         """Computes what trials have in common, where the model is the unmodified one: with its adapters, and before it is changed."""
 
+        if self._first_layer != UNCHANGED:
+            return
         model = from_heretic(self.model, self.settings)
         is_known = self._trials is not None and self._trials.knows(model)
         # Adapters of offloaded layers hold nothing before a trial writes them.
         is_complete = all(item.device.type != "meta" for item in model.model.parameters())
-        if is_known or self._first_layer != UNCHANGED or not is_complete:
+        if is_known or not is_complete:
             return
         limit = self.settings.max_response_length
         pools = [self.bad_prompts, self.sensitive_prompts]

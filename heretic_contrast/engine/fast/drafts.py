@@ -20,7 +20,7 @@ from ...language_model import Batches, Tokens, until_end
 from ...vectors import to_device
 from ..compat import Cache, concatenate, join, keeps_every_token, new_cache, select_rows
 from ..interface import Continuations, Count, pad_right
-from ..strides import Watch, generate_together, has_ended
+from ..strides import Watch, generate_together, has_ended, staying
 from .decoder import Decoder
 from .teacher_forcing import Pass, TeacherForcing
 
@@ -92,9 +92,7 @@ class Drafts:
             )
             # Where the response departs, the prediction there is the right next token.
             found[index, prompt] = until_end(tuple(own[: agreed + 1]), self._limit, self._ends)
-        ended = [row for row in item.rows if has_ended(found[row], self._limit, self._ends)]
-        leaving = {*ended, *watch(found, ended, [row for row in item.rows if row not in ended])}
-        departed = [sample for sample, row in enumerate(item.rows) if row not in leaving]
+        departed = staying(item.rows, found, self._limit, self._ends, watch)
         return [item.rows[sample] for sample in departed], self._kept(item, departed)
 
     def _unmodified_cache(self) -> tuple[Cache | None, dict[int, int]]:
