@@ -166,7 +166,7 @@ class SweepResult:
 
     `baseline`: the unmodified model; its divergence is the floor KL₀. `pools`: which prompts were used for what, by
     name: count and digest. `settings`: what was swept. `prompts`, `canaries`: the texts, in the order of the
-    responses.
+    responses. `identity`: digests of the model, its data type, and what it ran on (see `identity.model_identity`).
     """
 
     model: str
@@ -180,6 +180,7 @@ class SweepResult:
     baseline_verdicts: tuple[Verdict, ...] = ()
     pools: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def floor(self) -> float:

@@ -309,6 +309,7 @@ class SweepEvaluator:
                 **json.loads(json.dumps(asdict(self.options))),
                 "directions": {name: item.to_dict() for name, item in self.configurations.items()},
             },
+            identity=self.model.identity(),
         )
 
 

@@ -2,7 +2,7 @@
 
 """The report of a sweep: the paper's Tables 1 to 4 for this model, with plots."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -487,5 +487,17 @@ def reading_section(result: SweepResult) -> Section:
             "each position and one bucket for the rest, so it is a lower bound of the divergence over the whole vocabulary.",
             "Intervals are those of one cell. Whoever picks the best of many cells picks luck with it: confirm it with other "
             "prompts and seeds. Random directions of the same lengths and cosines, where they were swept, are the floor.",
+            *measured_with(result.identity),
         ),
+    )
+
+
+def measured_with(identity: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns a sentence on the model and what it ran on, or nothing where that is not known, as in sweeps of earlier versions."""
+
+    if not identity:
+        return ()
+    versions = ", ".join(f"{name} {version}" for name, version in identity["versions"].items())
+    return (
+        f"Measured with weights of digest {identity['weights'][:16]} in {identity['dtype']} on {identity['device'][0]}: {versions}.",
     )

@@ -18,6 +18,7 @@ from heretic_contrast.evaluation.cells import SweepResult, efficiency
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.sweep import SweepEvaluator, sweep
 from heretic_contrast.hosts.surface import wrap
+from heretic_contrast.identity import weights_digest
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.tiers.coherence import is_coherent
@@ -207,6 +208,9 @@ def test_result_survives_json(tiny_llama: LanguageModel, n_references: int) -> N
         raise AssertionError(f"{constant} is no JSON.")
 
     written = json.loads(result.to_json(), parse_constant=no_json)
+    weights = weights_digest(tiny_llama.model)
+    assert (written["identity"]["weights"], written["identity"]["dtype"]) == (weights, "float32")
+    assert written["identity"]["versions"]["torch"] == torch.__version__
     restored = SweepResult.from_dict(written)
     assert restored == result
     assert restored.to_json() == result.to_json()

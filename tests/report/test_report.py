@@ -105,6 +105,12 @@ def make_sweep() -> SweepResult:
         baseline_verdicts=(verdict,) * 10,
         pools={"references": {"count": 20, "digest": "0123456789abcdef"}},
         settings={"weights": list(WEIGHTS), "kl_tokens": 50, "top_k": 100},
+        identity={
+            "weights": "0123456789abcdef" * 4,
+            "dtype": "bfloat16",
+            "device": ["cuda", "highest"],
+            "versions": {"heretic-contrast": "0.1.0", "torch": "2.13.0"},
+        },
     )
 
 
@@ -287,6 +293,8 @@ def test_files_of_a_sweep(written: tuple[Path, list[Any]], tmp_path: Path) -> No
     responses = [json.loads(line) for line in files["responses.jsonl"].decode().splitlines()]
     assert len(responses) == 10 + 14 * len(result.cells)
     assert json.loads(files["capture.json"])["n_pairs"] == 5
+    measured = "weights of digest 0123456789abcdef in bfloat16 on cuda: heretic-contrast 0.1.0, torch 2.13.0."
+    assert measured in files["report.html"].decode()
     assert len(json.loads(files["geometry.json"])["layers"]) == 6
     assert {
         "refusals-first-weight.png",
