@@ -33,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "--sweep", type=Path, required=True, help="sweep.json of heretic-contrast sweep"
     )
+    measure.add_argument(
+        "--sweep-16-bits", type=Path, help="that of a part of its cells, with --dtypes [bfloat16]"
+    )
     measure.add_argument("--batch-size", type=int, default=64)
     for field in fields(StudyOptions):
         option = "--" + field.name.replace("_", "-")
@@ -90,12 +93,14 @@ def run_measure(chosen: argparse.Namespace) -> None:
             "Only the built-in refuser has prompts of its own: give --prompts FILE.jsonl."
         )
     pools = builtin_pools() if chosen.prompts is None else file_pools(chosen.prompts)
-    try:
-        swept = SweepResult.from_dict(json.loads(chosen.sweep.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ContrastError(
-            f"{chosen.sweep} cannot be read as a sweep: give the sweep.json of heretic-contrast sweep."
-        ) from error
+    sweeps = []
+    for path in filter(None, (chosen.sweep, chosen.sweep_16_bits)):
+        try:
+            sweeps.append(SweepResult.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
+            raise ContrastError(
+                f"{path} cannot be read as a sweep: give the sweep.json of heretic-contrast sweep."
+            ) from error
     folder = resolve_model(chosen.model)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
@@ -110,7 +115,7 @@ def run_measure(chosen: argparse.Namespace) -> None:
     model = wrap(loaded, tokenizer, name=name, batch_size=chosen.batch_size)
     work = chosen.work or chosen.output.with_suffix(".work")
     with progress_bar() as show:
-        results = measure_study(model, name, pools, options, work, log, show, swept)
+        results = measure_study(model, name, pools, options, work, log, show, *sweeps)
     write_text_atomically(
         chosen.output, json.dumps(results, sort_keys=True, separators=(",", ":")) + "\n"
     )

@@ -36,6 +36,9 @@ class SweepCell(NamedTuple):
     kl: float
     kl_error: float
 
+    def key(self) -> tuple[str, str, tuple[int, ...], float]:
+        return self.configuration, self.strength, tuple(self.layers), self.weight
+
     def rank(self) -> tuple[int, float, list[int], float]:
         """Puts the fewest refusals first, then the least divergence."""
 
@@ -60,6 +63,16 @@ class Study:
         self.sweep_base: int = base["refusals"]
         self.sweep_prompts: int = base["n_harmful"]
         self.sweep_floor: float = base["kl"]
+
+    def in_16_bits(self) -> "Study | None":
+        """Returns the study with the cells that were swept in 16 bits in the place of theirs, or None where there are none."""
+
+        other = self.data.get("sweep_16_bits")
+        if other is None:
+            return None
+        found = {SweepCell(*cell).key(): cell for cell in other["cells"]}
+        cells = [list(found.get(cell.key(), cell)) for cell in self.cells]
+        return Study({**self.data, "sweep": {**self.data["sweep"], "cells": cells}})
 
     def single_cells(self, configuration: str, strength: str = "weight") -> list[SweepCell]:
         """Returns the sweep's cells of single layers."""

@@ -87,11 +87,12 @@ def measure_study(
     log: Log,
     show: ShowProgress,
     swept: SweepResult,
+    swept_in_16_bits: SweepResult | None = None,
 ) -> dict[str, Any]:
     """
     Returns the results of a whole study as JSON values.
 
-    `work`: directory for what is finished. `swept`: a sweep with the paper's presets.
+    `work`: directory for what is finished. `swept`: a sweep with the paper's presets. `swept_in_16_bits`: one of a part of its cells.
 
     Raises `ContrastError` when the model refuses too little, or a journal in the work directory belongs to another study.
     """
@@ -166,6 +167,7 @@ def measure_study(
         "n_pairs": [len(pairs), len(pools.pairs)],
         "single_layers": layers,
         "sweep": compact_sweep(swept),
+        "sweep_16_bits": compact_sweep(swept_in_16_bits) if swept_in_16_bits else None,
         "seeds": seeds,
     }
 
@@ -292,6 +294,7 @@ def compact_sweep(result: SweepResult) -> dict[str, Any]:
 
     base = result.baseline
     return {
+        "dtype": result.identity.get("dtype"),
         "baseline": {
             "refusals": base.refusals,
             "n_harmful": base.n_harmful,

@@ -10,6 +10,7 @@ weight and at equal divergence; and the paper's open question is asked of every 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from jinja2 import Environment, StrictUndefined
 
@@ -18,7 +19,7 @@ from heretic_contrast.report.plots import can_plot
 
 from . import claims, wording
 from .conditions import SHUFFLED
-from .evidence import Study, load_studies
+from .evidence import Study, SweepCell, load_studies
 from .statistics import Contrast, Interval, share_interval
 from .wording import NONE, label, percent, plain, ratio, reading, signed, small, table
 
@@ -330,6 +331,47 @@ def incoherence_table(study: Study) -> str:
     width = max(map(len, rows), default=1)
     padded = [row + [NONE] * (width - len(row)) for row in rows]
     return table(["Condition", *[""] * (width - 1)], padded)
+
+
+def precision_table(studies: Sequence[Study]) -> str:
+    """Returns what 16 bits change of the sweep's cells, and of the claims that rest on them."""
+
+    rows = []
+    for study in studies:
+        other = study.in_16_bits()
+        if other is None:
+            continue
+        compared = {SweepCell(*cell).key() for cell in study.data["sweep_16_bits"]["cells"]}
+        pairs = [
+            pair for pair in zip(study.cells, other.cells, strict=True) if pair[0].key() in compared
+        ]
+        steps = [abs(first.refusals - second.refusals) for first, second in pairs]
+        ratios = [second.kl / first.kl for first, second in pairs if first.kl > study.sweep_floor]
+        layers = {(key[0], key[2]) for key in compared if key[1] == "weight" and len(key[2]) == 1}
+        achieved = [
+            sum(at[0] in found(name) for name, at in layers)
+            for item in (study, other)
+            for found in (item.functional, item.successful)
+        ]
+        changed = [
+            item.key
+            for item in claims.CLAIMS
+            if item.decide(study).verdict != item.decide(other).verdict
+        ]
+        rows.append(
+            [
+                study.name,
+                study.data["sweep_16_bits"]["dtype"],
+                f"{steps.count(0)} of {len(steps)}",
+                str(max(steps)),
+                f"{median(ratios):.2f}",
+                f"{achieved[0]} → {achieved[2]} of {len(layers)}",
+                f"{achieved[1]} → {achieved[3]}",
+                ", ".join(changed) or "none",
+            ]
+        )
+    header = "Model|Type|Cells with the same R|Largest change of R|Median ratio of KL|Functional|R = 0|Verdicts that change"
+    return table(header.split("|"), rows, right=[2, 3, 4, 5, 6])
 
 
 LONG = 0.8

@@ -531,6 +531,33 @@ def test_report_without_some_conditions_says_that_they_were_not_measured() -> No
     assert "R = 0 on 4 of 4 layers" not in text and "at equal effective weight (" not in text
 
 
+def test_cells_in_16_bits_are_compared_with_theirs() -> None:
+    """Unmatched directions that work on layer 1 alone, and in 16 bits nowhere."""
+
+    data = made_up_study(everything_works)
+    assert "## In 16 bits" not in render([Study(data)], {})
+    at_layer = [
+        cell for cell in data["sweep"]["cells"] if cell[:3] == ["paper-unmatched", "weight", [1]]
+    ]
+    # The smallest weight leaves some as it is.
+    others = [[*cell[:5], 10, 0, 2 * cell[7], cell[8]] for cell in at_layer]
+    data["sweep_16_bits"] = {"dtype": "bfloat16", "cells": others}
+    changed = [10 - cell[5] for cell in at_layer]
+    assert len(others) == 5 and max(changed) == 10
+    text = render([Study(data)], {})
+    row = next(line for line in text.splitlines() if line.startswith("| refuser | bfloat16 |"))
+    n_same = changed.count(0)
+    assert row.startswith(
+        f"| refuser | bfloat16 | {n_same} of 5 | 10 | 2.00 | 1 → 0 of 1 | 1 → 0 | "
+    )
+    named = row.split(" | ")[-1].removesuffix(" |")
+    before = verdicts(data)
+    kept = [cell for cell in data["sweep"]["cells"] if cell not in at_layer]
+    after = verdicts({**data, "sweep": {**data["sweep"], "cells": kept + others}})
+    assert named == (", ".join(key for key in before if before[key] != after[key]) or "none")
+    assert "b1" in named.split(", ")
+
+
 def test_command_for_a_gpu_has_options_that_exist() -> None:
     from heretic_contrast.commands.sweep import SweepSettings
     from heretic_contrast.hosts.settings import load_settings
