@@ -28,7 +28,7 @@ from examples.replication.claims import (
 )
 from examples.replication.cli import main
 from examples.replication.conditions import all_layer_conditions, single_layer_conditions
-from examples.replication.evidence import Study
+from examples.replication.evidence import Study, load_studies
 from examples.replication.measurement import FORMAT, StudyOptions, outcomes
 from examples.replication.pools import SENSITIVE, builtin_pools, draw, draw_evenly, file_pools
 from examples.replication.report import open_question, render
@@ -46,6 +46,7 @@ from examples.replication.statistics import (
     shares,
     stack_outcomes,
 )
+from examples.replication.wording import signed
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.cells import Verdict
 from heretic_contrast.prompts import Prompt
@@ -529,6 +530,18 @@ def test_report_without_some_conditions_says_that_they_were_not_measured() -> No
     text = render([Study(data)], {})
     assert "not measured" in text and OPEN in text
     assert "R = 0 on 4 of 4 layers" not in text and "at equal effective weight (" not in text
+
+
+def test_readme_gives_the_figures_of_the_stored_results() -> None:
+    root = Path(__file__).parents[2]
+    text = " ".join((root / "README.md").read_text("utf-8").split())
+    studies = load_studies(root / "docs" / "replication")
+    assert [study.name for study in studies] == ["refuser", "qwen2.5-coder-0.5b", "smollm2-refuser"]
+    compared = [(study, "som unmatched") for study in studies]
+    for study, condition in [*compared, *((study, "mean matched") for study in studies[1:])]:
+        found = study.contrast(condition, "mean unmatched")
+        assert found is not None and found.verdict == "worse"
+        assert signed(found.difference) in text
 
 
 def test_cells_in_16_bits_are_compared_with_theirs() -> None:
