@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -88,8 +89,12 @@ def split_prompts(arguments: argparse.Namespace) -> dict[str, dict[str, list[Pro
             if name is None
             else PromptSource(dataset=name)
         )
-        # A prompt that is there twice would be fitted and judged.
-        prompts = list({prompt.text: prompt for prompt in load_pool(sources, pool)}.values())
+        # A prompt that is there twice would be fitted and judged. Lines of text, as Heretic reads them, hold no others.
+        loaded = [
+            replace(prompt, text=" ".join(prompt.text.split()))
+            for prompt in load_pool(sources, pool)
+        ]
+        prompts = list({prompt.text: prompt for prompt in loaded}.values())
         random.Random(0).shuffle(prompts)
         ends = (arguments.judged, arguments.judged + arguments.fresh)
         found["judged"][pool] = prompts[: ends[0]]
@@ -110,7 +115,7 @@ def write_prompts(
     for use, pools in prompts.items():
         for pool, found in pools.items():
             path = folder / f"{pool}-{use}.txt"
-            path.write_text("\n".join(" ".join(prompt.text.split()) for prompt in found) + "\n")
+            path.write_text("\n".join(prompt.text for prompt in found) + "\n")
             paths[use][pool] = str(path)
     for pool, found in prompts["fit"].items():
         path = folder / f"{pool}.jsonl"

@@ -97,6 +97,13 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             return min(self.settings.full_normalization_lora_rank or n_directions + 2, hidden_size)
         return n_directions
 
+    @property
+    def projection_seed(self) -> int:
+        """The seed of `full` row normalization's random projection: Heretic's, so that one direction gives what Heretic's own gives."""
+
+        seed: int | None = self.heretic_settings.seed
+        return self.settings.seed if seed is None else seed
+
     def init(self, ctx: Context) -> None:
         """Makes directions, and applies LoRA adapters. Raises `ContrastError` when settings, prompts or a directions file do not fit."""
 
@@ -243,7 +250,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
                     base_weight(module),
                     self.settings.row_normalization,
                     self.lora_rank,
-                    self.settings.seed,
+                    self.projection_seed,
                 )
                 set_factors(module, *factors)
         if operator is not None:

@@ -66,6 +66,12 @@ def first_trials(settings: ContrastSettings, model: str) -> list[Values]:
     source = settings.warm_start
     place, path = without_password(source), Path(source)
     is_url = "://" in source
+    if not is_url and path.is_dir():
+        studies = [str(item) for item in sorted(path.rglob("*.jsonl"))]
+        raise ContrastError(
+            f"{path} is a folder: give the file of an earlier study for a warm start, there "
+            f"{'is ' + ', '.join(studies[:3]) if studies else 'is none in it'}."
+        )
     if not is_url and not path.is_file():
         raise ContrastError(
             f"There is no file {path} for a warm start: give the sweep.json of a sweep, or an earlier study (.jsonl, .journal)."

@@ -42,7 +42,7 @@ from ..journal import CheckedJournal
 from ..outputs import remove_empty_directories, require_writable_directory, require_writable_file
 from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest, require_ranges
-from ..search.samplers import make_sampler
+from ..search.samplers import make_sampler, trial_seed
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, require_answers
@@ -265,6 +265,9 @@ class Host:
             attributes = trial.user_attrs
             return [float(BOUND_KEY in attributes), float(attributes.get(EXCLUDED_KEY, 0.0))]
 
+        if self.first_trials:
+            # A study of the same seed would be made once more.
+            seed = trial_seed(seed, *self.first_trials)
         may_end = contrast.stop_dominated or contrast.max_false_refusals is not None
         constraints = is_bound if may_end else None
         return make_sampler(contrast.sampler, seed, n_startup_trials, fixed, constraints)

@@ -99,7 +99,8 @@ class ChatModel(Model):
                 )
             elif isinstance(cause, OSError) and not failures:
                 # transformers says so of files and of repositories that are not there.
-                remedy = "check its name or path"
+                is_there = os.path.isdir(settings.model)
+                remedy = "put what it lacks there" if is_there else "check its name or path"
             else:
                 remedy = (
                     "look whether its files are whole, what its generation_config.json asks for can be done, and the installed "

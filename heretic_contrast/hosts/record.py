@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 FORMAT = "heretic-contrast record 1"
 
 OF_HERETIC = """
-    model_commit dtypes quantization device_map max_memory system_prompt response_prefix max_response_length max_shard_size
+    seed model_commit dtypes quantization device_map max_memory system_prompt response_prefix max_response_length max_shard_size
 """.split()
 """Heretic's settings that decide weights, or the files that they are saved as."""
 

@@ -3,6 +3,7 @@
 """Samplers whose proposal for a trial depends on the seed, the trial's number and the earlier trials alone."""
 
 import hashlib
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,10 +19,10 @@ from optuna.trial import FrozenTrial, TrialState
 from ..settings import Sampler
 
 
-def trial_seed(seed: int, number: int) -> int:
-    """Returns the seed of one trial: 32 bits that differ between trials and between studies."""
+def trial_seed(seed: int, *of: Any) -> int:
+    """Returns the seed of one trial, or of whatever else JSON can hold: 32 bits that differ between these and between studies."""
 
-    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    digest = hashlib.sha256(json.dumps([seed, *of], sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:4], "little")
 
 

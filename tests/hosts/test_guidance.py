@@ -3,6 +3,7 @@
 """What a study begins with, and when it ends, on studies without a model."""
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -151,6 +152,16 @@ def test_what_is_no_warm_start(name: str, text: str | None, message: str, tmp_pa
     with pytest.raises(ContrastError, match=message) as raised:
         first_trials(settings(path), MODEL)
     assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+
+
+def test_a_folder_is_no_warm_start_and_its_studies_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ContrastError, match=r"is a folder: .* there is none in it[.]$"):
+        first_trials(settings(tmp_path), MODEL)
+    path = tmp_path / "contrast-0" / "model.jsonl"
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(ContrastError, match=rf"there is {re.escape(str(path))}[.]$"):
+        first_trials(settings(tmp_path), MODEL)
 
 
 def test_a_study_of_another_model_is_no_warm_start(tmp_path: Path) -> None:

@@ -134,6 +134,26 @@ def test_a_study_begins_with_a_sweep_and_ends_when_it_finds_no_more(
     assert again.code == 0 and study(tmp_path / "search" / "checkpoints") == trials
 
 
+def test_a_study_that_begins_with_one_of_the_same_seed_tries_something_else(
+    command_server: Server, tmp_path: Path
+) -> None:
+    weak = '--contrast.search-space={"max_weight": [0.1, 0.4]}'
+    found: list[tuple[Path, list[Any]]] = []
+    for name, n_trials in (("first", 2), ("second", 5), ("third", 9)):
+        shared = [*options(tmp_path, n_trials), "--n-startup-trials=30", weak]
+        warm = [f"--contrast.warm-start={found[-1][0]}"] if found else []
+        command = command_server.run([*shared, *warm], tmp_path / name)
+        assert command.code == 0, command.output()[-3000:]
+        (path,) = (tmp_path / name / "checkpoints").rglob("*.jsonl")
+        trials = [trial["params"] for trial in study(tmp_path / name / "checkpoints")]
+        earlier = [params for _, known in found for params in known]
+        # It begins with the front of the last one, of at most as many trials as that has.
+        new = [params for params in trials if params not in earlier]
+        assert len(trials) == n_trials and (not found or 3 <= len(new) < n_trials)
+        assert len(trials) == len({json.dumps(params) for params in trials})
+        found.append((path, trials))
+
+
 def test_the_front_is_judged_on_fresh_prompts(command_server: Server, tmp_path: Path) -> None:
     from heretic_contrast.hosts.evaluator import count_refusals
     from heretic_contrast.hosts.settings import HostSettings, load_settings

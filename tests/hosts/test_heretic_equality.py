@@ -150,7 +150,6 @@ def test_weight_change_equals_heretic(
         folder,
         row_normalization=normalization,
         full_normalization_lora_rank=rank,
-        seed=7,
         **options,
     )
     assert modifier.directions.n_directions == (3 if options else 1)
