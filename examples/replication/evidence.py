@@ -3,6 +3,7 @@
 """Stored results, read for the report: conditions as outcomes, the sweep's cells, and what directions look like."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,13 +66,14 @@ class Study:
         self.sweep_floor: float = base["kl"]
 
     def in_16_bits(self) -> "Study | None":
-        """Returns the study with the cells that were swept in 16 bits in the place of theirs, or None where there are none."""
+        """Returns the study with the sweep in 16 bits, or None where there is none."""
 
         other = self.data.get("sweep_16_bits")
-        if other is None:
-            return None
-        found = {SweepCell(*cell).key(): cell for cell in other["cells"]}
-        cells = [list(found.get(cell.key(), cell)) for cell in self.cells]
+        return None if other is None else Study({**self.data, "sweep": other})
+
+    def with_cells(self, cells: Sequence[SweepCell]) -> "Study":
+        """Returns the study with these cells of its sweep, and no others."""
+
         return Study({**self.data, "sweep": {**self.data["sweep"], "cells": cells}})
 
     def single_cells(self, configuration: str, strength: str = "weight") -> list[SweepCell]:

@@ -19,7 +19,7 @@ from heretic_contrast.report.plots import can_plot
 
 from . import claims, wording
 from .conditions import SHUFFLED
-from .evidence import Study, SweepCell, load_studies
+from .evidence import Study, load_studies
 from .statistics import Contrast, Interval, share_interval
 from .wording import NONE, label, percent, plain, ratio, reading, signed, small, table
 
@@ -341,37 +341,43 @@ def precision_table(studies: Sequence[Study]) -> str:
         other = study.in_16_bits()
         if other is None:
             continue
-        compared = {SweepCell(*cell).key() for cell in study.data["sweep_16_bits"]["cells"]}
-        pairs = [
-            pair for pair in zip(study.cells, other.cells, strict=True) if pair[0].key() in compared
-        ]
+        found = {cell.key(): cell for cell in study.cells}
+        pairs = [(found[cell.key()], cell) for cell in other.cells if cell.key() in found]
         steps = [abs(first.refusals - second.refusals) for first, second in pairs]
         ratios = [second.kl / first.kl for first, second in pairs if first.kl > study.sweep_floor]
-        layers = {(key[0], key[2]) for key in compared if key[1] == "weight" and len(key[2]) == 1}
-        achieved = [
-            sum(at[0] in found(name) for name, at in layers)
-            for item in (study, other)
-            for found in (item.functional, item.successful)
+        both = [
+            item.with_cells([pair[index] for pair in pairs])
+            for index, item in enumerate((study, other))
         ]
+        names = {cell.configuration for cell in other.cells}
+        n_layers = sum(len(other.layer_cells(name)) for name in names)
+        functional, successful = (
+            [sum(len(layers(item, name)) for name in names) for item in both]
+            for layers in (Study.functional, Study.successful)
+        )
+        merged = study.with_cells(
+            [{**found, **{cell.key(): cell for cell in other.cells}}[key] for key in found]
+        )
         changed = [
             item.key
             for item in claims.CLAIMS
-            if item.decide(study).verdict != item.decide(other).verdict
+            if item.decide(study).verdict != item.decide(merged).verdict
         ]
         rows.append(
             [
                 study.name,
-                study.data["sweep_16_bits"]["dtype"],
+                str(other.data["sweep"]["dtype"]),
+                f"{study.sweep_base} → {other.sweep_base}",
                 f"{steps.count(0)} of {len(steps)}",
                 str(max(steps)),
                 f"{median(ratios):.2f}",
-                f"{achieved[0]} → {achieved[2]} of {len(layers)}",
-                f"{achieved[1]} → {achieved[3]}",
+                f"{functional[0]} → {functional[1]} of {n_layers}",
+                f"{successful[0]} → {successful[1]}",
                 ", ".join(changed) or "none",
             ]
         )
-    header = "Model|Type|Cells with the same R|Largest change of R|Median ratio of KL|Functional|R = 0|Verdicts that change"
-    return table(header.split("|"), rows, right=[2, 3, 4, 5, 6])
+    header = "Model|Type|R unmodified|Cells with the same R|Largest change of R|Median ratio of KL|Functional|R = 0|Verdicts that change"
+    return table(header.split("|"), rows, right=[3, 4, 5, 6, 7])
 
 
 LONG = 0.8

@@ -554,14 +554,14 @@ def test_cells_in_16_bits_are_compared_with_theirs() -> None:
     ]
     # The smallest weight leaves some as it is.
     others = [[*cell[:5], 10, 0, 2 * cell[7], cell[8]] for cell in at_layer]
-    data["sweep_16_bits"] = {"dtype": "bfloat16", "cells": others}
+    data["sweep_16_bits"] = {**data["sweep"], "dtype": "bfloat16", "cells": others}
     changed = [10 - cell[5] for cell in at_layer]
     assert len(others) == 5 and max(changed) == 10
     text = render([Study(data)], {})
     row = next(line for line in text.splitlines() if line.startswith("| refuser | bfloat16 |"))
     n_same = changed.count(0)
     assert row.startswith(
-        f"| refuser | bfloat16 | {n_same} of 5 | 10 | 2.00 | 1 → 0 of 1 | 1 → 0 | "
+        f"| refuser | bfloat16 | 10 → 10 | {n_same} of 5 | 10 | 2.00 | 1 → 0 of 1 | 1 → 0 | "
     )
     named = row.split(" | ")[-1].removesuffix(" |")
     before = verdicts(data)
