@@ -460,7 +460,20 @@ def check_replication(reader: Reader) -> None:
     check_sweep(reader.directory / "qwen3.5-2b", "Qwen/Qwen3.5-2B")
 
 
+def check_benchmarks(reader: Reader) -> None:
+    """Both searches make the same trials, which are judged again on the same fresh prompts."""
+
+    paths = list(reader.directory.rglob("search.json"))
+    assert paths
+    for path in paths:
+        plain, own = json.loads(path.read_text("utf-8"))["studies"]
+        assert (plain["configuration"], own["configuration"]) == ("heretic", "default")
+        for theirs, ours in zip(plain["trials"], own["trials"], strict=True):
+            assert ours["fresh"] == pytest.approx(theirs["fresh"], rel=0.01)
+
+
 CHECKS: dict[str, Callable[[Reader], None]] = {
+    "docs/benchmarks.md": check_benchmarks,
     "README.md": check_readme,
     "docs/prompts.md": check_prompts,
     "docs/replication.md": check_replication,
