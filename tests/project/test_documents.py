@@ -112,6 +112,9 @@ NOT_RUN = {
     ),
     "python benchmarks/trial.py --model DIR --experts": "needs the mixture that the command before makes",
     "python benchmarks/estimate.py --check --layers 8 --references 20": RANDOM_MODEL,
+    "python benchmarks/search.py --output DIR --model MODEL --harmful harmful.jsonl --harmless harmless.jsonl --trials 30 --startup-trials 10 --judged 40 --fresh 40 --tokens 24 --batch-size 40 --seeds 2 --configurations heretic default": (
+        "takes hours on a real model: the command before runs less of the same"
+    ),
     r"""python benchmarks/search.py --output DIR --model MODEL --harmful harmful.jsonl --harmless harmless.jsonl --trials 30 --startup-trials 10 --judged 40 --fresh 40 --tokens 24 --batch-size 40 --options='--dtypes=[\"bfloat16\"]' --configurations heretic "default, not normalized" "maps, not normalized" default""": (
         "takes hours on a real model: the command before runs less of the same"
     ),
