@@ -126,7 +126,7 @@ NOT_RUN = {
     ),
     "python benchmarks/sweep.py --smollm2-shape --layers 4 12 20 28 --references 20 --reference-cells 2": RANDOM_MODEL,
     "python examples/replicate.py measure --model builtin:refuser --output docs/replication/refuser.json "
-    "--sweep refuser-sweep/sweep.json --seeds 5": (
+    "--sweep refuser-sweep/sweep.json --sweep-16-bits refuser-sweep-16/sweep.json --seeds 5": (
         "takes hours: tests/project/test_replication.py measures less of the same"
     ),
     "heretic-contrast sweep QWEN --bad-prompts.dataset harmful-train.jsonl --good-prompts.dataset harmless-train.jsonl --bad-evaluation-prompts.dataset harmful-refused.jsonl --good-evaluation-prompts.dataset harmless-test.jsonl --contrast.preset paper-unmatched --contrast.preset paper-matched --contrast.preset paper-matched-svd --strength weight --no-random-control --n-canaries 4 --n-references 16 --kl-tokens 24 --sweep-response-length 24 --response-prefix= --output qwen-sweep": QWEN,
