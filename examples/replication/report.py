@@ -341,8 +341,8 @@ def precision_table(studies: Sequence[Study]) -> str:
         other = study.in_16_bits()
         if other is None:
             continue
-        found = {cell.key(): cell for cell in study.cells}
-        pairs = [(found[cell.key()], cell) for cell in other.cells if cell.key() in found]
+        swapped = {cell.key(): cell for cell in other.cells}
+        pairs = [(cell, swapped[cell.key()]) for cell in study.cells if cell.key() in swapped]
         steps = [abs(first.refusals - second.refusals) for first, second in pairs]
         ratios = [second.kl / first.kl for first, second in pairs if first.kl > study.sweep_floor]
         both = [
@@ -355,9 +355,7 @@ def precision_table(studies: Sequence[Study]) -> str:
             [sum(len(layers(item, name)) for name in names) for item in both]
             for layers in (Study.functional, Study.successful)
         )
-        merged = study.with_cells(
-            [{**found, **{cell.key(): cell for cell in other.cells}}[key] for key in found]
-        )
+        merged = study.with_cells([swapped.get(cell.key(), cell) for cell in study.cells])
         changed = [
             item.key
             for item in claims.CLAIMS
