@@ -31,7 +31,7 @@ from examples.replication.conditions import all_layer_conditions, single_layer_c
 from examples.replication.evidence import Study, load_studies
 from examples.replication.measurement import FORMAT, StudyOptions, outcomes
 from examples.replication.pools import SENSITIVE, builtin_pools, draw, draw_evenly, file_pools
-from examples.replication.report import open_question, render
+from examples.replication.report import open_question, precision_table, render
 from examples.replication.statistics import (
     Draws,
     Interval,
@@ -542,6 +542,10 @@ def test_readme_gives_the_figures_of_the_stored_results() -> None:
         found = study.contrast(condition, "mean unmatched")
         assert found is not None and found.verdict == "worse"
         assert signed(found.difference) in text
+    best = studies[1].best_cell("paper-unmatched").refusals
+    assert f"does not appear on Qwen: {best} of 10 are left at best" in text
+    assert "In 16 bits single cells differ, and no verdict does." in text
+    assert precision_table(studies).count("| none |") == len(studies)
 
 
 def test_cells_in_16_bits_are_compared_with_theirs() -> None:
