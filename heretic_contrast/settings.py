@@ -296,9 +296,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-unmatched": {**PAPER, "baseline": "unmatched"},
     "paper-matched": {**PAPER, "baseline": "matched"},
     "paper-matched-svd": {**PAPER, "baseline": "matched", "svd": True},
-    # Piras et al. (2026): one SOM for all harmful prompts with the settings of their code, several neurons, one ablation
+    # After Piras et al. (2026): one SOM for all harmful prompts with the settings of their code, several neurons, one ablation
     # after the other. They search which neurons, most often five to seven, and take those of one layer for all.
-    "piras": {
+    "som-sequential": {
         "baseline": "unmatched",
         "method": "som",
         "classes": "single",
@@ -318,9 +318,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "classes": "single",
         "embeddings": True,
     },
-    # Heretic's pull request 196, with the winners it meant to take: the densest neurons. There each direction has a
+    # After Heretic's pull request 196, with the winners it meant to take: the densest neurons. There each direction has a
     # maximum and a minimum weight per component.
-    "heretic-soma": {
+    "som-summed": {
         "baseline": "unmatched",
         "method": "som",
         "classes": "single",
@@ -333,7 +333,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "composition": "sum",
     },
 }
-"""Settings named after published configurations, with this project's choice where nothing else is known."""
+"""Published configurations, with this project's choice where nothing else is known, and what takes the maps of others alone."""
 
 
 Range = tuple[float, float]

@@ -31,10 +31,18 @@ _LINEAGE = ("som_rows", "som_columns", "som_sigma", "som_learning_rate", "som_to
 
 MAPS: dict[str, dict[str, Any]] = {
     "small": {"som_rows": 2, "som_columns": 2},
+    "large": {"som_rows": 4, "som_columns": 4},
+    "slower": {"som_learning_rate": 0.1},
     "slow": {"som_learning_rate": 0.01},
-    "piras": {name: PRESETS["piras"][name] for name in _LINEAGE},
+    "narrower": {"som_sigma": 0.5},
+    "narrow": {"som_sigma": 0.33},
+    "hexagonal": {"som_topology": "hexagonal"},
+    "short": {"som_iterations": 1_000},
+    "long": {"som_iterations": 100_000},
+    "three": {"winners": 3},
+    "piras": {name: PRESETS["som-sequential"][name] for name in _LINEAGE},
 }
-"""Other settings of the maps, which the paper leaves open: four neurons, a learning rate of 0.01, those of Piras et al."""
+"""Other settings of the maps, which the paper leaves open: each differs from MiniSom's defaults in one thing, or is that of Piras et al."""
 
 
 SHUFFLED = "shuffled"

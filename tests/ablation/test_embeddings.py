@@ -182,13 +182,13 @@ def test_sweep_ablates_embeddings_with_the_first_layer(name: str) -> None:
 def test_presets_ablate_what_their_authors_do() -> None:
     found = {
         preset: ContrastSettings.model_validate({"preset": preset}).embeddings
-        for preset in ("arditi", "piras", "paper-unmatched", "heretic-soma")
+        for preset in ("arditi", "som-sequential", "paper-unmatched", "som-summed")
     }
     assert found == {
         "arditi": True,
-        "piras": True,
+        "som-sequential": True,
         "paper-unmatched": False,
-        "heretic-soma": False,
+        "som-summed": False,
     }
     settings = ContrastSettings.model_validate({"preset": "arditi", "writers": "heretic"})
     assert not settings.embeddings

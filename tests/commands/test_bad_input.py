@@ -24,7 +24,7 @@ from tests.made_directions import make_directions
         ("--model builtin:other", "no built-in model"),
         ("--n-trials many --model builtin:refuser", "n-trials"),
         (
-            "--contrast.preset arditi --contrast.preset piras --model builtin:refuser",
+            "--contrast.preset arditi --contrast.preset som-sequential --model builtin:refuser",
             "Several presets",
         ),
         ("extract builtin:refuser", "--output"),
@@ -248,8 +248,8 @@ def test_what_is_read_is_not_written_to(refused: Refused, tmp_path: Path) -> Non
         (f"{MAPS} --contrast.small-classes error", "fewer than the 9 neurons"),
         (f"{MAPS} --contrast.winners 10", "10 winners"),
         (
-            "--contrast.preset piras --contrast.preset arditi --contrast.winners 17",
-            "With the preset piras: 17 winners",
+            "--contrast.preset som-sequential --contrast.preset arditi --contrast.winners 17",
+            "With the preset som-sequential: 17 winners",
         ),
         (
             "--contrast.preset paper-matched --contrast.preset arditi --contrast.mixing 0.3",

@@ -167,7 +167,7 @@ configurations = st.builds(
 
 VALID = (
     b'modifiers = [{ plugin = "heretic_contrast.ContrastAbliteration" }]\nn_trials = 5\n'
-    b'[modifier.ContrastAbliteration]\nbaseline = "mixed"\nmixing = 0.25\npreset = ["piras"]\nsvd = true\n'
+    b'[modifier.ContrastAbliteration]\nbaseline = "mixed"\nmixing = 0.25\npreset = ["som-sequential"]\nsvd = true\n'
     b'exclude_categories = ["drugs", "fraud"]\n[modifier.ContrastAbliteration.bad_prompts]\ndataset = "bad.jsonl"\n'
 )
 
@@ -225,7 +225,7 @@ def test_the_configuration_that_is_mutated_works(command_line: Run) -> None:
         b"[" + b".".join([b"a"] * 5_000) + b"]\nb = 1\n",
         b'[modifier.ContrastAbliteration]\n"' + b"x" * 500_000 + b'" = 1\n',
         b'[modifier.ContrastAbliteration]\nbaseline = "' + b"x" * 500_000 + b'"\n',
-        b'[modifier.ContrastAbliteration]\npreset = [["piras"]]\n',
+        b'[modifier.ContrastAbliteration]\npreset = [["som-sequential"]]\n',
         b"[modifier.ContrastAbliteration]\npreset = [{ a = 1 }]\n",
         b"[modifier.ContrastAbliteration]\nsom_iterations = 1000000000000000\n",
         b"[modifier.ContrastAbliteration]\nsom_sigma = inf\n",
@@ -248,7 +248,17 @@ flag_values = (
     texts
     | json_values.map(json.dumps)
     | st.sampled_from(
-        [*PRESETS, "[[1]]", '["piras"]', '{"dataset": "x"}', "{", '"', "-1", "nan", "\udcff"]
+        [
+            *PRESETS,
+            "[[1]]",
+            '["som-sequential"]',
+            '{"dataset": "x"}',
+            "{",
+            '"',
+            "-1",
+            "nan",
+            "\udcff",
+        ]
     )
     | st.integers(1, 5_000).map(lambda depth: "[" * depth + "]" * depth)
 )

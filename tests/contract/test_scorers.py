@@ -248,7 +248,7 @@ def test_the_sweep_of_the_scorer_is_that_of_the_command(
         "synergy_weight": 0.5,
         "synergy_layers": 2,
     }
-    presets = ["arditi", "heretic-soma"]
+    presets = ["arditi", "som-summed"]
     harmful = scorer_tables["RefusalTiers"]["prompts"]
     harmless = scorer_tables["FalseRefusals"]["prompts"]
     contrast = {

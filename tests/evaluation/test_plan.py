@@ -186,7 +186,13 @@ def test_a_pool_that_directions_come_from_is_not_judged(tmp_path: Path) -> None:
 def test_natural_pools_fit_by_default(tmp_path: Path) -> None:
     options = dict(option[2:].split(".dataset=") for option in natural_pools.write_pools(tmp_path))
     lines: list[str] = []
-    for preset in ("paper-unmatched", "paper-matched", "paper-matched-svd", "piras", "arditi"):
+    for preset in (
+        "paper-unmatched",
+        "paper-matched",
+        "paper-matched-svd",
+        "som-sequential",
+        "arditi",
+    ):
         prepared = PreparedSweep(
             SweepPlanSettings(),
             ContrastSettings(
@@ -395,11 +401,11 @@ def assert_same_cells(found: Sequence[Cell], expected: Sequence[Cell]) -> None:
 
 @pytest.mark.slow
 def test_presets_are_swept_as_each_alone(refuser: LanguageModel, tmp_path: Path) -> None:
-    presets = ["paper-unmatched", "piras"]
+    presets = ["paper-unmatched", "som-sequential"]
     both = run_refuser(refuser, tmp_path, {"preset": presets})
     assert [name for name, _ in both.configurations()] == [
         *("paper-unmatched", "paper-unmatched"),
-        *("piras", "piras"),
+        *("som-sequential", "som-sequential"),
         *("random", "random"),
     ]
     for preset in presets:
@@ -408,7 +414,11 @@ def test_presets_are_swept_as_each_alone(refuser: LanguageModel, tmp_path: Path)
             [cell for cell in both.cells if cell.configuration == preset], alone.cells
         )
     compositions = {name: item["composition"] for name, item in both.settings["directions"].items()}
-    assert compositions == {"paper-unmatched": "sum", "piras": "sequential", "random": "sum"}
+    assert compositions == {
+        "paper-unmatched": "sum",
+        "som-sequential": "sequential",
+        "random": "sum",
+    }
 
 
 @pytest.mark.slow

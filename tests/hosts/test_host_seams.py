@@ -92,7 +92,7 @@ def test_checkpoints_of_different_configurations_do_not_collide(
 def test_stored_settings_restore_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     original = settings(
         monkeypatch,
-        "--contrast.preset=piras",
+        "--contrast.preset=som-sequential",
         "--row-normalization=pre",
         "--winsorization-quantile=0.9",
     )

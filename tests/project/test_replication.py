@@ -31,7 +31,7 @@ from examples.replication.conditions import all_layer_conditions, single_layer_c
 from examples.replication.evidence import Study, load_studies
 from examples.replication.measurement import FORMAT, StudyOptions, outcomes
 from examples.replication.pools import SENSITIVE, builtin_pools, draw, draw_evenly, file_pools
-from examples.replication.report import open_question, precision_table, render
+from examples.replication.report import maps_reading, open_question, precision_table, render
 from examples.replication.statistics import (
     Draws,
     Interval,
@@ -546,6 +546,9 @@ def test_readme_gives_the_figures_of_the_stored_results() -> None:
     assert f"does not appear on Qwen: {best} of 10 are left at best" in text
     assert "In 16 bits single cells differ, and no verdict does." in text
     assert precision_table(studies).count("| none |") == len(studies)
+    assert "of 12, 9 leave more on every model, and none leaves fewer" in text
+    assert "these 12 settings none left fewer" in maps_reading(studies)
+    assert "and 9 left more on every model" in maps_reading(studies)
 
 
 def test_cells_in_16_bits_are_compared_with_theirs() -> None:
