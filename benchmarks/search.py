@@ -77,9 +77,6 @@ ROUNDING = 0.001
 
 POOLS = ("harmful", "harmless")
 
-LOAD_PROMPTS = heretic.utils.load_prompts
-"""Heretic's own."""
-
 
 def split_prompts(arguments: argparse.Namespace) -> dict[str, dict[str, list[Prompt]]]:
     """Returns disjoint prompts for fitting, for judging trials, and fresh ones for the front, by pool."""
@@ -186,9 +183,7 @@ class Study:
                         for pool, their in (("harmful", "bad"), ("harmless", "good"))
                     }
                 )
-                # The plugin's host reads each pool once, and would give those of the trials.
-                with patch.multiple(heretic.evaluator, load_prompts=LOAD_PROMPTS):
-                    study.evaluator = heretic.evaluator.Evaluator(fresh, model)
+                study.evaluator = heretic.evaluator.Evaluator(fresh, model)
                 study.base = {
                     "judged": self.base_refusals,
                     "fresh": study.evaluator.base_refusals,

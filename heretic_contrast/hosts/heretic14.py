@@ -102,7 +102,7 @@ class Host:
         self.answers.describe = lambda folder: self.made().record(folder).write(folder)
         self.modifier_class = modifier_class
         self.identity: Identity = {}
-        self.pools: dict[str, list[Prompt]] = {}
+        self.pools: dict[tuple[str, str], list[Prompt]] = {}
         self.finalist_prompts: list[Prompt] = []
         self.second_look: dict[int, list[int]] = {}
         self.first_trials: list[Values] = []
@@ -141,27 +141,31 @@ class Host:
 
     def pool(self, settings: HostSettings, name: str) -> list[Prompt]:
         """
-        Returns the prompts of one of `POOLS`, in any format; each is read once.
+        Returns the prompts of one of `POOLS`, in any format; what settings name is read once.
 
         Where the plugin's pool is given and Heretic's is not, it takes the place of Heretic's default. What nothing is asked of
         is not read. Raises `ContrastError` when it cannot be read.
         """
 
-        if name not in self.pools:
-            source, where = prompt_sources(getattr(settings, name)), f"--{name}."
-            if name in settings._replaced_pools:
-                source = getattr(settings.contrast, name)
-                where = f"{settings.contrast_setting}{name}."
-            elif "evaluation" not in name and not (
-                settings.contrast.directions is None
+        is_replaced = name in settings._replaced_pools
+        source = getattr(settings.contrast if is_replaced else settings, name)
+        if not is_replaced:
+            source = prompt_sources(source)
+        key = name, repr(source)
+        if key not in self.pools:
+            if not (
+                is_replaced
+                or "evaluation" in name
+                or settings.contrast.directions is None
                 or settings.response_prefix is None
                 or settings.batch_size == 0
                 or settings.print_residual_geometry
                 or settings.plot_residuals
             ):
                 return []
-            self.pools[name] = load_pool(source, POOLS[name], where)
-        return self.pools[name]
+            where = f"{settings.contrast_setting}{name}." if is_replaced else f"--{name}."
+            self.pools[key] = load_pool(source, POOLS[name], where)
+        return self.pools[key]
 
     def start(self) -> None:
         """Runs the modifier's `init` at the point where Heretic computes its own directions."""
