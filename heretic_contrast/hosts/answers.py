@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any
 
 import heretic.utils
-from questionary import Choice
 
 from ..errors import ContrastError, one_line
 from ..outputs import require_writable_directory
@@ -112,11 +111,7 @@ class Answers:
             # Heretic goes on with the trials that it has, which nobody asked for who pressed Ctrl+C.
             raise KeyboardInterrupt
         self.trial_was_chosen = True
-        trials = [
-            choice.value
-            for choice in choices
-            if isinstance(choice, Choice) and choice.value not in ("", "continue")
-        ]
+        trials = [choice.value for choice in choices if not isinstance(choice.value, str)]
         if index >= len(trials):
             raise ContrastError(
                 f"Trial index {index} is asked for, but the Pareto front has {len(trials)} trial"
