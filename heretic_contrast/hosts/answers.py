@@ -40,14 +40,14 @@ class Answers:
     `describe` writes into the folder of a saved model what it was made with.
     """
 
-    def __init__(self, settings: HostSettings) -> None:
+    def __init__(self, settings: HostSettings, describe: Callable[[Path], None]) -> None:
         self.settings = settings
+        self.describe = describe
         self.trial_was_chosen = False
         self.action_was_taken = False
         self.was_interrupted = False
         self.model_was_saved = False
         self.unfinished: Path | None = None
-        self.describe: Callable[[Path], None] = lambda folder: None
         self.failure: Exception | None = None
 
     def select(self, message: str, choices: list[Any]) -> Any:

@@ -46,7 +46,7 @@ from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, require_answers
 from .evaluator import Evaluator, own_prompts, require_judge, sensitive_prompts
-from .finalists import LENGTHS, count_refusals_at, front_choices, require_fresh, second_look
+from .finalists import count_refusals, front_choices, require_fresh, second_look
 from .guidance import (
     BOUND_KEY,
     EXCLUDED_KEY,
@@ -97,8 +97,7 @@ class Host:
         self, settings: HostSettings, modifier_class: type["ContrastAbliteration"]
     ) -> None:
         self.settings = settings
-        self.answers = Answers(settings)
-        self.answers.describe = lambda folder: self.made().record(folder).write(folder)
+        self.answers = Answers(settings, lambda folder: self.made().record(folder).write(folder))
         self.modifier_class = modifier_class
         self.identity: Identity = {}
         self.pools: dict[str, list[Prompt]] = {}
@@ -293,7 +292,7 @@ class Host:
                 self.get_trial_parameters(trial)
                 model.reset_model()
                 model.abliterate()
-                self.second_look[trial.number] = count_refusals_at(self.evaluator, prompts, LENGTHS)
+                self.second_look[trial.number] = count_refusals(self.evaluator, prompts)
             choices, table = second_look(choices, self.second_look, len(prompts))
             log()
             log(table)
