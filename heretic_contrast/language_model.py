@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -132,18 +133,6 @@ def contiguous_head(network: Any) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives an attribute another value for as long as the context lasts."""
-
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-@contextmanager
 def plain_settings(network: Any) -> Iterator[None]:
     """Makes a model decode plainly for as long as the context lasts, whatever its generation configuration says."""
 
@@ -153,7 +142,7 @@ def plain_settings(network: Any) -> Iterator[None]:
         for owner in dict.fromkeys((network, base)):
             if "generation_config" in vars(owner):
                 plain = GenerationConfig(eos_token_id=owner.generation_config.eos_token_id)
-                stack.enter_context(replaced(owner, "generation_config", plain))
+                stack.enter_context(patch.object(owner, "generation_config", plain))
         yield
 
 

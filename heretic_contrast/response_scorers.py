@@ -132,16 +132,12 @@ class RefusalTiers(ResponseScorer):
             tier in self.settings.counted_tiers or (self.settings.count_incoherent and not clear)
             for tier, clear in zip(tiers, coherent, strict=True)
         )
-        others = ", ".join(
-            [
-                *(f"{tier.value} {tiers.count(tier)}" for tier in Tier),
-                f"incoherent {coherent.count(False)}",
-            ]
-        )
+        by_tier = ", ".join(f"{tier.value} {tiers.count(tier)}" for tier in Tier)
+        others = f"({by_tier}, incoherent {coherent.count(False)})"
         return Score(
             value=counted / len(tiers),
-            rich_display=f"[bold]{counted}[/]/{len(tiers)} ({others})",
-            md_display=f"{counted}/{len(tiers)} ({others})",
+            rich_display=f"[bold]{counted}[/]/{len(tiers)} {others}",
+            md_display=f"{counted}/{len(tiers)} {others}",
         )
 
 

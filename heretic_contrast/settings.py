@@ -90,7 +90,8 @@ def validation_error(
     """
 
     details = error.errors()[0]
-    cause = details.get("ctx", {}).get("error")
+    kind, context = details["type"], details.get("ctx", {})
+    cause = context.get("error")
     if isinstance(cause, ContrastError):
         return cause
     name = ".".join(map(str, details["loc"][skip:]))
@@ -101,7 +102,6 @@ def validation_error(
         )
     else:
         subject, remedy = f'"{name}" in {table}' if name else table, "correct it"
-    kind, context = details["type"], details.get("ctx", {})
     if kind == "unknown_setting":
         key, close = context["key"], context["nearest"]
         return ContrastError(f'There is no setting "{key}" in {subject}: did you mean "{close}"?')

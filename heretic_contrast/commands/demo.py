@@ -62,15 +62,11 @@ def main(arguments: Sequence[str]) -> None:
     from ..modifier import ContrastAbliteration
 
     if installed_surface() == "2.0":
-        from ..hosts import heretic20
-        from ..hosts.heretic20 import count_refusals
-
-        heretic20.run(settings, ContrastAbliteration)
+        from ..hosts.heretic20 import count_refusals, run
     else:
-        from ..hosts import heretic14
         from ..hosts.evaluator import count_refusals
-
-        heretic14.run(settings, ContrastAbliteration)
+        from ..hosts.heretic14 import run
+    run(settings, ContrastAbliteration)
 
     summary = judge(settings, model_directory, output / "directions.safetensors", count_refusals)
     summary["model_directory"] = str(model_directory)

@@ -23,6 +23,7 @@ from dataclasses import fields
 from inspect import signature
 from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -32,7 +33,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations import sdpa_attention
 
-from ..language_model import replaced
 from ..vectors import to_device
 
 __all__ = ["Cache"]
@@ -150,7 +150,7 @@ def forget_images(network: Module) -> None:
             module.rope_deltas = None  # type: ignore[assignment]
 
 
-def grouped_attention() -> AbstractContextManager[None]:
+def grouped_attention() -> AbstractContextManager[Any]:
     """
     Spares "sdpa" attention its copies of keys and values on a CPU, for as long as the context lasts.
 
@@ -165,7 +165,7 @@ def grouped_attention() -> AbstractContextManager[None]:
     def use_gqa(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
         return key.device.type == "cpu" or original(attention_mask, key, value)
 
-    return replaced(sdpa_attention, "use_gqa_in_sdpa", use_gqa)
+    return patch.object(sdpa_attention, "use_gqa_in_sdpa", use_gqa)
 
 
 @contextmanager
@@ -199,5 +199,5 @@ def replaced_functions(
             # Some versions have None here where a library is not installed.
             if callable(original):
                 function = choose(original, functions[name])
-                stack.enter_context(replaced(namespace, name, function))
+                stack.enter_context(patch.object(namespace, name, function))
         yield

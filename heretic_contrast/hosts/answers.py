@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any
 
 import heretic.utils
-from questionary import Choice
 
 from ..errors import ContrastError, one_line
 from ..outputs import require_writable_directory
@@ -41,14 +40,14 @@ class Answers:
     `describe` writes into the folder of a saved model what it was made with.
     """
 
-    def __init__(self, settings: HostSettings) -> None:
+    def __init__(self, settings: HostSettings, describe: Callable[[Path], None]) -> None:
         self.settings = settings
+        self.describe = describe
         self.trial_was_chosen = False
         self.action_was_taken = False
         self.was_interrupted = False
         self.model_was_saved = False
         self.unfinished: Path | None = None
-        self.describe: Callable[[Path], None] = lambda folder: None
         self.failure: Exception | None = None
 
     def select(self, message: str, choices: list[Any]) -> Any:
@@ -112,11 +111,7 @@ class Answers:
             # Heretic goes on with the trials that it has, which nobody asked for who pressed Ctrl+C.
             raise KeyboardInterrupt
         self.trial_was_chosen = True
-        trials = [
-            choice.value
-            for choice in choices
-            if isinstance(choice, Choice) and choice.value not in ("", "continue")
-        ]
+        trials = [choice.value for choice in choices if not isinstance(choice.value, str)]
         if index >= len(trials):
             raise ContrastError(
                 f"Trial index {index} is asked for, but the Pareto front has {len(trials)} trial"

@@ -191,14 +191,6 @@ class Evaluator(heretic.main.Evaluator):
         changes = self.model.changes
         return UNCHANGED if changes is None else changes.first_layer
 
-    def _first_logprobs(self) -> Tensor:
-        model = from_heretic(self.model, self.settings)
-        found = self._read_first(model)
-        if found is not None:
-            return found
-        with fast_on_cpu(model):
-            return self.model.get_logprobs_batched(self.good_prompts)
-
     def _read_first(self, model: LanguageModel) -> Tensor | None:
         if self._trials is None:
             return None
@@ -235,11 +227,14 @@ class Evaluator(heretic.main.Evaluator):
         return score, self.divergence, self.refusals
 
     def _measure_divergence(self) -> float:
+        model = from_heretic(self.model, self.settings)
         if self.references is not None:
-            model = from_heretic(self.model, self.settings)
             ((mean, _),) = self.references.measure(self._engine(model))
             return mean
-        logprobs, base = self._first_logprobs(), self.base_logprobs
+        logprobs, base = self._read_first(model), self.base_logprobs
+        if logprobs is None:
+            with fast_on_cpu(model):
+                logprobs = self.model.get_logprobs_batched(self.good_prompts)
         return F.kl_div(logprobs, base, reduction="batchmean", log_target=True).item()
 
     def count_refusals(self) -> int:

@@ -33,15 +33,13 @@ def require_fresh(prompts: Sequence[Prompt], name: str, seen: Sequence[Prompt]) 
         )
 
 
-def count_refusals_at(
-    evaluator: Evaluator, prompts: Sequence[Any], lengths: Sequence[int]
-) -> list[int]:
-    """Returns how many responses are refusals after so many of their tokens, from one generation of the longest."""
+def count_refusals(evaluator: Evaluator, prompts: Sequence[Any]) -> list[int]:
+    """Returns how many responses are refusals after each number of `LENGTHS`, from one generation of the longest."""
 
-    responses = evaluator.respond(prompts, max(lengths))
+    responses = evaluator.respond(prompts, max(LENGTHS))
     return [
         count(evaluator.judge(prompts, evaluator.decode([tokens[:length] for tokens in responses])))
-        for length in lengths
+        for length in LENGTHS
     ]
 
 

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..builtin import model_name
 from ..errors import ContrastError
-from ..evaluation.cells import Cell, SweepResult
+from ..evaluation.cells import SweepResult
 from ..leases import Leases, open_storage, without_password
 from ..search.stopping import Point, front, trials_since_growth
 from ..settings import ContrastSettings
@@ -129,20 +129,19 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]
         for index, cell in enumerate(cells)
         if cell.measurement.refusals < sweep.baseline.refusals
     }
-    return sweep.model, [_trial_of(cells[index]) for index in front(points)]
-
-
-def _trial_of(cell: Cell) -> Values:
-    return {
-        "direction_scope": "per layer",
-        "rest": 1.0,
-        "scale.": 1.0,
-        "component.max_weight": cell.weight,
-        "embeddings.max_weight": 0.0 if cell.layers[0] else cell.weight,
-        "component.max_weight_position": cell.layers[0],
-        "component.min_weight": 0.0,
-        "component.min_weight_distance": 0.0,
-    }
+    return sweep.model, [
+        {
+            "direction_scope": "per layer",
+            "rest": 1.0,
+            "scale.": 1.0,
+            "component.max_weight": cell.weight,
+            "embeddings.max_weight": 0.0 if cell.layers[0] else cell.weight,
+            "component.max_weight_position": cell.layers[0],
+            "component.min_weight": 0.0,
+            "component.min_weight_distance": 0.0,
+        }
+        for cell in (cells[index] for index in front(points))
+    ]
 
 
 def fitted(

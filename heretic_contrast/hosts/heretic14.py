@@ -28,7 +28,6 @@ from optuna import Trial, create_study
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import TypeAdapter
 from rich.markup import escape
 from torch import Tensor
 
@@ -47,7 +46,7 @@ from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, require_answers
 from .evaluator import Evaluator, own_prompts, require_judge, sensitive_prompts
-from .finalists import LENGTHS, count_refusals_at, front_choices, require_fresh, second_look
+from .finalists import count_refusals, front_choices, require_fresh, second_look
 from .guidance import (
     BOUND_KEY,
     EXCLUDED_KEY,
@@ -98,8 +97,7 @@ class Host:
         self, settings: HostSettings, modifier_class: type["ContrastAbliteration"]
     ) -> None:
         self.settings = settings
-        self.answers = Answers(settings)
-        self.answers.describe = lambda folder: self.made().record(folder).write(folder)
+        self.answers = Answers(settings, lambda folder: self.made().record(folder).write(folder))
         self.modifier_class = modifier_class
         self.identity: Identity = {}
         self.pools: dict[tuple[str, str], list[Prompt]] = {}
@@ -121,12 +119,12 @@ class Host:
     def continued(self, stored: dict[str, Any]) -> HostSettings:
         """Returns the settings that are given, with what was decided when a study began, `stored`."""
 
-        fields, given = type(self.settings).model_fields, self.settings.model_fields_set
         return self.settings.model_copy(
             update={
-                name: TypeAdapter(fields[name].annotation).validate_python(stored[name])
+                name: stored[name]
                 for name in ("seed", "batch_size", "response_prefix", "n_trials")
-                if name not in given or getattr(self.settings, name) is None
+                if name not in self.settings.model_fields_set
+                or getattr(self.settings, name) is None
             }
         )
 
@@ -298,7 +296,7 @@ class Host:
                 self.get_trial_parameters(trial)
                 model.reset_model()
                 model.abliterate()
-                self.second_look[trial.number] = count_refusals_at(self.evaluator, prompts, LENGTHS)
+                self.second_look[trial.number] = count_refusals(self.evaluator, prompts)
             choices, table = second_look(choices, self.second_look, len(prompts))
             log()
             log(table)
@@ -395,20 +393,11 @@ def substituted(substitutes: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def failed_trials_in_one_line() -> Iterator[None]:
-    """Keeps Optuna from printing the traceback of what ended a trial, and the study with it, which is said at the end."""
+def without_traceback(record: logging.LogRecord) -> bool:
+    """Filters Optuna's log: what ended a trial, and the study with it, is said at the end."""
 
-    def without_traceback(record: logging.LogRecord) -> bool:
-        record.exc_info = None
-        return True
-
-    logger = logging.getLogger("optuna.study._optimize")
-    logger.addFilter(without_traceback)
-    try:
-        yield
-    finally:
-        logger.removeFilter(without_traceback)
+    record.exc_info = None
+    return True
 
 
 def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) -> None:
@@ -471,7 +460,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         )
     # Heretic's main() would show an interruption as an ordinary end.
     rich.traceback.install()
-    answers = host.answers
+    answers, optuna_log = host.answers, logging.getLogger("optuna.study._optimize")
     # Heretic collects garbage after each batch, and need not look through all that was imported: up to 0.8 s each time.
     gc.freeze()
     try:
@@ -479,7 +468,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
             substituted(host.substitutes()),
             patch.multiple(optuna, create_study=host.create_study),
             answers.noticing_interruption(),
-            failed_trials_in_one_line(),
+            patch.multiple(optuna_log, filters=[*optuna_log.filters, without_traceback]),
             raising_causes(),
         ):
             heretic.main.run()

@@ -2,6 +2,8 @@
 
 """Heretic 1.4's model, as Heretic 2.0 has it: with LoRA adapters on request."""
 
+from unittest.mock import patch
+
 from heretic.config import RowNormalization
 
 from ..ablation.changes import Changes
@@ -28,21 +30,20 @@ class HostModel(ChatModel):
         if self.lora_rank is None:
             return
         # Heretic reads the rank from its settings under "full" row normalization, and takes 1 otherwise.
-        settings = self.settings  # type: ignore[has-type]
-        self.settings = settings.model_copy(
+        settings = self.settings.model_copy(
             update={
                 "row_normalization": RowNormalization.FULL,
                 "full_normalization_lora_rank": self.lora_rank,
             }
         )
-        model = from_heretic(self, settings, writers=self.writers)
+        model = from_heretic(self, self.settings, writers=self.writers)
         if self.changes is not None and self.changes.embeddings:
             model = with_embeddings(model)
-        try:
-            with adapters_on_writers(self, model, self.changes):
-                super()._apply_lora()
-        finally:
-            self.settings = settings
+        with (
+            patch.object(self, "settings", settings),
+            adapters_on_writers(self, model, self.changes),
+        ):
+            super()._apply_lora()
 
     def reset_model(self) -> bool:
         """Resets the model; the adapters are in place afterwards, which Heretic 2.0 reports as True."""

@@ -17,10 +17,6 @@ What Heretic offers a plugin: modifiers and scorers ("2.0"), scorers alone ("sco
 nothing ("1.4").
 """
 
-RUN_PLUGIN = (
-    'heretic --modifiers \'[{"plugin": "heretic_contrast.ContrastAbliteration"}]\' --model MODEL'
-)
-
 
 def installed_surface() -> Surface:
     """Returns what the installed Heretic offers. Raises `ImportError` where none is installed."""
@@ -36,7 +32,10 @@ def obstacle(command: str, surface: Surface) -> str | None:
     """Returns why a command of the command line cannot be run with a Heretic, as one sentence; None where it can."""
 
     if surface == "2.0" and command == "run":
-        return f"This Heretic loads plugins itself, so it needs no launcher: run {RUN_PLUGIN}."
+        return (
+            "This Heretic loads plugins itself, so it needs no launcher: run heretic --modifiers "
+            '\'[{"plugin": "heretic_contrast.ContrastAbliteration"}]\' --model MODEL.'
+        )
     if surface == "scorers" and command in ("run", "rebuild", "demo"):
         return (
             f"This Heretic has scorers but no modifiers yet, so that {command} has nothing to run the plugin in: "

@@ -60,11 +60,10 @@ class ChatTokenizer:
 
     def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
         if not has_system_role(self._tokenizer):
-            one = isinstance(conversation[0], dict)
-            chats = [
-                without_system_role(chat) for chat in ([conversation] if one else conversation)
-            ]
-            conversation = chats[0] if one else chats
+            if isinstance(conversation[0], dict):
+                conversation = without_system_role(conversation)
+            else:
+                conversation = [without_system_role(chat) for chat in conversation]
         return self._tokenizer.apply_chat_template(conversation, **options)
 
     def __call__(self, text: str | list[str], **options: Any) -> Inputs:

@@ -25,7 +25,7 @@ from ..ablation.lora import require_mergeable
 from ..errors import ContrastError
 from ..language_model import LanguageModel
 from ..weights import forget_quantized_form
-from .surface import find_layers, layers_of
+from .surface import find_layers, shell
 
 
 @contextmanager
@@ -51,18 +51,6 @@ def literal_targets() -> Iterator[list[str]]:
         yield misread
 
 
-def refuse_saving_adapter(reason: str, *args: Any, **kwargs: Any) -> NoReturn:
-    """Raises `ContrastError`, instead of saving an adapter that would not hold the whole change, or go to other modules."""
-
-    raise ContrastError(
-        f"The adapter of this model cannot be saved by itself, since {reason}: merge it, and save the full model "
-        "(--export-strategy merge)."
-    )
-
-
-MISREAD = "PEFT would put what belongs to the dense layers into the experts"
-
-
 @contextmanager
 def adapters_on_writers(
     heretic_model: Any, model: LanguageModel, changes: Changes | None = None
@@ -86,8 +74,17 @@ def adapters_on_writers(
     ):
         yield
     if beyond or misread:
-        reason = f"no LoRA adapter carries {', '.join(beyond)}" if beyond else MISREAD
-        heretic_model.model.save_pretrained = partial(refuse_saving_adapter, reason)
+        reason = "PEFT would put what belongs to the dense layers into the experts"
+        if beyond:
+            reason = f"no LoRA adapter carries {', '.join(beyond)}"
+
+        def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+            raise ContrastError(
+                f"The adapter of this model cannot be saved by itself, since {reason}: merge it, and save the full model "
+                "(--export-strategy merge)."
+            )
+
+        heretic_model.model.save_pretrained = refuse
     heretic_model.get_merged_model = partial(merge, heretic_model, changes)
 
 
@@ -108,7 +105,7 @@ def merge(heretic_model: Any, changes: Changes | None) -> Any:
         merged = type(heretic_model).get_merged_model(heretic_model)
     forget_quantized_form(merged)
     if changes is not None:
-        found = layers_of(merged)
+        found = find_layers(shell(merged))
         changes.write(merged, found)
         if found[0] is layers[0]:
             changes.undo()

@@ -10,6 +10,7 @@ save left would become part of the new model, so that it goes when the new one c
 import os
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import ContrastError
@@ -101,11 +102,12 @@ def publish_model(source: Path, target: Path) -> None:
             for path in arriving
             if not (path.name == CARD and keeps_card)
         ]
-        try:
-            _move(moves)
-        except BaseException:
-            previous.rmdir()
-            raise
+        with ExitStack() as undoing:
+            undoing.callback(previous.rmdir)
+            for origin, place in moves:
+                undoing.callback(_move_back, origin, place)
+                os.replace(origin, place)
+            undoing.pop_all()
     except OSError as error:
         raise ContrastError(
             f"The model was saved to {source} but could not be moved to {target} ({error.strerror or error}): "
@@ -115,16 +117,7 @@ def publish_model(source: Path, target: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move(moves: list[tuple[Path, Path]]) -> None:
-    """Moves files to places, one after the other, or none of them."""
-
-    done: list[tuple[Path, Path]] = []
-    try:
-        for origin, place in moves:
-            done.append((origin, place))
-            os.replace(origin, place)
-    except BaseException:
-        for origin, place in reversed(done):
-            if not os.path.lexists(origin):
-                os.replace(place, origin)
-        raise
+def _move_back(origin: Path, place: Path) -> None:
+    # What was interrupted may not have been moved.
+    if not os.path.lexists(origin):
+        os.replace(place, origin)

@@ -60,7 +60,7 @@ def prepare(record: Record, given: Any) -> tuple[RecordedSettings, DirectionSour
             f"The original model {model} of the record is gone: give its place with --model."
         )
     # A record may come from a stranger: it decides neither what is written elsewhere nor what else is loaded.
-    file = places["directions"]
+    file, without_effect = places["directions"], OF_THE_SEARCH
     if file is not None:
         if not os.path.isfile(file):
             raise ContrastError(
@@ -72,17 +72,16 @@ def prepare(record: Record, given: Any) -> tuple[RecordedSettings, DirectionSour
                 f"The directions are read from {file}, so that no prompts are needed: leave "
                 f"--{needless[0].replace('_', '-')} out, or make the model from prompts with run."
             )
-    contrast = {
-        **{name: value for name, value in record.contrast.items() if name not in OF_THE_SEARCH},
-        **places,
-    }
-    if contrast.get("directions") is not None:
-        idle = EXTRACTION_FIELDS - {"seed"} | {"som_backend", *POOLS}
-        contrast = {name: value for name, value in contrast.items() if name not in idle}
+        places = {"directions": file}
+        without_effect = OF_THE_SEARCH | EXTRACTION_FIELDS - {"seed"} | {"som_backend"}
+    kept = {name: value for name, value in record.contrast.items() if name not in without_effect}
     known = {name: value for name, value in record.settings.items() if name in OF_HERETIC}
     try:
         settings = RecordedSettings(
-            **known, model=model, contrast=contrast, export_strategy=record.export_strategy
+            **known,
+            model=model,
+            contrast={**kept, **places},
+            export_strategy=record.export_strategy,
         )
     except ValidationError as error:
         name = ".".join(str(part) for part in error.errors()[0]["loc"])

@@ -57,6 +57,7 @@ from ..settings import (
 )
 from .arguments import PROGRAM, normalize_arguments
 from .unused import (
+    FORMER_POOLS,
     LIKE,
     NAMESPACES,
     ONLY_UNDER_14,
@@ -92,7 +93,6 @@ PASSING_OF_CONTRAST = {"save_directions", "residual_cache", "patience", "finalis
 """Those of the plugin that have none."""
 
 PLACES = ("bad_prompts", "good_prompts")
-EVALUATION_POOLS = ("bad_evaluation_prompts", "good_evaluation_prompts")
 
 LARGE = 2**26
 """From how many bytes on a file is identified by its size, where reading it takes too long for what it is."""
@@ -390,7 +390,7 @@ def deciding(content: dict[str, Any]) -> dict[str, Any]:
     """Returns settings, as JSON values by their options, that decide trials and are no places: what lies there is compared when loaded."""
 
     own = {f"contrast.{name}": value for name, value in content.get("contrast", {}).items()}
-    kept_out = {"contrast", "model", "study_checkpoint_dir", *PASSING, *PLACES, *EVALUATION_POOLS}
+    kept_out = {"contrast", "model", "study_checkpoint_dir", *PASSING, *PLACES, *FORMER_POOLS}
     passing = (*PASSING_OF_CONTRAST, *PLACES, "matched_prompts", "sensitive_prompts")
     kept_out |= {f"contrast.{name}" for name in (*passing, "directions", "warm_start")}
     return {name: value for name, value in {**content, **own}.items() if name not in kept_out}

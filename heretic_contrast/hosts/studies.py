@@ -69,8 +69,7 @@ def repair_checkpoint(path: Path) -> None:
     )
     for name, value in study.user_attrs.items():
         repaired.set_user_attr(name, value)
-    for trial in complete:
-        repaired.add_trial(trial)
+    repaired.add_trials(complete)
     os.replace(temporary, path)
 
 

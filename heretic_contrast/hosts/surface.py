@@ -162,10 +162,6 @@ def find_layers(heretic_model: Any, by_configuration: bool = True) -> tuple[Modu
         return tuple(next(lists, ()))
 
 
-def layers_of(model: Any) -> tuple[Module, ...]:
-    return find_layers(shell(model))
-
-
 def shell(model: Any) -> Any:
     """Returns a Heretic model around a plain transformers model, whose constructor would load one."""
 
@@ -198,7 +194,6 @@ def wrap(
     """
 
     require_chat(tokenizer, name)
-
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     wrapped = LanguageModel(
