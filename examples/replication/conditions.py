@@ -40,9 +40,10 @@ MAPS: dict[str, dict[str, Any]] = {
     "short": {"som_iterations": 1_000},
     "long": {"som_iterations": 100_000},
     "three": {"winners": 3},
+    "means": {"method": "mean"},
     "piras": {name: PRESETS["som-sequential"][name] for name in _LINEAGE},
 }
-"""Other settings of the maps, which the paper leaves open: each differs from MiniSom's defaults in one thing, or is that of Piras et al."""
+"""Other settings of the maps, which the paper leaves open: each differs from MiniSom's defaults in one thing, is that of Piras et al., or is no map: the class's mean."""
 
 
 SHUFFLED = "shuffled"

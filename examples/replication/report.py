@@ -139,8 +139,9 @@ MAP_SETTINGS = {
     "large": "4 × 4",
     "three": "three winners",
     "piras": "4 × 4, hexagonal, σ 0.33, learning rate 0.01 (Piras et al.)",
+    "means": "no map: the mean of each class",
 }
-"""Settings of the maps by the method that uses them; each but the first and the last changes one thing."""
+"""Settings of the maps by the method that uses them; each but the first and the last two changes one thing."""
 
 
 def maps_table(studies: Sequence[Study], reference: str) -> str:
