@@ -156,18 +156,22 @@ def maps_table(studies: Sequence[Study], reference: str) -> str:
 
 
 def maps_reading(studies: Sequence[Study]) -> str:
-    """Returns how many settings of maps are surely better, or worse, than one mean direction."""
+    """Returns how many settings of maps are surely better, or worse, than one mean direction, and what classes without maps are."""
 
-    found = [
-        [study.contrast(f"{method} unmatched", "mean unmatched") for study in studies]
-        for method in MAP_SETTINGS
-    ]
-    verdicts = [[item.verdict for item in row if item is not None] for row in found]
-    better = sum("better" in row for row in verdicts)
-    worse = sum(len(row) > 0 and set(row) == {"worse"} for row in verdicts)
+    def verdicts(condition: str, reference: str) -> list[str]:
+        found = [study.contrast(f"{condition} unmatched", reference) for study in studies]
+        return [item.verdict for item in found if item is not None]
+
+    maps = [verdicts(method, "mean unmatched") for method in MAP_SETTINGS if method != "means"]
+    better = sum("better" in row for row in maps)
+    worse = sum(len(row) > 0 and set(row) == {"worse"} for row in maps)
+    against_one = verdicts("means", "mean unmatched")
+    against_maps = verdicts("means", "som unmatched")
     return (
-        f"Of these {len(MAP_SETTINGS)} settings {better or 'none'} left fewer refusals than one mean direction on any model, and {worse} left more "
-        "on every model they were measured on."
+        f"Of these {len(maps)} settings of maps {better or 'none'} left fewer refusals than one mean direction on any model, and {worse} left more "
+        "on every model they were measured on. Directions per class without maps, the mean of each class, are worse than one mean direction on "
+        f"{against_one.count('worse') or 'none'} of {len(against_one)} models, and better than maps with MiniSom's defaults on "
+        f"{against_maps.count('better') or 'none'} of the {len(against_maps)} where that can be asked."
     )
 
 
@@ -181,6 +185,7 @@ CHOICES = (
     ("a matched baseline", "mean matched", "mean unmatched"),
     ("a mixture of both baselines", "mean mixed", "mean unmatched"),
     ("the nearest harmless prompts as baseline", "mean nearest", "mean unmatched"),
+    ("the mean of each class", "means unmatched", "mean unmatched"),
     ("one map per class", "som unmatched", "mean unmatched"),
     ("maps of 2 × 2 per class", "small unmatched", "mean unmatched"),
     ("one map per class, then SVD", "svd unmatched", "mean unmatched"),
