@@ -118,6 +118,9 @@ class Trials:
                 with digesting:
                     self.modifier.init(self.context)
             self.evaluator = (Evaluator if plain else HostEvaluator)(self.settings, self.model)
+            if not plain:
+                # As before the first trial of a study.
+                self.evaluator.prepare()
         last = len(self.model.get_layers()) - 1
         self.kernel = {
             "max_weight": weight,
