@@ -44,9 +44,13 @@ def base_weight(module: Module) -> Tensor:
         elif is_fp8(layer):
             found = scaled_blocks(weight, layer.weight_scale_inv, layer.block_size)
         elif type(weight).__name__ == "Int8Params":
-            found = weight.data.float() * (int8_scales(layer) / 127)[:, None]
+            # Its first pass moves the scales of the rows.
+            scales = layer.state.SCB if weight.SCB is None else weight.SCB
+            found = weight.data.float() * (scales.to(weight.device) / 127)[:, None]
         else:
-            found = dequantized(weight, weight.quant_state)
+            from bitsandbytes import functional
+
+            found = functional.dequantize_4bit(*in_order(weight))
         return cast(Tensor, found).detach().to(torch.float32)
 
 
@@ -117,13 +121,6 @@ def is_fp8(layer: Any) -> bool:
     return type(layer).__name__ == "FP8Linear" and type(weight) is Parameter and weight.dtype in FP8
 
 
-def int8_scales(layer: Any) -> Tensor:
-    """Returns what bitsandbytes has scaled the rows of a weight of 8 bits by, before its first pass or after."""
-
-    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
-    return cast(Tensor, scales).to(layer.weight.device)
-
-
 def scaled_blocks(codes: Tensor, scales: Tensor, block_size: tuple[int, int] | None) -> Tensor:
     """
     Returns codes times the scale of their block.
@@ -141,22 +138,15 @@ def scaled_blocks(codes: Tensor, scales: Tensor, block_size: tuple[int, int] | N
     return codes.float() * scales
 
 
-def dequantized(weight: Tensor, quant_state: Any) -> Tensor:
+def in_order(weight: Any) -> tuple[Tensor, Any]:
     """
-    Returns a weight that bitsandbytes keeps in 4 bits.
+    Returns the codes of a weight that bitsandbytes keeps in 4 bits, and its scales, in the order that they were made in.
 
     On processors with 16-bit instructions, bitsandbytes reorders the bits of a weight in its first forward pass, and
-    its own `dequantize_4bit`, as Heretic calls it, then returns nonsense. The order is restored first, in a copy.
+    its own `dequantize_4bit`, as Heretic calls it, then returns nonsense. The order is restored in a copy.
     """
 
-    from bitsandbytes import functional
-
-    return cast(Tensor, functional.dequantize_4bit(*in_order(weight, quant_state)))
-
-
-def in_order(weight: Tensor, quant_state: Any) -> tuple[Tensor, Any]:
-    """Returns the codes of a weight of 4 bits, and its scales, in the order that they were made in."""
-
+    quant_state = weight.quant_state
     if not getattr(quant_state, "packing_format_for_cpu", False):
         return weight.data, quant_state
     from bitsandbytes import functional
@@ -174,7 +164,7 @@ def codes(weight: Any) -> list[Tensor]:
 
     from bitsandbytes import functional
 
-    data, state = in_order(weight, weight.quant_state)
+    data, state = in_order(weight)
     scales = state.absmax
     if state.nested:
         scales = functional.dequantize_blockwise(scales, state.state2) + state.offset

@@ -85,7 +85,7 @@ def lora_factors(
     operator: Operator,
     weight: Tensor,
     row_normalization: RowNormalization = RowNormalization.NONE,
-    rank: int | None = None,
+    rank: int = 0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """
@@ -96,22 +96,17 @@ def lora_factors(
     or `rank` for `full`, where `seed` fixes the random projection.
     """
 
+    vectors = operator.vectors.to(weight.device)
+    factor_b = -operator.mixed_vectors.T.to(weight.device)
     if row_normalization is RowNormalization.NONE:
-        vectors = operator.vectors.to(weight.device)
-        return rows_times(vectors, weight), -operator.mixed_vectors.T.to(weight.device)
+        return rows_times(vectors, weight), factor_b
 
     norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     if row_normalization is RowNormalization.PRE:
         # The rows are scaled on the small side: Vᵀ Ŵ = (Vᵀ diag(1 / ρ)) W.
-        vectors = operator.vectors.to(weight.device)
-        factor_a = rows_times(vectors / norms.clamp_min(1e-12).T, weight)
-        factor_b = -operator.mixed_vectors.T.to(weight.device) * norms
-        return factor_a, factor_b
+        return rows_times(vectors / norms.clamp_min(1e-12).T, weight), factor_b * norms
 
-    change = RenormalizedChange.build(operator, weight, norms)
-    if rank is None:
-        rank = len(operator.vectors) + 2
-    return change.truncate(rank, seed)
+    return RenormalizedChange.build(operator, weight, norms).truncate(rank, seed)
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,7 @@ def compose(
     else:
         vectors, kernel = _capped(exact_vectors, exact_weights)
         exact_vectors = vectors
-    longest = max((float(norm) for norm in exact_vectors.norm(dim=1)), default=0.0)
-    largest = float(kernel.abs().max()) if len(kernel) else 0.0
+    longest, largest = float(exact_vectors.norm(dim=1).max()), float(kernel.abs().max())
     # Written so that what is not a number is refused, too.
     if not (longest <= LONGEST and largest * max(longest, 1.0) ** 2 <= STRONGEST):
         raise ContrastError(
@@ -196,8 +195,6 @@ def _capped(vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
             'A negative weight has no meaning under the composition "capped": use "sum" or "sequential".'
         )
     n_directions, hidden_size = vectors.shape
-    if not n_directions:
-        return vectors, weights.new_zeros(0, 0)
     _, singular_values, basis = torch.linalg.svd(
         weights.sqrt()[:, None] * vectors, full_matrices=False
     )
@@ -224,9 +221,7 @@ def effective_weight(operator: Operator) -> float:
     # With the Gram matrix G = L Lᵀ of the directions, C has the singular values of Lᵀ K L.
     eigenvalues, eigenvectors = torch.linalg.eigh(vectors @ vectors.T)
     factor = eigenvectors * eigenvalues.clamp_min(0).sqrt()
-    return (
-        float(torch.linalg.matrix_norm(factor.T @ kernel @ factor, ord=2)) if len(kernel) else 0.0
-    )
+    return float(torch.linalg.matrix_norm(factor.T @ kernel @ factor, ord=2))
 
 
 def weight_along(operator: Operator, direction: Tensor) -> float:

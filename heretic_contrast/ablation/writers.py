@@ -199,7 +199,9 @@ def find_embeddings(model: LanguageModel) -> tuple[Writer, ...]:
     They are found once, in a pass of their own. Raises `ContrastError` when there are none.
     """
 
-    first, network = model.layers[0], base_model(model)
+    # With PEFT looked through.
+    network: Module = getattr(model.model, "get_base_model", lambda: model.model)()
+    first = model.layers[0]
     if network not in _FOUND:
         trace = _Trace(network, model.hidden_size)
 
@@ -224,13 +226,6 @@ def with_embeddings(model: LanguageModel) -> LanguageModel:
 
     first, *others = model.writers
     return replace(model, writers=((*find_embeddings(model), *first), *others))
-
-
-def base_model(model: LanguageModel) -> Module:
-    """Returns the network, with PEFT looked through."""
-
-    network: Module = getattr(model.model, "get_base_model", lambda: model.model)()
-    return network
 
 
 def _without_modules(writers: tuple[Writer, ...]) -> tuple[Writer, ...]:

@@ -128,7 +128,13 @@ def train_maps(
     can bring about).
     """
 
-    points = [_checked(index, array) for index, array in enumerate(samples)]
+    points = list(samples)
+    for index, array in enumerate(points):
+        if not np.isfinite(array).all():
+            raise ContrastError(
+                f"The samples of map {index} contain infinite or undefined numbers: look for a broken model, or for one that "
+                "overflows in its data type."
+            )
     if backend == "numba" and points:
         try:
             from . import som_kernel
@@ -141,15 +147,6 @@ def train_maps(
         else:
             return _train_compiled(som_kernel, points, settings)
     return [_train_by_minisom(index, array, settings) for index, array in enumerate(points)]
-
-
-def _checked(index: int, array: NDArray[Any]) -> NDArray[Any]:
-    if not np.isfinite(array).all():
-        raise ContrastError(
-            f"The samples of map {index} contain infinite or undefined numbers: look for a broken model, or for one that "
-            "overflows in its data type."
-        )
-    return array
 
 
 def _diverged(index: int, settings: SomSettings) -> ContrastError:

@@ -9,14 +9,13 @@ Prompts are read without what they all begin with, and from the lowest layer on 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from ..ablation.changes import UNCHANGED
 from ..ablation.hooks import OwnWeights
 from ..greedy import is_plainly_greedy
 from ..language_model import LanguageModel, Tokens, is_out_of_memory
-from .check import checked_engine
+from .check import all_logits, checked_engine
 from .fast.drafts import Row
 from .fast.engine import FastEngine
 from .interface import Continuations
@@ -86,9 +85,8 @@ class TrialEngine:
             known = self._asked(prompts, first_layer)
             if known is None:
                 return None
-            chunks = list(engine.logits(known, [weights]))
-            order = torch.cat([chunk.positions for chunk in chunks]).argsort()
-            return torch.cat([chunk.values for chunk in chunks])[order].log_softmax(dim=-1)
+            (logits,) = all_logits(engine, known, [weights])
+            return logits.log_softmax(dim=-1)
 
         return self._run(read, model, first_layer)
 

@@ -86,9 +86,7 @@ def span_basis(vectors: Tensor) -> Tensor:
 
     unit, _ = unit_vectors(vectors)
     _, singular_values, rows = torch.linalg.svd(unit, full_matrices=False)
-    if not len(singular_values):
-        return rows
-    return rows[(singular_values > RANK_TOLERANCE * singular_values[0]) & (singular_values > 0)]
+    return rows[(singular_values > RANK_TOLERANCE * singular_values[:1]) & (singular_values > 0)]
 
 
 def subspace_capture(differences: Tensor, vectors: Tensor) -> Tensor:

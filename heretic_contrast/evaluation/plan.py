@@ -26,7 +26,7 @@ from ..prompts import Prompt, load_pool, prompts_digest
 from ..prompts.sampling import split_harmless, stratified_sample
 from ..settings import CategorySource, ContrastSettings, Control, PromptSources, RowNormalization
 from .capture import load_pairs
-from .plan_settings import WEIGHTS, SweepPlanSettings
+from .plan_settings import WEIGHTS, SweepPlanSettings, parse_layers
 from .storage import require_own_sweep
 
 RANDOM = "random"
@@ -125,7 +125,7 @@ class SweepOptions:
     @classmethod
     def of(cls, settings: SweepPlanSettings) -> "SweepOptions":
         return cls(
-            layers=settings.layer_indices(),
+            layers=parse_layers(settings.layers),
             weights=tuple(settings.weights),
             components=None if settings.components is None else tuple(settings.components),
             strengths=("weight", "effective")

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, field_validator
 
@@ -43,10 +43,7 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
     return tuple(sorted(layers))
 
 
-Weights = TypeVar("Weights", bound=Sequence[float])
-
-
-def check_weights(weights: Weights) -> Weights:
+def check_weights(weights: Sequence[float]) -> Sequence[float]:
     """Returns the weights. Raises `ContrastError` when they cannot be swept."""
 
     if (
@@ -158,6 +155,3 @@ class SweepPlanSettings(PairsSettings, TextClassifierSettings):
     def check_layers(cls, value: str) -> str:
         parse_layers(value)
         return value
-
-    def layer_indices(self) -> tuple[int, ...] | None:
-        return parse_layers(self.layers)

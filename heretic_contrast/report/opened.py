@@ -66,9 +66,6 @@ def opened_cells(result: SweepResult) -> tuple[dict[CellKey, str], list[tuple[st
     left = MAXIMUM_CHARACTERS - _length(base)
     anchors: dict[CellKey, str] = {}
     for number, cell in enumerate(_ranked(result)):
-        # Without responses, such as in an older file, there is nothing to read.
-        if not cell.responses:
-            continue
         canaries = [CANARY + prompt for prompt in result.canaries]
         shown = [
             *rows(result.prompts, cell.responses, cell.verdicts),

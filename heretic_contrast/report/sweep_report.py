@@ -2,11 +2,10 @@
 
 """The report of a sweep: the paper's Tables 1 to 4 for this model, with plots."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 
@@ -145,7 +144,7 @@ def sweep_report(
         title=f"Fixed-weight sweep of {result.model}",
         subtitle=(
             f"{len(result.cells)} cells, {base.n_harmful} harmful prompts, {base.n_canaries} canaries, "
-            f"{_pool_count(result, 'references')} reference prompts"
+            f"{result.pools['references']['count']} reference prompts"
         ),
         summary=(*summary(result), reading_note(result, len(anchors))),
         sections=tuple(sections),
@@ -190,10 +189,6 @@ def label(configuration: str, strength: str) -> str:
     return f"{configuration}, {STRENGTHS[strength]}"
 
 
-def _pool_count(result: SweepResult, name: str) -> Any:
-    return result.pools.get(name, {}).get("count", "an unknown number of")
-
-
 def _prompts_note(result: SweepResult) -> str:
     categories = {category for category in result.categories if category}
     spread = f" of {len(categories)} categories" if categories else ""
@@ -222,11 +217,7 @@ def overview_section(result: SweepResult) -> Section:
             "effective, all directions of a layer together remove no more than one of that weight.",
             *result.pools.get("extraction", {}).get("notes", ()),
         ),
-        tables=(
-            configuration_table(result),
-            minimal_weight_table(result),
-            *((pools,) if result.pools else ()),
-        ),
+        tables=(configuration_table(result), minimal_weight_table(result), pools),
     )
 
 
@@ -246,7 +237,7 @@ def configuration_table(result: SweepResult) -> Table:
         Column("Incoherent", "measurement.incoherent", essential=False),
         Column("Canaries refused", "measurement.canary_refusals", essential=False),
         note=f"{_prompts_note(result)} {INTERVAL} Best: fewest refusals, then least KL divergence (nats; ± standard error over "
-        f"{_pool_count(result, 'references')} reference prompts). The best of many cells looks better than it is.",
+        f"{result.pools['references']['count']} reference prompts). The best of many cells looks better than it is.",
         n_keys=2,
     )
 
@@ -391,7 +382,7 @@ def divergence_section(result: SweepResult) -> Section:
     return Section(
         "Refusals and divergence",
         (
-            f"KL divergence from the unmodified model on {_pool_count(result, 'references')} harmless reference prompts, over "
+            f"KL divergence from the unmodified model on {result.pools['references']['count']} harmless reference prompts, over "
             f"{result.settings.get('kl_tokens', 'the')} teacher-forced tokens each; points are cells, lines their Pareto fronts.",
         ),
         tuple(figures),
@@ -478,6 +469,8 @@ def cells_section(result: SweepResult) -> Section:
 
 
 def reading_section(result: SweepResult) -> Section:
+    identity = result.identity
+    versions = ", ".join(f"{name} {version}" for name, version in identity["versions"].items())
     return Section(
         "How to read this",
         (
@@ -487,17 +480,6 @@ def reading_section(result: SweepResult) -> Section:
             "each position and one bucket for the rest, so it is a lower bound of the divergence over the whole vocabulary.",
             "Intervals are those of one cell. Whoever picks the best of many cells picks luck with it: confirm it with other "
             "prompts and seeds. Random directions of the same lengths and cosines, where they were swept, are the floor.",
-            *measured_with(result.identity),
+            f"Measured with weights of digest {identity['weights'][:16]} in {identity['dtype']} on {identity['device'][0]}: {versions}.",
         ),
-    )
-
-
-def measured_with(identity: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns a sentence on the model and what it ran on, or nothing where that is not known, as in sweeps of earlier versions."""
-
-    if not identity:
-        return ()
-    versions = ", ".join(f"{name} {version}" for name, version in identity["versions"].items())
-    return (
-        f"Measured with weights of digest {identity['weights'][:16]} in {identity['dtype']} on {identity['device'][0]}: {versions}.",
     )

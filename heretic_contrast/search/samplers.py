@@ -69,10 +69,8 @@ class StudySampler(BaseSampler):
             # A trial that has failed, or was interrupted, is made up for by the next one, which gets its seed.
             lost = (TrialState.FAIL, TrialState.PRUNED)
             n_lost = sum(other.state in lost for other in earlier)
-            self._sampler, self._drawn = (
-                self._make(trial_seed(self._seed, trial.number - n_lost)),
-                None,
-            )
+            self._sampler = self._make(trial_seed(self._seed, trial.number - n_lost))
+            self._drawn = None
         else:
             if self._drawn != [other.number for other in finished]:
                 self._sampler = self._make(self._seed)

@@ -19,9 +19,8 @@ from ...ablation.hooks import Intervention, ablated_samples
 from ...language_model import Batches, Tokens, until_end
 from ...vectors import to_device
 from ..compat import Cache, concatenate, join, keeps_every_token, new_cache, select_rows
-from ..interface import Continuations, Count, pad_right
+from ..interface import Count, pad_right
 from ..strides import Watch, generate_together, has_ended, staying
-from .decoder import Decoder
 from .teacher_forcing import Pass, TeacherForcing
 
 Row = tuple[int, int]
@@ -32,22 +31,14 @@ Departures = tuple[list[Row], Cache | None]
 
 
 class Drafts:
-    """The unmodified model's responses, of at most `limit` tokens, as drafts. `n_rows`: the largest batch."""
+    """The unmodified model's responses, of at most `limit` tokens, as drafts."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        forcing: TeacherForcing,
-        known: Continuations,
-        limit: int,
-        n_rows: int,
-    ) -> None:
-        self._decoder = decoder
-        self._model = decoder.model
+    def __init__(self, forcing: TeacherForcing, limit: int) -> None:
         self._forcing = forcing
-        self._known = known
+        self._decoder, self._known = forcing.decoder, forcing.known
+        self._model = self._decoder.model
         self._limit = limit
-        self._batches = Batches(n_rows)
+        self._batches = Batches(self._model.batch_size)
         self._ends = self._model.end_tokens()
         self._unmodified, self._places = self._unmodified_cache()
 

@@ -57,8 +57,7 @@ class FastEngine(PlainEngine):
 
         key = known, limit
         if key not in self._drafts:
-            n_rows = self.model.batch_size
-            self._drafts[key] = Drafts(self._decoder, self._forcing(known), known, limit, n_rows)
+            self._drafts[key] = Drafts(self._forcing(known), limit)
         return self._drafts[key]
 
     # A decorator without gradients would hold what was yielded last beside what comes next.

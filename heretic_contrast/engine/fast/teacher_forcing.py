@@ -59,8 +59,8 @@ class TeacherForcing:
     def __init__(
         self, decoder: Decoder, known: Continuations, n_rows: int, n_starts: int = 1
     ) -> None:
-        self._decoder = decoder
-        self._known = known
+        self.decoder = decoder
+        self.known = known
         sequences = known.sequences
         self._order = sorted(
             range(len(sequences)), key=lambda index: (len(sequences[index]), index)
@@ -80,7 +80,7 @@ class TeacherForcing:
     def carries_samples(self) -> bool:
         """Whether one batch may hold several interventions."""
 
-        return carries_samples(self._decoder.model)
+        return carries_samples(self.decoder.model)
 
     def unmodified(self) -> Iterator[Pass]:
         """Yields the hidden states of a model as it is at this moment."""
@@ -92,7 +92,7 @@ class TeacherForcing:
 
         by_layer: dict[int, list[int]] = {}
         for index, intervention in enumerate(interventions):
-            layer = min(intervention.first_layer, self._decoder.highest_start)
+            layer = min(intervention.first_layer, self.decoder.highest_start)
             by_layer.setdefault(layer, []).append(index)
         for layer, group in sorted(by_layer.items()):
             # Where modules do not carry the samples of a batch apart, every intervention has passes of its own.
@@ -133,8 +133,8 @@ class TeacherForcing:
             known = _select(cache, [chosen.index(index) for index in indices], layer)
             own = start and start.select(sequences, tokens.input_ids.shape[1])
             ablated = [interventions[index] for index in indices] if interventions else []
-            with ablated_samples(self._decoder.model, ablated):
-                hidden_states = self._decoder.run(tokens, known, len(self.prefix), own)
+            with ablated_samples(self.decoder.model, ablated):
+                hidden_states = self.decoder.run(tokens, known, len(self.prefix), own)
             return self._pass(rows[part], hidden_states, known, layer)
 
         yield from self._batches.run(len(rows), read)
@@ -153,9 +153,9 @@ class TeacherForcing:
         """
 
         prompts = [self._order[sequence] for sequence, _ in rows]
-        lengths = torch.tensor([len(self._known.tokens[prompt]) for prompt in prompts])
+        lengths = torch.tensor([len(self.known.tokens[prompt]) for prompt in prompts])
         starts = torch.tensor(
-            [len(self._known.prompts[prompt]) - 1 - len(self.prefix) for prompt in prompts]
+            [len(self.known.prompts[prompt]) - 1 - len(self.prefix) for prompt in prompts]
         )
         steps = torch.arange(int(lengths.max()))
         samples, columns = (steps < lengths[:, None]).nonzero(as_tuple=True)
@@ -169,8 +169,8 @@ class TeacherForcing:
 
         if not self.prefix:
             return None
-        cache = new_cache(self._decoder.config)
-        self._decoder.run(self._batch([self.prefix]), cache)
+        cache = new_cache(self.decoder.config)
+        self.decoder.run(self._batch([self.prefix]), cache)
         return cache
 
     def _read_ablated_prefix(
@@ -178,10 +178,10 @@ class TeacherForcing:
     ) -> Cache:
         """Returns the KV cache of the prefix, a sample for each intervention in the layers that are ablated."""
 
-        above, count = new_cache(self._decoder.config), len(interventions)
+        above, count = new_cache(self.decoder.config), len(interventions)
         own = start.select([0] * count, len(self.prefix))
-        with ablated_samples(self._decoder.model, interventions):
-            self._decoder.run(self._batch([self.prefix] * count), above, 0, own)
+        with ablated_samples(self.decoder.model, interventions):
+            self.decoder.run(self._batch([self.prefix] * count), above, 0, own)
         assert self._prefix_cache is not None
         return join(self._prefix_cache, above, start.layer)
 
@@ -196,14 +196,14 @@ class TeacherForcing:
         if self.prefix:
             if self._prefix_cache is None:
                 self._prefix_cache = self._read_prefix()
-            prefix = self._decoder.layer_input(self._batch([self.prefix]), layer, start=below)
+            prefix = self.decoder.layer_input(self._batch([self.prefix]), layer, start=below)
 
         def read(part: slice) -> LayerInput:
             sequences = range(len(self._order))[part]
             tokens = self._batch([self._sequences[index] for index in sequences])
             cache = _select(self._prefix_cache, [0] * len(sequences))
             own = start and start.select(sequences, tokens.input_ids.shape[1])
-            return self._decoder.layer_input(tokens, layer, cache, len(self.prefix), own)
+            return self.decoder.layer_input(tokens, layer, cache, len(self.prefix), own)
 
         parts = list(self._batches.run(len(self._order), read))
         states = [item.hidden_states for item in parts]
@@ -216,7 +216,7 @@ class TeacherForcing:
     def _batch(self, sequences: Sequence[Tokens]) -> TokenBatch:
         """Returns sequences as a batch, padded on the right no further than they need."""
 
-        model = self._decoder.model
+        model = self.decoder.model
         tokens, mask = pad_right(sequences, model.pad_token_id())
         return TokenBatch(to_device(tokens, model.device), to_device(mask, model.device))
 
