@@ -61,6 +61,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+DEVICE_FAILS = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+"""What PyTorch raises from 2.8 on when a device does not work any more."""
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Returns whether an error would come anywhere, whatever is run: memory is exhausted, or a device fails."""
+
+    return is_out_of_memory(error) or isinstance(error, DEVICE_FAILS)
+
+
 @dataclass
 class Batches:
     """`size`: how many rows are run together; half as many from then on whenever memory is exhausted, which one line says."""

@@ -85,7 +85,7 @@ def lora_factors(
     operator: Operator,
     weight: Tensor,
     row_normalization: RowNormalization = RowNormalization.NONE,
-    rank: int = 0,
+    rank: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """
@@ -106,6 +106,8 @@ def lora_factors(
         # The rows are scaled on the small side: Vᵀ Ŵ = (Vᵀ diag(1 / ρ)) W.
         return rows_times(vectors / norms.clamp_min(1e-12).T, weight), factor_b * norms
 
+    if rank is None:
+        rank = len(operator.vectors) + 2
     return RenormalizedChange.build(operator, weight, norms).truncate(rank, seed)
 
 

@@ -11,7 +11,7 @@ from ..ablation.hooks import Intervention
 from ..ablation.operator import Operator
 from ..errors import one_line, warn
 from ..greedy import is_plainly_greedy
-from ..language_model import LanguageModel, Tokens, is_out_of_memory
+from ..language_model import LanguageModel, Tokens, is_of_the_machine
 from ..vectors import unit_vectors
 from .fast.engine import FastEngine
 from .interface import Continuations
@@ -19,9 +19,6 @@ from .plain import PlainEngine
 
 N_PROMPTS = 3
 N_TOKENS = 4
-
-DEVICE_FAILS = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
-"""What PyTorch raises from 2.8 on when a device does not work any more."""
 
 
 def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> PlainEngine:
@@ -40,8 +37,8 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> PlainEngi
     try:
         reason = reason_against(FastEngine(model), plain, known, interventions)
     except Exception as error:
-        # Every architecture fails in its own way; a device that fails would do so anywhere.
-        if is_out_of_memory(error) or isinstance(error, DEVICE_FAILS):
+        # Every architecture fails in its own way.
+        if is_of_the_machine(error):
             raise
         reason = one_line(str(error)) or type(error).__name__
     if not reason:

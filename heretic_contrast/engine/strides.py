@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import one_line, warn
 from ..greedy import is_plainly_greedy
-from ..language_model import Batches, LanguageModel, Tokens, is_out_of_memory, until_end
+from ..language_model import Batches, LanguageModel, Tokens, is_of_the_machine, until_end
 from ..vectors import to_device
 from .compat import CACHE, Cache, forget_images, select_rows
 from .cpu.layers import fast_on_cpu
@@ -157,7 +157,7 @@ def is_watchable(model: LanguageModel, prompts: Sequence[Tokens]) -> bool:
             return True
     except Exception as error:
         # Every architecture fails in its own way.
-        if is_out_of_memory(error):
+        if is_of_the_machine(error):
             raise
         reason = one_line(str(error)) or type(error).__name__
     warn(

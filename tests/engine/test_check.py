@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heretic_contrast.ablation.hooks import Intervention
 from heretic_contrast.ablation.operator import compose
-from heretic_contrast.engine.check import DEVICE_FAILS, checked_engine
+from heretic_contrast.engine.check import checked_engine
 from heretic_contrast.engine.fast.decoder import Decoder
 from heretic_contrast.engine.fast.drafts import Drafts
 from heretic_contrast.engine.fast.engine import FastEngine
@@ -20,7 +20,7 @@ from heretic_contrast.engine.interface import Continuations
 from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.errors import ContrastWarning
 from heretic_contrast.hosts.surface import wrap
-from heretic_contrast.language_model import LanguageModel, Tokens
+from heretic_contrast.language_model import DEVICE_FAILS, LanguageModel, Tokens
 from tests.architectures import FAMILIES
 from tests.plain_sweeps import HARMFUL, changed_weights, random_directions
 from tests.tiny_models import make_model, make_tokenizer

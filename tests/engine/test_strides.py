@@ -13,7 +13,7 @@ import torch
 from heretic_contrast.engine import strides
 from heretic_contrast.engine.strides import generate_watched, is_watchable
 from heretic_contrast.errors import ContrastWarning
-from heretic_contrast.language_model import Batches, LanguageModel, Tokens
+from heretic_contrast.language_model import DEVICE_FAILS, Batches, LanguageModel, Tokens
 from tests.plain_sweeps import CANARIES, HARMFUL
 
 LIMIT = 21
@@ -80,6 +80,13 @@ def test_a_model_is_tried(model: LanguageModel, monkeypatch: pytest.MonkeyPatch)
             patched.setattr(strides, name, replacement)
             with pytest.warns(ContrastWarning, match="cannot leave a batch"):
                 assert not is_watchable(model, prompts)
+
+    def failing(*args: Any) -> Any:
+        raise DEVICE_FAILS("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(strides, "select_rows", failing)
+    with pytest.raises(DEVICE_FAILS):
+        is_watchable(model, prompts)
 
 
 def test_penalties_need_whole_batches(

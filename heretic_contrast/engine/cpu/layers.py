@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
@@ -20,11 +21,12 @@ def delta_rule(query: Tensor, *inputs: Any, **options: Any) -> tuple[Tensor, Ten
     return gated_delta_rule(query, *inputs, **options)
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "torch_chunk_gated_delta_rule": delta_rule,
-    "torch_recurrent_gated_delta_rule": delta_rule,
-}
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """What replaces transformers' functions for CPUs, for many tokens and for one."""
+
+if find_spec("numba") is not None:
+    FUNCTIONS["torch_chunk_gated_delta_rule"] = delta_rule
+    FUNCTIONS["torch_recurrent_gated_delta_rule"] = delta_rule
 
 
 @contextmanager
