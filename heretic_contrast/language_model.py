@@ -100,6 +100,26 @@ class Batches:
             warn(f"Memory is exhausted by {n} sequences at once: going on with {self.size}.")
 
 
+LONG = 512
+"""Tokens from which on a prompt may be too long to stand beside others."""
+
+
+def groups_by_length(sequences: Sequence[Tokens]) -> list[list[int]]:
+    """
+    Returns the indices of sequences, shortest first, in groups that batches do not mix.
+
+    A long one that has more than four times the tokens of the shortest of a group begins another: beside it, all would be padded to its length.
+    """
+
+    groups: list[list[int]] = []
+    for index in sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), index)):
+        length = len(sequences[index])
+        if not groups or length > max(LONG, 4 * len(sequences[groups[-1][0]])):
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
 def winsorize(residuals: Tensor, quantile: float) -> Tensor:
     """
     Clamps the components of each residual to a quantile of their absolute values, as Heretic's option does.
@@ -317,16 +337,14 @@ class LanguageModel:
         the embedding, index i + 1 that of decoder layer i. As in Heretic, the last index is what transformers
         calls the last hidden state, which most models normalise.
 
-        Prompts of similar length share a batch, so that little is computed on padding. The language model's head is not run.
+        Prompts of similar length share a batch, so that little is computed, and kept, on padding. The language model's head is not run.
         A layer that does not run on text alone, as Llama 3.2's for images, passes on what it is given.
         """
 
         sequences = self.token_ids(prompts)
-        order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), index))
         residuals = torch.empty(len(sequences), self.n_layers + 1, self.hidden_size)
 
-        def read(batch: slice) -> int:
-            chosen = order[batch]
+        def read(chosen: list[int]) -> int:
             inputs = self.pad([sequences[index] for index in chosen])
             # What `generate` makes of the inputs, as Heretic does, up to the decoder's output.
             with plain_settings(self.model), self._capture_last_positions() as captured:
@@ -343,11 +361,14 @@ class LanguageModel:
                 [captured[index].float().cpu() for index in range(self.n_layers + 1)], dim=1
             )
             residuals[chosen] = winsorize(stacked, self.winsorization_quantile)
-            return batch.stop
+            return len(chosen)
 
-        for n_read in Batches(self.batch_size).run(len(order), read):
-            if progress is not None:
-                progress(n_read, len(order))
+        sizes, n_read = Batches(self.batch_size), 0
+        for group in groups_by_length(sequences):
+            for n_rows in sizes.run(len(group), lambda part, group=group: read(group[part])):  # type: ignore[misc]
+                n_read += n_rows
+                if progress is not None:
+                    progress(n_read, len(sequences))
         return residuals
 
     def stream(self, passed: Any) -> Tensor:

@@ -2,10 +2,14 @@
 
 """Residuals are transformers' hidden states at the last position, to the last bit, without the language model's head."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
 from heretic_contrast.hosts.surface import wrap
+from heretic_contrast.language_model import LanguageModel, Tokens
 from heretic_contrast.prompts import Prompt
 from tests.architectures import FAMILIES
 
@@ -48,3 +52,28 @@ def test_residuals_are_hidden_states(name: str) -> None:
     for handle in handles:
         handle.remove()
     assert torch.equal(model.model(**inputs, position_ids=places).logits, output.logits)
+
+
+def test_long_prompts_do_not_lengthen_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long prompt among short ones would take as many times the memory as there are prompts beside it."""
+
+    family = FAMILIES["Llama"]
+    model = wrap(family.make_model(), family.make_tokenizer(), name="Llama")
+    prompts = [Prompt("How do I bake bread? " * 200), *PROMPTS, Prompt("Plant a tree. " * 400)]
+    lengths = [len(tokens) for tokens in model.token_ids(prompts)]
+    assert min(lengths[0], lengths[-1]) > 512
+    shapes = []
+
+    def pad(self: LanguageModel, sequences: Sequence[Tokens]) -> Any:
+        inputs = original(self, sequences)
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return inputs
+
+    original = LanguageModel.pad
+    monkeypatch.setattr(LanguageModel, "pad", pad)
+    seen: list[tuple[int, int]] = []
+    found = model.residuals(prompts, lambda *counts: seen.append(counts))
+    assert sorted(shapes) == [(2, max(lengths)), (3, max(lengths[1:-1]))]
+    assert seen == [(3, 5), (5, 5)]
+    alone = torch.cat([model.residuals([prompt]) for prompt in prompts])
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
