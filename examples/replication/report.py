@@ -160,7 +160,7 @@ def maps_reading(studies: Sequence[Study]) -> str:
 
     def verdicts(condition: str, reference: str) -> list[str]:
         found = [study.contrast(f"{condition} unmatched", reference) for study in studies]
-        return [item.verdict for item in found if item is not None]
+        return [item.verdict for item in found if item is not None and not item.below]
 
     maps = [verdicts(method, "mean unmatched") for method in MAP_SETTINGS if method != "means"]
     better = sum("better" in row for row in maps)
@@ -168,10 +168,10 @@ def maps_reading(studies: Sequence[Study]) -> str:
     against_one = verdicts("means", "mean unmatched")
     against_maps = verdicts("means", "som unmatched")
     return (
-        f"Of these {len(maps)} settings of maps {better or 'none'} left fewer refusals than one mean direction on any model, and {worse} left more "
-        "on every model they were measured on. Directions per class without maps, the mean of each class, are worse than one mean direction on "
-        f"{against_one.count('worse') or 'none'} of {len(against_one)} models, and better than maps with MiniSom's defaults on "
-        f"{against_maps.count('better') or 'none'} of the {len(against_maps)} where that can be asked."
+        f"Of these {len(maps)} settings of maps {better or 'none'} left fewer refusals than one mean direction on any model that was measured at that "
+        f"divergence, and {worse} left more on every such model. Directions per class without maps, the mean of each class, are worse than one mean "
+        f"direction on {against_one.count('worse') or 'none'} of {len(against_one)} such models, and better than maps with MiniSom's defaults on "
+        f"{against_maps.count('better') or 'none'} of {len(against_maps)}."
     )
 
 

@@ -188,7 +188,8 @@ class Contrast:
 
     `level`: the divergence at which the reference refuses half. `share`: of the condition there; `difference`: minus that of
     the reference. `ratio`: divergence that the condition needs to refuse half, over the reference's. `beyond`: whether
-    the level lies beyond what the condition was measured at, so that its share there is an upper bound.
+    the level lies beyond what the condition was measured at, so that its share there is an upper bound. `below`: whether it lies below what
+    either was measured at, so that its share there is a line from the unmodified model, whatever lies between.
     """
 
     level: float
@@ -196,6 +197,7 @@ class Contrast:
     difference: Interval
     ratio: Interval
     beyond: bool
+    below: bool
 
     @property
     def unreached(self) -> bool:
@@ -207,7 +209,7 @@ class Contrast:
     def verdict(self) -> str:
         """What the difference says: see `judge`."""
 
-        return "undecided" if self.unreached else judge(self.difference)
+        return "undecided" if self.unreached or self.below else judge(self.difference)
 
 
 def judge(difference: Interval, margin: float = MARGIN) -> str:
@@ -242,6 +244,7 @@ def contrast(condition: Outcomes, reference: Outcomes, draws: Draws) -> Contrast
         difference=interval(own - share_at(base_kl, base_share, level)),
         ratio=interval(ratio),
         beyond=level > float(own_kl[0].max()),
+        below=level < max(float(own_kl[0].min()), float(base_kl[0].min())),
     )
 
 

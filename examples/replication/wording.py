@@ -110,8 +110,10 @@ def at_equal(found: Contrast | None) -> str:
 
 
 def reading(found: Contrast) -> str:
-    """Returns the verdict of a contrast, and whether it is open because the condition was not measured that far."""
+    """Returns the verdict of a contrast, and whether it is open because so much, or so little, was not measured."""
 
+    if found.below:
+        return f"{found.verdict}, not measured that low"
     return f"{found.verdict}, not measured that far" if found.unreached else found.verdict
 
 

@@ -46,7 +46,7 @@ from examples.replication.statistics import (
     shares,
     stack_outcomes,
 )
-from examples.replication.wording import signed
+from examples.replication.wording import reading, signed
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.cells import Verdict
 from heretic_contrast.prompts import Prompt
@@ -224,7 +224,7 @@ def test_svd_that_fails_alone_is_told_apart() -> None:
 
 def test_short_directions_are_the_cause_where_only_their_own_length_fails() -> None:
     def behavior(name: str) -> tuple[float, float]:
-        return INERT if name.startswith("raw matched") or "random" in name else (0.1, 0.01)
+        return INERT if name.startswith("raw matched") or "random" in name else (0.25, 0.01)
 
     assert verdicts(made_up_study(behavior, norm_ratio=0.1))["d3"] == APPEARS
 
@@ -441,6 +441,20 @@ def test_contrast_beyond_what_was_measured_is_not_called_worse() -> None:
     assert found.verdict == "undecided"
 
 
+def test_contrast_below_what_was_measured_decides_nothing() -> None:
+    """The condition's first weight removes everything: what happens at less is a line that nobody has seen."""
+
+    study = Study(made_up_study(everything_works))
+    reference = study.outcomes("som unmatched")
+    assert reference is not None
+    for change in (1e4, 1e-4):
+        jumped = type(reference)(**{**reference.__dict__, "kl": reference.kl * change})
+        first, second = (jumped, reference) if change > 1 else (reference, jumped)
+        found = contrast(first, second, study.draws)
+        assert found is not None and found.below and found.verdict == "undecided"
+        assert "not measured that low" in reading(found)
+
+
 @pytest.mark.parametrize(
     ("bounds", "verdict"),
     [
@@ -537,22 +551,26 @@ def test_readme_gives_the_figures_of_the_stored_results() -> None:
     text = " ".join((root / "README.md").read_text("utf-8").split())
     studies = load_studies(root / "docs" / "replication")
     assert [study.name for study in studies] == ["refuser", "qwen2.5-coder-0.5b", "smollm2-refuser"]
-    compared = [(study, "som unmatched") for study in studies]
-    for study, condition in [*compared, *((study, "mean matched") for study in studies[1:])]:
-        found = study.contrast(condition, "mean unmatched")
+    refuser, qwen, smollm2 = studies
+    for study, condition in ((refuser, "som"), (qwen, "som"), (qwen, "mean")):
+        baseline = "matched" if condition == "mean" else "unmatched"
+        found = study.contrast(f"{condition} {baseline}", "mean unmatched")
         assert found is not None and found.verdict == "worse"
         assert signed(found.difference) in text
+    for condition in ("som unmatched", "mean matched", "means unmatched"):
+        found = smollm2.contrast(condition, "mean unmatched")
+        assert found is not None and found.below and found.verdict == "undecided"
     best = studies[1].best_cell("paper-unmatched").refusals
     assert f"does not appear on Qwen: {best} of 10 are left at best" in text
     assert "In 16 bits single cells differ, and no verdict does." in text
     assert precision_table(studies).count("| none |") == len(studies)
-    assert "of 12, 9 leave more on every model, and none leaves fewer" in text
-    reading = maps_reading(studies)
-    assert "these 12 settings of maps none left fewer" in reading
-    assert "and 9 left more on every model" in reading
-    assert "worse than one mean direction on none of 3 models" in reading
-    assert "better than maps with MiniSom's defaults on 2 of the 2" in reading
-    for study in studies:
+    assert "Of 12 settings of the maps, with these, 10 leave more on both" in text
+    said = maps_reading(studies)
+    assert "these 12 settings of maps none left fewer" in said
+    assert "and 10 left more on every such model" in said
+    assert "worse than one mean direction on none of 2 such models" in said
+    assert "better than maps with MiniSom's defaults on 1 of 1" in said
+    for study in (refuser, qwen):
         found = study.contrast("means unmatched", "mean unmatched")
         assert found is not None and signed(found.difference) in text
 
