@@ -99,6 +99,14 @@ class Batches:
             torch.cuda.empty_cache()
             warn(f"Memory is exhausted by {n} sequences at once: going on with {self.size}.")
 
+    def run_groups(
+        self, groups: Iterable[list[int]], run: Callable[[list[int]], Result]
+    ) -> Iterator[Result]:
+        """Yields what `run` gives for one batch of indices after the other, none of which stand in two groups."""
+
+        for group in groups:
+            yield from self.run(len(group), lambda part, group=group: run(group[part]))  # type: ignore[misc]
+
 
 LONG = 512
 """Tokens from which on a prompt may be too long to stand beside others."""
@@ -317,9 +325,8 @@ class LanguageModel:
             for index, row in zip(batch, rows, strict=True):
                 found[index] = until_end(tuple(row), limits[index], ends)
 
-        for group in generation_groups(self.model, kinds):
-            for _ in sizes.run(len(group), lambda part, group=group: answer(group[part])):  # type: ignore[misc]
-                pass
+        for _ in sizes.run_groups(generation_groups(self.model, kinds), answer):
+            pass
         return found
 
     def end_tokens(self) -> frozenset[int]:
@@ -363,12 +370,11 @@ class LanguageModel:
             residuals[chosen] = winsorize(stacked, self.winsorization_quantile)
             return len(chosen)
 
-        sizes, n_read = Batches(self.batch_size), 0
-        for group in groups_by_length(sequences):
-            for n_rows in sizes.run(len(group), lambda part, group=group: read(group[part])):  # type: ignore[misc]
-                n_read += n_rows
-                if progress is not None:
-                    progress(n_read, len(sequences))
+        n_read = 0
+        for n_rows in Batches(self.batch_size).run_groups(groups_by_length(sequences), read):
+            n_read += n_rows
+            if progress is not None:
+                progress(n_read, len(sequences))
         return residuals
 
     def stream(self, passed: Any) -> Tensor:
