@@ -5,14 +5,14 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 from rich.table import Column, Table
 
 from ..errors import ContrastError
 from ..files import write_text_atomically
-from ..hosts.arguments import PROGRAM, named_first
+from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
 from ..outputs import json_lines, require_writable_file
 from ..prompts.formats import read_file
@@ -23,7 +23,9 @@ from ..tiers.responses import Tier, explain_response
 
 
 class JudgeSettings(TextClassifierSettings, CommandSettings):  # type: ignore[misc]
-    """Settings of `judge`."""
+    """Gives tiers to the responses of a file: heretic-contrast judge FILE."""
+
+    positional: ClassVar[str] = "file"
 
     file: str
     """JSON Lines file with a prompt and a response on each line; other formats are read as those of prompts are."""
@@ -35,7 +37,7 @@ class JudgeSettings(TextClassifierSettings, CommandSettings):  # type: ignore[mi
     """Key of the responses."""
 
     label_key: str = "label"
-    """Key of the labels that people gave, where there are any."""
+    """Key of the labels that people gave; a line without one, or with an empty one, is not compared."""
 
     labels: dict[str, Tier] = Field({})
     """Tier of each of these labels, as JSON; REFUSE, EVASIVE, COMPLY, and XSTest's names, mean themselves."""
@@ -48,7 +50,7 @@ class JudgeSettings(TextClassifierSettings, CommandSettings):  # type: ignore[mi
 
 
 def read_rows(settings: JudgeSettings) -> list[dict[str, Any]]:
-    """Raises `ContrastError` when a row has no response, or nothing can be read."""
+    """Raises `ContrastError` when a row has no response, no row has a key that was given, or nothing can be read."""
 
     key = settings.response_key
     columns = (settings.prompt_key, key, settings.label_key)
@@ -61,13 +63,22 @@ def read_rows(settings: JudgeSettings) -> list[dict[str, Any]]:
         rows.append(dict(cells))
     if not rows:
         raise ContrastError(f"{settings.file} has no lines: give a JSON Lines file with responses.")
+    for name in {"prompt_key", "label_key"} & settings.model_fields_set:
+        key = getattr(settings, name)
+        if not any(key in row for row in rows):
+            raise ContrastError(
+                f'{settings.file} has nothing under "{key}": correct --{name.replace("_", "-")}.'
+            )
     return rows
 
 
-def people_tier(label: Any, labels: dict[str, Tier], path: Path) -> Tier:
-    """Raises `ContrastError` when the label is unknown."""
+def people_tier(label: Any, labels: dict[str, Tier], path: Path) -> Tier | None:
+    """Returns nothing where there is no label. Raises `ContrastError` when it is unknown."""
 
-    tier = labels.get(str(label)) or TIERS_OF_LABELS.get(str(label).lower())
+    if label is None or label == "":
+        return None
+    known = TIERS_OF_LABELS | {name.lower(): tier for name, tier in labels.items()}
+    tier = known.get(str(label).lower())
     if tier is None:
         raise ContrastError(
             f'{path} has the label "{label}", whose tier is unknown: give --labels \'{{"{label}": "REFUSE"}}\', or EVASIVE or COMPLY.'
@@ -78,15 +89,10 @@ def people_tier(label: Any, labels: dict[str, Tier], path: Path) -> Tier:
 def main(arguments: Sequence[str]) -> None:
     """Judges the responses of a file. Raises `ContrastError` when the settings, the file or the classifier do not work."""
 
-    words = named_first(arguments, "--file")
-    settings = load_settings(JudgeSettings, f"{PROGRAM} judge", words)
+    settings = load_settings(JudgeSettings, f"{PROGRAM} judge", arguments)
     path = Path(settings.file)
     rows = read_rows(settings)
-    labelled = [
-        people_tier(row[settings.label_key], settings.labels, path)
-        for row in rows
-        if settings.label_key in row
-    ]
+    people = [people_tier(row.get(settings.label_key), settings.labels, path) for row in rows]
     if settings.output is not None:
         require_writable_file(Path(settings.output), [settings.file])
 
@@ -134,14 +140,14 @@ def main(arguments: Sequence[str]) -> None:
         low, high = wilson_interval(counts[tier], len(rows))
         table.add_row(tier.value, str(counts[tier]), f"{100 * low:.0f}–{100 * high:.0f} %")
     log(table)
-    if not labelled:
+    pairs = [(label, tier) for label, tier in zip(people, tiers, strict=True) if label is not None]
+    if not pairs:
         return
-    given = [tier for row, tier in zip(rows, tiers, strict=True) if settings.label_key in row]
-    agreement = Agreement.of(zip(labelled, given, strict=True))
+    agreement = Agreement.of(pairs)
     table = Table(
         "People",
         *(Column(tier.value, justify="right") for tier in Tier),
-        title=f"People's labels of {len(labelled)} responses; kappa {agreement.kappa:.2f}",
+        title=f"People's labels of {len(pairs)} responses; kappa {agreement.kappa:.2f}",
     )
     for name, row in agreement.confusion().items():
         table.add_row(name, *map(str, row.values()))

@@ -4,9 +4,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from ..errors import ContrastError
-from ..hosts.arguments import PROGRAM, named_first
+from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import CommandSettings, load_settings
 from ..outputs import require_writable_directory
@@ -14,7 +15,9 @@ from ..settings import PromptSources
 
 
 class RebuildSettings(CommandSettings):
-    """Settings of `rebuild`."""
+    """Makes the weights of a saved model again: heretic-contrast rebuild RECORD."""
+
+    positional: ClassVar[str] = "record"
 
     record: str
     """The heretic-contrast.json beside a saved model, or the folder of the model."""
@@ -41,9 +44,8 @@ class RebuildSettings(CommandSettings):
 def main(arguments: Sequence[str]) -> None:
     """Rebuilds a model. Raises `ContrastError` when the record, what it names, or the output do not work."""
 
-    words = named_first(arguments, "--record")
-    require_heretic("rebuild", words)
-    settings = load_settings(RebuildSettings, f"{PROGRAM} rebuild", words)
+    require_heretic("rebuild", arguments)
+    settings = load_settings(RebuildSettings, f"{PROGRAM} rebuild", arguments)
 
     from ..hosts.record import read_record
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
 """
-The words of a command line: which are options, which their values, and which one is the model.
+The words of a command line: which are options, which their values, and which one is the model, or what else a command is about.
 
 Heretic takes the last word for the model where it starts with no dash. Whether it does depends on the option before it,
 which the parser knows.
@@ -43,9 +43,9 @@ def command_line_options(settings_class: type[BaseSettings]) -> dict[str, Action
 
 def normalize_arguments(settings_class: type[BaseSettings], arguments: Sequence[str]) -> list[str]:
     """
-    Returns the arguments with each value joined to its option, and the model, which needs no option, behind `--model`.
+    Returns the arguments with each value joined to its option, and what needs no option behind its own.
 
-    The model may be the first word, as commands with many options are written, or the last, as Heretic takes it, or
+    That is the model, or what the class names as `positional`. It may be the first word, as commands with many options are written, or the last, as Heretic takes it, or
     stand anywhere between options. What the command line names counts more than the environment and `config.toml`.
 
     Raises `ContrastError` when an option does not exist, or a word is nothing's value.
@@ -63,45 +63,40 @@ def normalize_arguments(settings_class: type[BaseSettings], arguments: Sequence[
         if not is_option(argument):
             words.append(argument)
             continue
-        name, separator, value = argument.partition("=")
-        if name not in options:
-            nearest = difflib.get_close_matches(name, options, n=1)
+        option, separator, value = argument.partition("=")
+        if option not in options:
+            nearest = difflib.get_close_matches(option, options, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"see {PROGRAM} --help."
-            raise ContrastError(f"There is no option {name}: {hint}")
-        takes_value = options[name].nargs != 0
+            raise ContrastError(f"There is no option {option}: {hint}")
+        takes_value = options[option].nargs != 0
         follows = bool(rest) and not is_option(rest[0])
-        may_be_switched = follows and "-h" not in options[name].option_strings
+        may_be_switched = follows and "-h" not in options[option].option_strings
         if separator:
-            normalized.append(argument if takes_value else switch(name, value))
+            normalized.append(argument if takes_value else switch(option, value))
         elif takes_value and follows:
-            normalized.append(f"{name}={rest.pop(0)}")
+            normalized.append(f"{option}={rest.pop(0)}")
         elif may_be_switched and rest[0].lower() in SWITCH_VALUES:
-            normalized.append(switch(name, rest.pop(0)))
+            normalized.append(switch(option, rest.pop(0)))
         else:
             normalized.append(argument)
     given = dict(argument.partition("=")[::2] for argument in normalized)
-    for name in given:
-        outer = name.rpartition(".")[0]
+    for option in given:
+        outer = option.rpartition(".")[0]
         if given.get(outer, "").lstrip().startswith("["):
             raise ContrastError(
-                f"{name} is given beside a list for {outer}, where it has no effect: write it into the items of the list."
+                f"{option} is given beside a list for {outer}, where it has no effect: write it into the items of the list."
             )
     if not words:
         return normalized
-    if len(words) > 1 or "--model" in given or "--model" not in options:
+    name = getattr(settings_class, "positional", "model")
+    if len(words) > 1 or f"--{name}" in given or f"--{name}" not in options:
         named = ", ".join(f'"{word}"' for word in words)
-        hint = "give one model, and a command first" if "--model" in options else "leave it out"
+        hint = f"give one {name}" if f"--{name}" in options else "leave it out"
+        hint += ", and a command first" if name == "model" and f"--{name}" in options else ""
         raise ContrastError(
             f"There is no option that {named} could belong to: {hint}, or see {PROGRAM} --help."
         )
-    return [*normalized, f"--model={words[0]}"]
-
-
-def named_first(arguments: Sequence[str], option: str) -> list[str]:
-    """Returns the words, of which a first one that is no option is the value of one, as a model may stand alone elsewhere."""
-
-    words = list(arguments)
-    return [option, *words] if words and not words[0].startswith("-") else words
+    return [*normalized, f"--{name}={words[0]}"]
 
 
 def is_option(word: str) -> bool:

@@ -410,7 +410,7 @@ def datasets_of(content: Any) -> list[str]:
 class CommandSettings(BaseSettings):
     """Settings of a command that needs no Heretic: what its own command line says, and nothing else."""
 
-    model_config = SettingsConfigDict(cli_exit_on_error=False)
+    model_config = SettingsConfigDict(cli_exit_on_error=False, use_attribute_docstrings=True)
 
     @classmethod
     def settings_customise_sources(

@@ -58,6 +58,26 @@ def test_tiers_and_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "kappa 0.50" in printed
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_labels_that_are_missing_or_the_users_own(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = [True, "Refused it", None, ""]
+    rows = [{**row, "label": label} for row, label in zip(ROWS, labels, strict=True)]
+    path = tmp_path / name
+    if name.endswith(".csv"):
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "response", "label"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        write(path, rows)
+    known = '{"true": "COMPLY", "refused it": "REFUSE"}'
+    main(["--labels", known, "--output", str(tmp_path / "judged.jsonl"), str(path)])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "4 responses" in printed and "labels of 2 responses; kappa 1.00" in printed
+
+
 def test_a_file_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"q": row.get("prompt"), "a": row["response"]} for row in ROWS]
     main([write(tmp_path / "rows.jsonl", rows), "--prompt-key", "q", "--response-key", "a"])
@@ -131,6 +151,13 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
         main([str(path)])
     with pytest.raises(ContrastError, match="There is no file"):
         main([str(tmp_path / "missing.jsonl")])
+
+
+@pytest.mark.parametrize("option", ["--prompt-key", "--label-key"])
+def test_a_key_that_no_line_has(option: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(ContrastError, match=f'nothing under "q": correct {option}'):
+        main([path, option, "q"])
 
 
 def test_a_file_is_not_replaced_by_its_own_judgement(tmp_path: Path) -> None:
