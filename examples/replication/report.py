@@ -117,7 +117,7 @@ def contrast_table(study: Study, pairs: Sequence[Pair]) -> str:
     rows = []
     for what, condition, reference in pairs:
         found = study.contrast(condition, reference)
-        cells = [NONE, NONE, NONE, "not measured"]
+        cells = [NONE, NONE, NONE, "not comparable"]
         if found is not None:
             cells = [small(found.level), signed(found.difference), ratio(found.ratio)]
             cells.append(reading(found))
@@ -206,7 +206,7 @@ def choice_table(studies: Sequence[Study]) -> str:
         if "worse" in verdicts:
             advice = "by model" if "better" in verdicts else "no"
         else:
-            advice = "yes" if "better" in verdicts else "it makes no difference that is known"
+            advice = "yes" if "better" in verdicts else "no gain is known"
         rows.append([what, *map(against, found), advice])
     return table(["Instead", *(study.name for study in studies), "Use it?"], rows)
 
@@ -272,17 +272,15 @@ def widest(study: Study) -> tuple[float, Interval | None, Interval | None]:
     return best
 
 
-def magnitude_reading(unit: Contrast | None, own: Interval | None, mended: Interval | None) -> str:
+def magnitude_reading(study: Study, own: Interval | None, mended: Interval | None) -> str:
     """Is it the length of the directions? Directions of one length, their own, and the other baseline's."""
 
-    if unit is None or own is None or mended is None:
+    unit = verdicts_of(study, "matched", "unmatched")
+    if not unit or own is None or mended is None:
         return "Not decided, a control is missing."
-    if unit.verdict == "worse":
-        part = "Length is not the cause: at equal length and equal KL matched directions are worse."
-    elif unit.verdict in GOOD:
-        part = "At equal length and equal KL matched directions are as good as unmatched ones."
-    else:
-        part = "Whether matched directions are worse at equal length and equal KL is not decided."
+    part = f"At equal length and equal KL, matched against unmatched directions: {by_method(unit)}."
+    if "worse" in unit.values():
+        part = f"Length is not the cause. {part}"
     if not (own.low > 0 and own.value >= 0.1):
         return (
             f"{part} At equal weight their own length costs nothing that can be told from chance."
@@ -292,6 +290,25 @@ def magnitude_reading(unit: Contrast | None, own: Interval | None, mended: Inter
     if mended.low > 0:
         return f"{part} At equal weight they leave more refusals with their own length, and still do when lengthened."
     return f"{part} At equal weight they leave more refusals with their own length, and lengthening does not surely mend it."
+
+
+def verdicts_of(study: Study, baseline: str, reference: str) -> dict[str, str]:
+    """Returns what both kinds of directions of one baseline are at equal divergence, against those of another; "som" and "mean" where measured."""
+
+    found = {
+        method: study.contrast(f"{method} {baseline}", f"{method} {reference}")
+        for method in ("mean", "som")
+    }
+    return {method: reading(item) for method, item in found.items() if item is not None}
+
+
+def by_method(verdicts: dict[str, str]) -> str:
+    """Returns what both kinds of directions are, once where they are the same."""
+
+    if len(verdicts) > 1 and len(set(verdicts.values())) == 1:
+        return f"{verdicts['mean']} (both one mean direction and class directions)"
+    names = {"mean": "one mean direction", "som": "class directions"}
+    return ", ".join(f"{verdict} ({names[method]})" for method, verdict in verdicts.items())
 
 
 def compounding_reading(study: Study) -> str:
@@ -331,36 +348,24 @@ def compounding_reading(study: Study) -> str:
 def topic_reading(study: Study) -> str:
     """Is it the lost topic? Without the topic's part, without the category that is judged, other matched pools."""
 
-    residualized = [study.contrast(f"{m} residualized", f"{m} unmatched") for m in ("mean", "som")]
-    verdicts = {item.verdict for item in residualized if item is not None}
-    if verdicts and verdicts <= set(GOOD):
-        readings = ["Directions work without what subjects alone contribute"]
-    elif "worse" in verdicts:
-        readings = ["Taking out what subjects alone contribute costs at equal KL"]
-    else:
-        readings = ["Whether directions need what subjects contribute is not decided"]
+    readings = []
+    residualized = verdicts_of(study, "residualized", "unmatched")
+    if residualized:
+        readings.append(
+            f"Without what subjects alone contribute, against unmatched directions: {by_method(residualized)}"
+        )
     without = study.contrast("som unmatched, left out", "som unmatched")
     if without is not None:
-        never = "on a category that they never saw"
+        readings.append(f"class directions on a category that they never saw: {reading(without)}")
+    filtered = verdicts_of(study, "matched, filtered", "matched")
+    if not study.data["n_refused"]["matched"]:
+        readings.append("no matched prompt is refused, so that nothing could spoil the pool")
+    elif filtered:
         readings.append(
-            f"they work {never}"
-            if without.verdict in GOOD
-            else f"they work less {never}"
-            if without.verdict == "worse"
-            else f"whether they work {never} is not decided"
+            f"matched directions without prompts that do not behave as assumed: {by_method(filtered)}"
         )
-    filtered = study.contrast("som matched, filtered", "som matched") or study.contrast(
-        "mean matched, filtered", "mean matched"
-    )
-    if filtered is not None:
-        texts = {
-            "better": "matched prompts that are refused do spoil the matched baseline",
-            "equal": "refused matched prompts are not what spoils the matched baseline",
-            "worse": "dropping refused matched prompts makes it worse",
-            "undecided": "whether refused matched prompts matter is not decided",
-        }
-        readings.append(texts[filtered.verdict])
-    return f"{'; '.join(readings)}."
+    text = "; ".join(readings) or "not measured"
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def incoherence_table(study: Study) -> str:

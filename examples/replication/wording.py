@@ -105,7 +105,7 @@ def at_equal(found: Contrast | None) -> str:
     """Returns what a contrast at equal divergence says."""
 
     if found is None:
-        return "not measured"
+        return "not comparable"
     return f"{signed(found.difference)} points at KL {small(found.level)}: {reading(found)}"
 
 

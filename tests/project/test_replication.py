@@ -31,7 +31,14 @@ from examples.replication.conditions import all_layer_conditions, single_layer_c
 from examples.replication.evidence import Study, load_studies
 from examples.replication.measurement import FORMAT, StudyOptions, outcomes
 from examples.replication.pools import SENSITIVE, builtin_pools, draw, draw_evenly, file_pools
-from examples.replication.report import maps_reading, open_question, precision_table, render
+from examples.replication.report import (
+    magnitude_reading,
+    maps_reading,
+    open_question,
+    precision_table,
+    render,
+    topic_reading,
+)
 from examples.replication.statistics import (
     Draws,
     Interval,
@@ -227,6 +234,27 @@ def test_short_directions_are_the_cause_where_only_their_own_length_fails() -> N
         return INERT if name.startswith("raw matched") or "random" in name else (0.25, 0.01)
 
     assert verdicts(made_up_study(behavior, norm_ratio=0.1))["d3"] == APPEARS
+
+
+def test_readings_say_what_each_kind_of_directions_does() -> None:
+    """One mean direction works however it is made; class directions lose by the topic, and matched ones all."""
+
+    def behavior(name: str) -> tuple[float, float]:
+        fails = name.startswith("som") and name != "som unmatched" and "," not in name
+        return INERT if fails or "random" in name else STRONG
+
+    data = made_up_study(behavior)
+    study = Study(data)
+    own, mended = Interval(0.0, -0.1, 0.1), Interval(0.0, -0.1, 0.1)
+    said = magnitude_reading(study, own, mended)
+    assert "Length is not the cause" in said and verdicts(data)["d3"] == ABSENT
+    assert "equal (one mean direction), worse (class directions)" in said
+    assert "equal (one mean direction), worse (class directions)" in topic_reading(study)
+    assert "no matched prompt is refused" in topic_reading(study)
+    data["n_refused"]["matched"] = 9
+    # Matched class directions never halve refusals, so that nothing is compared with them.
+    said = topic_reading(Study(data))
+    assert said.endswith("do not behave as assumed: equal (one mean direction).")
 
 
 def test_cheap_layers_are_counted_with_the_error_of_their_divergence() -> None:
@@ -556,13 +584,17 @@ def test_readme_gives_the_figures_of_the_stored_results() -> None:
         found = study.contrast(condition, "mean unmatched")
         assert found is not None and found.verdict == "worse" and not found.below
         assert signed(found.difference) in text
-    unmeasured = studies[2].contrast("svd unmatched", "mean unmatched")
-    assert unmeasured is not None and unmeasured.below and unmeasured.verdict == "undecided"
+    mixed, nearest = (
+        [study.contrast(f"mean {name}", "mean unmatched") for study in studies]
+        for name in ("mixed", "nearest")
+    )
+    assert [item and item.verdict for item in mixed] == ["equal", "undecided", "equal"]
+    assert [item and item.verdict for item in nearest] == ["worse", "undecided", "worse"]
     best = studies[1].best_cell("paper-unmatched").refusals
     assert f"does not appear on Qwen: {best} of 10 are left at best" in text
     assert "In 16 bits single cells differ, and no verdict does." in text
     assert precision_table(studies).count("| none |") == len(studies)
-    assert "Of 12 settings of the maps, with these, 9 leave more wherever that was measured" in text
+    assert "Of 12 settings of the maps, with these, 9 leave more on all three" in text
     maps = " ".join((root / "docs" / "maps.md").read_text("utf-8").split())
     assert "Of the 12 there 9 are worse than one mean direction on every model" in maps
     assert "is not worse by ten points on any, and better than maps on the two" in maps
@@ -574,6 +606,25 @@ def test_readme_gives_the_figures_of_the_stored_results() -> None:
     for study in studies:
         found = study.contrast("means unmatched", "mean unmatched")
         assert found is not None and signed(found.difference) in text
+
+
+def test_the_report_compares_nothing_below_what_was_measured() -> None:
+    """Its limits say so, and what was decided by it."""
+
+    root = Path(__file__).parents[2] / "docs"
+    text = (root / "replication.md").read_text("utf-8")
+    # The rule itself names such a verdict once.
+    assert text.count("not measured that low") == 1
+    study = load_studies(root / "replication")[2]
+    worse = (
+        ("mean nearest", "mean unmatched"),
+        ("som nearest", "som unmatched"),
+        ("som mixed", "som unmatched"),
+        ("svd1 unmatched", "mean unmatched"),
+    )
+    assert {study.contrast(*pair).verdict for pair in worse} == {"worse"}  # type: ignore[union-attr]
+    seen = study.contrast("som unmatched, left out", "som unmatched")
+    assert seen is not None and seen.verdict == "equal"
 
 
 def test_cells_in_16_bits_are_compared_with_theirs() -> None:
