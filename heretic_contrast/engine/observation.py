@@ -2,8 +2,9 @@
 
 """What a model's layers write to the residual stream while it answers prompts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -12,45 +13,102 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import LogitsProcessorList
 
-from ..ablation.hooks import contributions
+from ..ablation.hooks import carries_samples, contributions
+from ..ablation.writers import some_tokens
 from ..language_model import LanguageModel, Tokens, hooked, plain_settings
 from ..vectors import to_device
 
 Observe = Callable[[Tensor, Tensor, Tensor], None]
 """Is given what a step shows of the prompts, and which of their responses have not ended: see `observe_decoding`."""
 
+SUM_TOLERANCE = 0.05
+"""By which share of its length what a layer adds may differ from the sum of its writers' outputs: what 16 bits round."""
+
+
+@dataclass(frozen=True)
+class Passing:
+    """What passes a layer beside its writers: `factor` times the stream, and a constant Tensor of shape (hidden_size,), float64."""
+
+    factor: Tensor
+    constant: Tensor
+
+
+@torch.no_grad()
+def passing_layers(model: LanguageModel) -> dict[int, Passing] | None:
+    """
+    Returns the layers that do not simply add the outputs of their writers to the stream, with what passes these.
+
+    Numbers and gates may multiply these outputs, and the stream itself. What passes is seen while no writer adds anything; None
+    where it is more than a multiple of the stream and a constant, as in Gemma 3n, which mixes several states of a token.
+    """
+
+    tokens = some_tokens(model).view(-1, 1)
+    decoder = model.decoder()
+    adds_up = carries_samples(model)
+    with _last_positions(model, len(tokens), adds_up) as seen:
+        decoder(input_ids=tokens, use_cache=False)
+    with _silent_writers(model), _last_positions(model, len(tokens), False) as silent:
+        decoder(input_ids=tokens, use_cache=False)
+    found = {}
+    for layer, before in silent.entered.items():
+        y = silent.states[layer].double()
+        x = before.to(y)
+        deviations = x - x.mean(dim=0)
+        energy = (deviations * deviations).sum()
+        factor = ((y - y.mean(dim=0)) * deviations).sum() / energy
+        passing = Passing(factor, (y - factor * x).mean(dim=0))
+        added = seen.added(layer, passing)
+        limit = SUM_TOLERANCE * float(added.norm())
+        if adds_up and float((seen.outputs[layer].double() - added).norm()) <= limit:
+            continue
+        if float(silent.added(layer, passing).norm()) > limit:
+            return None
+        found[layer] = passing
+    return found
+
 
 @torch.no_grad()
 def observe_decoding(
-    model: LanguageModel, prompts: Sequence[Tokens], max_new_tokens: int, observe: Observe
+    model: LanguageModel,
+    prompts: Sequence[Tokens],
+    max_new_tokens: int,
+    observe: Observe,
+    passing: Mapping[int, Passing],
 ) -> None:
     """
     Lets a model answer prompts, in one batch, by the most likely token, whatever its generation configuration asks for.
 
     `observe` is called for each step, of which the first is the last position of the prompt, with `rows`: which prompts go
-    on, bool Tensor of shape (n_prompts,), `outputs`: the sum of the outputs of each layer's projections without biases, and
+    on, bool Tensor of shape (n_prompts,), `outputs`: what each layer's writers add to the stream, without biases that stay, and
     `states`: the output of each layer, both Tensors of shape (n_prompts, n_layers, hidden_size), float64. All are on the model's
     device, for which nothing here waits. What stands in them for prompts that have ended means nothing.
+
+    `passing`: see `passing_layers`.
     """
 
+    with_sums = len(passing) < model.n_layers
     inputs = model.pad(prompts)
     length = inputs["input_ids"].shape[1]
     ends = to_device(torch.tensor(sorted(model.end_tokens()), dtype=torch.long), model.device)
-    with plain_settings(model.model), _last_positions(model, len(prompts)) as (outputs, states):
+    with plain_settings(model.model), _last_positions(model, len(prompts), with_sums) as seen:
 
         def step(tokens: Tensor, logits: Tensor) -> Tensor:
             rows = ~torch.isin(tokens[:, length:], ends).any(dim=1)
             # Layers may lie on several devices, or not run.
-            nothing = torch.zeros_like(next(iter(states.values())))
+            nothing = torch.zeros_like(next(iter(seen.states.values())), dtype=torch.float64)
+            outputs = seen.outputs | {layer: seen.added(layer, at) for layer, at in passing.items()}
             found = [
                 torch.stack(
-                    [kept.get(index, nothing).to(rows.device) for index in range(model.n_layers)],
+                    [
+                        kept.get(index, nothing).to(rows.device, torch.float64)
+                        for index in range(model.n_layers)
+                    ],
                     dim=1,
                 )
-                for kept in (outputs, states)
+                for kept in (outputs, seen.states)
             ]
-            outputs.clear()
-            observe(rows, found[0].double(), found[1].double())
+            seen.outputs.clear()
+            observe(rows, found[0], found[1])
             return logits
 
         model.model.generate(
@@ -62,26 +120,47 @@ def observe_decoding(
         )
 
 
-@contextmanager
-def _last_positions(
-    model: LanguageModel, n_samples: int
-) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+@dataclass(frozen=True)
+class _Seen:
     """
-    Collects, by layer, the sum of what its writers contribute, and the layer's own output.
+    What layers take, add and return at the last position of the newest pass: Tensors of shape (n_samples, hidden_size) by layer.
 
-    Tensors of shape (batch, hidden_size), at the last position of the newest pass. Whoever reads the outputs clears
-    them, since the projections of one layer add up.
+    `outputs`: the sum of what their writers put out, which whoever reads it clears.
     """
 
-    outputs: dict[int, Tensor] = {}
-    states: dict[int, Tensor] = {}
+    entered: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
 
-    layers = {layer: index for index, layer in enumerate(model.layers)}
-    writers = {
+    def added(self, layer: int, passing: Passing) -> Tensor:
+        """Returns what the writers of a layer added to the stream, float64."""
+
+        state = self.states[layer].double()
+        # A layer may lie on another device than what it is given.
+        return state - passing.factor * self.entered[layer].to(state) - passing.constant
+
+
+def _writers(model: LanguageModel) -> dict[Module, tuple[int, bool]]:
+    """Returns the modules whose outputs make a layer's contribution, with its number, and whether their biases are ablated."""
+
+    return {
         module: (index, with_bias)
         for index in range(model.n_layers)
         for module, with_bias in contributions(model, index).items()
     }
+
+
+@contextmanager
+def _last_positions(model: LanguageModel, n_samples: int, with_sums: bool) -> Iterator[_Seen]:
+    """Collects what layers take, add and return for as long as the context lasts; what their writers put out `with_sums` alone."""
+
+    seen = _Seen()
+    layers = {layer: index for index, layer in enumerate(model.layers)}
+    writers = _writers(model) if with_sums else {}
+
+    def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = model.stream(args[0] if args else kwargs["hidden_states"])
+        seen.entered[layers[module]] = stream[:, -1].float()
 
     def add_output(module: Module, args: Any, output: Any) -> None:
         layer, with_bias = writers[module]
@@ -90,11 +169,29 @@ def _last_positions(
         # Experts give the tokens of all samples in one list.
         last = output.reshape(n_samples, -1, output.shape[-1])[:, -1]
         last = (last if bias is None else last - bias).float()
-        outputs[layer] = outputs[layer] + last if layer in outputs else last
+        seen.outputs[layer] = seen.outputs[layer] + last if layer in seen.outputs else last
 
     def keep_state(module: Module, args: Any, output: Any) -> None:
-        states[layers[module]] = model.stream(output)[:, -1].float()
+        seen.states[layers[module]] = model.stream(output)[:, -1].float()
 
-    hooks = [(layer, keep_state) for layer in layers], [(module, add_output) for module in writers]
-    with hooked(after=chain(*hooks)):
-        yield outputs, states
+    after = chain(
+        [(layer, keep_state) for layer in layers], [(module, add_output) for module in writers]
+    )
+    with hooked([(layer, enter) for layer in layers], after):
+        yield seen
+
+
+@contextmanager
+def _silent_writers(model: LanguageModel) -> Iterator[None]:
+    """Lets writers put out nothing but biases that stay, for as long as the context lasts."""
+
+    writers = _writers(model)
+
+    def silence(module: Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        bias = None if writers[module][1] else getattr(module, "bias", None)
+        nothing = torch.zeros_like(first) if bias is None else bias.expand_as(first)
+        return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
+
+    with hooked(after=[(module, silence) for module in writers]):
+        yield

@@ -16,10 +16,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..ablation.hooks import carries_samples
 from ..ablation.operator import Operator, compose, effective_weight, weight_along
 from ..directions.directions import Directions
-from ..engine.observation import observe_decoding
+from ..engine.observation import Passing, observe_decoding, passing_layers
 from ..language_model import Batches, LanguageModel
 from ..prompts import Prompt
 from ..vectors import to_device, unit_vectors
@@ -169,6 +168,7 @@ def observe_outputs(
     prompts: Sequence[Prompt],
     vectors: Tensor,
     max_new_tokens: int,
+    passing: Mapping[int, Passing],
 ) -> OutputMoments:
     """
     Measures what the layers write to the residual stream while the model answers prompts greedily.
@@ -176,7 +176,7 @@ def observe_outputs(
     `vectors`: Tensor of shape (n_layers, n_vectors, hidden_size). The first step is the last position of the
     prompt; steps after the end of a response are not counted. Only the last position of each step is
     ever kept, and only its moments. Each step takes the most likely token, whatever the model's generation
-    configuration asks for.
+    configuration asks for. `passing`: see `passing_layers`.
     """
 
     vectors = to_device(vectors, model.device).to(torch.float64)
@@ -202,7 +202,7 @@ def observe_outputs(
             squares.add_((h**2).sum(dim=2))
             counts.add_(rows)
 
-        observe_decoding(model, tokens, max_new_tokens, add)
+        observe_decoding(model, tokens, max_new_tokens, add, passing)
         deviation = squares - (sums**2).sum(dim=2) / counts[:, None]
         return [second, energy, deviation.clamp_min(0).sum(dim=0), counts.sum()]
 
@@ -254,16 +254,17 @@ def measure_activities(
     """
     Measures occupancy and perturbation of every configuration and decoder layer, in one run of the model (paper, section 5.1).
 
-    Empty for a mixture of experts that see the tokens of all prompts in a list of another order.
+    Empty where what layers add to the stream cannot be told: see `passing_layers`.
     """
 
-    if not configurations or not carries_samples(model):
+    passing = passing_layers(model) if configurations else None
+    if passing is None:
         return ()
     completed = complete(configurations)
     vectors = torch.cat([item.directions.tensor[1:] for item in completed.values()], dim=1)
-    at_harmful = observe_outputs(model, harmful, vectors, 1)
-    at_harmless = observe_outputs(model, harmless, vectors, 1)
-    decoding = observe_outputs(model, harmless, vectors, max_new_tokens)
+    at_harmful = observe_outputs(model, harmful, vectors, 1, passing)
+    at_harmless = observe_outputs(model, harmless, vectors, 1, passing)
+    decoding = observe_outputs(model, harmless, vectors, max_new_tokens, passing)
     activities = []
     start = 0
     for name, configuration in completed.items():

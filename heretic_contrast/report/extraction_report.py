@@ -70,7 +70,7 @@ def write_extraction_report(
         )
     if not geometry.activities:
         log(
-            "* Occupancy and perturbation are left out: the experts of this model do not keep prompts apart."
+            "* Occupancy and perturbation are left out: what the layers of this model add to its stream cannot be told from what passes."
         )
     say_what_is_missing(log)
 

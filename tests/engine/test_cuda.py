@@ -124,7 +124,7 @@ def test_residuals_and_activities_equal_those_on_a_cpu(architecture: str) -> Non
     assert residuals.device.type == "cpu"
     assert error(residuals, expected.residuals(HARMFUL)) <= 1e-3
     vectors = random_directions(model, 2, 0).tensor[1:]
-    moments, others = (observe_outputs(item, HARMFUL, vectors, 1) for item in (model, expected))
+    moments, others = (observe_outputs(item, HARMFUL, vectors, 1, {}) for item in (model, expected))
     assert moments.n_steps == others.n_steps
     for name in ("second", "energy"):
         assert error(getattr(moments, name), getattr(others, name)) <= 1e-3

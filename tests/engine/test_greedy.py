@@ -304,9 +304,9 @@ def test_measurements_of_hidden_states_need_no_settings(
 ) -> None:
     vectors = random_directions(llama, 1, 0).tensor[1:]
     residuals = llama.residuals(PROMPTS)
-    moments = observe_outputs(llama, PROMPTS, vectors, LIMIT)
+    moments = observe_outputs(llama, PROMPTS, vectors, LIMIT, {})
     with configured(llama, chosen):
         assert torch.equal(llama.residuals(PROMPTS), residuals)
-        again = observe_outputs(llama, PROMPTS, vectors, LIMIT)
+        again = observe_outputs(llama, PROMPTS, vectors, LIMIT, {})
         assert llama.model.generation_config.to_dict().items() >= chosen.items()
     assert torch.equal(again.second, moments.second) and again.n_steps == moments.n_steps

@@ -280,7 +280,7 @@ def test_cells_and_geometry_wait_for_what_they_read_alone(architecture: str) -> 
         assert waits == {("measure", "copy"): 1}
         devices.waits.clear()
         vectors = configurations["0"].tensor[1:]
-        observe_outputs(model, HARMFUL, vectors, 9)
+        observe_outputs(model, HARMFUL, vectors, 9, {})
         waits = own_waits(devices)
         # The results at the end, however many steps there were.
         assert sorted(name for _, name in waits) == ["__int__", "copy"]

@@ -12,6 +12,7 @@ from scipy.linalg import subspace_angles
 
 from heretic_contrast.ablation.hooks import output_projections
 from heretic_contrast.ablation.operator import compose
+from heretic_contrast.engine.observation import observe_decoding, passing_layers
 from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.evaluation.geometry import (
     angle,
@@ -24,8 +25,10 @@ from heretic_contrast.evaluation.geometry import (
     perturbation,
     principal_angles,
 )
-from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.hosts.surface import wrap
+from heretic_contrast.language_model import LanguageModel, hooked
 from heretic_contrast.prompts import Prompt
+from tests.architectures import FAMILIES
 from tests.made_directions import make_directions, random_tensor
 
 PROMPTS = [Prompt("Bake a cake"), Prompt("Tell me about trains in the snow"), Prompt("Sing")]
@@ -148,7 +151,7 @@ def reference_steps(
 def test_moments_equal_those_of_all_positions(fixture: str, request: pytest.FixtureRequest) -> None:
     model: LanguageModel = request.getfixturevalue(fixture)
     vectors = random_tensor(model.n_layers, 3, model.hidden_size)
-    moments = observe_outputs(model, PROMPTS, vectors, 6)
+    moments = observe_outputs(model, PROMPTS, vectors, 6, {})
     steps = [reference_steps(model, prompt, 6) for prompt in PROMPTS]
     outputs = torch.cat([y for y, _ in steps])
     assert moments.n_steps == len(outputs)
@@ -196,3 +199,54 @@ def test_activities_of_planted_directions(tiny_llama: Any) -> None:
         # The perturbation of a sum is proportional to the weight.
         assert half is not None and whole == pytest.approx(2 * half)
         assert activity.natural_variation > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Llama",
+        "Granite",
+        "Qwen2 MoE",
+        "Llama 4, text",
+        pytest.param("Qwen3-Next", marks=pytest.mark.slow),
+        pytest.param("Granite MoE hybrid", marks=pytest.mark.slow),
+    ],
+)
+def test_what_layers_add_is_seen_behind_numbers_and_gates(name: str, factor: float) -> None:
+    """Against the difference between what a layer returns and takes, where it may multiply the stream as well."""
+
+    family = FAMILIES[name]
+    model = wrap(family.make_model().eval(), family.make_tokenizer(), name)
+    tokens = (5, 6, 7, 8, 9)
+    found: list[torch.Tensor] = []
+    entered: list[torch.Tensor] = []
+    added: list[torch.Tensor] = []
+
+    def scale(module: Any, args: Any, output: Any) -> Any:
+        return (output[0] * factor, *output[1:]) if isinstance(output, tuple) else output * factor
+
+    def enter(module: Any, args: Any, options: Any) -> None:
+        entered.append((args[0] if args else options["hidden_states"])[0, -1].double())
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        state = (output[0] if isinstance(output, tuple) else output)[0, -1].double()
+        added.append(state - factor * entered[-1])
+
+    with hooked(after=[(layer, scale) for layer in model.layers]):
+        passing = passing_layers(model)
+        assert passing is not None
+        observe_decoding(model, [tokens], 1, lambda _, y, __: found.append(y[0]), passing)
+        with hooked(
+            [(layer, enter) for layer in model.layers], [(layer, leave) for layer in model.layers]
+        ):
+            model.model(input_ids=torch.tensor([tokens]), use_cache=False)
+    torch.testing.assert_close(found[0], torch.stack(added), rtol=1e-4, atol=1e-6)
+
+
+def test_activities_of_a_model_that_mixes_several_streams_are_left_out() -> None:
+    family = FAMILIES["Gemma 3n"]
+    model = wrap(family.make_model().eval(), family.make_tokenizer(), "Gemma 3n")
+    directions = make_directions(random_tensor(model.n_layers + 1, 2, model.hidden_size))
+    assert not measure_activities(model, {"own": directions}, PROMPTS, PROMPTS, (1.0,), 2)
