@@ -621,7 +621,7 @@ class ContrastSettings(Table, TextClassifierSettings):
     warm_start: str | None = None
     """
     The sweep.json of a sweep, or an earlier study (its checkpoint, or its storage), whose best layers and weights, or parameters,
-    become the first trials of the study (Heretic 1.4).
+    become the first trials of the study; what lies beyond the ranges of the search is moved to their ends (Heretic 1.4).
     """
 
     patience: int | None = Field(None, ge=1)

@@ -167,6 +167,17 @@ def fitted(
     return found
 
 
+def is_moved(values: Values, found: Values) -> bool:
+    """Returns whether the ranges of a study put other layers or weights in the place of what a trial begins with."""
+
+    kernel = ("max_weight", "max_weight_position")
+    return any(
+        values.get(name, values.get(f"component.{parameter}", value)) != value
+        for name, value in found.items()
+        if (parameter := name.rpartition(".")[2]) in kernel
+    )
+
+
 def guide(
     study: Study,
     first: Sequence[Values],

@@ -57,6 +57,7 @@ from .guidance import (
     first_trials,
     fitted,
     guide,
+    is_moved,
 )
 from .host_model import HostModel
 from .loading import LoadedContext
@@ -321,6 +322,12 @@ class Host:
             log(
                 f"* Beginning with [bold]{len(first)}[/] trials of {escape(str(self.modifier.settings.warm_start))}"
             )
+            moved = sum(map(is_moved, self.first_trials, first))
+            if moved:
+                log(
+                    f"  * [yellow]{moved} of them lie beyond what is searched, and are moved to other layers or weights at the nearest "
+                    "end of its ranges: see --contrast.search-space.[/]"
+                )
         settings = self.evaluator.settings
 
         def ended(n_trials: int) -> None:

@@ -246,7 +246,7 @@ class HostSettings(Settings):
     unset to prompt the user.
     """
 
-    save_directory: str | None = Field(None, exclude=True)
+    save_directory: str | None = Field(None, min_length=1, exclude=True)
     """Directory to save the model to, or unset to prompt the user."""
 
     @classmethod

@@ -23,7 +23,7 @@ from heretic_contrast.builtin import DATA
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult
 from heretic_contrast.hosts.finalists import second_look
-from heretic_contrast.hosts.guidance import first_trials, fitted, give_back, guide
+from heretic_contrast.hosts.guidance import first_trials, fitted, give_back, guide, is_moved
 from heretic_contrast.leases import Leases, open_storage
 from heretic_contrast.search.samplers import make_sampler
 from heretic_contrast.settings import ContrastSettings, Sampler
@@ -100,7 +100,9 @@ def test_the_best_cells_of_a_sweep(tmp_path: Path) -> None:
         "attn.o_proj.min_weight_distance": FloatDistribution(1, 4),
         "scale.drugs": FloatDistribution(0, 1),
     }
-    found = [fitted(values, distributions, {}) for values in first_trials(settings(path), MODEL)]
+    first = first_trials(settings(path), MODEL)
+    found = [fitted(values, distributions, {}) for values in first]
+    assert list(map(is_moved, first, found)) == [True, True, False]
     assert [
         (trial["attn.o_proj.max_weight_position"], trial["attn.o_proj.max_weight"])
         for trial in found

@@ -592,12 +592,12 @@ def test_readme_gives_the_figures_of_the_stored_results() -> None:
     assert [item and item.verdict for item in nearest] == ["worse", "undecided", "worse"]
     best = studies[1].best_cell("paper-unmatched").refusals
     assert f"does not appear on Qwen: {best} of 10 are left at best" in text
-    assert "In 16 bits single cells differ, and no verdict does." in text
+    assert "In 16 bits single cells of the sweep differ, and no verdict that rests on it." in text
     assert precision_table(studies).count("| none |") == len(studies)
     assert "Of 12 settings of the maps, with these, 9 leave more on all three" in text
     maps = " ".join((root / "docs" / "maps.md").read_text("utf-8").split())
     assert "Of the 12 there 9 are worse than one mean direction on every model" in maps
-    assert "is not worse by ten points on any, and better than maps on the two" in maps
+    assert "is not worse by ten points on any, and better than maps on the two where maps" in maps
     said = maps_reading(studies)
     assert "these 12 settings of maps none left fewer" in said
     assert "and 9 left more on every such model" in said
