@@ -351,6 +351,8 @@ class LanguageModel:
         sequences = self.token_ids(prompts)
         residuals = torch.empty(len(sequences), self.n_layers + 1, self.hidden_size)
 
+        paddings: list[tuple[int, int]] = []
+
         def read(chosen: list[int]) -> int:
             inputs = self.pad([sequences[index] for index in chosen])
             # What `generate` makes of the inputs, as Heretic does, up to the decoder's output.
@@ -368,13 +370,36 @@ class LanguageModel:
                 [captured[index].float().cpu() for index in range(self.n_layers + 1)], dim=1
             )
             residuals[chosen] = winsorize(stacked, self.winsorization_quantile)
+            paddings.append((len(sequences[chosen[-1]]) - len(sequences[chosen[0]]), chosen[0]))
             return len(chosen)
 
-        n_read = 0
-        for n_rows in Batches(self.batch_size).run_groups(groups_by_length(sequences), read):
-            n_read += n_rows
-            if progress is not None:
-                progress(n_read, len(sequences))
+        def read_groups(groups: Iterable[list[int]]) -> None:
+            n_read = 0
+            for n_rows in Batches(self.batch_size).run_groups(groups, read):
+                n_read += n_rows
+                if progress is not None:
+                    progress(n_read, len(sequences))
+
+        def changes_alone(index: int) -> bool:
+            """Returns whether residuals that were read beside others are not those of a prompt alone but for rounding."""
+
+            beside = residuals[index].clone()
+            read([index])
+            shares = (residuals[index] - beside).norm(dim=-1) / beside.norm(dim=-1).clamp_min(1e-30)
+            residuals[index] = beside
+            tolerance = 5e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
+            return float(shares.mean()) > tolerance
+
+        read_groups(groups_by_length(sequences))
+        padding, shortest = max(paddings, default=(0, 0))
+        if padding and changes_alone(shortest):
+            warn(
+                f"Padding or longer prompts in a batch change the residuals of {self.name}, so only prompts of one length share one."
+            )
+            same: dict[int, list[int]] = {}
+            for index, tokens in enumerate(sequences):
+                same.setdefault(len(tokens), []).append(index)
+            read_groups(same.values())
         return residuals
 
     def stream(self, passed: Any) -> Tensor:

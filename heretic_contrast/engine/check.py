@@ -15,9 +15,8 @@ from ..language_model import LanguageModel, Tokens, is_of_the_machine
 from ..vectors import unit_vectors
 from .fast.engine import FastEngine
 from .interface import Continuations
-from .plain import PlainEngine
+from .plain import PlainEngine, UnbatchedEngine
 
-N_PROMPTS = 3
 N_TOKENS = 4
 
 
@@ -25,17 +24,19 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> PlainEngi
     """
     Returns the fast engine, or the plain one where the fast one differs or fails on some of the prompts.
 
+    What is right is what each of these gives alone: where the plain engine differs from that in batches, every prompt is run alone.
     A warning says so. Whatever the plain engine raises is raised, and so is it when memory is exhausted or a device fails.
     """
 
-    # The shortest, and longer ones beside it.
+    # The shortest, one between, and the longest, beside which the others are padded most.
     distinct = sorted(set(prompts), key=lambda tokens: (len(tokens), tokens))
-    chosen = tuple(distinct[:: max(1, len(distinct) // N_PROMPTS)][:N_PROMPTS])
-    plain = PlainEngine(model)
-    known = Continuations(chosen, tuple(plain.generate(chosen, [N_TOKENS] * len(chosen))))
-    interventions = some_interventions(plain, known)
+    places = {0, len(distinct) // 2, len(distinct) - 1}
+    chosen = tuple(distinct[place] for place in sorted(places))
+    alone = UnbatchedEngine(model)
+    known = Continuations(chosen, tuple(alone.generate(chosen, [N_TOKENS] * len(chosen))))
+    interventions = some_interventions(alone, known)
     try:
-        reason = reason_against(FastEngine(model), plain, known, interventions)
+        reason = reason_against(FastEngine(model), alone, known, interventions)
     except Exception as error:
         # Every architecture fails in its own way.
         if is_of_the_machine(error):
@@ -43,6 +44,13 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> PlainEngi
         reason = one_line(str(error)) or type(error).__name__
     if not reason:
         return FastEngine(model)
+    plain = PlainEngine(model)
+    if reason_against(plain, alone, known, [Intervention({}), *interventions]):
+        warn(
+            f"Padding or longer prompts in a batch change what {model.name} gives for a prompt, so every prompt is run alone, which takes "
+            "many times as long."
+        )
+        return alone
     warn(
         f"The fast engine does not work for {model.name} ({reason}), so the plain one runs it, which takes several times as long."
     )

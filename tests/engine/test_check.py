@@ -21,7 +21,8 @@ from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.errors import ContrastWarning
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import DEVICE_FAILS, LanguageModel, Tokens
-from tests.architectures import FAMILIES
+from heretic_contrast.prompts import Prompt
+from tests.architectures import FAMILIES, Family, text
 from tests.plain_sweeps import HARMFUL, changed_weights, random_directions
 from tests.tiny_models import make_model, make_tokenizer
 
@@ -155,3 +156,48 @@ def test_exhausted_memory_and_failing_devices_are_no_reason_to_go_on(
     monkeypatch.setattr(Decoder, "logits", logits)
     with pytest.raises(type(error)):
         checked_engine(network, network.token_ids(HARMFUL))
+
+
+def growing_rope() -> LanguageModel:
+    """Returns a model whose positions mean something else in a batch that holds a long prompt."""
+
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 4.0, 6.0, 8.0],
+        "original_max_position_embeddings": 80,
+        "factor": 8.0,
+    }
+    configuration = text(
+        "Phi3Config",
+        head_dim=8,
+        max_position_embeddings=640,
+        original_max_position_embeddings=80,
+        rope_parameters=rope,
+    )
+    family = Family("Phi3ForCausalLM", configuration)
+    return wrap(family.make_model().eval(), family.make_tokenizer(), "tiny-phi", batch_size=8)
+
+
+@torch.no_grad()
+def test_prompts_are_run_alone_where_longer_ones_beside_them_matter() -> None:
+    model = growing_rope()
+    long = Prompt("word " * 90)
+    short = model.token_ids(HARMFUL)
+    assert max(map(len, short)) < 76 and len(model.token_ids([long])[0]) > 80
+    assert type(checked_engine(model, short)) is FastEngine
+    prompts = model.token_ids([*HARMFUL, long])
+    with pytest.warns(ContrastWarning, match="every prompt is run alone"):
+        engine = checked_engine(model, prompts)
+    expected = [greedy(model, tokens, 2)[0] for tokens in prompts]
+    assert engine.generate(prompts, [2] * len(prompts)) == expected
+
+    with pytest.warns(ContrastWarning, match="only prompts of one length share one"):
+        found = model.residuals([*HARMFUL, long])
+    for index, tokens in enumerate(prompts):
+        states = model.model(
+            input_ids=torch.tensor([tokens]), output_hidden_states=True, use_cache=False
+        ).hidden_states
+        right = torch.stack([state[0, -1] for state in states])
+        torch.testing.assert_close(found[index], right, rtol=1e-4, atol=1e-4)
