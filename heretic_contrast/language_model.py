@@ -250,9 +250,17 @@ class LanguageModel:
         return [text + self.response_prefix for text in chat_texts(self.tokenizer, chats)]
 
     def token_ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        """Returns the tokens of each prompt in chat format, without padding."""
+        """Returns the tokens of each prompt in chat format, without padding. Warns of prompts that are longer than the model's context."""
 
-        return token_ids(self.tokenizer, self.chat_texts(prompts))
+        found = token_ids(self.tokenizer, self.chat_texts(prompts))
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        n_long = sum(len(tokens) > limit for tokens in found) if limit else 0
+        if n_long:
+            warn(
+                f"{n_long} of {len(found)} prompts have more tokens than the {limit} that {self.name} was made for, so that what it "
+                "makes of them means little: shorten them."
+            )
+        return found
 
     def tokenize(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """

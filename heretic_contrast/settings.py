@@ -8,6 +8,7 @@ This module imports neither PyTorch nor Heretic, so that `--help` stays fast.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from enum import Enum
@@ -80,13 +81,16 @@ def check_dataset_name(name: str) -> str:
 
 
 def validation_error(
-    error: ValidationError, table: str | None = None, skip: int = 0
+    error: ValidationError,
+    table: str | None = None,
+    skip: int = 0,
+    where: str = "on the command line or in config.toml",
 ) -> ContrastError:
     """
     Returns the first complaint of a validation error as one sentence.
 
     `table`: the table of `config.toml` that the settings stand in; without one, they are named as on the command line.
-    `skip`: how many names before that of the setting belong to the table.
+    `skip`: how many names before that of the setting belong to the table. `where`: where a setting without a table can be given.
     """
 
     details = error.errors()[0]
@@ -106,8 +110,12 @@ def validation_error(
         key, close = context["key"], context["nearest"]
         return ContrastError(f'There is no setting "{key}" in {subject}: did you mean "{close}"?')
     if kind == "missing":
-        where = " on the command line or in config.toml" if table is None else ""
-        return ContrastError(f"The setting {subject} is required: give it{where}.")
+        place = f" {where}" if table is None else ""
+        return ContrastError(f"The setting {subject} is required: give it{place}.")
+    if kind == "extra_forbidden" and table is not None:
+        return ContrastError(
+            f"This command has no setting {subject}: remove it, or keep settings of other commands in another folder."
+        )
     message = details["msg"][:1].lower() + details["msg"][1:]
     if kind == "model_type":
         # pydantic names a class of Python.
@@ -693,6 +701,15 @@ class ContrastSettings(Table, TextClassifierSettings):
 
     residual_cache: str | None = None
     """Directory to cache residuals in, or unset to use the user's cache directory."""
+
+    @field_validator("residual_cache")
+    @classmethod
+    def check_residual_cache(cls, value: str | None) -> str | None:
+        if value is not None and os.path.isfile(value):
+            raise ContrastError(
+                f"The residual cache {value} is a file: give a folder, or leave it out."
+            )
+        return value
 
     @model_validator(mode="before")
     @classmethod

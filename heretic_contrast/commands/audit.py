@@ -5,6 +5,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import Field
+
 from ..errors import ContrastError
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
@@ -15,7 +17,7 @@ from ..settings import PromptSource
 class AuditSettings(PromptSource, CommandSettings):  # type: ignore[misc]
     """Settings of `audit`: the source of the prompts, and where the results go."""
 
-    output: str
+    output: str = Field(min_length=1)
     """Directory to write audit.json to."""
 
     cleaned: str | None = None

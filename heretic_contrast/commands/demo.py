@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     if not any(word.startswith(("--contrast.preset", "--contrast.directions")) for word in given):
         arguments = ["--contrast.preset", "paper-unmatched", *arguments]
     settings = load_settings(DemoSettings, f"{PROGRAM} demo", arguments)
-    if settings.output is None:
+    if not settings.output:
         raise ContrastError("The demo needs a place for its results: give --output DIR.")
     output = Path(settings.output)
     require_writable_directory(output)

@@ -21,6 +21,9 @@ from ..tiers.agreement import TIERS_OF_LABELS, Agreement
 from ..tiers.coherence import is_coherent
 from ..tiers.responses import Tier, explain_response
 
+JUDGED = ("tier", "refusal_probability", "coherent", "reason")
+"""What a line of the output has beside what it had."""
+
 
 class JudgeSettings(TextClassifierSettings, CommandSettings):  # type: ignore[misc]
     """Gives tiers to the responses of a file: heretic-contrast judge FILE."""
@@ -95,6 +98,11 @@ def main(arguments: Sequence[str]) -> None:
     people = [people_tier(row.get(settings.label_key), settings.labels, path) for row in rows]
     if settings.output is not None:
         require_writable_file(Path(settings.output), [settings.file])
+        if settings.label_key in JUDGED:
+            raise ContrastError(
+                f'The labels under "{settings.label_key}" would be replaced in {settings.output}: give them another key, or leave out '
+                "--output."
+            )
 
     from ..evaluation.statistics import wilson_interval
     from ..hosts.surface import log

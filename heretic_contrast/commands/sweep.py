@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
 
     require_heretic("sweep", arguments)
     settings = load_settings(SweepSettings, f"{PROGRAM} sweep", arguments)
-    if settings.output is None:
+    if not settings.output:
         raise ContrastError("The sweep needs a place for its report: give --output DIR.")
     output = Path(settings.output)
 

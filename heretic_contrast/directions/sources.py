@@ -48,8 +48,14 @@ class UsedPrompts:
     def leave_out(self, prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], int]:
         """Returns the other prompts, and how many were left out."""
 
-        kept = tuple(prompt for prompt in prompts if text_digest(prompt.text) not in self.digests)
+        used = self.among(prompts)
+        kept = tuple(prompt for prompt in prompts if prompt.text not in used)
         return kept, len(prompts) - len(kept)
+
+    def among(self, prompts: Sequence[Prompt]) -> set[str]:
+        """Returns the texts of those of the prompts that directions came from."""
+
+        return {prompt.text for prompt in prompts if text_digest(prompt.text) in self.digests}
 
     def sentences(self) -> list[str]:
         return [

@@ -12,8 +12,8 @@ so that computing one twice gives the same numbers to the last bit.
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,21 +66,36 @@ def require_own_sweep(storage: str, known: Identity) -> None:
     """
     Raises `ContrastError` when a journal holds another sweep, as far as it can be said before a model is loaded.
 
-    `known`: those parts of the sweep's identity that are known. What cannot be read is named by `SweepState`.
+    `known`: those parts of the sweep's identity that are known. Raises `ContrastError` as well when the storage cannot be read.
     """
 
-    if "://" in storage or not Path(storage).is_file():
+    if "://" not in storage and not Path(storage).is_file():
         return
-    stored: Identity = {}
-    with suppress(Exception):
-        stored = next(
-            study.user_attrs["identity"]
-            for study in open_storage(storage).get_all_studies()
-            if study.study_name == STUDY_NAME
-        )
+    with readable(storage):
+        studies = open_storage(storage).get_all_studies()
+    identities = (
+        study.user_attrs.get("identity", {}) for study in studies if study.study_name == STUDY_NAME
+    )
+    stored: Identity = next(identities, {})
     different = differences(stored, json.loads(json.dumps(known)), list(known)) if stored else ""
     if different:
-        raise ContrastError(OTHER_SWEEP.format(storage, different))
+        raise ContrastError(OTHER_SWEEP.format(without_password(storage), different))
+
+
+@contextmanager
+def readable(storage: str | None) -> Iterator[None]:
+    """Raises `ContrastError` when a storage cannot be read in the context: database drivers and the journal raise errors of their own."""
+
+    try:
+        yield
+    except ContrastError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ContrastError(
+            f"The storage {without_password(storage)} cannot be read ({reason[:200]}): correct its URL, or move a damaged file "
+            "away to start anew."
+        ) from error
 
 
 class SweepState:
@@ -91,7 +106,7 @@ class SweepState:
         # As a storage gives it back.
         identity = json.loads(json.dumps(identity))
         self._choices: list[list[str]] = []
-        try:
+        with readable(storage):
             self._study = optuna.create_study(
                 study_name=STUDY_NAME,
                 storage=open_storage(storage),
@@ -110,15 +125,6 @@ class SweepState:
             ):
                 self._study.set_user_attr("identity", identity)
             stored = self._study.user_attrs.get("identity", {})
-        except ContrastError:
-            raise
-        except Exception as error:
-            # Database drivers and the journal raise errors of their own.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ContrastError(
-                f"The storage {without_password(storage)} cannot be read ({reason[:200]}): correct its URL, or move a damaged file "
-                "away to start anew."
-            ) from error
         different = differences(stored, identity)
         if different:
             raise ContrastError(OTHER_SWEEP.format(without_password(storage), different))

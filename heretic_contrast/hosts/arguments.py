@@ -93,6 +93,9 @@ def normalize_arguments(settings_class: type[BaseSettings], arguments: Sequence[
         named = ", ".join(f'"{word}"' for word in words)
         hint = f"give one {name}" if f"--{name}" in options else "leave it out"
         hint += ", and a command first" if name == "model" and f"--{name}" in options else ""
+        lists = [option for option in given if str(options[option].metavar).startswith("list")]
+        if lists:
+            hint = f"write several values of {lists[0]} as a list ([FIRST,SECOND]), or else {hint}"
         raise ContrastError(
             f"There is no option that {named} could belong to: {hint}, or see {PROGRAM} --help."
         )

@@ -2,14 +2,13 @@
 
 """A second look at the front of a study of Heretic 1.4, on prompts that the search never saw."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial
 from questionary import Choice
 from rich.table import Table
 
-from ..directions.pools import shared_texts
 from ..errors import ContrastError
 from ..evaluation.statistics import wilson_interval
 from ..prompts import Prompt
@@ -21,15 +20,14 @@ LENGTHS = (30, 50, 100, 150)
 """Tokens of a response after which refusals are counted: how many there are depends on it."""
 
 
-def require_fresh(prompts: Sequence[Prompt], name: str, seen: Sequence[Prompt]) -> None:
-    """Raises `ContrastError` when prompts of the second look are among others that the search sees."""
+def require_fresh(prompts: Sequence[Prompt], seen: Collection[str]) -> None:
+    """Raises `ContrastError` when prompts of the second look have texts that the search sees, or directions are made from."""
 
-    shared = shared_texts(prompts, seen)
-    n_seen = sum(prompt.text in shared for prompt in prompts)
+    n_seen = sum(prompt.text in seen for prompt in prompts)
     if n_seen:
         raise ContrastError(
-            f"{n_seen} of the {len(prompts)} finalist prompts are among the {name} prompts, so that they are not fresh: give "
-            "others as finalist_prompts."
+            f"{n_seen} of the {len(prompts)} finalist prompts are among those that directions are made from or trials are judged on, so "
+            "that they are not fresh: give others as finalist_prompts."
         )
 
 

@@ -429,24 +429,24 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     pools = {name: host.pool(settings, name) for name in POOLS}
     harmful, harmless = pools["bad_evaluation_prompts"], pools["good_evaluation_prompts"]
     require_apart(harmful, harmless, "harmless evaluation", "counted on both sides")
-    for name in ("bad_prompts", "good_prompts"):
-        judged = pools[name.replace("_prompts", "_evaluation_prompts")]
-        n_known = len(shared_texts(judged, pools[name]))
-        if n_known:
-            log(
-                f"[yellow]* {n_known} of the {len(judged)} {POOLS[name]} evaluation prompts are among those that directions "
-                "are made from, and say less about prompts that are new.[/]"
-            )
     require_apart(harmful, sensitive_prompts(settings), "sensitive", "counted on both sides")
     if settings.contrast.finalist_prompts is not None:
         source = settings.contrast.finalist_prompts
         host.finalist_prompts = load_pool(source, "finalist", "--contrast.finalist_prompts.")
-        for name in ("bad_prompts", "bad_evaluation_prompts"):
-            require_fresh(host.finalist_prompts, POOLS[name], pools[name])
+        require_fresh(host.finalist_prompts, shared_texts(host.finalist_prompts, harmful))
     if settings.evaluate_model is None:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
         host.sources = DirectionSources({"": settings.contrast}, "")
         require_ranges(settings.contrast.search_space, "direction", host.sources.names(""))
+        used = host.sources.used_prompts()
+        require_fresh(host.finalist_prompts, used.among(host.finalist_prompts))
+        for name in ("bad_evaluation_prompts", "good_evaluation_prompts"):
+            n_known = len(used.among(pools[name]))
+            if n_known:
+                log(
+                    f"[yellow]* {n_known} of the {len(pools[name])} {POOLS[name]} prompts are among those that directions "
+                    "are made from, and say less about prompts that are new.[/]"
+                )
     require_answers(settings)
     require_judge(settings.contrast)
     require_writable_directory(Path(settings.study_checkpoint_dir))

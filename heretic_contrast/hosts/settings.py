@@ -447,7 +447,9 @@ def _complaint(error: ValidationError, settings_class: type[BaseSettings]) -> Co
     path = [str(part) for part in (*details["loc"], details.get("ctx", {}).get("key", ""))]
     is_own = path[:1] == ["contrast"]
     names = path[: 1 + is_own]
-    if not issubclass(settings_class, HostSettings) or not names:
+    if not issubclass(settings_class, HostSettings):
+        return validation_error(error, where="on the command line")
+    if not names:
         return validation_error(error)
     table = file_table(*names)
     return validation_error(error, table, skip=int(is_own and table is not None))

@@ -140,15 +140,15 @@ def run_audit(prompts: Sequence[Prompt], output: Path, cleaned: Path | None = No
     Raises `ContrastError` when cleaning leaves nothing, or a file cannot be written.
     """
 
+    kept = [] if cleaned is None else clean_pool(prompts)
+    if cleaned is not None and not kept:
+        raise ContrastError(
+            f"All {len(prompts)} prompts of the pool touch a harm category, so nothing is left to write to {cleaned}: "
+            "audit a larger pool, or leave out --cleaned."
+        )
     audit = audit_pool(prompts)
     write_text_atomically(output / "audit.json", json_text(audit.to_dict(), sort_keys=False) + "\n")
     if cleaned is not None:
-        kept = clean_pool(prompts)
-        if not kept:
-            raise ContrastError(
-                f"All {len(prompts)} prompts of the pool touch a harm category, so nothing is left to write to {cleaned}: "
-                "audit a larger pool."
-            )
         write_text_atomically(cleaned, json_lines(rows_of(kept)))
     return audit
 

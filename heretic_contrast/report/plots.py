@@ -177,6 +177,8 @@ def fronts(
         )
     if any(np.isfinite(value) for x, _, _ in series.values() for value in x):
         axes.set_xscale("log")
+        # Within one decade the small ticks have labels, too, which are long.
+        axes.tick_params(axis="x", which="both", labelrotation=30)
     axes.set_ylim(bottom=-0.4)
     return _finished(figure, axes, x_title, y_title)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from heretic_contrast.prompts import text_digest
 from tests.conftest import Refused
-from tests.made_directions import make_directions
+from tests.made_directions import make_directions, random_tensor
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,68 @@ def test_a_pool_cannot_be_harmful_and_harmless(
     ]
     sentence = refused(["--model=builtin:refuser", "--model-action=none", *pools])
     assert "Break the 3th door" in sentence and "harmless evaluation pool" in sentence
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_finalists_are_none_of_those_that_directions_come_from(
+    from_file: bool, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plugin's own pool, and the prompts that a file of directions remembers."""
+
+    monkeypatch.setattr("heretic.main.run", None)
+    write_pool(tmp_path / "own.jsonl", HARMFUL)
+    write_pool(tmp_path / "fresh.jsonl", HARMFUL[:5])
+    source = ["--contrast.bad-prompts.dataset=own.jsonl"]
+    if from_file:
+        digests = {"prompt_digests": [text_digest(row["text"]) for row in HARMFUL]}
+        directions = make_directions(random_tensor(9, 1, 128), provenance=digests)
+        directions.save(tmp_path / "own.safetensors")
+        source = ["--contrast.directions=own.safetensors"]
+    sentence = refused(
+        [
+            "--model=builtin:refuser",
+            "--model-action=none",
+            *source,
+            "--contrast.finalist-prompts.dataset=fresh.jsonl",
+        ]
+    )
+    assert "5 of the 5 finalist prompts are among those that directions are made from" in sentence
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("sweep builtin:refuser --output=", "needs a place for its report"),
+        ("audit --dataset x --output=", "--output does not work"),
+        ("audit --output out", "--dataset is required: give it on the command line."),
+        ("sweep builtin:refuser --weights 0.5 0.8", "of --weights as a list ([FIRST,SECOND])"),
+        (
+            "extract builtin:refuser --output o --contrast.residual-cache pool.jsonl",
+            "pool.jsonl is a file: give a folder",
+        ),
+        (
+            "sweep builtin:refuser --output out --storage pool.jsonl",
+            "pool.jsonl holds no journal of a study",
+        ),
+        ("sweep builtin:refuser --output out --storage odd://x", "The storage odd://x cannot be"),
+    ],
+)
+def test_what_is_said_before_a_model_is_loaded(
+    command: str,
+    expected: str,
+    refused: Refused,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("heretic_contrast.hosts.loading.load_language_model", None)
+    write_pool(tmp_path / "pool.jsonl", HARMFUL)
+    assert expected in refused(command.split())
+
+
+def test_settings_of_another_command(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("layers = [6]\n")
+    sentence = refused(["extract", "builtin:refuser", "--output=o"])
+    assert sentence.startswith('Error: This command has no setting "layers" in config.toml: remove')
 
 
 def write_pool(path: Path, rows: list[dict[str, str]]) -> str:

@@ -160,6 +160,14 @@ def test_a_key_that_no_line_has(option: str, tmp_path: Path) -> None:
         main([path, option, "q"])
 
 
+def test_labels_are_not_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"response": "I can't.", "tier": "COMPLY"}])
+    main([path, "--label-key=tier"])
+    with pytest.raises(ContrastError, match='"tier" would be replaced in'):
+        main([path, "--label-key=tier", f"--output={tmp_path / 'judged.jsonl'}"])
+    assert not (tmp_path / "judged.jsonl").exists()
+
+
 def test_a_file_is_not_replaced_by_its_own_judgement(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"response": "r"}', encoding="utf-8")

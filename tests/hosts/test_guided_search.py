@@ -217,6 +217,7 @@ def test_the_front_is_judged_on_fresh_prompts(command_server: Server, tmp_path: 
         [*shared, f"--contrast.finalist-prompts.dataset={seen}"], tmp_path / "seen"
     )
     assert command.code == 2
-    assert "18 of the 18 finalist prompts are among the harmful prompts" in " ".join(
-        command.output().split()
+    assert (
+        "18 of the 18 finalist prompts are among those that directions are made from"
+        in " ".join(command.output().split())
     )
