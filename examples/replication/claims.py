@@ -259,7 +259,7 @@ def claim_d2(study: Study) -> Finding:
     """
     At w = 1.2 the matched ablation changes the residual stream by less than its natural variation over decoding steps, which is why it does nothing.
 
-    Does not appear: unmatched directions reach R = 0 in some cell although they are below it, too. Appears: they never do, and matched ones are below it on all layers.
+    Does not appear: unmatched directions reach R = 0 in some cell although they are below it, too. Appears: they reach it in cells above it alone, and matched ones are below it on all layers.
     """
 
     floor = study.data["seeds"][0]["noise_floor"]

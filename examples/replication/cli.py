@@ -65,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ContrastError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted: the same command goes on where it was.", file=sys.stderr)
+        sys.exit(130)
 
 
 def run_measure(chosen: argparse.Namespace) -> None:
@@ -80,6 +83,8 @@ def run_measure(chosen: argparse.Namespace) -> None:
     from heretic_contrast.evaluation.cells import SweepResult
     from heretic_contrast.hosts.surface import log, progress_bar, wrap
 
+    from .conditions import require_conditions
+    from .measurement import require_own_sweep
     from .pools import builtin_pools, file_pools
 
     logging.set_verbosity_error()
@@ -93,6 +98,7 @@ def run_measure(chosen: argparse.Namespace) -> None:
             "Only the built-in refuser has prompts of its own: give --prompts FILE.jsonl."
         )
     pools = builtin_pools() if chosen.prompts is None else file_pools(chosen.prompts)
+    require_conditions(pools, options.conditions)
     sweeps = []
     for path in filter(None, (chosen.sweep, chosen.sweep_16_bits)):
         try:
@@ -114,6 +120,7 @@ def run_measure(chosen: argparse.Namespace) -> None:
         loaded = loaded.to("cuda")
     model = wrap(loaded, tokenizer, name=name, batch_size=chosen.batch_size)
     work = chosen.work or chosen.output.with_suffix(".work")
+    require_own_sweep(model, sweeps[0], chosen.sweep)
     with progress_bar() as show:
         results = measure_study(model, name, pools, options, work, log, show, *sweeps)
     write_text_atomically(

@@ -17,6 +17,7 @@ from torch import Tensor
 from heretic_contrast.directions.baselines import Residuals
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract_directions
+from heretic_contrast.errors import ContrastError
 from heretic_contrast.settings import PRESETS, ContrastSettings
 
 from .pools import MATCHED, SENSITIVE, Draw, StudyPools
@@ -107,6 +108,16 @@ def single_layer_conditions() -> list[Condition]:
     strong = ("mean unmatched", "mean matched", "svd matched", "svd1 matched")
     conditions = [Condition(f"{name}, equal weight", name, "weight", "paper") for name in paper]
     return conditions + _named(strong, "effective", "strong")
+
+
+def require_conditions(pools: StudyPools, names: Iterable[str]) -> None:
+    """Raises `ContrastError` when a condition does not exist."""
+
+    conditions = [*all_layer_conditions(pools, [""]), *single_layer_conditions()]
+    known = list(dict.fromkeys(condition.name for condition in conditions))
+    for name in names:
+        if name not in known:
+            raise ContrastError(f'There is no condition "{name}": give some of {", ".join(known)}.')
 
 
 @dataclass(frozen=True)

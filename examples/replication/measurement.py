@@ -78,6 +78,24 @@ class StudyOptions:
         return weights
 
 
+def require_own_sweep(model: LanguageModel, swept: SweepResult, path: Path) -> None:
+    """Raises `ContrastError` when a sweep is of another model, or lacks a configuration of the paper."""
+
+    missing = [name for name in (UNMATCHED, MATCHED, SVD) if not swept.single_cells(name, "weight")]
+    if missing:
+        raise ContrastError(
+            f"{path} has no {' and no '.join(missing)} at equal weight: sweep the paper's three presets."
+        )
+    known = model.identity()
+    is_other = swept.identity.get("dtype") == known["dtype"] and (
+        swept.identity["weights"] != known["weights"]
+    )
+    if is_other or any(max(cell.layers) >= model.n_layers for cell in swept.cells):
+        raise ContrastError(
+            f"{path} is a sweep of another model than {model.name}: sweep this one."
+        )
+
+
 def measure_study(
     model: LanguageModel,
     name: str,

@@ -41,6 +41,9 @@ EQUAL_EFFECTIVE = (
     "som random",
 )
 
+STRONG = ("mean unmatched", "mean matched", "svd matched", "svd1 matched")
+"""What is measured at high effective weights, on single layers."""
+
 CAPTIONS = {
     "sweep": "R by layer and weight, every layer alone",
     "curves": "Share refused against KL, all layers at once, with bands",
@@ -92,23 +95,25 @@ def render(studies: Sequence[Study], figures: dict[str, dict[str, str]]) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def share_table(study: Study, conditions: tuple[str, ...], weight_title: str) -> str:
-    """Returns the share of refusals by weight (rows) and condition (columns), with KL."""
+def share_table(
+    study: Study, conditions: tuple[str, ...], weight_title: str, scopes: Sequence[str] = ("all",)
+) -> str:
+    """Returns the share of refusals by weight (rows) and condition (columns), with KL; of several layers alone, each with rows of its own."""
 
-    found = {name: study.outcomes(name) for name in conditions}
-    present = {name: item for name, item in found.items() if item is not None}
-    rows = []
-    for weight in sorted({weight for item in present.values() for weight in item.weights}):
-        row = [f"{weight:g}"]
-        for item in present.values():
-            if weight not in item.weights:
-                row.append(NONE)
-                continue
-            index = item.weights.index(weight)
-            share = percent(share_interval(item, study.draws, index))
-            row.append(f"{share}, KL {small(float(item.kl[index].mean()))}")
-        rows.append(row)
-    return table([weight_title, *map(label, present)], rows, right=[0])
+    rows, names = [], [name for name in conditions if study.outcomes(name, scopes[0]) is not None]
+    for scope in scopes:
+        found = [item for name in names if (item := study.outcomes(name, scope)) is not None]
+        for weight in sorted({weight for item in found for weight in item.weights}):
+            row = [f"{weight:g}" if scope == "all" else f"layer {scope}, {weight:g}"]
+            for item in found:
+                if weight not in item.weights:
+                    row.append(NONE)
+                    continue
+                index = item.weights.index(weight)
+                share = percent(share_interval(item, study.draws, index))
+                row.append(f"{share}, KL {small(float(item.kl[index].mean()))}")
+            rows.append(row)
+    return table([weight_title, *map(label, names)], rows, right=[0])
 
 
 def contrast_table(study: Study, pairs: Sequence[Pair]) -> str:

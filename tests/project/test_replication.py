@@ -24,6 +24,7 @@ from examples.replication.claims import (
     OVERTURNED,
     decide_hints,
     eliminates,
+    fresh,
     reduces,
 )
 from examples.replication.cli import main
@@ -53,9 +54,9 @@ from examples.replication.statistics import (
     shares,
     stack_outcomes,
 )
-from examples.replication.wording import reading, signed
+from examples.replication.wording import percent, reading, signed
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.evaluation.cells import Verdict
+from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult, Verdict
 from heretic_contrast.prompts import Prompt
 
 N_LAYERS = 4
@@ -563,6 +564,24 @@ def test_report_states_every_claim_and_is_deterministic(again: bool, tmp_path: P
     }
 
 
+def test_what_is_measured_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of conditions, and a sweep of this model with the paper's three presets: one sentence before anything is run."""
+
+    measurement = Measurement(9, 0, 0, 0, 9, 0, 2, 0.1, None)
+    cell = Cell("paper-unmatched", "weight", (3,), 0.5, 0.5, 0.5, measurement)
+    path = tmp_path / "sweep.json"
+    path.write_text(SweepResult("builtin:refuser", measurement, (cell,)).to_json())
+    command = f"measure --model builtin:refuser --sweep {path} --output {tmp_path / 'out.json'}"
+    for words, message in (
+        (["--conditions", "mean unmatched", "mean mached"], 'no condition "mean mached"'),
+        ([], "has no paper-matched and no paper-matched-svd"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command.split(), *words])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_report_without_some_conditions_says_that_they_were_not_measured() -> None:
     data = made_up_study(everything_works, n_seeds=1)
     for seed in data["seeds"]:
@@ -590,14 +609,14 @@ def test_readme_gives_the_figures_of_the_stored_results() -> None:
     )
     assert [item and item.verdict for item in mixed] == ["equal", "undecided", "equal"]
     assert [item and item.verdict for item in nearest] == ["worse", "undecided", "worse"]
-    best = studies[1].best_cell("paper-unmatched").refusals
-    assert f"does not appear on Qwen: {best} of 10 are left at best" in text
+    _, left = fresh(studies[1], "paper-unmatched")
+    assert f"does not appear on Qwen: at the best layer and weight {percent(left)} of fresh" in text
     assert "In 16 bits single cells of the sweep differ, and no verdict that rests on it." in text
     assert precision_table(studies).count("| none |") == len(studies)
     assert "Of 12 settings of the maps, with these, 9 leave more on all three" in text
     maps = " ".join((root / "docs" / "maps.md").read_text("utf-8").split())
     assert "Of the 12 there 9 are worse than one mean direction on every model" in maps
-    assert "is not worse by ten points on any, and better than maps on the two where maps" in maps
+    assert "is called worse on none, and better than maps on the two where maps" in maps
     said = maps_reading(studies)
     assert "these 12 settings of maps none left fewer" in said
     assert "and 9 left more on every such model" in said
