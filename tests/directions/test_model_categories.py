@@ -89,6 +89,7 @@ def test_calibration_cancels_a_liking_for_one_digit(tiny_llama: Any) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = tiny_llama.model
+            self.config = tiny_llama.model.config
             self.device = tiny_llama.model.device
             self.liked = tiny_llama.tokenizer.convert_tokens_to_ids("3")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.measuring import LiveBytes
-from heretic_contrast.engine.check import N_PROMPTS, N_TOKENS
+from heretic_contrast.engine.check import N_TOKENS
 from heretic_contrast.engine.fast.decoder import ELEMENTS, Decoder, TokenBatch
 from heretic_contrast.evaluation.cells import CellKey
 from heretic_contrast.evaluation.divergence import base_statistics, divergences
@@ -132,8 +132,8 @@ def test_sweep_holds_the_logits_of_a_few_positions() -> None:
     assert many["cell"] <= 0.06 * 256 * position
     assert many["cell"] - few["cell"] <= 0.05 * 256 * position
     # While all continuations are generated in one batch, transformers holds three rows of logits for each. Before, both
-    # engines are compared on a few positions.
-    compared = 7 * N_PROMPTS * N_TOKENS * position
+    # engines are compared on a few positions of three prompts.
+    compared = 7 * 3 * N_TOKENS * position
     for n_prompts, memory in ((16, few), (64, many)):
         generated = (3 * n_prompts + 2) * position + 0.06 * 256 * position
         assert memory["preparation"] <= max(generated, compared)
