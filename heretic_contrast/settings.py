@@ -638,7 +638,7 @@ class ContrastSettings(Table, TextClassifierSettings):
     divergence: Literal["first-token", "teacher-forced"] = "first-token"
     """
     What divergence is minimized in the study under Heretic 1.4. Options: "first-token" (of the first token of responses to
-    harmless prompts, as Heretic's), "teacher-forced" (the mean over the unmodified model's own responses to them).
+    harmless prompts, as Heretic's), "teacher-forced" (the mean over the unmodified model's own responses to them, a lower bound as in the sweep).
     """
 
     divergence_tokens: int = Field(50, ge=1)
