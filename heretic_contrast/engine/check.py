@@ -2,6 +2,7 @@
 
 """Which engine a model gets: the fast one where it gives what the plain one gives for a few prompts, and the plain one elsewhere."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,24 +20,33 @@ from .plain import PlainEngine, UnbatchedEngine
 
 N_TOKENS = 4
 
+ROUNDINGS = 4
+"""How many times what batches alone change an engine may differ: a strong intervention amplifies rounding."""
+
 
 def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> PlainEngine:
     """
     Returns the fast engine, or the plain one where the fast one differs or fails on some of the prompts.
 
-    What is right is what each of these gives alone: where the plain engine differs from that in batches, every prompt is run alone.
-    A warning says so. Whatever the plain engine raises is raised, and so is it when memory is exhausted or a device fails.
+    What is right is what a prompt gives alone: where the plain engine gives another thing in batches, every prompt is run alone. A
+    warning says so. Whatever the plain engine raises is raised, and so is it when memory is exhausted or a device fails.
     """
 
     # The shortest, one between, and the longest, beside which the others are padded most.
     distinct = sorted(set(prompts), key=lambda tokens: (len(tokens), tokens))
     places = {0, len(distinct) // 2, len(distinct) - 1}
     chosen = tuple(distinct[place] for place in sorted(places))
-    alone = UnbatchedEngine(model)
+    plain, alone = PlainEngine(model), UnbatchedEngine(model)
     known = Continuations(chosen, tuple(alone.generate(chosen, [N_TOKENS] * len(chosen))))
-    interventions = some_interventions(alone, known)
+    if reason_against(plain, alone, known, [Intervention({})]):
+        warn(
+            f"Padding or longer prompts in a batch change what {model.name} gives for a prompt, so every prompt is run alone, which takes "
+            "many times as long."
+        )
+        return alone
+    interventions = some_interventions(plain, known)
     try:
-        reason = reason_against(FastEngine(model), alone, known, interventions)
+        reason = reason_against(FastEngine(model), plain, known, interventions)
     except Exception as error:
         # Every architecture fails in its own way.
         if is_of_the_machine(error):
@@ -44,13 +54,6 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> PlainEngi
         reason = one_line(str(error)) or type(error).__name__
     if not reason:
         return FastEngine(model)
-    plain = PlainEngine(model)
-    if reason_against(plain, alone, known, [Intervention({}), *interventions]):
-        warn(
-            f"Padding or longer prompts in a batch change what {model.name} gives for a prompt, so every prompt is run alone, which takes "
-            "many times as long."
-        )
-        return alone
     warn(
         f"The fast engine does not work for {model.name} ({reason}), so the plain one runs it, which takes several times as long."
     )
@@ -90,8 +93,11 @@ def reason_against(
     tolerance = 5e-3 if plain.model.model.dtype in (torch.float32, torch.float64) else 0.1
     for chosen in (None, *([intervention] for intervention in interventions)):
         (found,), (right,) = (all_logits(item, known, chosen) for item in (engine, plain))
-        if not same_logits(found, right, tolerance):
-            return "its logits differ"
+        share = difference(found, right)
+        if share > tolerance:
+            (alone,) = all_logits(UnbatchedEngine(plain.model), known, chosen)
+            if not share <= ROUNDINGS * difference(alone, right):
+                return "its logits differ"
     responses = [item.respond(known, N_TOKENS, interventions) for item in (engine, plain)]
     for index, (response, expected) in enumerate(zip(*responses, strict=True)):
         if response == expected:
@@ -123,12 +129,12 @@ def all_logits(
     return list(values.to(engine.model.device).split(n_positions))
 
 
-def same_logits(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Returns whether logits are the same but for rounding and for what adds to all of them."""
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Returns by which share logits differ, but for what adds to all of them; infinite where others are infinite, or none."""
 
     is_number = expected.isfinite()
     if found.shape != expected.shape or not found.isfinite().equal(is_number):
-        return False
+        return math.inf
     found, expected = (torch.where(is_number, item, 0) for item in (found, expected))
     scale = (expected - expected.mean(dim=1, keepdim=True)).norm()
-    return bool((found - expected).norm() <= tolerance * scale)
+    return float((found - expected).norm() / scale.clamp_min(1e-30))

@@ -201,3 +201,11 @@ def test_prompts_are_run_alone_where_longer_ones_beside_them_matter() -> None:
         ).hidden_states
         right = torch.stack([state[0, -1] for state in states])
         torch.testing.assert_close(found[index], right, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrong_engine_is_told_from_rounding_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES["Llama, bfloat16"]
+    network = wrap(family.make_model(), family.make_tokenizer(), "tiny-16")
+    wrong_logits(monkeypatch)
+    with pytest.warns(ContrastWarning, match="its logits differ"):
+        assert type(checked_engine(network, network.token_ids(HARMFUL))) is PlainEngine
