@@ -609,6 +609,11 @@ def test_readme_gives_the_figures_of_the_stored_results() -> None:
     )
     assert [item and item.verdict for item in mixed] == ["equal", "undecided", "equal"]
     assert [item and item.verdict for item in nearest] == ["worse", "undecided", "worse"]
+    for study in studies[1:]:
+        found = study.contrast("som matched, filtered", "som matched")
+        assert found is not None and found.verdict == "better" and signed(found.difference) in text
+    # These never halve refusals on Qwen, as the report says.
+    assert studies[1].contrast("som matched", "som unmatched") is None
     _, left = fresh(studies[1], "paper-unmatched")
     assert f"does not appear on Qwen: at the best layer and weight {percent(left)} of fresh" in text
     assert "In 16 bits single cells of the sweep differ, and no verdict that rests on it." in text
