@@ -10,7 +10,12 @@ Measures which of the paper's claims appear on a model, and writes the replicati
 An interrupted measurement resumes with the same command.
 """
 
-from replication.cli import main
+import sys
 
 if __name__ == "__main__":
+    try:
+        # Importing takes seconds.
+        from replication.cli import main
+    except KeyboardInterrupt:
+        sys.exit(130)
     main()

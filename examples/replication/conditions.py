@@ -86,7 +86,10 @@ def all_layer_conditions(pools: StudyPools, left_out: list[str]) -> list[Conditi
     conditions += _named(["lengthened matched"], "weight", "equal")
     conditions += _named([f"{name} unmatched" for name in MAPS], "effective", "main")
     for method in METHODS:
-        names = [f"{method} {name}" for name in ("matched, filtered", "random", SHUFFLED)]
+        names = [
+            f"{method} {name}"
+            for name in ("matched, filtered", "unmatched, filtered", "random", SHUFFLED)
+        ]
         conditions += _named(names, "effective", "control")
     return conditions + [
         Condition(
@@ -117,7 +120,9 @@ def require_conditions(pools: StudyPools, names: Iterable[str]) -> None:
     known = list(dict.fromkeys(condition.name for condition in conditions))
     for name in names:
         if name not in known:
-            raise ContrastError(f'There is no condition "{name}": give some of {", ".join(known)}.')
+            raise ContrastError(
+                f'There is no condition "{name}": give some of {", ".join(map(repr, known))}.'
+            )
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class DirectionsMaker:
     Makes the directions of a seed by name, each once.
 
     Names: METHOD BASELINE, with the methods "mean", "som", "svd" (of the som directions), "svd1" (its first vector alone), and
-    those of `MAPS` (som directions of other maps); "raw BASELINE" and "lengthened matched" are som directions whose length counts; "METHOD matched, filtered" only
+    those of `MAPS` (som directions of other maps); "raw BASELINE" and "lengthened matched" are som directions whose length counts; "METHOD BASELINE, filtered" only
     uses prompts that the model treats as assumed; "METHOD random"; "METHOD shuffled"; "som BASELINE without CATEGORY".
     """
 

@@ -157,16 +157,20 @@ class Study:
                     )
         return stack_outcomes(rows, len(categories)) if rows else None
 
-    def contrast(self, condition: str, reference: str) -> Contrast | None:
+    def contrast(self, condition: str, reference: str, at: str | None = None) -> Contrast | None:
         """
         Returns one condition against another on all layers at equal divergence, or None where that is not possible.
 
-        Where the condition leaves categories out, both are judged on these.
+        That is the divergence at which the reference halves refusals, or `at`, a third one. Where the condition leaves categories
+        out, both are judged on these.
         """
 
         like = condition if condition.endswith(", left out") else None
         first, second = self.outcomes(condition), self.outcomes(reference, like=like)
-        return None if first is None or second is None else contrast(first, second, self.draws)
+        third = None if at is None else self.outcomes(at)
+        if first is None or second is None or (at is not None and third is None):
+            return None
+        return contrast(first, second, self.draws, third)
 
     def share(self, condition: str, scope: str, weight: float) -> Interval | None:
         """Returns the share of refusals of a condition at a weight."""

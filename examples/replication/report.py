@@ -156,7 +156,8 @@ def maps_table(studies: Sequence[Study], reference: str) -> str:
     for method, text in MAP_SETTINGS.items():
         if method != reference:
             pair = (f"{method} unmatched", f"{reference} unmatched")
-            rows.append([text, *(against(study.contrast(*pair)) for study in studies)])
+            found = [study.contrast(*pair, at="mean unmatched") for study in studies]
+            rows.append([text, *map(against, found)])
     return table(["Maps", *(study.name for study in studies)], rows)
 
 
@@ -164,7 +165,8 @@ def maps_reading(studies: Sequence[Study]) -> str:
     """Returns how many settings of maps are surely better, or worse, than one mean direction, and what classes without maps are."""
 
     def verdicts(condition: str, reference: str) -> list[str]:
-        found = [study.contrast(f"{condition} unmatched", reference) for study in studies]
+        pair = (f"{condition} unmatched", reference)
+        found = [study.contrast(*pair, at="mean unmatched") for study in studies]
         return [item.verdict for item in found if item is not None and not item.below]
 
     maps = [verdicts(method, "mean unmatched") for method in MAP_SETTINGS if method != "means"]
@@ -257,6 +259,10 @@ def topic_pairs(study: Study) -> list[Pair]:
         for method, text in (("mean", "mean"), ("som", "SOM")):
             name = f"{method} {condition}"
             pairs.append((f"{what}, {text}", name, f"{method} matched"))
+    for baseline in ("unmatched", "matched"):
+        for method, text in (("mean", "mean"), ("som", "SOM")):
+            what = f"{baseline}, filtered by behavior − unmatched, {text}"
+            pairs.append((what, f"{method} {baseline}, filtered", f"{method} unmatched"))
     return [pair for pair in pairs if study.outcomes(pair[1]) is not None]
 
 

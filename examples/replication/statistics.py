@@ -186,7 +186,7 @@ class Contrast:
     """
     One condition against another at equal divergence.
 
-    `level`: the divergence at which the reference refuses half. `share`: of the condition there; `difference`: minus that of
+    `level`: the divergence at which the reference refuses half, or a third condition. `share`: of the condition there; `difference`: minus that of
     the reference. `ratio`: divergence that the condition needs to refuse half, over the reference's. `beyond`: whether
     the level lies beyond what the condition was measured at, so that its share there is an upper bound. `below`: whether it lies below what
     either was measured at, so that its share there is a line from the unmodified model, whatever lies between.
@@ -227,12 +227,15 @@ def judge(difference: Interval, margin: float = MARGIN) -> str:
     return "undecided"
 
 
-def contrast(condition: Outcomes, reference: Outcomes, draws: Draws) -> Contrast | None:
-    """Returns the contrast, or None where the reference never refuses as little as half."""
+def contrast(
+    condition: Outcomes, reference: Outcomes, draws: Draws, at: Outcomes | None = None
+) -> Contrast | None:
+    """Returns the contrast where the reference, or `at`, refuses half, or None where that never refuses as little."""
 
     own_kl, own_share = divergences(condition, draws), shares(condition, draws)
     base_kl, base_share = divergences(reference, draws), shares(reference, draws)
-    level = float(kl_at(base_kl[:1], base_share[:1], 0.5)[0])
+    halving = reference if at is None else at
+    level = float(kl_at(divergences(halving, draws)[:1], shares(halving, draws)[:1], 0.5)[0])
     if not np.isfinite(level):
         return None
     own = share_at(own_kl, own_share, level)
