@@ -51,6 +51,9 @@ CAPTIONS = {
     "capture": "Capture by layer",
 }
 
+COMMON = "mean unmatched"
+"""Where this halves refusals, what cannot be compared where its reference does is compared, since some references never do."""
+
 GOOD = ("equal", "better")
 
 Pair = tuple[str, str, str]
@@ -116,12 +119,18 @@ def share_table(
     return table([weight_title, *map(label, names)], rows, right=[0])
 
 
-def contrast_table(study: Study, pairs: Sequence[Pair]) -> str:
-    """Returns contrasts at equal divergence: what is compared, with its conditions."""
+def contrast_table(study: Study, pairs: Sequence[Pair], at: str | None = None) -> str:
+    """
+    Returns contrasts at equal divergence: what is compared, with its conditions.
+
+    That is where each reference halves refusals, or `at` does; where neither does, one mean direction of unmatched prompts.
+    """
 
     rows = []
     for what, condition, reference in pairs:
-        found = study.contrast(condition, reference)
+        found = study.contrast(condition, reference, at)
+        if found is None:
+            found = study.contrast(condition, reference, COMMON)
         cells = [NONE, NONE, NONE, "not comparable"]
         if found is not None:
             cells = [small(found.level), signed(found.difference), ratio(found.ratio)]
@@ -156,7 +165,7 @@ def maps_table(studies: Sequence[Study], reference: str) -> str:
     for method, text in MAP_SETTINGS.items():
         if method != reference:
             pair = (f"{method} unmatched", f"{reference} unmatched")
-            found = [study.contrast(*pair, at="mean unmatched") for study in studies]
+            found = [study.contrast(*pair, at=COMMON) for study in studies]
             rows.append([text, *map(against, found)])
     return table(["Maps", *(study.name for study in studies)], rows)
 
@@ -166,7 +175,7 @@ def maps_reading(studies: Sequence[Study]) -> str:
 
     def verdicts(condition: str, reference: str) -> list[str]:
         pair = (f"{condition} unmatched", reference)
-        found = [study.contrast(*pair, at="mean unmatched") for study in studies]
+        found = [study.contrast(*pair, at=COMMON) for study in studies]
         return [item.verdict for item in found if item is not None and not item.below]
 
     maps = [verdicts(method, "mean unmatched") for method in MAP_SETTINGS if method != "means"]
@@ -192,6 +201,11 @@ CHOICES = (
     ("a matched baseline", "mean matched", "mean unmatched"),
     ("a mixture of both baselines", "mean mixed", "mean unmatched"),
     ("the nearest harmless prompts as baseline", "mean nearest", "mean unmatched"),
+    (
+        "dropping prompts that do not behave as assumed",
+        "mean unmatched, filtered",
+        "mean unmatched",
+    ),
     ("the mean of each class", "means unmatched", "mean unmatched"),
     ("one map per class", "som unmatched", "mean unmatched"),
     ("maps of 2 × 2 per class", "small unmatched", "mean unmatched"),
@@ -263,7 +277,10 @@ def topic_pairs(study: Study) -> list[Pair]:
         for method, text in (("mean", "mean"), ("som", "SOM")):
             what = f"{baseline}, filtered by behavior − unmatched, {text}"
             pairs.append((what, f"{method} {baseline}, filtered", f"{method} unmatched"))
-    return [pair for pair in pairs if study.outcomes(pair[1]) is not None]
+    for method, text in (("mean", "mean"), ("som", "SOM")):
+        what = f"matched, filtered − unmatched, filtered, {text}"
+        pairs.append((what, f"{method} matched, filtered", f"{method} unmatched, filtered"))
+    return [pair for pair in pairs if all(study.outcomes(name) is not None for name in pair[1:])]
 
 
 def widest(study: Study) -> tuple[float, Interval | None, Interval | None]:
@@ -303,11 +320,13 @@ def magnitude_reading(study: Study, own: Interval | None, mended: Interval | Non
     return f"{part} At equal weight they leave more refusals with their own length, and lengthening does not surely mend it."
 
 
-def verdicts_of(study: Study, baseline: str, reference: str) -> dict[str, str]:
+def verdicts_of(
+    study: Study, baseline: str, reference: str, at: str | None = None
+) -> dict[str, str]:
     """Returns what both kinds of directions of one baseline are at equal divergence, against those of another; "som" and "mean" where measured."""
 
     found = {
-        method: study.contrast(f"{method} {baseline}", f"{method} {reference}")
+        method: study.contrast(f"{method} {baseline}", f"{method} {reference}", at)
         for method in ("mean", "som")
     }
     return {method: reading(item) for method, item in found.items() if item is not None}
@@ -360,15 +379,15 @@ def topic_reading(study: Study) -> str:
     """Is it the lost topic? Without the topic's part, without the category that is judged, other matched pools."""
 
     readings = []
-    residualized = verdicts_of(study, "residualized", "unmatched")
+    residualized = verdicts_of(study, "residualized", "unmatched", COMMON)
     if residualized:
         readings.append(
             f"Without what subjects alone contribute, against unmatched directions: {by_method(residualized)}"
         )
-    without = study.contrast("som unmatched, left out", "som unmatched")
+    without = study.contrast("som unmatched, left out", "som unmatched", COMMON)
     if without is not None:
         readings.append(f"class directions on a category that they never saw: {reading(without)}")
-    filtered = verdicts_of(study, "matched, filtered", "matched")
+    filtered = verdicts_of(study, "matched, filtered", "matched", COMMON)
     if not study.data["n_refused"]["matched"]:
         readings.append("no matched prompt is refused, so that nothing could spoil the pool")
     elif filtered:
