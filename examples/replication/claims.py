@@ -296,7 +296,7 @@ def claim_d3(study: Study) -> Finding:
     """
 
     raw, unit, mean = (
-        study.contrast(f"{method} matched", f"{method} unmatched")
+        study.common_contrast(f"{method} matched", f"{method} unmatched")
         for method in ("raw", "som", "mean")
     )
     measured = (

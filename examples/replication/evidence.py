@@ -23,6 +23,9 @@ from .statistics import (
     stack_outcomes,
 )
 
+COMMON = "mean unmatched"
+"""Where this halves refusals, what cannot be compared where its reference does is compared, since some references never do."""
+
 
 class SweepCell(NamedTuple):
     """A cell of the paper's sweep; see `measurement.compact_sweep`."""
@@ -171,6 +174,12 @@ class Study:
         if first is None or second is None or (at is not None and third is None):
             return None
         return contrast(first, second, self.draws, third)
+
+    def common_contrast(self, condition: str, reference: str) -> Contrast | None:
+        """As `contrast`; where the reference does not halve refusals, at the divergence at which `COMMON` does."""
+
+        found = self.contrast(condition, reference)
+        return self.contrast(condition, reference, COMMON) if found is None else found
 
     def share(self, condition: str, scope: str, weight: float) -> Interval | None:
         """Returns the share of refusals of a condition at a weight."""

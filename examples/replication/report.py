@@ -19,7 +19,7 @@ from heretic_contrast.report.plots import can_plot
 
 from . import claims, wording
 from .conditions import SHUFFLED
-from .evidence import Study, load_studies
+from .evidence import COMMON, Study, load_studies
 from .statistics import Contrast, Interval, share_interval
 from .wording import NONE, label, percent, plain, ratio, reading, signed, small, table
 
@@ -50,9 +50,6 @@ CAPTIONS = {
     "lengths": "Length of class directions over unmatched, by layer",
     "capture": "Capture by layer",
 }
-
-COMMON = "mean unmatched"
-"""Where this halves refusals, what cannot be compared where its reference does is compared, since some references never do."""
 
 GOOD = ("equal", "better")
 
@@ -128,9 +125,8 @@ def contrast_table(study: Study, pairs: Sequence[Pair], at: str | None = None) -
 
     rows = []
     for what, condition, reference in pairs:
-        found = study.contrast(condition, reference, at)
-        if found is None:
-            found = study.contrast(condition, reference, COMMON)
+        found = study.contrast(condition, reference, at) if at else None
+        found = found or study.common_contrast(condition, reference)
         cells = [NONE, NONE, NONE, "not comparable"]
         if found is not None:
             cells = [small(found.level), signed(found.difference), ratio(found.ratio)]
@@ -326,8 +322,9 @@ def verdicts_of(
     """Returns what both kinds of directions of one baseline are at equal divergence, against those of another; "som" and "mean" where measured."""
 
     found = {
-        method: study.contrast(f"{method} {baseline}", f"{method} {reference}", at)
+        method: study.contrast(*pair, at) if at else study.common_contrast(*pair)
         for method in ("mean", "som")
+        if (pair := (f"{method} {baseline}", f"{method} {reference}"))
     }
     return {method: reading(item) for method, item in found.items() if item is not None}
 
@@ -477,7 +474,7 @@ def open_question(study: Study) -> tuple[str, str]:
             if length is None:
                 continue
             gain = study.shape_difference(name, reference, "pair_max_cosine")
-            found = study.contrast(name, reference)
+            found = study.common_contrast(name, reference)
             effect, minus = NONE, plain(gain, 3)
             if baseline == "unmatched":
                 effect = minus = "reference"
