@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from heretic_contrast.errors import ContrastWarning
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel, Tokens
 from heretic_contrast.prompts import Prompt
@@ -80,3 +81,14 @@ def test_long_prompts_do_not_lengthen_short_ones(monkeypatch: pytest.MonkeyPatch
     assert seen == [(3, 5), (5, 5)]
     alone = torch.cat([model.residuals([prompt]) for prompt in prompts])
     torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_beyond_the_context_are_named() -> None:
+    family = FAMILIES["Llama"]
+    model = wrap(family.make_model(), family.make_tokenizer(), name="tiny")
+    limit = model.model.config.max_position_embeddings
+    long = Prompt("word " * limit)
+    with pytest.warns(
+        ContrastWarning, match=f"1 of {len(PROMPTS) + 1} prompts .* the {limit} that"
+    ):
+        assert len(model.token_ids([*PROMPTS, long])[-1]) > limit
