@@ -321,12 +321,13 @@ def verdicts_of(
 ) -> dict[str, str]:
     """Returns what both kinds of directions of one baseline are at equal divergence, against those of another; "som" and "mean" where measured."""
 
-    found = {
-        method: study.contrast(*pair, at) if at else study.common_contrast(*pair)
-        for method in ("mean", "som")
-        if (pair := (f"{method} {baseline}", f"{method} {reference}"))
-    }
-    return {method: reading(item) for method, item in found.items() if item is not None}
+    verdicts = {}
+    for method in ("mean", "som"):
+        pair = (f"{method} {baseline}", f"{method} {reference}")
+        found = study.contrast(*pair, at) if at else study.common_contrast(*pair)
+        if found is not None:
+            verdicts[method] = reading(found)
+    return verdicts
 
 
 def by_method(verdicts: dict[str, str]) -> str:

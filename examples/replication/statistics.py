@@ -234,8 +234,8 @@ def contrast(
 
     own_kl, own_share = divergences(condition, draws), shares(condition, draws)
     base_kl, base_share = divergences(reference, draws), shares(reference, draws)
-    halving = reference if at is None else at
-    level = float(kl_at(divergences(halving, draws)[:1], shares(halving, draws)[:1], 0.5)[0])
+    halving, once = reference if at is None else at, Draws(draws.seeds[:1], draws.prompts[:1])
+    level = float(kl_at(divergences(halving, once), shares(halving, once), 0.5)[0])
     if not np.isfinite(level):
         return None
     own = share_at(own_kl, own_share, level)

@@ -45,8 +45,8 @@ def normalize_arguments(settings_class: type[BaseSettings], arguments: Sequence[
     """
     Returns the arguments with each value joined to its option, and what needs no option behind its own.
 
-    That is the model, or what the class names as `positional`. It may be the first word, as commands with many options are written, or the last, as Heretic takes it, or
-    stand anywhere between options. What the command line names counts more than the environment and `config.toml`.
+    That is the model, or what the class names as `positional`. It may be the first word, as commands with many options are
+    written, or the last, as Heretic takes it, or stand anywhere between options. What the command line names counts more than the environment and `config.toml`.
 
     Raises `ContrastError` when an option does not exist, or a word is nothing's value.
     """
@@ -89,17 +89,18 @@ def normalize_arguments(settings_class: type[BaseSettings], arguments: Sequence[
     if not words:
         return normalized
     name = getattr(settings_class, "positional", "model")
-    if len(words) > 1 or f"--{name}" in given or f"--{name}" not in options:
+    own = f"--{name}"
+    if len(words) > 1 or own in given or own not in options:
         named = ", ".join(f'"{word}"' for word in words)
-        hint = f"give one {name}" if f"--{name}" in options else "leave it out"
-        hint += ", and a command first" if name == "model" and f"--{name}" in options else ""
+        hint = f"give one {name}" if own in options else "leave it out"
+        hint += ", and a command first" if own in options and name == "model" else ""
         lists = [option for option in given if str(options[option].metavar).startswith("list")]
         if lists:
             hint = f"write several values of {lists[0]} as a list ([FIRST,SECOND]), or else {hint}"
         raise ContrastError(
             f"There is no option that {named} could belong to: {hint}, or see {PROGRAM} --help."
         )
-    return [*normalized, f"--{name}={words[0]}"]
+    return [*normalized, f"{own}={words[0]}"]
 
 
 def is_option(word: str) -> bool:

@@ -144,6 +144,15 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]
     ]
 
 
+def asked(values: Values, name: str, shared: Mapping[str, str]) -> Any:
+    """Returns the value that a trial begins with for a parameter of a study, or None where it has none. `shared`: as in `fitted`."""
+
+    component, _, parameter = name.rpartition(".")
+    kind = "scale." if name.startswith("scale.") else f"component.{parameter}"
+    keys = (name, f"{shared.get(component)}.{parameter}", kind)
+    return next((values[key] for key in keys if key in values), None)
+
+
 def fitted(
     values: Values, distributions: Mapping[str, BaseDistribution], shared: Mapping[str, str]
 ) -> Values:
@@ -155,10 +164,7 @@ def fitted(
 
     found = {}
     for name, distribution in distributions.items():
-        component, _, parameter = name.rpartition(".")
-        kind = "scale." if name.startswith("scale.") else f"component.{parameter}"
-        keys = (name, f"{shared.get(component)}.{parameter}", kind)
-        value = next((values[key] for key in keys if key in values), None)
+        value = asked(values, name, shared)
         if value is None:
             continue
         if isinstance(distribution, FloatDistribution):
@@ -167,14 +173,14 @@ def fitted(
     return found
 
 
-def is_moved(values: Values, found: Values) -> bool:
+def is_moved(values: Values, found: Values, shared: Mapping[str, str]) -> bool:
     """Returns whether the ranges of a study put other layers or weights in the place of what a trial begins with."""
 
-    kernel = ("max_weight", "max_weight_position")
+    kernel = (".max_weight", ".max_weight_position")
     return any(
-        values.get(name, values.get(f"component.{parameter}", value)) != value
+        asked(values, name, shared) != value
         for name, value in found.items()
-        if (parameter := name.rpartition(".")[2]) in kernel
+        if name.endswith(kernel)
     )
 
 

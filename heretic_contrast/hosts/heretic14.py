@@ -322,7 +322,8 @@ class Host:
             log(
                 f"* Beginning with [bold]{len(first)}[/] trials of {escape(str(self.modifier.settings.warm_start))}"
             )
-            moved = sum(map(is_moved, self.first_trials, first))
+            pairs = zip(self.first_trials, first, strict=True)
+            moved = sum(is_moved(*pair, shared) for pair in pairs)
             if moved:
                 log(
                     f"  * [yellow]{moved} of them lie beyond what is searched, and are moved to other layers or weights at the nearest "

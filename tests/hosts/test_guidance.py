@@ -102,7 +102,8 @@ def test_the_best_cells_of_a_sweep(tmp_path: Path) -> None:
     }
     first = first_trials(settings(path), MODEL)
     found = [fitted(values, distributions, {}) for values in first]
-    assert list(map(is_moved, first, found)) == [True, True, False]
+    moved = [is_moved(*pair, {}) for pair in zip(first, found, strict=True)]
+    assert moved == [True, True, False]
     assert [
         (trial["attn.o_proj.max_weight_position"], trial["attn.o_proj.max_weight"])
         for trial in found
