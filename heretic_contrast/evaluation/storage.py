@@ -29,7 +29,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
 
-from ..errors import ContrastError
+from ..errors import ContrastError, one_line
 from ..identity import Identity, differences
 from ..language_model import Progress
 from ..leases import Leases, open_storage, without_password
@@ -91,7 +91,7 @@ def readable(storage: str | None) -> Iterator[None]:
     except ContrastError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(str(error)) or type(error).__name__
         raise ContrastError(
             f"The storage {without_password(storage)} cannot be read ({reason[:200]}): correct its URL, or move a damaged file "
             "away to start anew."
