@@ -6,8 +6,9 @@ The lexicon's first category against public taxonomies of harmful prompts.
     python benchmarks/categories.py --repositories FOLDER [--wrong SET]
 
 FOLDER holds git clones of `do-not-answer-ja` (kunishou), `abliteration-prefill` (joesposito8; StrongREJECT and HarmBench),
-`refusal_direction` (andyrdt; JailbreakBench) and `multilingual-safety-for-LLMs` (DAMO-NLP-SG; MultiJail). What a taxonomy calls a
-category is mapped to ours below; what has no counterpart is left out. Where it has several, each of them is right.
+`refusal_direction` (andyrdt; JailbreakBench), `multilingual-safety-for-LLMs` (DAMO-NLP-SG; MultiJail), `ailuminate` (mlcommons) and
+`SimpleSafetyTests` (bertiev). What a taxonomy calls a category is mapped to ours below; what has no counterpart is left out, and so
+is all that is about children. Where it has several, each of them is right.
 """
 
 from __future__ import annotations
@@ -100,6 +101,34 @@ SETS: dict[str, tuple[str, str, str, str, dict[str, str]]] = {
             "Substance": "drugs",
             "Soliciting": "surveillance",
             "Self-harm": "self-harm",
+        },
+    ),
+    "AILuminate": (
+        "ailuminate",
+        "airr_official_1.0_demo_en_us_prompt_set_release.csv",
+        "prompt_text",
+        "hazard",
+        {
+            **dict.fromkeys(("vcr", "iwp"), "violence"),
+            **dict.fromkeys(("src", "sxc"), "sexual"),
+            **dict.fromkeys(("dfm", "hte"), "harassment"),
+            "ncr": "fraud drugs hacking",
+            "ipv": "fraud miscellaneous",
+            "ssh": "self-harm",
+            "prv": "surveillance",
+            "spc": "miscellaneous",
+        },
+    ),
+    "SimpleSafetyTests": (
+        "SimpleSafetyTests",
+        "SimpleSafetyTests - test cases.csv",
+        "prompts_final",
+        "harm_area",
+        {
+            "Suicide": "self-harm",
+            "Physical harm": "violence",
+            "Scams": "fraud",
+            "Illegal": "drugs violence",
         },
     ),
 }

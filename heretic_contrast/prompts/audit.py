@@ -33,10 +33,12 @@ FIRST_LABEL_RIGHT_IN_PUBLIC_SETS = {
     "HarmBench": {"right": 66, "of": 93, "interval_95": [0.611, 0.792]},
     "JailbreakBench": {"right": 56, "of": 90, "interval_95": [0.519, 0.715]},
     "MultiJail": {"right": 174, "of": 294, "interval_95": [0.535, 0.646]},
+    "AILuminate": {"right": 588, "of": 1100, "interval_95": [0.505, 0.564]},
+    "SimpleSafetyTests": {"right": 58, "of": 80, "interval_95": [0.619, 0.811]},
 }
 """
-The same by `benchmarks/categories.py`. The errors in the first two were read when the lexicon was last extended, those in the other
-three were not.
+The same by `benchmarks/categories.py`. The errors in the first two were read when the lexicon was last extended, those in the others
+were not.
 """
 
 PAPER_MATCHES = 859
@@ -116,7 +118,7 @@ def render(audit: PoolAudit) -> Table:
         caption=(
             f"{audit.n_matches} matches, {audit.matches_per_paper_pool:.0f} per {PAPER_PROMPTS} prompts "
             f"(the paper: {PAPER_MATCHES}). On {FIRST_LABEL_RIGHT['of']} labelled harmful prompts the first category is right "
-            "in 77 % (71–82 %), and in public sets that it was not written on in 59 to 71 %."
+            "in 77 % (71–82 %), and in public sets that it was not written on in 54 to 73 %."
         ),
         show_footer=True,
     )
