@@ -238,11 +238,11 @@ def weight_along(operator: Operator, direction: Tensor) -> float:
 
 def equalize(vectors: Tensor, weights: Tensor) -> Tensor:
     """
-    Rescales weights so that λ_max(Σ_k w_k v_k v_kᵀ) is the largest of them (paper, section 5.2).
+    Rescales weights so that the spectral norm of Σ_k w_k v_k v_kᵀ is the largest of their absolute values (paper, section 5.2).
 
     The control for compounding: parallel directions then remove no more than a single one would.
     `vectors`: Tensor of shape (n_directions, hidden_size). `weights`: Tensor of shape (n_directions,).
     """
 
     largest = effective_weight(compose(vectors, weights, Composition.SUM))
-    return weights if largest == 0 else weights * (float(weights.max()) / largest)
+    return weights if largest == 0 else weights * (float(weights.abs().max()) / largest)

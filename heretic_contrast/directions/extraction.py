@@ -179,7 +179,7 @@ def extract_directions(
         vectors, norms = unit_vectors(as_trained)
     # 5. Scale.
     if settings.scale is Scale.UNMATCHED:
-        norms = _unmatched_norms(residuals, class_names, settings, as_trained)
+        norms = _unmatched_norms(residuals, class_names, settings, bulk_means, as_trained)
     if settings.scale is not Scale.UNIT:
         vectors = vectors * norms[..., None]
     tensors = {
@@ -292,21 +292,24 @@ def _unmatched_norms(
     residuals: Residuals,
     class_names: Sequence[str],
     settings: ContrastSettings,
+    bulk_means: Tensor,
     as_trained: Tensor,
 ) -> Tensor:
     """
-    Returns the lengths that the unmatched baseline gives for the same classes and layers.
+    Returns the lengths that the unmatched baseline gives for the same classes and layers under the same settings.
 
     Tensor of shape (n_layers + 1, n_directions). After SVD these are the singular values of the unmatched
     directions.
     """
 
-    if settings.baseline == "unmatched" and settings.control is Control.NONE:
-        unmatched = as_trained
-    else:
+    # Random directions have the lengths and the singular values of those that they replace.
+    unmatched = as_trained
+    if settings.baseline != "unmatched":
         unmatched, _ = class_directions(
             residuals, class_names, settings.model_copy(update={"baseline": "unmatched"})
         )
+        if settings.orthogonalize_direction:
+            unmatched = without_harmless(unmatched, bulk_means)
     if not settings.svd:
         return unmatched.norm(dim=-1)
     singular_values = torch.linalg.svdvals(unmatched)

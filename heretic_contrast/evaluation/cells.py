@@ -194,7 +194,11 @@ class SweepResult:
         return list(dict.fromkeys((cell.configuration, cell.strength) for cell in self.cells))
 
     def single_cells(self, configuration: str, strength: str) -> list[Cell]:
-        return single_cells(self.cells, configuration, strength)
+        """Returns the cells of single layers at the weights that were swept: a synergy test may add one for a few layers."""
+
+        found = single_cells(self.cells, configuration, strength)
+        swept = self.settings.get("weights") or [cell.weight for cell in found]
+        return [cell for cell in found if cell.weight in swept]
 
     def efficiency(self, cell: Cell) -> float | None:
         found = cell.measurement

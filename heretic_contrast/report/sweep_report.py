@@ -275,10 +275,8 @@ def _grid(
 
     cells = result.single_cells(configuration, strength)
     by_place = {(cell.layers[0], cell.weight): cell for cell in cells}
-    # A synergy test may add a weight for a few layers; the grid's weights come from the settings.
-    swept = result.settings.get("weights") or sorted({cell.weight for cell in cells})
     layers = sorted({cell.layers[0] for cell in cells})
-    return layers, [float(weight) for weight in swept], by_place
+    return layers, sorted({cell.weight for cell in cells}), by_place
 
 
 def refusal_table(result: SweepResult, configuration: str, strength: str) -> Table:

@@ -105,15 +105,31 @@ def test_unit_scale_keeps_zero_directions_zero() -> None:
     assert (directions.class_directions[1:].norm(dim=-1) > 0.5).all()
 
 
-def test_unmatched_scale_has_the_norms_of_the_unmatched_baseline() -> None:
+@pytest.mark.parametrize("svd", [False, True])
+@pytest.mark.parametrize("control", ["none", "random"])
+@pytest.mark.parametrize("baseline", ["matched", "unmatched"])
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_unmatched_scale_has_the_norms_of_the_unmatched_baseline(
+    orthogonalize: bool, baseline: str, control: str, svd: bool
+) -> None:
     residuals = make_residuals()
-    matched = extract_directions(residuals, settings(baseline="matched", scale="unmatched"))
-    unmatched = extract_directions(residuals, settings(baseline="unmatched", scale="raw"))
-    unit = extract_directions(residuals, settings(baseline="matched"))
-    assert torch.allclose(matched.tensor.norm(dim=-1), unmatched.tensor.norm(dim=-1), atol=1e-5)
-    assert torch.allclose(
-        torch.nn.functional.normalize(matched.tensor, dim=-1), unit.tensor, atol=1e-5
-    )
+
+    def directions(**values: Any) -> Tensor:
+        found = settings(method="mean", orthogonalize_direction=orthogonalize, svd=svd, **values)
+        return extract_directions(residuals, found).tensor
+
+    scaled = directions(baseline=baseline, control=control, scale="unmatched")
+    for layer in range(1, LAYERS):
+        mean = residuals.bulk[:, layer].double().mean(dim=0)
+        expected = torch.stack(
+            [by_class(residuals, name, layer).mean(0) - mean for name in CLASSES]
+        )
+        if orthogonalize:
+            expected -= (expected @ mean)[:, None] * mean / (mean @ mean)
+        lengths = torch.linalg.svdvals(expected) if svd else expected.norm(dim=-1)
+        assert torch.allclose(scaled[layer].norm(dim=-1).double(), lengths, atol=1e-5)
+    unit = directions(baseline=baseline, control=control)
+    assert torch.allclose(torch.nn.functional.normalize(scaled, dim=-1), unit, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [None, 2])

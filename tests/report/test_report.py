@@ -239,10 +239,12 @@ def test_refusals_by_layer_and_weight_carry_intervals() -> None:
     assert [row[0] for row in texts] == ["0", "1", "2"]
     low, high = wilson_interval(4, 10)
     assert texts[0][3] == f"4 ({100 * low:.0f}–{100 * high:.0f}%)"
-    # A weight that only the synergy test added is no column.
-    extra = Cell("first", "weight", (2,), 0.9, 1, 1, measurement(2, 0.1))
+    # A weight that only the synergy test added is no column, and nothing is achieved by it.
+    extra = Cell("first", "weight", (2,), 0.9, 1, 1, measurement(0, 0.1))
     wider = SweepResult(**{**result.__dict__, "cells": (*result.cells, extra)})
     assert refusal_table(wider, "first", "weight").texts() == texts
+    assert wider.summaries() == result.summaries()
+    assert minimal_weight_table(wider).texts() == minimal_weight_table(result).texts()
 
 
 def test_pareto_front_equals_the_definition() -> None:
