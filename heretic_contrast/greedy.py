@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import GenerationMixin
 
-from .errors import ContrastError
+from .errors import ContrastError, one_line
 
 WITHOUT_INFLUENCE = frozenset(
     {
@@ -139,7 +139,7 @@ def explained_settings(network: Any, name: str) -> Iterator[None]:
         names = peculiarities(network)
         if not names:
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(str(error))[:300]
         raise ContrastError(
             f"{name} cannot generate as its generation configuration asks ({', '.join(sorted(names))}: {reason}): "
             "correct its generation_config.json."

@@ -42,7 +42,7 @@ from ..builtin import (
     resolve_model,
     with_refuser_pools,
 )
-from ..errors import ContrastError, warn
+from ..errors import ContrastError, one_line, warn
 from ..files import file_digest
 from ..settings import (
     ContrastSettings,
@@ -176,7 +176,7 @@ class ContrastTomlSource(TomlConfigSettingsSource):
         try:
             super().__init__(settings_cls, toml_file="config.toml")
         except (ValueError, OSError, RecursionError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(str(error))
             raise ContrastError(
                 f"config.toml in the current directory cannot be read ({reason}): correct or remove it."
             ) from error
@@ -467,7 +467,7 @@ def load_settings(
         raise _complaint(error, settings_class) from error
     except (SettingsError, UnicodeEncodeError, RecursionError) as error:
         # Bytes of the command line that are no UTF-8 arrive as halves of characters, which pydantic cannot complain about.
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(str(error.__cause__ or error))
         raise ContrastError(
             f"The settings cannot be read ({reason}): correct them, or see {PROGRAM} --help."
         ) from error

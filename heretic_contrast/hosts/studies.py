@@ -20,7 +20,7 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from ..builtin import model_name
-from ..errors import ContrastError
+from ..errors import ContrastError, one_line
 from ..identity import Identity, differences
 from ..journal import CheckedJournal, remove_locks
 from ..leases import open_storage, without_password
@@ -88,7 +88,7 @@ def open_shared(settings: HostSettings) -> BaseStorage | None:
         raise
     except Exception as error:
         # Database drivers and the journal raise errors of their own.
-        reason = without_password(" ".join(str(error).split())) or type(error).__name__
+        reason = without_password(one_line(str(error))) or type(error).__name__
         raise ContrastError(
             f"The storage {place} cannot be read ({reason[:200]}): correct its URL, or move a damaged file away."
         ) from error

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ContrastError
+from ..errors import ContrastError, one_line
 from ..settings import CATEGORY_COLUMN, PROMPT_COLUMNS, PromptSource, category_name
 from .reading import Setting, read_rows
 from .rows import Rows
@@ -57,10 +57,10 @@ def load_pool(
             raise
         except Exception as error:
             # Whatever a dataset library raises, the user needs to know which pool it was.
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(str(error)) or type(error).__name__
             raise ContrastError(
                 f"The {what} prompts could not be loaded from {part.dataset} ({reason}): "
-                f"check {setting('dataset')}, its split and its column."
+                f"check {setting('dataset')}, its config, split and column."
             ) from error
         prompts += _prompts(rows, part, setting)
     if not prompts:

@@ -17,7 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..errors import ContrastError
+from ..errors import ContrastError, one_line
 from ..settings import CATEGORY_COLUMN, PROMPT_COLUMNS
 from .rows import (
     ANY_DELIMITER,
@@ -183,7 +183,7 @@ def _read_arrow(content: bytes, path: Path, columns: Collection[str]) -> Rows:
             names = table.column_names
             table = table.select([name for name in names if name in columns])
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
         raise ContrastError(f"{path} is damaged ({reason}): get it again.") from error
     return arrow_rows(table, tuple(names), Features.from_arrow_schema(table.schema), str(path))
 
