@@ -129,13 +129,18 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]
         for index, cell in enumerate(cells)
         if cell.measurement.refusals < sweep.baseline.refusals
     }
+    # All components where none are named; the others were left alone.
+    components = sweep.settings.get("components") or ["component"]
     return sweep.model, [
         {
             "direction_scope": "per layer",
             "rest": 1.0,
             "scale.": 1.0,
-            "component.max_weight": cell.weight,
-            "embeddings.max_weight": 0.0 if cell.layers[0] else cell.weight,
+            "component.max_weight": 0.0,
+            **{f"{name}.max_weight": cell.weight for name in components},
+            "embeddings.max_weight": 0.0
+            if cell.layers[0] or components != ["component"]
+            else cell.weight,
             "component.max_weight_position": cell.layers[0],
             "component.min_weight": 0.0,
             "component.min_weight_distance": 0.0,

@@ -46,9 +46,9 @@ def normalized_bigram_entropy(response: str) -> float:
     Entropy of the response's word bigrams over its maximum, in [0, 1] (paper, section 3.3).
 
     With N bigrams of relative frequencies p, this is -Σ p ln p / ln N: 1 when no bigram repeats, 0 when all are the same.
-    Fewer than two bigrams cannot repeat: 1.
+    Fewer than two bigrams cannot repeat: 1. Special tokens are no words.
     """
-    words = split_words(response)
+    words = split_words(strip_special_tokens(response))
     counts = Counter(pairwise(words))
     total = counts.total()
     if total < 2:

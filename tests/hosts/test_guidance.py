@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,24 @@ def test_the_best_cells_of_a_sweep(tmp_path: Path) -> None:
         assert trial["attn.o_proj.min_weight"] == 0.0
         assert trial["attn.o_proj.min_weight_distance"] == 1.0
         assert "direction_index" not in trial
+
+
+@pytest.mark.parametrize("lowest", [0.0, 0.2])
+def test_components_that_were_not_swept_are_left_alone(tmp_path: Path, lowest: float) -> None:
+    path = tmp_path / "sweep.json"
+    of_attention = replace(sweep(), settings={"components": ["attn.o_proj"]})
+    path.write_text(of_attention.to_json())
+    distributions = {
+        f"{name}.max_weight": FloatDistribution(lowest, 1.5)
+        for name in ("attn.o_proj", "mlp.down_proj", "embeddings")
+    }
+    whole, found = sweep().single_cells("unmatched", "weight"), first_trials(settings(path), MODEL)
+    for values in found:
+        fit = fitted(values, distributions, {})
+        assert fit["attn.o_proj.max_weight"] in {cell.weight for cell in whole}
+        assert fit["mlp.down_proj.max_weight"] == fit["embeddings.max_weight"] == lowest
+        # A range that does not reach down to 0 is said.
+        assert is_moved(values, fit, {}) == (lowest > 0)
 
 
 def test_the_front_of_an_earlier_study(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def test_entropy_of_known_texts() -> None:
     # Bigrams ab, ba, ab: entropy of (2/3, 1/3) over ln 3.
     assert normalized_bigram_entropy("a b a b") == pytest.approx(0.5793801643)
     assert normalized_bigram_entropy("") == normalized_bigram_entropy("word") == 1.0
+    # Special tokens that decoding left over are no words.
+    assert normalized_bigram_entropy("a b " + "[INST] </s> " * 30) == 1.0
 
 
 @settings(deadline=None)
