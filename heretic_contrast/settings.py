@@ -48,7 +48,7 @@ RowNormalization = Enum(
     "RowNormalization", {"NONE": "none", "PRE": "pre", "FULL": "full"}, type=str
 )
 Writers = Enum("Writers", {"ALL": "all", "APART": "apart", "HERETIC": "heretic"}, type=str)
-Sampler = Enum("Sampler", {"TPE": "tpe", "NSGA2": "nsga2"}, type=str)
+Sampler = Enum("Sampler", {"TPE": "tpe", "GP": "gp", "NSGA2": "nsga2"}, type=str)
 Control = Enum("Control", {"NONE": "none", "RANDOM": "random"}, type=str)
 
 DATASET_FORMATS = frozenset(
@@ -430,6 +430,26 @@ NEEDS = (
         set(),
         "with another baseline than nearest: give that as well, or leave it out",
     ),
+    Need(
+        {"sensitive_prompts"},
+        lambda settings: settings.counts_false_refusals,
+        set(),
+        "without false_refusals or max_false_refusals: give one of them as well, or leave it out",
+    ),
+    Need(
+        {"divergence_tokens"},
+        lambda settings: settings.divergence == "teacher-forced",
+        set(),
+        "on the divergence of the first token: give the divergence teacher-forced as well, or leave it out",
+    ),
+    Need(
+        {"counted_tiers"},
+        lambda settings: (
+            settings.refusal_classifier == "tiers" or settings.classifier_name is not None
+        ),
+        set(),
+        "on markers: give the refusal classifier tiers as well, or leave it out",
+    ),
 )
 """The settings that have no effect without others. Baselines of other packages may use all that there are."""
 
@@ -610,8 +630,8 @@ class ContrastSettings(Table, TextClassifierSettings):
 
     sampler: Sampler = Sampler.TPE
     """
-    Sampler of the study under Heretic 1.4. Options: "tpe" (multivariate tree-structured Parzen estimator), "nsga2"
-    (evolutionary, the counterpart of the paper's strategy).
+    Sampler of the study under Heretic 1.4. Options: "tpe" (multivariate tree-structured Parzen estimator, Heretic's), "gp" (Gaussian
+    processes, which need fewer trials), "nsga2" (evolutionary, the counterpart of the paper's strategy).
     """
 
     stop_dominated: bool = False
@@ -823,8 +843,8 @@ class ContrastSettings(Table, TextClassifierSettings):
                 "shared_direction.",
             ),
             (
-                self.stop_dominated and self.sampler is not Sampler.TPE,
-                "The sampler nsga2 needs every trial to its end: leave out stop_dominated, or use the sampler tpe.",
+                self.stop_dominated and self.sampler is Sampler.NSGA2,
+                "The sampler nsga2 needs every trial to its end: leave out stop_dominated, or use another sampler.",
             ),
             (
                 has_judge
@@ -834,9 +854,8 @@ class ContrastSettings(Table, TextClassifierSettings):
                 "refusal classifier tiers.",
             ),
             (
-                self.sensitive_prompts is not None and not self.counts_false_refusals,
-                "The setting sensitive_prompts has no effect without false_refusals or max_false_refusals: give one of them as "
-                "well, or leave it out.",
+                alone and "rest" in self.search_space and not self.shared_direction,
+                'The range of "rest" in search_space has no effect without shared_direction: give that as well, or leave it out.',
             ),
         ):
             if is_wrong:
@@ -864,6 +883,16 @@ class ContrastSettings(Table, TextClassifierSettings):
     @property
     def counts_false_refusals(self) -> bool:
         return self.false_refusals == "objective" or self.max_false_refusals is not None
+
+    def objectives(self) -> dict[str, Any]:
+        """Returns what the numbers of a trial under Heretic 1.4 are of, as JSON values."""
+
+        names = {"divergence", "refusal_classifier"}
+        if self.divergence == "teacher-forced":
+            names.add("divergence_tokens")
+        if self.refusal_classifier == "tiers":
+            names.add("counted_tiers")
+        return self.model_dump(mode="json", include=names)
 
     def given(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.model_fields_set}

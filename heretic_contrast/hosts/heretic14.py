@@ -352,7 +352,8 @@ class Host:
             self.modifier.directions,
             self.parameters,
             self.sources.named_pools(),
-            {name: measured[name] for name in MEASURED if name in measured},
+            {name: measured[name] for name in MEASURED if name in measured}
+            | (self.evaluator.settings.contrast.objectives() if measured else {}),
         )
 
     def get_readme_intro(self, *args: Any, **kwargs: Any) -> str:

@@ -238,6 +238,10 @@ MAPS = "--contrast.preset paper-unmatched"
         ({}, f"{MAPS} --contrast.svd-rank 2", "svd_rank has no effect without svd"),
         ({}, "--contrast.baseline matched --contrast.mixing 0.3", "another baseline than mixed"),
         ({}, f"{MAPS} --contrast.n-neighbors 5", "another baseline than nearest"),
+        ({}, "--contrast.divergence-tokens 5", "divergence_tokens has no effect on the divergence"),
+        ({}, '--contrast.counted-tiers ["EVASIVE"]', "counted_tiers has no effect on markers"),
+        ({}, "--contrast.sensitive-prompts.dataset x", "sensitive_prompts has no effect without"),
+        ({}, '--contrast.search-space {"rest":[0,1]}', '"rest" in search_space has no effect'),
         (
             {},
             '--contrast.judge-model x --contrast.text-classifier-labels {"a":"REFUSE"}',

@@ -397,6 +397,9 @@ def test_a_judge_models_probabilities_are_minimized(command_server: Server, tmp_
     assert [found["base_refusals"], found["refusals"]] == counts and counts[0] > counts[1]
     record = json.loads((tmp_path / "saved" / "heretic-contrast.json").read_text())
     assert record["measured"]["refusal_sum"] == found["refusal_sum"]
+    # What the numbers are of.
+    assert record["measured"]["divergence"] == "first-token"
+    assert record["measured"]["counted_tiers"] == ["REFUSE"]
 
 
 @pytest.mark.slow
