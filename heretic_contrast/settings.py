@@ -630,8 +630,8 @@ class ContrastSettings(Table, TextClassifierSettings):
 
     sampler: Sampler = Sampler.TPE
     """
-    Sampler of the study under Heretic 1.4. Options: "tpe" (multivariate tree-structured Parzen estimator, Heretic's), "gp" (Gaussian
-    processes, which need fewer trials), "nsga2" (evolutionary, the counterpart of the paper's strategy).
+    Sampler of the study under Heretic 1.4. Options: "tpe" (Heretic's multivariate tree-structured Parzen estimator), "gp" (Gaussian
+    processes, for few trials), "nsga2" (evolutionary, the counterpart of the paper's strategy).
     """
 
     stop_dominated: bool = False
