@@ -54,7 +54,6 @@ PLAIN_OPTIONS = "--row-normalization=none --orthogonalize-direction=false"
 
 MAPS = "--contrast.method=som --contrast.classes=category"
 MEANS = "--contrast.classes=category"
-GP = "--contrast.sampler=gp"
 WIDE = """--contrast.search-space='{"max_weight": [0.2, 1.5]}'"""
 
 CONFIGURATIONS = {
@@ -63,10 +62,7 @@ CONFIGURATIONS = {
     "default": "",
     "default, ended early": "--contrast.stop-dominated",
     "default, not normalized": PLAIN_OPTIONS,
-    "gp": GP,
     "wide": WIDE,
-    "gp, wide": f"{GP} {WIDE}",
-    "gp, wide, ended early": f"{GP} {WIDE} --contrast.stop-dominated",
     "maps": MAPS,
     "maps, not normalized": f"{PLAIN_OPTIONS} {MAPS}",
     "means": MEANS,

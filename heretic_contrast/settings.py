@@ -48,7 +48,7 @@ RowNormalization = Enum(
     "RowNormalization", {"NONE": "none", "PRE": "pre", "FULL": "full"}, type=str
 )
 Writers = Enum("Writers", {"ALL": "all", "APART": "apart", "HERETIC": "heretic"}, type=str)
-Sampler = Enum("Sampler", {"TPE": "tpe", "GP": "gp", "NSGA2": "nsga2"}, type=str)
+Sampler = Enum("Sampler", {"TPE": "tpe", "NSGA2": "nsga2"}, type=str)
 Control = Enum("Control", {"NONE": "none", "RANDOM": "random"}, type=str)
 
 DATASET_FORMATS = frozenset(
@@ -630,8 +630,8 @@ class ContrastSettings(Table, TextClassifierSettings):
 
     sampler: Sampler = Sampler.TPE
     """
-    Sampler of the study under Heretic 1.4. Options: "tpe" (Heretic's multivariate tree-structured Parzen estimator), "gp" (Gaussian
-    processes, for few trials), "nsga2" (evolutionary, the counterpart of the paper's strategy).
+    Sampler of the study under Heretic 1.4. Options: "tpe" (multivariate tree-structured Parzen estimator), "nsga2"
+    (evolutionary, the counterpart of the paper's strategy).
     """
 
     stop_dominated: bool = False
@@ -843,8 +843,8 @@ class ContrastSettings(Table, TextClassifierSettings):
                 "shared_direction.",
             ),
             (
-                self.stop_dominated and self.sampler is Sampler.NSGA2,
-                "The sampler nsga2 needs every trial to its end: leave out stop_dominated, or use another sampler.",
+                self.stop_dominated and self.sampler is not Sampler.TPE,
+                "The sampler nsga2 needs every trial to its end: leave out stop_dominated, or use the sampler tpe.",
             ),
             (
                 has_judge

@@ -4,22 +4,14 @@
 
 import hashlib
 import json
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from optuna import create_study
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import (
-    BaseSampler,
-    GPSampler,
-    NSGAIISampler,
-    PartialFixedSampler,
-    TPESampler,
-)
+from optuna.samplers import BaseSampler, NSGAIISampler, PartialFixedSampler, TPESampler
 from optuna.search_space import intersection_search_space
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -52,29 +44,19 @@ class FixedSampler(PartialFixedSampler):
         }
 
 
-class GaussianProcesses(GPSampler):
-    """Optuna's, which needs the gradients that Heretic has switched off."""
-
-    @torch.enable_grad()
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return super().sample_relative(study, trial, search_space)
-
-
 class StudySampler(BaseSampler):
     """
     Goes on in a resumed study as in an uninterrupted one, also where trials were lost in between.
 
-    `make` returns a sampler for a seed. The first `n_heretic` trials are what Heretic's own sampler draws, which lives through a study with one
-    stream of random numbers: finished trials of other processes are drawn once more, to no other end than that the stream moves on. A trial
-    beside one that runs elsewhere, and every later trial, has a stream of its own.
+    `make` returns a sampler for a seed. With `heretic` it draws what Heretic's own sampler draws, which lives through a study with one stream
+    of random numbers: finished trials of other processes are drawn once more, to no other end than that the stream moves on. A trial beside one
+    that runs elsewhere, and every trial without `heretic`, has a stream of its own.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], seed: int, n_heretic: float) -> None:
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int, heretic: bool) -> None:
         self._make = make
         self._seed = seed
-        self._n_heretic = n_heretic
+        self._heretic = heretic
         self._sampler = make(seed)
         self._drawn: list[int] | None = []
 
@@ -83,8 +65,7 @@ class StudySampler(BaseSampler):
             other for other in study.get_trials(deepcopy=False) if other.number < trial.number
         ]
         finished = [other for other in earlier if other.state is TrialState.COMPLETE]
-        is_alone = all(other.state is not TrialState.RUNNING for other in earlier)
-        if len(finished) >= self._n_heretic or not is_alone:
+        if not self._heretic or any(other.state is TrialState.RUNNING for other in earlier):
             # A trial that has failed, or was interrupted, is made up for by the next one, which gets its seed.
             lost = (TrialState.FAIL, TrialState.PRUNED)
             n_lost = sum(other.state in lost for other in earlier)
@@ -141,8 +122,7 @@ def make_sampler(
     constraints: Callable[[FrozenTrial], Sequence[float]] | None = None,
 ) -> StudySampler:
     """
-    Returns Heretic's multivariate TPE with Heretic's random numbers, Gaussian processes that begin with the same trials, or NSGA-II, seeded
-    per trial.
+    Returns Heretic's multivariate TPE with Heretic's random numbers, or NSGA-II, seeded per trial.
 
     `fixed`: values of parameters that have no meaning in this configuration, and take no part in the search.
     `constraints`: values of a trial, one of which above 0 makes it worse than any other, whatever it has reached.
@@ -167,16 +147,6 @@ def make_sampler(
                     seed=trial,
                     constraints_func=constraints,
                 )
-            if kind is Sampler.GP:
-                # Begins with the random trials of Heretic's own sampler.
-                own = GaussianProcesses(
-                    seed=trial,
-                    independent_sampler=own,
-                    n_startup_trials=n_startup_trials,
-                    deterministic_objective=True,
-                    constraints_func=constraints,
-                )
             return FixedSampler(fixed, own)
 
-    n_heretic = {Sampler.TPE: math.inf, Sampler.GP: n_startup_trials, Sampler.NSGA2: 0}
-    return StudySampler(make, seed, n_heretic[kind])
+    return StudySampler(make, seed, kind is Sampler.TPE)

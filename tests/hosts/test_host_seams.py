@@ -215,36 +215,6 @@ def test_a_sampler_takes_bounds_for_bad_trials(n_good: int) -> None:
     assert found[0][:50] == found[1][:50] and found[0][60:] != found[1][60:]
 
 
-def test_gaussian_processes_begin_with_heretics_trials_and_take_bounds_for_bad_ones() -> None:
-    def objective(trial: optuna.Trial) -> tuple[float, float]:
-        x, y = (trial.suggest_float(name, 0, 1) for name in "xy")
-        if x < 0.5:
-            trial.set_user_attr("bound", 0)
-            # Both are better than those of any other trial.
-            return -1.0, -1.0
-        return x, abs(y - 0.3)
-
-    def constraints(trial: optuna.trial.FrozenTrial) -> list[float]:
-        return [float("bound" in trial.user_attrs)]
-
-    found = {}
-    for kind, taken in ((Sampler.TPE, None), (Sampler.GP, constraints), (Sampler.GP, None)):
-        study = optuna.create_study(
-            directions=["minimize", "minimize"], sampler=make_sampler(kind, 0, 8, {}, taken)
-        )
-        # As Heretic, which has switched gradients off.
-        with torch.no_grad():
-            study.optimize(objective, n_trials=16)
-        found[kind, taken is None] = [trial.params for trial in study.trials]
-    random = found[Sampler.TPE, True][:8]
-    assert all(trials[:8] == random for trials in found.values())
-    n_bad = {
-        none: sum(params["x"] < 0.5 for params in found[Sampler.GP, none][8:])
-        for none in (False, True)
-    }
-    assert n_bad[False] <= 2 and n_bad[True] >= 6
-
-
 def test_only_a_sampler_that_knows_bounds_gets_them() -> None:
     with pytest.raises(ValidationError, match="nsga2 needs every trial to its end"):
         ContrastSettings(stop_dominated=True, sampler=Sampler.NSGA2)
