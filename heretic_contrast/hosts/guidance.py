@@ -129,18 +129,16 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]
         for index, cell in enumerate(cells)
         if cell.measurement.refusals < sweep.baseline.refusals
     }
-    # All components where none are named; the others were left alone.
-    components = sweep.settings.get("components") or ["component"]
+    # Where some are named, the others and the embeddings were left alone.
+    components = sweep.settings.get("components") or []
     return sweep.model, [
         {
             "direction_scope": "per layer",
             "rest": 1.0,
             "scale.": 1.0,
-            "component.max_weight": 0.0,
+            "component.max_weight": 0.0 if components else cell.weight,
             **{f"{name}.max_weight": cell.weight for name in components},
-            "embeddings.max_weight": 0.0
-            if cell.layers[0] or components != ["component"]
-            else cell.weight,
+            "embeddings.max_weight": 0.0 if cell.layers[0] or components else cell.weight,
             "component.max_weight_position": cell.layers[0],
             "component.min_weight": 0.0,
             "component.min_weight_distance": 0.0,

@@ -138,17 +138,19 @@ def require_ranges(space: Mapping[str, Range], kind: str, known: Sequence[str] |
 
     if known is None:
         return
-    if kind == "direction" and len(known) == 1:
-        there = "but one direction has no scale of its own: leave it out"
-    else:
-        there = f"but there are {', '.join(known)}: name one of these"
+    has_no_scale = kind == "direction" and len(known) == 1
+    reason = (
+        "but one direction has no scale of its own: leave it out"
+        if has_no_scale
+        else f"but there are {', '.join(known)}: name one of these"
+    )
     for name in space:
         if name.startswith("scale."):
             owner = name.removeprefix("scale.") if kind == "direction" else ""
         else:
             owner = name.rpartition(".")[0] if kind == "component" else ""
-        if owner and (owner not in known or "leave it out" in there):
-            raise ContrastError(f'search_space has a range for the {kind} "{owner}", {there}.')
+        if owner and (has_no_scale or owner not in known):
+            raise ContrastError(f'search_space has a range for the {kind} "{owner}", {reason}.')
 
 
 def suggest_parameters(
