@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..builtin import model_name
 from ..errors import ContrastError
-from ..evaluation.cells import SweepResult
+from ..evaluation.cells import SweepResult, single_cells
 from ..leases import Leases, open_storage, without_password
 from ..search.stopping import Point, front, trials_since_growth
 from ..settings import ContrastSettings
@@ -123,7 +123,8 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]
             f"The sweep {path} has no configuration {configuration} ({strength}) but {there}: sweep it, or choose one of these for "
             "the study."
         )
-    cells = sweep.single_cells(configuration, strength)
+    # Also those that only a synergy test has measured.
+    cells = single_cells(sweep.cells, configuration, strength)
     points = {
         index: (cell.measurement.refusals, cell.measurement.kl_divergence)
         for index, cell in enumerate(cells)
