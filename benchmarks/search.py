@@ -54,7 +54,6 @@ PLAIN_OPTIONS = "--row-normalization=none --orthogonalize-direction=false"
 
 MAPS = "--contrast.method=som --contrast.classes=category"
 MEANS = "--contrast.classes=category"
-WIDE = """--contrast.search-space='{"max_weight": [0.2, 1.5]}'"""
 
 CONFIGURATIONS = {
     PLAIN: "",
@@ -62,7 +61,7 @@ CONFIGURATIONS = {
     "default": "",
     "default, ended early": "--contrast.stop-dominated",
     "default, not normalized": PLAIN_OPTIONS,
-    "wide": WIDE,
+    "wide": """--contrast.search-space='{"max_weight": [0.2, 1.5]}'""",
     "maps": MAPS,
     "maps, not normalized": f"{PLAIN_OPTIONS} {MAPS}",
     "means": MEANS,

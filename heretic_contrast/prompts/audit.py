@@ -21,13 +21,13 @@ from ..outputs import json_lines, json_text
 from . import Prompt, prompts_digest
 from .categories import CATEGORIES, classify
 
-FIRST_LABEL_RIGHT = {"right": 200, "of": 260, "interval_95": [0.714, 0.816]}
+FIRST_LABEL_RIGHT: dict[str, Any] = {"right": 200, "of": 260, "interval_95": [0.714, 0.816]}
 """
 How often the lexicon's first label is right: of harmful prompts that were labelled by hand and set aside before it was
 written, with the Wilson interval.
 """
 
-FIRST_LABEL_RIGHT_IN_PUBLIC_SETS = {
+FIRST_LABEL_RIGHT_IN_PUBLIC_SETS: dict[str, dict[str, Any]] = {
     "StrongREJECT": {"right": 120, "of": 154, "interval_95": [0.707, 0.837]},
     "Do-Not-Answer": {"right": 341, "of": 427, "interval_95": [0.758, 0.834]},
     "HarmBench": {"right": 66, "of": 93, "interval_95": [0.611, 0.792]},
@@ -36,10 +36,10 @@ FIRST_LABEL_RIGHT_IN_PUBLIC_SETS = {
     "AILuminate": {"right": 588, "of": 1100, "interval_95": [0.505, 0.564]},
     "SimpleSafetyTests": {"right": 58, "of": 80, "interval_95": [0.619, 0.811]},
 }
-"""
-The same by `benchmarks/categories.py`. The errors in the first two were read when the lexicon was last extended, those in the others
-were not.
-"""
+"""The same by `benchmarks/categories.py`."""
+
+READ = frozenset({"StrongREJECT", "Do-Not-Answer"})
+"""The public sets whose errors were read when the lexicon was last extended."""
 
 PAPER_MATCHES = 859
 PAPER_PROMPTS = 400
@@ -113,12 +113,19 @@ def clean_pool(prompts: Sequence[Prompt]) -> list[Prompt]:
 def render(audit: PoolAudit) -> Table:
     """Returns the audit as a table for the terminal: a row per category, and the total beside the paper's."""
 
+    low, high = FIRST_LABEL_RIGHT["interval_95"]
+    unread = [
+        found["right"] / found["of"]
+        for name, found in FIRST_LABEL_RIGHT_IN_PUBLIC_SETS.items()
+        if name not in READ
+    ]
     table = Table(
         title=f"{audit.n_matching_prompts} of {audit.n_prompts} prompts touch a harm category",
         caption=(
             f"{audit.n_matches} matches, {audit.matches_per_paper_pool:.0f} per {PAPER_PROMPTS} prompts "
             f"(the paper: {PAPER_MATCHES}). On {FIRST_LABEL_RIGHT['of']} labelled harmful prompts the first category is right "
-            "in 77 % (71–82 %), and in public sets that it was not written on in 54 to 73 %."
+            f"in {100 * FIRST_LABEL_RIGHT['right'] / FIRST_LABEL_RIGHT['of']:.0f} % ({100 * low:.0f}–{100 * high:.0f} %), and in public "
+            f"sets that it was not written on in {100 * min(unread):.0f} to {100 * max(unread):.0f} %."
         ),
         show_footer=True,
     )
