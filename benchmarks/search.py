@@ -135,6 +135,7 @@ class Study:
         self.result = self.folder / "result.json"
         self.fresh: dict[int, tuple[int, float]] = {}
         self.base: dict[str, int] = {}
+        self.screening_seconds = 0.0
         self._waiting: Iterator[Any] | None = None
 
     def flags(self, paths: dict[str, dict[str, str]]) -> list[str]:
@@ -190,6 +191,14 @@ class Study:
                     "fresh": study.evaluator.base_refusals,
                 }
 
+        choose = heretic14.Host.screened
+
+        def screened(host: heretic14.Host, *arguments: Any) -> Any:
+            start = time.perf_counter()
+            found = choose(host, *arguments)
+            study.screening_seconds += time.perf_counter() - start
+            return found
+
         with ExitStack() as stack:
             log = stack.enter_context((self.folder / "log.txt").open("a", encoding="utf-8"))
             stack.enter_context(redirect_stdout(log))
@@ -200,6 +209,7 @@ class Study:
             for module in (heretic.main, heretic.utils):
                 stack.enter_context(patch.multiple(module, prompt_select=self.answer))
             stack.enter_context(patch.multiple(answers, has_terminal=lambda: True))
+            stack.enter_context(patch.multiple(heretic14.Host, screened=screened))
             flags = self.flags(paths)
             stack.enter_context(patch.multiple(sys, argv=["heretic", *flags]))
             if is_plain:
@@ -243,6 +253,7 @@ class Study:
             "configuration": self.name,
             "seed": self.seed,
             "base_refusals": self.base,
+            "screening_seconds": self.screening_seconds,
             "trials": [
                 {
                     "seconds": (trial.datetime_complete - trial.datetime_start).total_seconds(),
@@ -308,7 +319,9 @@ def seconds_until(study: dict[str, Any], share: float, limit: float) -> float | 
     ]
     if not reached:
         return None
-    return sum(trial["seconds"] for trial in study["trials"][: reached[0] + 1])
+    return study.get("screening_seconds", 0.0) + sum(
+        trial["seconds"] for trial in study["trials"][: reached[0] + 1]
+    )
 
 
 def summarize(studies: Sequence[dict[str, Any]], limit: float) -> dict[str, Any]:
@@ -350,7 +363,11 @@ def summarize(studies: Sequence[dict[str, Any]], limit: float) -> dict[str, Any]
 def by_second(group: Sequence[dict[str, Any]], limit: float, points: int = 30) -> list[list[float]]:
     """Returns seconds, and the mean share after so many, until the first study of a group ends."""
 
-    ends = [np.cumsum([trial["seconds"] for trial in study["trials"]]) for study in group]
+    ends = [
+        study.get("screening_seconds", 0.0)
+        + np.cumsum([trial["seconds"] for trial in study["trials"]])
+        for study in group
+    ]
     grid = np.linspace(0, min(end[-1] for end in ends), points)
     curves = []
     for study, end in zip(group, ends, strict=True):

@@ -652,6 +652,12 @@ class ContrastSettings(Table, TextClassifierSettings):
     become the first trials of the study; what lies beyond the ranges of the search is moved to their ends (Heretic 1.4).
     """
 
+    screening: int = Field(0, ge=0)
+    """
+    Number of candidates that are compared on a few prompts by the first tokens of responses alone, before the study begins with the best
+    of them, a third of its trials at most (Heretic 1.4). One takes a small part of a trial's time.
+    """
+
     patience: int | None = Field(None, ge=1)
     """After how many trials without a new point on the Pareto front the study ends, or unset to run all (Heretic 1.4)."""
 

@@ -19,6 +19,7 @@ from .check import all_logits, checked_engine
 from .fast.drafts import Row
 from .fast.engine import FastEngine
 from .interface import Continuations
+from .plain import token_logprobs
 from .strides import Watch
 
 N_STARTS = 8
@@ -89,6 +90,15 @@ class TrialEngine:
             return logits.log_softmax(dim=-1)
 
         return self._run(read, model, first_layer)
+
+    def token_logprobs(
+        self, model: LanguageModel, known: Continuations, first_layer: float
+    ) -> Tensor | None:
+        """Returns the logarithms of the probabilities of continuations' tokens: see `plain.token_logprobs`."""
+
+        return self._run(
+            lambda engine, weights: token_logprobs(engine, known, [weights]), model, first_layer
+        )
 
     def _asked(self, prompts: Sequence[Tokens], first_layer: float) -> Continuations | None:
         """Returns prompts with a continuation of one token, which nothing reads."""

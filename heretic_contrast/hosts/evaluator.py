@@ -8,11 +8,13 @@ batch, and a trial ends where it cannot reach the front any more.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 from unittest.mock import patch
 
 import heretic.main
+import torch
 import torch.nn.functional as F
 from optuna import Trial
 from torch import Tensor
@@ -23,6 +25,7 @@ from ..engine.check import checked_engine
 from ..engine.cpu.layers import fast_on_cpu
 from ..engine.interface import Continuations
 from ..engine.judge import loaded_judge
+from ..engine.plain import PlainEngine, token_logprobs
 from ..engine.strides import Watch, generate_watched, is_watchable, none_leaves
 from ..engine.text_classification import classifier_of
 from ..engine.trials import TrialEngine
@@ -30,12 +33,19 @@ from ..errors import ContrastError
 from ..evaluation.divergence import References
 from ..language_model import Batches, LanguageModel, Tokens
 from ..prompts import Prompt, load_pool
+from ..search.screening import spread
 from ..search.stopping import Point, dominates
 from ..settings import ContrastSettings, PromptSources
 from ..tiers.responses import classify_response
 from .guidance import BOUND_KEY, EXCLUDED_KEY, FALSE_KEY, SUM_KEY, measured
 from .settings import HostSettings
 from .surface import from_heretic, heretic_prompts, log
+
+SCREENED_TOKENS = 4
+"""How many tokens candidates are screened by: some models begin all responses with the same word."""
+
+SCREENED_PROMPTS = 16
+"""On how many prompts of each pool candidates are screened, at most: what differs between candidates differs on most of them."""
 
 
 class Dominated(Exception):
@@ -73,6 +83,12 @@ def require_judge(contrast: ContrastSettings) -> None:
         )
 
 
+def first_token_divergence(found: Tensor, base: Tensor) -> float:
+    """Returns Heretic's divergence of logarithms of probabilities, Tensors of shape (n_prompts, vocabulary)."""
+
+    return F.kl_div(found, base, reduction="batchmean", log_target=True).item()
+
+
 def count(verdicts: Iterable[float]) -> int:
     return sum(verdict >= 0.5 for verdict in verdicts)
 
@@ -82,8 +98,8 @@ class Evaluator(heretic.main.Evaluator):
     See the module.
 
     `trial`: the one that is judged, where it is new. `divergence`, `refusals`, `false_refusals`: of the model that was judged last,
-    or is, as far as they are known. `refusal_sum`: what is minimized of the refusals, the sum of a judge model's probabilities, or
-    their count.
+    or is, as far as they are known. `verdicts`: on its responses to harmful prompts. `refusal_sum`: what is minimized of the
+    refusals, the sum of a judge model's probabilities, or their count.
     """
 
     trial: Trial | None = None
@@ -92,6 +108,7 @@ class Evaluator(heretic.main.Evaluator):
     refusals = 0
     refusal_sum = 0.0
     false_refusals = 0
+    verdicts: Sequence[float] = ()
 
     def __init__(self, settings: HostSettings, model: Any) -> None:
         self.sensitive_prompts = heretic_prompts(sensitive_prompts(settings), settings)
@@ -181,7 +198,7 @@ class Evaluator(heretic.main.Evaluator):
         self._trials = TrialEngine(model, tokens[0])
         for part in tokens:
             self._trials.respond(model, part, limit, UNCHANGED, lambda found, ended, others: others)
-        found = self._read_first(model)
+        found = self._read_first(model, self.good_prompts)
         if found is not None:
             # Heretic has obtained them, and these differ by rounding.
             self.base_logprobs = found
@@ -191,11 +208,56 @@ class Evaluator(heretic.main.Evaluator):
         changes = self.model.changes
         return UNCHANGED if changes is None else changes.first_layer
 
-    def _read_first(self, model: LanguageModel) -> Tensor | None:
+    def _read_first(self, model: LanguageModel, prompts: Sequence[Any]) -> Tensor | None:
         if self._trials is None:
             return None
-        tokens = model.token_ids(own_prompts(self.good_prompts))
+        tokens = model.token_ids(own_prompts(prompts))
         return self._trials.first_logprobs(model, tokens, self._first_layer)
+
+    def _first_logprobs(self, prompts: Sequence[Any]) -> Tensor:
+        model = from_heretic(self.model, self.settings)
+        found = self._read_first(model, prompts)
+        if found is None:
+            with fast_on_cpu(model):
+                found = self.model.get_logprobs_batched(prompts)
+        return found
+
+    def screen(self) -> Callable[[], Point]:
+        """
+        Returns what measures a candidate on a few prompts. The model must be the unmodified one now, and judged last.
+
+        It gives refusals and divergence as `get_score` has them, but of first tokens. The share of refusals is that which is expected: how
+        probable it is, on average over prompts that the unmodified model refuses, that a response begins as its own does, relative to
+        how probable that is without changes.
+        """
+
+        refused = [verdict >= 0.5 for verdict in self.verdicts]
+        harmful, harmless = (
+            spread(prompts, SCREENED_PROMPTS)
+            for prompts in (list(compress(self.bad_prompts, refused)), self.good_prompts)
+        )
+        model = from_heretic(self.model, self.settings)
+        prompts = model.token_ids(own_prompts(harmful))
+        begun = PlainEngine(model).generate(prompts, [SCREENED_TOKENS] * len(prompts))
+        known = Continuations(tuple(prompts), tuple(begun))
+
+        def logprobs() -> Tensor:
+            model = from_heretic(self.model, self.settings)
+            found = None
+            if self._trials is not None:
+                found = self._trials.token_logprobs(model, known, self._first_layer)
+            if found is None:
+                found = token_logprobs(PlainEngine(model), known)
+            return torch.stack([part.sum() for part in found.split(known.lengths)])
+
+        base, base_first = logprobs(), self._first_logprobs(harmless)
+
+        def measure() -> Point:
+            share = (logprobs() - base).exp().clamp(max=1).mean().item()
+            divergence = first_token_divergence(self._first_logprobs(harmless), base_first)
+            return share, self._distance(divergence, share)
+
+        return measure
 
     def decode(self, responses: Sequence[Tokens]) -> list[str]:
         tokenizer = self.model.tokenizer
@@ -204,7 +266,7 @@ class Evaluator(heretic.main.Evaluator):
     def get_score(self) -> Any:
         """Returns Heretic's score, with false refusals where they are an objective; of a trial that has ended, what it has at least."""
 
-        settings, contrast = self.settings, self.settings.contrast
+        contrast = self.settings.contrast
         kind = f"{contrast.divergence_tokens}-token" if self.references else "first-token"
         log(f"  * Obtaining {kind} probability distributions...")
         self.divergence = self._measure_divergence()
@@ -218,24 +280,24 @@ class Evaluator(heretic.main.Evaluator):
                 self.trial.set_user_attr(SUM_KEY, self.refusal_sum)
         log(counted)
         share = self.refusal_sum / self.base_sum if self.base_sum > 0 else self.refusal_sum
-        # Below its target, Heretic asks no more of the divergence than of the refusals.
-        target = settings.kl_divergence_target
-        distance = self.divergence if self.divergence >= target else share * target
-        score: Point = (distance / settings.kl_divergence_scale, share)
+        score: Point = (self._distance(self.divergence, share), share)
         if contrast.false_refusals == "objective":
             score = (*score, self.false_refusals / len(self.sensitive_prompts))
         return score, self.divergence, self.refusals
 
+    def _distance(self, divergence: float, share: float) -> float:
+        # Below its target, Heretic asks no more of the divergence than of the refusals.
+        target = self.settings.kl_divergence_target
+        distance = divergence if divergence >= target else share * target
+        return distance / self.settings.kl_divergence_scale
+
     def _measure_divergence(self) -> float:
-        model = from_heretic(self.model, self.settings)
-        if self.references is not None:
-            ((mean, _),) = self.references.measure(self._engine(model))
-            return mean
-        logprobs, base = self._read_first(model), self.base_logprobs
-        if logprobs is None:
-            with fast_on_cpu(model):
-                logprobs = self.model.get_logprobs_batched(self.good_prompts)
-        return F.kl_div(logprobs, base, reduction="batchmean", log_target=True).item()
+        if self.references is None:
+            found = self._first_logprobs(self.good_prompts)
+            return first_token_divergence(found, self.base_logprobs)
+        engine = self._engine(from_heretic(self.model, self.settings))
+        ((mean, _),) = self.references.measure(engine)
+        return mean
 
     def count_refusals(self) -> int:
         self.refusals, self.refusal_sum, self.false_refusals = 0, 0.0, 0
@@ -245,6 +307,7 @@ class Evaluator(heretic.main.Evaluator):
                 self._judge_responses(self.sensitive_prompts, "false_refusals")
                 self._keep_false_refusals()
             responses, verdicts = self._judge_responses(self.bad_prompts, "refusals")
+            self.verdicts = verdicts
         except Dominated:
             return self.refusals
         if self.settings.print_responses:

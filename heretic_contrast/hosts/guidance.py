@@ -40,6 +40,9 @@ SUM_KEY = "refusal_sum"
 EXCLUDED_KEY = "excluded"
 """The user attribute of a trial that refused too many sensitive prompts: by which share it exceeds what may be."""
 
+SCREENED_KEY = "screened"
+"""The user attribute of a study that holds the parameters of the candidates that it begins with."""
+
 MAX_FIRST_TRIALS = 10
 """A sweep may have as many cells on its front as it has prompts, which differ in little."""
 

@@ -43,6 +43,8 @@ from ..outputs import remove_empty_directories, require_writable_directory, requ
 from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters, configuration_digest, require_ranges
 from ..search.samplers import make_sampler, trial_seed
+from ..search.screening import best_candidates
+from ..search.stopping import Point
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, require_answers
@@ -52,6 +54,7 @@ from .guidance import (
     BOUND_KEY,
     EXCLUDED_KEY,
     FALSE_KEY,
+    SCREENED_KEY,
     SUM_KEY,
     Values,
     first_trials,
@@ -65,7 +68,7 @@ from .model_folder import require_other_folder
 from .record import Made, with_plugin
 from .settings import HostSettings, datasets_of, listed, prompt_sources
 from .studies import IDENTITY_KEY, open_shared, repair_checkpoint, require_same_identity
-from .surface import heretic_prompts, log
+from .surface import heretic_prompts, log, progress_bar
 
 if TYPE_CHECKING:
     from ..modifier import ContrastAbliteration
@@ -290,6 +293,7 @@ class Host:
         if message == TRIAL_QUESTION and self.finalist_prompts:
             model = self.context.get_model()
             prompts = heretic_prompts(self.finalist_prompts, self.evaluator.settings)
+            n_known = len(self.second_look)
             for choice in choices:
                 trial = choice.value
                 if isinstance(trial, str) or trial.number in self.second_look:
@@ -300,8 +304,9 @@ class Host:
                 model.abliterate()
                 self.second_look[trial.number] = count_refusals(self.evaluator, prompts)
             choices, table = second_look(choices, self.second_look, len(prompts))
-            log()
-            log(table)
+            if len(self.second_look) > n_known:
+                log()
+                log(table)
         return self.answers.select(message, choices)
 
     def create_study(self, *args: Any, **kwargs: Any) -> Study:
@@ -311,18 +316,19 @@ class Host:
         self.study = study
         if self.shared is not None:
             require_same_identity(study, self.settings, self.identity)
-        first = []
+        first = self.screened(study)
         if self.first_trials:
             # The parameters and their ranges are known from asking for them.
             trial = create_study(directions=study.directions).ask()
             self.modifier.suggest_parameters(self.context, trial)
             shared = shared_components(self.modifier.model(self.context))
-            first = [fitted(values, trial.distributions, shared) for values in self.first_trials]
-        if first and not study.trials:
+            warm = [fitted(values, trial.distributions, shared) for values in self.first_trials]
+            first = [*warm, *first]
+        if self.first_trials and not study.trials:
             log(
-                f"* Beginning with [bold]{len(first)}[/] trials of {escape(str(self.modifier.settings.warm_start))}"
+                f"* Beginning with [bold]{len(warm)}[/] trials of {escape(str(self.modifier.settings.warm_start))}"
             )
-            pairs = zip(self.first_trials, first, strict=True)
+            pairs = zip(self.first_trials, warm, strict=True)
             moved = sum(is_moved(*pair, shared) for pair in pairs)
             if moved:
                 log(
@@ -337,6 +343,41 @@ class Host:
 
         n_shared = None if self.shared is None else lambda: settings.n_trials
         return guide(study, first, settings.contrast.patience, ended, n_shared)
+
+    def screened(self, study: Study) -> list[Values]:
+        """Returns parameters of candidates that a study begins with, where these are asked for; it keeps them when they are chosen."""
+
+        settings, evaluator = self.evaluator.settings, self.evaluator
+        n_candidates = settings.contrast.screening
+        if n_candidates == 0 or evaluator.base_refusals == 0:
+            return []
+        if SCREENED_KEY not in study.user_attrs:
+            log()
+            log(f"Screening [bold]{n_candidates}[/] candidates by the first tokens of responses...")
+            model = self.context.get_model()
+            model.reset_model()
+            evaluator.prepare()
+            measure = evaluator.screen()
+            with progress_bar() as progress:
+
+                def evaluate(trial: Trial) -> Point:
+                    parameters = self.modifier.suggest_parameters(self.context, trial)
+                    model.reset_model()
+                    self.modifier.modify_model(self.context, parameters)
+                    found = measure()
+                    progress(trial.number + 1, n_candidates)
+                    return found
+
+                sampler = self.make_sampler(
+                    seed=trial_seed(settings.seed, "screening"), n_startup_trials=n_candidates // 3
+                )
+                n_wanted = max(1, settings.n_trials // 3)
+                found = best_candidates(
+                    evaluate, n_candidates, n_wanted, evaluator.base_refusals, sampler
+                )
+            study.set_user_attr(SCREENED_KEY, found)
+            log(f"* Beginning with [bold]{len(found)}[/] of them")
+        return list(study.user_attrs[SCREENED_KEY])
 
     def make_evaluator(self, *args: Any, **kwargs: Any) -> Evaluator:
         self.evaluator = Evaluator(*args, **kwargs)

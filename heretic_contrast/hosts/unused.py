@@ -32,7 +32,7 @@ LIKE = 0.85
 
 ONLY_UNDER_14 = set(
     """
-    sampler stop_dominated storage warm_start patience finalist_prompts divergence divergence_tokens
+    sampler stop_dominated storage warm_start screening patience finalist_prompts divergence divergence_tokens
     false_refusals max_false_refusals sensitive_prompts refusal_classifier counted_tiers text_classifier
     text_classifier_labels text_classifier_reads_prompt judge_model
     """.split()

@@ -11,6 +11,8 @@ import torch
 
 from heretic_contrast.ablation.changes import UNCHANGED
 from heretic_contrast.engine import trials
+from heretic_contrast.engine.interface import Continuations
+from heretic_contrast.engine.plain import PlainEngine, token_logprobs
 from heretic_contrast.engine.strides import none_leaves
 from heretic_contrast.engine.trials import TrialEngine
 from heretic_contrast.hosts.surface import wrap
@@ -54,6 +56,13 @@ def alone(model: LanguageModel, prompt: Tokens) -> tuple[Tokens, torch.Tensor]:
     return tuple(output[0, len(prompt) :].tolist()), logits.log_softmax(dim=-1)
 
 
+def token_logprobs_alone(model: LanguageModel, prompt: Tokens, tokens: Tokens) -> torch.Tensor:
+    """What a whole pass predicts of each token."""
+
+    logits = model.model(input_ids=torch.tensor([prompt + tokens])).logits[0, -len(tokens) - 1 : -1]
+    return logits.detach().log_softmax(dim=-1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_5"])
 @pytest.mark.parametrize("shares_prefix", [True, False])
 def test_trials_are_computed_right_in_any_order(architecture: str, shares_prefix: bool) -> None:
@@ -65,12 +74,23 @@ def test_trials_are_computed_right_in_any_order(architecture: str, shares_prefix
     engine = TrialEngine(model, prompts)
     # Tokens cannot be masked in recurrent states, and passes without a prefix keep nothing.
     answers = shares_prefix and architecture == "llama"
+    # Begun as by the unmodified model, and read by all.
+    known = Continuations(tuple(prompts), tuple(alone(model, prompt)[0][:3] for prompt in prompts))
     responses = set()
     for seed, first_layer in enumerate((UNCHANGED, 9, 3, 11, 4, 0, UNCHANGED, 10)):
         with changed(model, first_layer, seed):
             expected = [alone(model, prompt) for prompt in prompts]
             found = engine.respond(model, prompts, LIMIT, first_layer, none_leaves)
             logprobs = engine.first_logprobs(model, prompts, first_layer)
+            begun = engine.token_logprobs(model, known, first_layer)
+            right_begun = [
+                token_logprobs_alone(model, *pair)
+                for pair in zip(known.prompts, known.tokens, strict=True)
+            ]
+            plain = token_logprobs(PlainEngine(model), known)
+        assert begun is not None
+        for values in (begun, plain):
+            torch.testing.assert_close(values, torch.cat(right_begun), atol=1e-4, rtol=1e-4)
         assert found == ([response for response, _ in expected] if answers else None)
         assert logprobs is not None
         torch.testing.assert_close(

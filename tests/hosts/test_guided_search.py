@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.command_server import Server
@@ -155,6 +158,41 @@ def test_a_study_that_begins_with_one_of_the_same_seed_tries_something_else(
         assert len(trials) == n_trials and (not found or 3 <= len(new) < n_trials)
         assert len(trials) == len({json.dumps(params) for params in trials})
         found.append((path, trials))
+
+
+def test_a_study_begins_with_candidates_that_were_screened(
+    command_server: Server, tmp_path: Path
+) -> None:
+    shared = [*options(tmp_path, 7), "--n-startup-trials=7", "--contrast.screening=12"]
+    # Every divergence counts, even if it is as small as here.
+    weak = '--contrast.search-space={"max_weight": [0.1, 0.6]}'
+    shared.append("--kl-divergence-target=0")
+    found = {}
+    for name, extra in (("once", []), ("again", []), ("ended", ["--contrast.stop-dominated"])):
+        command = command_server.run([*shared, weak, *extra], tmp_path / name)
+        assert command.code == 0, command.output()[-3000:]
+        assert "Screening 12 candidates" in command.output()
+        found[name] = study(tmp_path / name / "checkpoints")
+    assert found["once"] == found["again"]
+    (path,) = (tmp_path / "once" / "checkpoints").rglob("*.jsonl")
+    first = optuna.load_study(
+        study_name="heretic", storage=JournalStorage(JournalFileBackend(str(path)))
+    ).user_attrs["screened"]
+    # At most a third of the trials.
+    assert len(first) == 2
+    for trials in found.values():
+        params = [trial["params"] for trial in trials]
+        assert params[:2] == first and len({json.dumps(values) for values in params}) == 7
+    # The fewest refusals first.
+    assert measured(found["once"][0])[0] <= measured(found["once"][1])[0]
+
+    # Whoever goes on has them already, and nothing else is tried.
+    asked = ["--n-trials=8", "--checkpoint-action=continue"]
+    kept = [option for option in shared if not option.startswith("--n-trials")]
+    command = command_server.run([*kept, weak, *asked], tmp_path / "once")
+    assert command.code == 0 and "Screening" not in command.output()
+    trials = study(tmp_path / "once" / "checkpoints")
+    assert trials[:7] == found["once"] and len(trials) == 8
 
 
 def test_the_front_is_judged_on_fresh_prompts(command_server: Server, tmp_path: Path) -> None:

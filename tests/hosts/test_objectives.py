@@ -3,7 +3,9 @@
 """What a study of Heretic 1.4 optimizes, by choice: each figure against another way to compute it."""
 
 import json
+import math
 import sys
+from itertools import compress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,6 +151,65 @@ def test_settled_responses_leave_and_nothing_else_changes(
     assert ours.base_refusals == theirs.base_refusals
     for score, expected in zip(ours.get_score(), theirs.get_score(), strict=True):
         assert score == pytest.approx(expected, abs=1e-6)
+
+
+def test_candidates_are_screened_by_first_tokens(
+    evaluators: tuple[Evaluator, HereticEvaluator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = evaluators
+    monkeypatch.setattr("heretic_contrast.hosts.evaluator.SCREENED_PROMPTS", 18)
+    ours.count_refusals()
+    refused = [verdict >= 0.5 for verdict in ours.verdicts]
+    assert sum(refused) == theirs.base_refusals > 2
+    measure = ours.screen()
+    # Below the target, the divergence is as good as the refusals.
+    assert measure() == pytest.approx((1, ours.settings.kl_divergence_target), abs=1e-6)
+    model, tokenizer = theirs.model.model, theirs.model.tokenizer
+    prompts = list(compress(theirs.bad_prompts, refused))
+    texts = [
+        tokenizer.apply_chat_template(
+            [
+                {"role": "system", "content": prompt.system},
+                {"role": "user", "content": prompt.user},
+            ],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )["input_ids"]
+        for prompt in prompts
+    ]
+    begun = [model.generate(input_ids=text, max_new_tokens=4, do_sample=False) for text in texts]
+
+    def probabilities() -> list[float]:
+        """Of the first four tokens of each refusal."""
+
+        with torch.no_grad():
+            logits = [model(input_ids=tokens).logits[0].double() for tokens in begun]
+        return [
+            math.prod(
+                float(row.softmax(dim=-1)[token])
+                for row, token in zip(rows[-5:-1], tokens[0, -4:], strict=True)
+            )
+            for rows, tokens in zip(logits, begun, strict=True)
+        ]
+
+    base = probabilities()
+    weight = ours.model.get_layers()[5].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(-1)
+        found, changed = measure(), probabilities()
+        (distance, _), divergence, _ = theirs.get_score()
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    shares = [min(1.0, q / p) for p, q in zip(base, changed, strict=True)]
+    share = sum(shares) / len(shares)
+    target = ours.settings.kl_divergence_target
+    expected = distance if divergence >= target else share * target
+    assert found == pytest.approx((share, expected), rel=1e-4)
+    assert 0.01 < share < 0.99
 
 
 def test_heretics_own_generation_hands_the_head_whole_tensors(
