@@ -197,12 +197,15 @@ def guide(
     patience: int | None,
     ended: Callable[[int], None],
     n_shared: Callable[[], int] | None = None,
+    screened: Callable[[], Sequence[Values]] = tuple,
 ) -> Study:
     """
     Lets a study begin with trials of these values, and end when its front has not grown for so many trials.
 
     `ended` is called with the number of its trials then, and where it has more than were asked for. A study that goes on begins where
     it was; one that is told to go on by the user, who has seen its front, has as much patience again.
+
+    `screened`: gives more values to begin with, once Heretic has said what study it is.
 
     `n_shared`: of a study that other processes work on as well, how many trials they make together. Those of processes that died are
     marked as failed and made up for, and who has nothing more to do waits for the others.
@@ -211,6 +214,7 @@ def guide(
     optimize, ask = study.optimize, study.ask
     leases = Leases(study._storage)
     held: list[int] = []
+    beginning: list[Values] = []
     start = 0
 
     def begun() -> list[FrozenTrial]:
@@ -229,7 +233,7 @@ def guide(
     def claim(*args: Any, **options: Any) -> Trial:
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         tried = [trial.system_attrs.get("fixed_params") for trial in [*begun(), *waiting]]
-        untried = [values for values in first if values not in tried]
+        untried = [values for values in beginning if values not in tried]
         if untried:
             study.enqueue_trial(untried[0])
         trial = ask(*args, **options)
@@ -253,6 +257,7 @@ def guide(
     def guided(objective: Any, n_trials: int) -> None:
         nonlocal start
         held.clear()
+        beginning[:] = [*first, *screened()]
         waits = False
         n_wanted = n_shared() if n_shared is not None else len(begun()) + n_trials
         with leases.working(), leases.renewed(held) if n_shared is not None else nullcontext():

@@ -316,19 +316,18 @@ class Host:
         self.study = study
         if self.shared is not None:
             require_same_identity(study, self.settings, self.identity)
-        first = self.screened(study)
+        first = []
         if self.first_trials:
             # The parameters and their ranges are known from asking for them.
             trial = create_study(directions=study.directions).ask()
             self.modifier.suggest_parameters(self.context, trial)
             shared = shared_components(self.modifier.model(self.context))
-            warm = [fitted(values, trial.distributions, shared) for values in self.first_trials]
-            first = [*warm, *first]
-        if self.first_trials and not study.trials:
+            first = [fitted(values, trial.distributions, shared) for values in self.first_trials]
+        if first and not study.trials:
             log(
-                f"* Beginning with [bold]{len(warm)}[/] trials of {escape(str(self.modifier.settings.warm_start))}"
+                f"* Beginning with [bold]{len(first)}[/] trials of {escape(str(self.modifier.settings.warm_start))}"
             )
-            pairs = zip(self.first_trials, warm, strict=True)
+            pairs = zip(self.first_trials, first, strict=True)
             moved = sum(is_moved(*pair, shared) for pair in pairs)
             if moved:
                 log(
@@ -342,7 +341,8 @@ class Host:
             settings.n_trials = n_trials
 
         n_shared = None if self.shared is None else lambda: settings.n_trials
-        return guide(study, first, settings.contrast.patience, ended, n_shared)
+        patience = settings.contrast.patience
+        return guide(study, first, patience, ended, n_shared, lambda: self.screened(study))
 
     def screened(self, study: Study) -> list[Values]:
         """Returns parameters of candidates that a study begins with, where these are asked for; it keeps them when they are chosen."""
@@ -375,8 +375,10 @@ class Host:
                 found = best_candidates(
                     evaluate, n_candidates, n_wanted, evaluator.base_refusals, sampler
                 )
-            study.set_user_attr(SCREENED_KEY, found)
             log(f"* Beginning with [bold]{len(found)}[/] of them")
+            # Another process may have chosen meanwhile.
+            if SCREENED_KEY not in study.user_attrs:
+                study.set_user_attr(SCREENED_KEY, found)
         return list(study.user_attrs[SCREENED_KEY])
 
     def make_evaluator(self, *args: Any, **kwargs: Any) -> Evaluator:

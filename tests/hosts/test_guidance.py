@@ -223,6 +223,28 @@ def test_patience() -> None:
     assert len(study.trials) == 14 and ended == [7, 14]
 
 
+def test_screened_values_follow_when_the_study_begins() -> None:
+    asked: list[int] = []
+
+    def screened() -> list[dict[str, Any]]:
+        asked.append(len(study.trials))
+        return [{"x": 0.5}, {"x": 0.25}]
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        trial.set_user_attr("refusals", 0)
+        trial.set_user_attr("kl_divergence", 0.0)
+        return trial.suggest_float("x", 0, 1), 0.0
+
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    guide(study, [{"x": 0.75}], None, lambda n_trials: None, screened=screened)
+    # Heretic has yet to say what study it is, for other processes to compare with theirs.
+    assert asked == []
+    study.optimize(objective, n_trials=4)
+    assert asked == [0] and [trial.params["x"] for trial in study.trials[:3]] == [0.75, 0.5, 0.25]
+    study.optimize(objective, n_trials=2)
+    assert len({trial.params["x"] for trial in study.trials}) == 6
+
+
 def test_no_patience_and_fewer_trials_than_first_ones() -> None:
     study, objective, ended = guided_study(None, [{"x": index / 8} for index in range(5)])
     study.optimize(objective, n_trials=3)
@@ -279,6 +301,8 @@ class Worker:
 
     def objective(self, trial: optuna.Trial) -> tuple[float, float]:
         self.seen.append(trial.number)
+        # Long enough for the others to take part.
+        time.sleep(0.01)
         x, y = trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)
         point = round(10 * x), (x - y) ** 2
         trial.set_user_attr("refusals", point[0])
