@@ -62,6 +62,7 @@ CONFIGURATIONS = {
     "default, ended early": "--contrast.stop-dominated",
     "default, not normalized": PLAIN_OPTIONS,
     "wide": """--contrast.search-space='{"max_weight": [0.2, 1.5]}'""",
+    "screened": "--contrast.screening=200",
     "maps": MAPS,
     "maps, not normalized": f"{PLAIN_OPTIONS} {MAPS}",
     "means": MEANS,

@@ -349,7 +349,12 @@ class Host:
 
         settings, evaluator = self.evaluator.settings, self.evaluator
         n_candidates = settings.contrast.screening
-        if n_candidates == 0 or evaluator.base_refusals == 0:
+        if n_candidates == 0:
+            return []
+        if evaluator.base_refusals == 0:
+            log(
+                "* [yellow]Nothing is screened, since the unmodified model refuses none of the prompts.[/]"
+            )
             return []
         if SCREENED_KEY not in study.user_attrs:
             log()

@@ -28,7 +28,10 @@ def best_candidates(
     """
 
     study = create_study(directions=["minimize", "minimize"], sampler=sampler)
-    study.optimize(evaluate, n_trials=n_candidates)
+    for _ in range(n_candidates):
+        # Optuna's own loop writes of every interruption.
+        trial = study.ask()
+        study.tell(trial, evaluate(trial))
     trials = study.get_trials(deepcopy=False)
     points = {
         trial.number: (round(trial.values[0] * n_prompts), trial.values[1]) for trial in trials
