@@ -2,11 +2,13 @@
 
 """Parameters to begin a study with, chosen by what a trial is worth at a fraction of its cost."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from optuna import Trial, create_study
 from optuna.samplers import BaseSampler
+from optuna.trial import TrialState
 
 from .stopping import Point, front
 
@@ -31,13 +33,21 @@ def best_candidates(
     for _ in range(n_candidates):
         # Optuna's own loop writes of every interruption.
         trial = study.ask()
-        study.tell(trial, evaluate(trial))
-    trials = study.get_trials(deepcopy=False)
-    points = {
-        trial.number: (round(trial.values[0] * n_prompts), trial.values[1]) for trial in trials
+        point = evaluate(trial)
+        if any(map(math.isnan, point)):
+            # It breaks the model.
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, point)
+    trials = {
+        trial.number: trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     }
-    best = front(points)
-    return [trials[number].params for number in spread(best, n_wanted)]
+    points = {
+        number: (round(trial.values[0] * n_prompts), trial.values[1])
+        for number, trial in trials.items()
+    }
+    return [trials[number].params for number in spread(front(points), n_wanted)]
 
 
 def spread(items: Sequence[Item], n: int) -> list[Item]:

@@ -2,6 +2,8 @@
 
 """Candidates that a study begins with, on functions whose fronts are known."""
 
+from math import nan
+
 import pytest
 from optuna import Trial
 from optuna.samplers import RandomSampler
@@ -37,11 +39,11 @@ def test_of_one_candidate_there_is_one() -> None:
 
 
 def test_differences_of_less_than_a_prompt_do_not_count() -> None:
-    values = iter([(0.0, 0.9), (0.04, 0.2), (0.06, 0.1), (0.5, 0.3), (1.0, 0.0)])
+    values = iter([(0.0, 0.9), (0.04, 0.2), (0.06, 0.1), (0.5, 0.3), (1.0, 0.0), (nan, nan)])
 
     def evaluate(trial: Trial) -> tuple[float, float]:
         trial.suggest_float("x", trial.number, trial.number)
         return next(values)
 
-    found = best_candidates(evaluate, 5, 10, 10, RandomSampler(seed=0))
+    found = best_candidates(evaluate, 6, 10, 10, RandomSampler(seed=0))
     assert [item["x"] for item in found] == [1, 2, 4]
