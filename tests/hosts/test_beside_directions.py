@@ -61,6 +61,7 @@ EFFECTIVE: dict[str, Any] = {
     "stop_dominated": True,
     "storage": "study.journal",
     "warm_start": "sweep.json",
+    "screening": 60,
     "patience": 5,
     "finalist_prompts": {"dataset": "fresh.txt"},
     "divergence": "teacher-forced",
