@@ -312,6 +312,12 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def seconds_after(study: dict[str, Any]) -> np.ndarray:
+    """Returns how many seconds a study has taken after each trial, with what it has screened before. Array of shape (n_trials,)."""
+
+    return study["screening_seconds"] + np.cumsum([trial["seconds"] for trial in study["trials"]])
+
+
 def seconds_until(study: dict[str, Any], share: float, limit: float) -> float | None:
     """Returns the seconds of trials until a share is reached but for rounding, or None where it never is."""
 
@@ -320,9 +326,7 @@ def seconds_until(study: dict[str, Any], share: float, limit: float) -> float | 
     ]
     if not reached:
         return None
-    return study.get("screening_seconds", 0.0) + sum(
-        trial["seconds"] for trial in study["trials"][: reached[0] + 1]
-    )
+    return float(seconds_after(study)[reached[0]])
 
 
 def summarize(studies: Sequence[dict[str, Any]], limit: float) -> dict[str, Any]:
@@ -364,11 +368,7 @@ def summarize(studies: Sequence[dict[str, Any]], limit: float) -> dict[str, Any]
 def by_second(group: Sequence[dict[str, Any]], limit: float, points: int = 30) -> list[list[float]]:
     """Returns seconds, and the mean share after so many, until the first study of a group ends."""
 
-    ends = [
-        study.get("screening_seconds", 0.0)
-        + np.cumsum([trial["seconds"] for trial in study["trials"]])
-        for study in group
-    ]
+    ends = [seconds_after(study) for study in group]
     grid = np.linspace(0, min(end[-1] for end in ends), points)
     curves = []
     for study, end in zip(group, ends, strict=True):

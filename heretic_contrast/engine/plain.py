@@ -123,9 +123,10 @@ def token_logprobs(
     tokens = torch.tensor([token for tokens in known.tokens for token in tokens])
     found = torch.zeros(len(tokens))
     for chunk in engine.logits(known, interventions):
-        chosen = tokens[chunk.positions.cpu()].to(chunk.values.device)
+        positions = chunk.positions.cpu()
+        chosen = tokens[positions].to(chunk.values.device)
         values = chunk.values.log_softmax(dim=1).gather(1, chosen[:, None])[:, 0]
-        found[chunk.positions.cpu()] = values.cpu()
+        found[positions] = values.cpu()
         # Not to be held beside the next one.
         del chunk
     return found

@@ -9,7 +9,6 @@ batch, and a trial ends where it cannot reach the front any more.
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import compress
 from typing import Any
 from unittest.mock import patch
 
@@ -231,18 +230,15 @@ class Evaluator(heretic.main.Evaluator):
         how probable that is without changes.
         """
 
-        refused = [verdict >= 0.5 for verdict in self.verdicts]
-        harmful, harmless = (
-            spread(prompts, SCREENED_PROMPTS)
-            for prompts in (list(compress(self.bad_prompts, refused)), self.good_prompts)
-        )
+        judged = zip(self.bad_prompts, self.verdicts, strict=True)
+        refused = [prompt for prompt, verdict in judged if verdict >= 0.5]
+        harmless = spread(self.good_prompts, SCREENED_PROMPTS)
         model = from_heretic(self.model, self.settings)
-        prompts = model.token_ids(own_prompts(harmful))
+        prompts = model.token_ids(own_prompts(spread(refused, SCREENED_PROMPTS)))
         begun = PlainEngine(model).generate(prompts, [SCREENED_TOKENS] * len(prompts))
         known = Continuations(tuple(prompts), tuple(begun))
 
         def logprobs() -> Tensor:
-            model = from_heretic(self.model, self.settings)
             found = None
             if self._trials is not None:
                 found = self._trials.token_logprobs(model, known, self._first_layer)

@@ -193,19 +193,18 @@ def is_moved(values: Values, found: Values, shared: Mapping[str, str]) -> bool:
 
 def guide(
     study: Study,
-    first: Sequence[Values],
+    first: Callable[[], Sequence[Values]],
     patience: int | None,
     ended: Callable[[int], None],
     n_shared: Callable[[], int] | None = None,
-    screened: Callable[[], Sequence[Values]] = tuple,
 ) -> Study:
     """
-    Lets a study begin with trials of these values, and end when its front has not grown for so many trials.
+    Lets a study begin with trials of the `first` values, and end when its front has not grown for so many trials.
+
+    These are asked for when it begins, since only then Heretic has said what study it is.
 
     `ended` is called with the number of its trials then, and where it has more than were asked for. A study that goes on begins where
     it was; one that is told to go on by the user, who has seen its front, has as much patience again.
-
-    `screened`: gives more values to begin with, once Heretic has said what study it is.
 
     `n_shared`: of a study that other processes work on as well, how many trials they make together. Those of processes that died are
     marked as failed and made up for, and who has nothing more to do waits for the others.
@@ -257,7 +256,7 @@ def guide(
     def guided(objective: Any, n_trials: int) -> None:
         nonlocal start
         held.clear()
-        beginning[:] = [*first, *screened()]
+        beginning[:] = first()
         waits = False
         n_wanted = n_shared() if n_shared is not None else len(begun()) + n_trials
         with leases.working(), leases.renewed(held) if n_shared is not None else nullcontext():

@@ -342,7 +342,7 @@ class Host:
 
         n_shared = None if self.shared is None else lambda: settings.n_trials
         patience = settings.contrast.patience
-        return guide(study, first, patience, ended, n_shared, lambda: self.screened(study))
+        return guide(study, lambda: [*first, *self.screened(study)], patience, ended, n_shared)
 
     def screened(self, study: Study) -> list[Values]:
         """Returns parameters of candidates that a study begins with, where these are asked for; it keeps them when they are chosen."""

@@ -30,24 +30,20 @@ def best_candidates(
     """
 
     study = create_study(directions=["minimize", "minimize"], sampler=sampler)
+    points: dict[int, Point] = {}
+    parameters: dict[int, dict[str, Any]] = {}
     for _ in range(n_candidates):
         # Optuna's own loop writes of every interruption.
         trial = study.ask()
-        point = evaluate(trial)
-        if any(map(math.isnan, point)):
+        share, divergence = evaluate(trial)
+        if math.isnan(share) or math.isnan(divergence):
             # It breaks the model.
             study.tell(trial, state=TrialState.FAIL)
-        else:
-            study.tell(trial, point)
-    trials = {
-        trial.number: trial
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    }
-    points = {
-        number: (round(trial.values[0] * n_prompts), trial.values[1])
-        for number, trial in trials.items()
-    }
-    return [trials[number].params for number in spread(front(points), n_wanted)]
+            continue
+        study.tell(trial, (share, divergence))
+        points[trial.number] = (round(share * n_prompts), divergence)
+        parameters[trial.number] = trial.params
+    return [parameters[number] for number in spread(front(points), n_wanted)]
 
 
 def spread(items: Sequence[Item], n: int) -> list[Item]:

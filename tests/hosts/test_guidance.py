@@ -198,7 +198,10 @@ def guided_study(patience: int | None, first: list[dict[str, Any]]) -> tuple[Any
 
     ended: list[int] = []
     study = guide(
-        optuna.create_study(directions=["minimize", "minimize"]), first, patience, ended.append
+        optuna.create_study(directions=["minimize", "minimize"]),
+        lambda: first,
+        patience,
+        ended.append,
     )
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
@@ -223,12 +226,12 @@ def test_patience() -> None:
     assert len(study.trials) == 14 and ended == [7, 14]
 
 
-def test_screened_values_follow_when_the_study_begins() -> None:
+def test_first_values_are_asked_for_when_the_study_begins() -> None:
     asked: list[int] = []
 
-    def screened() -> list[dict[str, Any]]:
+    def first() -> list[dict[str, Any]]:
         asked.append(len(study.trials))
-        return [{"x": 0.5}, {"x": 0.25}]
+        return [{"x": 0.75}, {"x": 0.5}, {"x": 0.25}]
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         trial.set_user_attr("refusals", 0)
@@ -236,7 +239,7 @@ def test_screened_values_follow_when_the_study_begins() -> None:
         return trial.suggest_float("x", 0, 1), 0.0
 
     study = optuna.create_study(directions=["minimize", "minimize"])
-    guide(study, [{"x": 0.75}], None, lambda n_trials: None, screened=screened)
+    guide(study, first, None, lambda n_trials: None)
     # Heretic has yet to say what study it is, for other processes to compare with theirs.
     assert asked == []
     study.optimize(objective, n_trials=4)
@@ -292,7 +295,7 @@ class Worker:
                 directions=["minimize", "minimize"],
                 load_if_exists=True,
             ),
-            first or [],
+            lambda: first or [],
             None,
             lambda n_trials: None,
             lambda: n_trials,
@@ -346,7 +349,7 @@ def test_a_worker_that_died_loses_nothing(tmp_path: Path) -> None:
     alone = optuna.create_study(
         sampler=make_sampler(Sampler.TPE, 3, 4, {}), directions=["minimize", "minimize"]
     )
-    guide(alone, first, None, lambda n_trials: None).optimize(whole.objective, n_trials=9)
+    guide(alone, lambda: first, None, lambda n_trials: None).optimize(whole.objective, n_trials=9)
     assert [trial.params for trial in alone.trials] == expected
 
     path = tmp_path / "study.journal"

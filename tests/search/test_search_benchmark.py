@@ -22,6 +22,7 @@ def made_study(trials: list[tuple[int | None, float | None]], base: int = 4) -> 
         "configuration": search.PLAIN,
         "seed": 0,
         "base_refusals": {"judged": base, "fresh": base},
+        "screening_seconds": 0.0,
         "trials": [
             {"seconds": 1.0, "refusals": refusals, "kl_divergence": divergence, "fresh": None}
             for refusals, divergence in trials
@@ -53,6 +54,15 @@ def test_times_until_a_share() -> None:
     study = made_study([(3, 0.05), (2, 0.05), (0, 0.05)])
     assert search.seconds_until(study, 0.25, 0.1) == 2.0
     assert search.seconds_until(study, 0.51, 0.1) is None
+    # What comes before the first trial counts as well.
+    screened = {**study, "screening_seconds": 5.0}
+    assert search.seconds_until(screened, 0.25, 0.1) == 7.0
+    assert search.by_second([screened], 0.1, points=9)[5:] == [
+        [5.0, 0.0],
+        [6.0, pytest.approx(0.125)],
+        [7.0, pytest.approx(0.25)],
+        [8.0, pytest.approx(0.5)],
+    ]
     assert search.by_second([study], 0.1, points=4) == [
         [0.0, 0.0],
         [1.0, pytest.approx(0.125)],
