@@ -109,29 +109,6 @@ class PlainEngine:
         return ablated_samples(self.model, [intervention])
 
 
-def token_logprobs(
-    engine: PlainEngine,
-    known: Continuations,
-    interventions: Sequence[Intervention] | None = None,
-) -> Tensor:
-    """
-    Returns the logarithms of the probabilities that a model gives the tokens of continuations, under one intervention at most.
-
-    Tensor of shape (n_positions,), float32, on the CPU.
-    """
-
-    tokens = torch.tensor([token for tokens in known.tokens for token in tokens])
-    found = torch.zeros(len(tokens))
-    for chunk in engine.logits(known, interventions):
-        positions = chunk.positions.cpu()
-        chosen = tokens[positions].to(chunk.values.device)
-        values = chunk.values.log_softmax(dim=1).gather(1, chosen[:, None])[:, 0]
-        found[positions] = values.cpu()
-        # Not to be held beside the next one.
-        del chunk
-    return found
-
-
 class UnbatchedEngine(PlainEngine):
     """The plain engine with every prompt alone, for a model that gives another prompt beside it, or padding, a say."""
 

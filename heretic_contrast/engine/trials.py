@@ -19,7 +19,6 @@ from .check import all_logits, checked_engine
 from .fast.drafts import Row
 from .fast.engine import FastEngine
 from .interface import Continuations
-from .plain import token_logprobs
 from .strides import Watch
 
 N_STARTS = 8
@@ -82,23 +81,20 @@ class TrialEngine:
     ) -> Tensor | None:
         """Returns the logarithms of the probabilities of each response's first token. Tensor of shape (n_prompts, vocabulary), float32."""
 
-        def read(engine: FastEngine, weights: OwnWeights) -> Tensor | None:
-            known = self._asked(prompts, first_layer)
-            if known is None:
-                return None
-            (logits,) = all_logits(engine, known, [weights])
-            return logits.log_softmax(dim=-1)
+        known = self._asked(prompts, first_layer)
+        logits = None if known is None else self.logits(model, known, first_layer)
+        return None if logits is None else logits.log_softmax(dim=-1)
 
-        return self._run(read, model, first_layer)
-
-    def token_logprobs(
+    def logits(
         self, model: LanguageModel, known: Continuations, first_layer: float
     ) -> Tensor | None:
-        """Returns the logarithms of the probabilities of continuations' tokens: see `plain.token_logprobs`."""
+        """Returns the logits at all positions of continuations. Tensor of shape (n_positions, vocabulary), float32."""
 
-        return self._run(
-            lambda engine, weights: token_logprobs(engine, known, [weights]), model, first_layer
-        )
+        def read(engine: FastEngine, weights: OwnWeights) -> Tensor:
+            (logits,) = all_logits(engine, known, [weights])
+            return logits
+
+        return self._run(read, model, first_layer)
 
     def _asked(self, prompts: Sequence[Tokens], first_layer: float) -> Continuations | None:
         """Returns prompts with a continuation of one token, which nothing reads."""

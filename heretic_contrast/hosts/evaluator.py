@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..ablation.changes import UNCHANGED
 from ..builtin import is_builtin, matched_pool, refuser_pool
-from ..engine.check import checked_engine
+from ..engine.check import all_logits, checked_engine
 from ..engine.cpu.layers import fast_on_cpu
 from ..engine.interface import Continuations
 from ..engine.judge import loaded_judge
-from ..engine.plain import PlainEngine, token_logprobs
+from ..engine.plain import PlainEngine
 from ..engine.strides import Watch, generate_watched, is_watchable, none_leaves
 from ..engine.text_classification import classifier_of
 from ..engine.trials import TrialEngine
@@ -232,26 +232,35 @@ class Evaluator(heretic.main.Evaluator):
 
         judged = zip(self.bad_prompts, self.verdicts, strict=True)
         refused = [prompt for prompt, verdict in judged if verdict >= 0.5]
-        harmless = spread(self.good_prompts, SCREENED_PROMPTS)
         model = from_heretic(self.model, self.settings)
-        prompts = model.token_ids(own_prompts(spread(refused, SCREENED_PROMPTS)))
-        begun = PlainEngine(model).generate(prompts, [SCREENED_TOKENS] * len(prompts))
-        known = Continuations(tuple(prompts), tuple(begun))
+        harmful, harmless = (
+            model.token_ids(own_prompts(spread(prompts, SCREENED_PROMPTS)))
+            for prompts in (refused, self.good_prompts)
+        )
+        begun = PlainEngine(model).generate(harmful, [SCREENED_TOKENS] * len(harmful))
+        tokens = torch.tensor([token for response in begun for token in response])
+        # What is predicted of a response's first token is all that is asked of harmless prompts.
+        known = Continuations((*harmful, *harmless), (*begun, *[(0,)] * len(harmless)))
 
-        def logprobs() -> Tensor:
+        def logprobs() -> tuple[Tensor, Tensor]:
+            """Returns those of each refusal's beginning, and those of the first tokens of responses to harmless prompts."""
+
             found = None
             if self._trials is not None:
-                found = self._trials.token_logprobs(model, known, self._first_layer)
+                found = self._trials.logits(model, known, self._first_layer)
             if found is None:
-                found = token_logprobs(PlainEngine(model), known)
-            return torch.stack([part.sum() for part in found.split(known.lengths)])
+                (found,) = all_logits(PlainEngine(model), known, None)
+            found = found.log_softmax(dim=1)
+            chosen = found[: len(tokens)].gather(1, tokens.to(found.device)[:, None])[:, 0]
+            parts = chosen.split(known.lengths[: len(harmful)])
+            return torch.stack([part.sum() for part in parts]), found[len(tokens) :]
 
-        base, base_first = logprobs(), self._first_logprobs(harmless)
+        base, base_first = logprobs()
 
         def measure() -> Point:
-            share = (logprobs() - base).exp().clamp(max=1).mean().item()
-            divergence = first_token_divergence(self._first_logprobs(harmless), base_first)
-            return share, self._distance(divergence, share)
+            refusals, first = logprobs()
+            share = (refusals - base).exp().clamp(max=1).mean().item()
+            return share, self._distance(first_token_divergence(first, base_first), share)
 
         return measure
 

@@ -11,8 +11,9 @@ import torch
 
 from heretic_contrast.ablation.changes import UNCHANGED
 from heretic_contrast.engine import trials
+from heretic_contrast.engine.check import all_logits
 from heretic_contrast.engine.interface import Continuations
-from heretic_contrast.engine.plain import PlainEngine, token_logprobs
+from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.engine.strides import none_leaves
 from heretic_contrast.engine.trials import TrialEngine
 from heretic_contrast.hosts.surface import wrap
@@ -56,11 +57,10 @@ def alone(model: LanguageModel, prompt: Tokens) -> tuple[Tokens, torch.Tensor]:
     return tuple(output[0, len(prompt) :].tolist()), logits.log_softmax(dim=-1)
 
 
-def token_logprobs_alone(model: LanguageModel, prompt: Tokens, tokens: Tokens) -> torch.Tensor:
+def logits_alone(model: LanguageModel, prompt: Tokens, tokens: Tokens) -> torch.Tensor:
     """What a whole pass predicts of each token."""
 
-    logits = model.model(input_ids=torch.tensor([prompt + tokens])).logits[0, -len(tokens) - 1 : -1]
-    return logits.detach().log_softmax(dim=-1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+    return model.model(input_ids=torch.tensor([prompt + tokens])).logits[0, -len(tokens) - 1 : -1]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_5"])
@@ -82,15 +82,14 @@ def test_trials_are_computed_right_in_any_order(architecture: str, shares_prefix
             expected = [alone(model, prompt) for prompt in prompts]
             found = engine.respond(model, prompts, LIMIT, first_layer, none_leaves)
             logprobs = engine.first_logprobs(model, prompts, first_layer)
-            begun = engine.token_logprobs(model, known, first_layer)
-            right_begun = [
-                token_logprobs_alone(model, *pair)
-                for pair in zip(known.prompts, known.tokens, strict=True)
+            logits = engine.logits(model, known, first_layer)
+            right = [
+                logits_alone(model, *pair) for pair in zip(known.prompts, known.tokens, strict=True)
             ]
-            plain = token_logprobs(PlainEngine(model), known)
-        assert begun is not None
-        for values in (begun, plain):
-            torch.testing.assert_close(values, torch.cat(right_begun), atol=1e-4, rtol=1e-4)
+            (plain,) = all_logits(PlainEngine(model), known, None)
+        assert logits is not None
+        for values in (logits, plain):
+            torch.testing.assert_close(values, torch.cat(right), atol=1e-4, rtol=1e-4)
         assert found == ([response for response, _ in expected] if answers else None)
         assert logprobs is not None
         torch.testing.assert_close(
