@@ -120,7 +120,7 @@ def train_maps(
     differ. Views, for instance into a residual tensor, are welcome: nothing is copied for good. An iterable is read at once.
 
     Each map is seeded by `settings.seed` alone, and so depends neither on the others nor on their order. Memory beside the samples:
-    per thread three times one map's samples in float64.
+    per thread four times one map's samples in float64.
 
     Where Numba cannot be imported, "numba" falls back to "minisom" with a warning.
 
@@ -163,19 +163,26 @@ def _train_compiled(
 
     def train(index: int) -> TrainedMap:
         array = points[index]
+        samples = np.ascontiguousarray(array, dtype=np.float64)
+        # Equal samples get equal coordinates, so that they win and lose together.
+        seen: dict[bytes, int] = {}
+        firsts = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(samples)])
+        factor: Any = np.linalg.qr((samples - samples[0]).T, mode="r")
+        coordinates = np.ascontiguousarray(factor.T[firsts])
         initial, order = _draw(settings, *array.shape)
-        mixture = np.empty((settings.n_neurons, len(array)))
+        schedule = order, initial, rates, rate_columns
+        winners = np.empty_like(order)
         hits = np.empty(settings.n_neurons, dtype=np.int64)
         errors = np.empty(settings.n_neurons)
-        is_finite = som_kernel.train_one(
-            np.ascontiguousarray(array, dtype=np.float64),
-            (order, initial, rates, rate_columns),
-            np.empty_like(order),
-            mixture,
-            hits,
-            errors,
-        )
-        if not is_finite:
+        for vectors in (coordinates, samples):
+            weights = np.empty((settings.n_neurons, vectors.shape[1]))
+            if som_kernel.train_map(
+                vectors is coordinates, vectors, samples, schedule, weights, winners, hits, errors
+            ):
+                break
+        mixture = np.empty((settings.n_neurons, len(array)))
+        som_kernel.mix(winners, firsts, schedule, mixture)
+        if not (np.isfinite(weights).all() and np.isfinite(mixture).all()):
             raise _diverged(index, settings)
         return TrainedMap(hits, errors, mixture, array)
 
@@ -187,7 +194,7 @@ def _train_compiled(
 @lru_cache(maxsize=32)
 def _draw(
     settings: SomSettings, n_samples: int, hidden_size: int
-) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """
     Returns what MiniSom's generator draws for such a map.
 
@@ -200,7 +207,7 @@ def _draw(
     initial = np.array([generator.randint(n_samples) for _ in range(settings.n_neurons)])
     order = np.arange(settings.iterations) % n_samples
     generator.shuffle(order)
-    return initial, order.astype(np.int32)
+    return initial, order
 
 
 def _rates(settings: SomSettings) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -273,8 +273,8 @@ def test_without_writable_cache(tmp_path: Path) -> None:
     (tmp_path / "__pycache__").write_text("")
     program = (
         "import numpy as np, som_kernel\n"
-        "assert type(som_kernel.dot_product._cache).__name__ == 'NullCache'\n"
-        "print(som_kernel.dot_product(np.full(3, 2.0), np.full(3, 5.0)))"
+        "assert type(som_kernel.squared_distance_as_numpy._cache).__name__ == 'NullCache'\n"
+        "print(som_kernel.squared_distance_as_numpy(np.full(3, 2.0), np.full(3, 5.0)))"
     )
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")
@@ -283,7 +283,7 @@ def test_without_writable_cache(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    assert result.stdout == "30.0\n"
+    assert result.stdout == "27.0\n"
 
 
 def make_map(hits: list[int], errors: list[float]) -> TrainedMap:
