@@ -9,9 +9,10 @@ unmodified model has computed.
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -178,15 +179,7 @@ class Decoder:
 def replaced_forwards(modules: Any, output: Any) -> Iterator[None]:
     """Makes modules return a given output, for as long as the context lasts. Their hooks go on to run."""
 
-    originals = [vars(module).get("forward") for module in modules]
-    try:
+    with ExitStack() as stack:
         for module in modules:
-            module.forward = lambda *args, **kwargs: output
+            stack.enter_context(patch.object(module, "forward", lambda *args, **kwargs: output))
         yield
-    finally:
-        for module, original in zip(modules, originals, strict=True):
-            # That of their class is found again when nothing stands in front of it.
-            if original is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = original
