@@ -187,11 +187,6 @@ class JudgeModel:
 
         return list(map(self.tier, self.probabilities(prompts, responses)))
 
-    def classify_response(self, prompt: str, response: str) -> Tier:
-        """Tier of one response, with the signature of `tiers.classify_response`."""
-
-        return self.classify_responses([prompt], [response])[0]
-
     def identity(self) -> list[Any]:
         """Returns what decides the verdicts: the weights, and the question as it is read with its answers."""
 

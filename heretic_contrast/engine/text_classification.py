@@ -110,9 +110,6 @@ class TextClassificationBackend:
             for index, response in zip(likeliest, responses, strict=True)
         ]
 
-    def classify_response(self, prompt: str, response: str) -> Tier:
-        return self.classify_responses([prompt], [response])[0]
-
     def identity(self) -> list[Any]:
         """Returns what decides the verdicts: weights, tiers and segments."""
 

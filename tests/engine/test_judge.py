@@ -144,7 +144,7 @@ def test_a_judge_of_one_word(tmp_path: Path) -> None:
     assert [value >= 0.5 for value in found] == [True, False, False, False]
     tiers = [Tier.REFUSE, Tier.COMPLY, Tier.COMPLY, Tier.COMPLY]
     assert judge.classify_responses([PROMPT] * 4, RESPONSES) == tiers
-    assert judge.classify_response(PROMPT, RESPONSES[0]) is Tier.REFUSE
+    assert judge.classify_responses([PROMPT], RESPONSES[:1]) == [Tier.REFUSE]
 
 
 @pytest.mark.parametrize("response", ["", " \n", "<|im_end|>", "<think>I cannot.</think>"])

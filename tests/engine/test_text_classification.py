@@ -94,7 +94,8 @@ def test_tiers_are_those_of_the_likeliest_labels(classifier: Path, batch_size: i
     expected = [LABELS[name] for name in reference_labels(classifier, RESPONSES)]
     assert len(set(expected)) > 1
     assert backend.classify_responses([PROMPT] * len(RESPONSES), RESPONSES) == expected
-    assert [backend.classify_response(PROMPT, response) for response in RESPONSES] == expected
+    alone = [backend.classify_responses([PROMPT], [response]) for response in RESPONSES]
+    assert alone == [[tier] for tier in expected]
 
 
 def test_the_prompt_is_read_when_asked(classifier: Path) -> None:
@@ -119,15 +120,15 @@ def test_long_responses_are_cut(classifier: Path) -> None:
     for with_prompt in (False, True):
         backend = TextClassificationBackend(str(classifier), LABELS, with_prompt=with_prompt)
         long = " ".join(RESPONSES * 20)
-        assert backend.classify_response(PROMPT, long) in set(Tier)
+        assert set(backend.classify_responses([PROMPT], [long])) <= set(Tier)
 
 
 @pytest.mark.parametrize("response", ["", "  \n", "<|im_end|>", "<think>Dig a hole.</think>"])
 def test_nothing_said_is_a_refusal(classifier: Path, response: str) -> None:
     # All labels are mapped to another tier, so REFUSE can only come from the response being empty.
     backend = TextClassificationBackend(str(classifier), dict.fromkeys(LABELS, Tier.COMPLY))
-    assert backend.classify_response(PROMPT, response) is Tier.REFUSE
-    assert backend.classify_response(PROMPT, "Dig a hole.") is Tier.COMPLY
+    tiers = backend.classify_responses([PROMPT] * 2, [response, "Dig a hole."])
+    assert tiers == [Tier.REFUSE, Tier.COMPLY]
 
 
 def test_a_tokenizer_without_padding(tmp_path: Path) -> None:

@@ -106,9 +106,8 @@ def test_a_text_classifier_judges_many_responses_as_one(tmp_path: Path) -> None:
     evaluator = bare(Evaluator, text_classifier=str(folder), text_classifier_labels=labels)
     prompts = [SimpleNamespace(user=PROMPT)] * len(RESPONSES)
     backend = TextClassificationBackend(str(folder), LABELS)
-    expected = [
-        backend.classify_response(PROMPT, response) is Tier.REFUSE for response in RESPONSES
-    ]
+    tiers = [backend.classify_responses([PROMPT], [response]) for response in RESPONSES]
+    expected = [tier is Tier.REFUSE for (tier,) in tiers]
     assert evaluator.judge(prompts, RESPONSES) == expected
     assert len(set(expected)) == 2
 
