@@ -153,21 +153,6 @@ def output_projections(
     return [writer.module for writer in model.writers[layer] if writer.is_among(components)]
 
 
-def contributions(model: LanguageModel, layer: int) -> dict[Module, bool]:
-    """
-    Returns the modules whose outputs a layer adds to the residual stream, and whether their biases are ablated.
-
-    Behind norms it is the last of these, which several writers may share. What multiplies an output is left out.
-    """
-
-    return {
-        model.layers[layer].get_submodule(writer.norms[0]) if writer.norms else writer.module: (
-            writer.with_bias
-        )
-        for writer in model.writers[layer]
-    }
-
-
 @contextmanager
 def ablated_writers(writers: Iterable[Writer], operator: Operator) -> Iterator[None]:
     """Removes the operator from the contributions of writers, with forward hooks, for as long as the context lasts."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import LogitsProcessorList
 
-from ..ablation.hooks import carries_samples, contributions
+from ..ablation.hooks import carries_samples
 from ..ablation.writers import some_tokens
 from ..language_model import LanguageModel, Tokens, hooked, plain_settings
 from ..vectors import to_device
@@ -141,12 +141,18 @@ class _Seen:
 
 
 def _writers(model: LanguageModel) -> dict[Module, tuple[int, bool]]:
-    """Returns the modules whose outputs make a layer's contribution, with its number, and whether their biases are ablated."""
+    """
+    Returns the modules whose outputs a layer adds to the residual stream, with its number, and whether their biases are ablated.
+
+    Behind norms it is the last of these, which several writers may share. What multiplies an output is left out.
+    """
 
     return {
-        module: (index, with_bias)
-        for index in range(model.n_layers)
-        for module, with_bias in contributions(model, index).items()
+        model.layers[index].get_submodule(writer.norms[0]) if writer.norms else writer.module: (
+            (index, writer.with_bias)
+        )
+        for index, writers in enumerate(model.writers)
+        for writer in writers
     }
 
 
