@@ -184,23 +184,20 @@ def ablated_samples(model: LanguageModel, interventions: Sequence[Intervention])
     with ExitStack() as stack:
         for layer in layers:
             # Most writers have no norm behind them, and share what is on the device.
-            shared: dict[tuple[int, ...], Operator | BatchOperator] = {}
+            moved: dict[tuple[int, ...], Operator | BatchOperator] = {}
             for writer in model.writers[layer]:
                 originals = [item.operator(layer, writer) for item in unique.values()]
                 if not any(originals):
                     continue
-                key = tuple(map(id, originals))
-                operator = shared.get(key) if writer.gain is None else None
-                if operator is None:
+                key = tuple(map(id, (writer.gain, *originals)))
+                if key not in moved:
                     operators = [item and writer.operator(item) for item in originals]
                     if len(operators) == 1 and operators[0] is not None:
-                        operator = operators[0].to(device)
+                        moved[key] = operators[0].to(device)
                     else:
-                        operator = BatchOperator.stack(operators, model.hidden_size)
-                        operator = operator.to(device).select(rows)
-                if writer.gain is None:
-                    shared[key] = operator
-                stack.enter_context(ablated([writer.module], operator, writer.with_bias))
+                        batch = BatchOperator.stack(operators, model.hidden_size)
+                        moved[key] = batch.to(device).select(rows)
+                stack.enter_context(ablated([writer.module], moved[key], writer.with_bias))
         yield
 
 
