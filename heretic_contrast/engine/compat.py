@@ -33,8 +33,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations import sdpa_attention
 
-from ..vectors import to_device
-
 __all__ = ["Cache"]
 
 CACHE = (
@@ -55,17 +53,13 @@ def select_rows(cache: Cache, rows: Tensor, layers: slice = slice(None)) -> Cach
     """
     Returns a cache with some of the samples, which may be repeated.
 
-    `rows`: integer Tensor of shape (n_rows,). Other layers than `layers` are left as they are, for passes that skip them.
+    `rows`: integer Tensor of shape (n_rows,), on the model's device, or each layer would copy it there, and wait for it. Other
+    layers than `layers` are left as they are, for passes that skip them.
     """
 
     copies = [_copied(layer) for layer in cache.layers]
-    # Each layer would copy the numbers of the rows to its device by itself, and wait for it.
-    moved: dict[torch.device, Tensor] = {}
     for layer in copies[layers]:
-        device = getattr(layer, "device", None) or rows.device
-        if device not in moved:
-            moved[device] = to_device(rows, device)
-        layer.reorder_cache(moved[device])
+        layer.reorder_cache(rows)
     return _with_layers(cache, copies)
 
 

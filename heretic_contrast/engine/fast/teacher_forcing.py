@@ -130,7 +130,7 @@ class TeacherForcing:
             sequences = [sequence for sequence, _ in rows[part]]
             indices = [index for _, index in rows[part]]
             tokens = self._batch([self._sequences[sequence] for sequence in sequences])
-            known = _select(cache, [chosen.index(index) for index in indices], layer)
+            known = self._select(cache, [chosen.index(index) for index in indices], layer)
             own = start and start.select(sequences, tokens.input_ids.shape[1])
             ablated = [interventions[index] for index in indices] if interventions else []
             with ablated_samples(self.decoder.model, ablated):
@@ -201,7 +201,7 @@ class TeacherForcing:
         def read(part: slice) -> LayerInput:
             sequences = range(len(self._order))[part]
             tokens = self._batch([self._sequences[index] for index in sequences])
-            cache = _select(self._prefix_cache, [0] * len(sequences))
+            cache = self._select(self._prefix_cache, [0] * len(sequences))
             own = start and start.select(sequences, tokens.input_ids.shape[1])
             return self.decoder.layer_input(tokens, layer, cache, len(self.prefix), own)
 
@@ -212,6 +212,14 @@ class TeacherForcing:
             del self._inputs[next(iter(self._inputs))]
         self._inputs[layer] = prefix, LayerInput(layer, torch.cat(padded), parts[0].n_outputs)
         return self._inputs[layer]
+
+    def _select(
+        self, cache: Cache | None, rows: Sequence[int], first_layer: int = 0
+    ) -> Cache | None:
+        if cache is None:
+            return None
+        chosen = to_device(rows, self.decoder.model.device)
+        return select_rows(cache, chosen, slice(first_layer, None))
 
     def _batch(self, sequences: Sequence[Tokens]) -> TokenBatch:
         """Returns sequences as a batch, padded on the right no further than they need."""
@@ -226,9 +234,3 @@ def common_prefix(prompts: Sequence[Tokens]) -> Tokens:
 
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     return tuple(column[0] for column in takewhile(lambda items: len(set(items)) == 1, columns))
-
-
-def _select(cache: Cache | None, rows: Sequence[int], first_layer: int = 0) -> Cache | None:
-    if cache is None:
-        return None
-    return select_rows(cache, torch.tensor(rows), slice(first_layer, None))
