@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import __version__
@@ -147,7 +147,6 @@ def weights_digest(network: Module, own_adapter: str | None = None) -> str:
     """
 
     found: dict[str, Future[str]] = {}
-    tied: dict[int, Future[str]] = {}
     with ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))) as pool:
         for module_name, module in network.named_modules():
             with loaded(module):
@@ -162,14 +161,10 @@ def weights_digest(network: Module, own_adapter: str | None = None) -> str:
                             f"The weight {full_name} has not been loaded, so it cannot be told which model this is: load "
                             "the model again."
                         )
-                    # Tied weights are one parameter, and read once.
-                    future = tied.get(id(tensor)) or pool.submit(_tensor_digest, tensor)
-                    found[full_name] = future
+                    found[full_name] = pool.submit(_tensor_digest, tensor)
                     if is_offloaded(module):
                         # What was loaded is only there until the context ends.
-                        future.result()
-                    elif isinstance(tensor, Parameter):
-                        tied[id(tensor)] = future
+                        found[full_name].result()
         return digest({name: future.result() for name, future in found.items()})
 
 
