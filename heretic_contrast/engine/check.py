@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..language_model import LanguageModel, Tokens, is_of_the_machine
 from ..vectors import unit_vectors
 from .fast.engine import FastEngine
 from .interface import Continuations
-from .plain import PlainEngine, UnbatchedEngine
+from .plain import PlainEngine
 
 N_TOKENS = 4
 
@@ -36,7 +37,7 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> PlainEngi
     distinct = sorted(set(prompts), key=lambda tokens: (len(tokens), tokens))
     places = {0, len(distinct) // 2, len(distinct) - 1}
     chosen = tuple(distinct[place] for place in sorted(places))
-    plain, alone = PlainEngine(model), UnbatchedEngine(model)
+    plain, alone = PlainEngine(model), PlainEngine(replace(model, batch_size=1))
     known = Continuations(chosen, tuple(alone.generate(chosen, [N_TOKENS] * len(chosen))))
     if reason_against(plain, alone, known, [Intervention({})]):
         warn(
@@ -95,7 +96,8 @@ def reason_against(
         (found,), (right,) = (all_logits(item, known, chosen) for item in (engine, plain))
         share = difference(found, right)
         if share > tolerance:
-            (alone,) = all_logits(UnbatchedEngine(plain.model), known, chosen)
+            unbatched = PlainEngine(replace(plain.model, batch_size=1))
+            (alone,) = all_logits(unbatched, known, chosen)
             if not share <= ROUNDINGS * difference(alone, right):
                 return "its logits differ"
     responses = [item.respond(known, N_TOKENS, interventions) for item in (engine, plain)]

@@ -4,7 +4,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -107,13 +106,6 @@ class PlainEngine:
         if intervention is None:
             return nullcontext()
         return ablated_samples(self.model, [intervention])
-
-
-class UnbatchedEngine(PlainEngine):
-    """The plain engine with every prompt alone, for a model that gives another prompt beside it, or padding, a say."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__(replace(model, batch_size=1))
 
 
 def _predictions(
