@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel, Progress
-from ..prompts import prompts_digest, text_digest
+from ..prompts import prompts_digest
 from ..settings import EXTRACTION_FIELDS, Classes, ContrastSettings, Control, Method, Scale
 from ..vectors import unit_vectors
 from .baselines import BaselineOptions, Residuals, get_baseline, mean
@@ -79,7 +79,7 @@ def extract(
 
     model = replace(model.identified(), winsorization_quantile=settings.winsorization_quantile)
     # Those that a filter drops are chosen by the model's responses, so that nothing may be judged on them either.
-    digests = {text_digest(prompt.text) for pool in pools.named().values() for prompt in pool}
+    digests = pools.digests()
     if needs_model(settings):
         log("* Asking the model for the categories...")
         pools = with_categories(pools, settings, model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..builtin import harmful_pool, harmless_pool, matched_pool, pool_name
 from ..errors import ContrastError
 from ..language_model import LanguageModel
-from ..prompts import Prompt, load_pool
+from ..prompts import Prompt, load_pool, text_digest
 from ..prompts.categories import assign
 from ..settings import BASELINES, CategorySource, Classes, ContrastSettings, PromptSources
 from .baselines import NEEDS_MATCHED, require_matched, require_neighbors
@@ -31,6 +31,11 @@ class Pools:
 
     def named(self) -> dict[str, tuple[Prompt, ...]]:
         return {"harmful": self.harmful, "harmless": self.bulk, "matched": self.matched}
+
+    def digests(self) -> set[str]:
+        """Returns the digests of all texts."""
+
+        return {text_digest(prompt.text) for pool in self.named().values() for prompt in pool}
 
 
 def shared_texts(first: Sequence[Prompt], second: Sequence[Prompt]) -> set[str]:

@@ -135,13 +135,8 @@ class DirectionSources:
         """Returns the prompts that the directions come from, before they are extracted."""
 
         used = UsedPrompts.of(self.loaded)
-        fitted = {
-            text_digest(prompt.text)
-            for pools in self.pools.values()
-            for pool in pools.named().values()
-            for prompt in pool
-        }
-        return replace(used, digests=used.digests | fitted)
+        fitted = [pools.digests() for pools in self.pools.values()]
+        return replace(used, digests=used.digests.union(*fitted))
 
     def directions(
         self,
