@@ -55,7 +55,6 @@ def _run(
         memory = state[sample, head]
         keys, queries = np.empty(key_dim, np.float32), np.empty(key_dim, np.float32)
         change, read = np.empty(value_dim, np.float32), np.empty(value_dim, np.float32)
-        values = np.empty(value_dim, np.float32)
         for token in range(n_tokens):
             key_scale, query_scale = np.float32(1.0), np.float32(1.0 / np.sqrt(key_dim))
             if normalize:
@@ -66,8 +65,6 @@ def _run(
                 keys[i] = key[sample, token, key_head, i] * key_scale
                 queries[i] = query[sample, token, key_head, i] * query_scale
                 agreement += keys[i] * queries[i]
-            for j in range(value_dim):
-                values[j] = value[sample, token, head, j]
             decay = np.exp(log_decay[sample, token, head])
             rate = beta[sample, token, head]
             # What key and query find in the old state, in one pass over it: four rows at a time, so that sums are
@@ -87,7 +84,7 @@ def _run(
                     change[j] += memory[i, j] * keys[i]
                     read[j] += memory[i, j] * queries[i]
             for j in range(value_dim):
-                change[j] = rate * (values[j] - decay * change[j])
+                change[j] = rate * (value[sample, token, head, j] - decay * change[j])
                 # The query finds what is added now as well: Sᵀ q = exp(g) S_oldᵀ q + (k · q) change.
                 output[sample, token, head, j] = decay * read[j] + agreement * change[j]
             for i in range(key_dim):
