@@ -4,7 +4,7 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from heretic_contrast.evaluation.results import Pair
 from heretic_contrast.prompts import Prompt, is_text, load_pool
 from heretic_contrast.prompts.categories import assign
 from heretic_contrast.prompts.formats import read_file
+from heretic_contrast.prompts.sampling import draw_evenly
 
 MATCHED = "matched"
 """The matched pool of the model, or the one shipped with the package."""
@@ -108,36 +109,21 @@ def file_pools(path: Path) -> StudyPools:
     )
 
 
+def by_category(prompts: Sequence[Prompt], indices: Iterable[int]) -> dict[str, list[int]]:
+    """Returns indices of prompts by category."""
+
+    found: dict[str, list[int]] = defaultdict(list)
+    for index in indices:
+        found[prompts[index].category or ""].append(index)
+    return found
+
+
 def draw_share(prompts: Sequence[Prompt], share: float, generator: random.Random) -> list[int]:
     """Returns the sorted indices of a random share of the prompts of each category, rounded up."""
 
-    by_category: dict[str, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        by_category[prompt.category or ""].append(index)
     chosen: list[int] = []
-    for name in sorted(by_category):
-        indices = by_category[name]
+    for _, indices in sorted(by_category(prompts, range(len(prompts))).items()):
         chosen += generator.sample(indices, -int(-len(indices) * share // 1))
-    return sorted(chosen)
-
-
-def draw_evenly(
-    prompts: Sequence[Prompt], candidates: Sequence[int], count: int, generator: random.Random
-) -> list[int]:
-    """Returns the sorted indices of `count` candidates (or all), as evenly over the categories as they allow."""
-
-    by_category: dict[str, list[int]] = defaultdict(list)
-    for index in candidates:
-        by_category[prompts[index].category or ""].append(index)
-    names = sorted(by_category)
-    for name in names:
-        generator.shuffle(by_category[name])
-    generator.shuffle(names)
-    chosen: list[int] = []
-    while len(chosen) < min(count, len(candidates)):
-        for name in names:
-            if by_category[name] and len(chosen) < count:
-                chosen.append(by_category[name].pop())
     return sorted(chosen)
 
 
@@ -173,7 +159,7 @@ def draw(
     fitted = {
         name: draw_share(prompts, share, generator) for name, prompts in pools.fitted().items()
     }
-    judged = draw_evenly(pools.judged, refused, n_judged, generator)
+    judged = sorted(draw_evenly(by_category(pools.judged, refused), n_judged, generator))
     references = sorted(
         generator.sample(range(len(pools.references)), min(n_references, len(pools.references)))
     )

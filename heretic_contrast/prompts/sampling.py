@@ -4,10 +4,28 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import TypeVar
 
 from ..errors import ContrastError
 from . import Prompt
+
+Item = TypeVar("Item")
+
+
+def draw_evenly(
+    strata: Mapping[str, list[Item]], count: int, generator: random.Random
+) -> list[Item]:
+    """Returns `count` items, or all, in rounds over the strata; shuffles these."""
+
+    order = sorted(strata)
+    for name in order:
+        generator.shuffle(strata[name])
+    # Who comes first in the last, partial round is drawn too.
+    generator.shuffle(order)
+    rounds = zip_longest(*(reversed(strata[name]) for name in order))
+    return [item for turn in rounds for item in turn if item is not None][:count]
 
 
 def stratified_sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
@@ -32,17 +50,7 @@ def stratified_sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[
         raise ContrastError(
             f"{count} prompts cannot cover {len(strata)} categories: ask for at least {len(strata)}."
         )
-    generator = random.Random(seed)
-    for name in sorted(strata):
-        generator.shuffle(strata[name])
-    # Rounds over the categories; who comes first in the last, partial round is drawn too.
-    order = sorted(strata)
-    generator.shuffle(order)
-    chosen: list[Prompt] = []
-    while len(chosen) < count:
-        for name in order:
-            if strata[name] and len(chosen) < count:
-                chosen.append(strata[name].pop())
+    chosen = draw_evenly(strata, count, random.Random(seed))
     return sorted(chosen, key=lambda prompt: (prompt.category or "", prompt.text))
 
 

@@ -31,7 +31,7 @@ from examples.replication.cli import main
 from examples.replication.conditions import all_layer_conditions, single_layer_conditions
 from examples.replication.evidence import Study, load_studies
 from examples.replication.measurement import FORMAT, StudyOptions, outcomes
-from examples.replication.pools import SENSITIVE, builtin_pools, draw, draw_evenly, file_pools
+from examples.replication.pools import SENSITIVE, builtin_pools, by_category, draw, file_pools
 from examples.replication.report import (
     COMMON,
     magnitude_reading,
@@ -59,6 +59,7 @@ from examples.replication.wording import percent, reading, signed
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult, Verdict
 from heretic_contrast.prompts import Prompt
+from heretic_contrast.prompts.sampling import draw_evenly
 
 N_LAYERS = 4
 N_POOL = 60
@@ -732,7 +733,7 @@ def test_seeds_draw_their_own_prompts_evenly() -> None:
     )
     assert first.left_out != second.left_out
     few = [Prompt("a", "x"), Prompt("b", "y")]
-    assert draw_evenly(few, [0, 1], 5, random.Random(0)) == [0, 1]
+    assert sorted(draw_evenly(by_category(few, [0, 1]), 5, random.Random(0))) == [0, 1]
 
 
 def test_prompts_file_makes_pools_without_overlap(tmp_path: Path) -> None:
