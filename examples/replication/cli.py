@@ -14,7 +14,8 @@ from heretic_contrast.errors import ContrastError
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.outputs import require_writable_directory
 
-from .measurement import StudyOptions, measure_study
+from .measurement import measure_study
+from .pools import StudyOptions
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,9 +90,8 @@ def run_measure(chosen: argparse.Namespace) -> None:
 
     logging.set_verbosity_error()
     torch.set_grad_enabled(False)
-    values = {field.name: getattr(chosen, field.name) for field in fields(StudyOptions)}
     options = StudyOptions(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        **{field.name: getattr(chosen, field.name) for field in fields(StudyOptions)}
     )
     if chosen.model != REFUSER and chosen.prompts is None:
         raise ContrastError(
@@ -115,14 +115,14 @@ def run_measure(chosen: argparse.Namespace) -> None:
         raise ContrastError(
             f"The model {chosen.model} could not be loaded: check its name or path."
         ) from error
-    name = chosen.name or chosen.output.stem
     if torch.cuda.is_available():
         loaded = loaded.to("cuda")
+    name = chosen.name or chosen.output.stem
     model = wrap(loaded, tokenizer, name=name, batch_size=chosen.batch_size)
     work = chosen.work or chosen.output.with_suffix(".work")
     require_own_sweep(model, sweeps[0], chosen.sweep)
     with progress_bar() as show:
-        results = measure_study(model, name, pools, options, work, log, show, *sweeps)
+        results = measure_study(model, pools, options, work, log, show, *sweeps)
     write_text_atomically(
         chosen.output, json.dumps(results, sort_keys=True, separators=(",", ":")) + "\n"
     )

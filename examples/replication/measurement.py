@@ -10,7 +10,7 @@ geometry; no prompts and no responses.
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import split_by_behavior
 from heretic_contrast.evaluation.cells import Cell, CellKey, SweepResult, Verdict, best_layers
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
-from heretic_contrast.evaluation.plan_settings import WEIGHTS
 from heretic_contrast.evaluation.storage import SweepState
 from heretic_contrast.evaluation.sweep import RULES, SweepEvaluator
 from heretic_contrast.identity import identify, program_digest
@@ -39,43 +38,14 @@ from .conditions import (
     distinct,
     single_layer_conditions,
 )
-from .pools import Draw, StudyPools, draw
+from .pools import Draw, StudyOptions, StudyPools, draw
 from .shape import describe_shape, noise_floor, rounded
 from .wording import MATCHED, SVD, UNMATCHED
 
 FORMAT = "heretic-contrast replication 1"
 
-SMALLEST_CLASS = 9
-"""The neurons of the paper's map: a class with fewer prompts gets no direction of its own."""
-
 Log = Callable[[str], None]
 ShowProgress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class StudyOptions:
-    """How much is measured. Grids are weights by the name of a condition's grid."""
-
-    seeds: int = 5
-    share: float = 2 / 3
-    n_judged: int = 40
-    n_references: int = 40
-    n_canaries: int = 5
-    n_left_out: int = 3
-    single_layers: int = 3
-    tokens: int = 50
-    main_weights: tuple[float, ...] = (0.15, 0.3, 0.5, 0.7, 1.0)
-    control_weights: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0)
-    equal_weights: tuple[float, ...] = (0.03, 0.06, 0.12, 0.3, 1.0)
-    paper_weights: tuple[float, ...] = WEIGHTS
-    strong_weights: tuple[float, ...] = (1.0, 2.0, 4.0)
-    conditions: tuple[str, ...] = ()
-
-    def grid(self, condition: Condition) -> tuple[float, ...]:
-        """Returns the weights that a condition is measured at."""
-
-        weights: tuple[float, ...] = getattr(self, f"{condition.grid}_weights")
-        return weights
 
 
 def require_own_sweep(model: LanguageModel, swept: SweepResult, path: Path) -> None:
@@ -98,7 +68,6 @@ def require_own_sweep(model: LanguageModel, swept: SweepResult, path: Path) -> N
 
 def measure_study(
     model: LanguageModel,
-    name: str,
     pools: StudyPools,
     options: StudyOptions,
     work: Path,
@@ -158,23 +127,14 @@ def measure_study(
     seeds = []
     for seed in range(options.seeds):
         log(f"Seed {seed + 1} of {options.seeds}...")
-        drawn = draw(
-            pools,
-            candidates,
-            seed,
-            options.share,
-            options.n_judged,
-            options.n_references,
-            options.n_left_out,
-            SMALLEST_CLASS,
-        )
+        drawn = draw(pools, candidates, seed, options)
         maker = DirectionsMaker(pools, residuals, refused, drawn, provenance)
         seeds.append(
             _measure_seed(model, pools, drawn, maker, layers, differences, options, work, log, show)
         )
     return {
         **fingerprint,
-        "name": name,
+        "name": model.name,
         "options": json.loads(json.dumps(asdict(options))),
         "n_layers": model.n_layers,
         "hidden_size": model.hidden_size,
@@ -247,7 +207,7 @@ def _measure_seed(
     keys = {
         (scope, condition.name, condition.excluded): [
             CellKey(stands_for[condition.directions], condition.strength, at, weight)
-            for weight in options.grid(condition)
+            for weight in options.weights(condition.grid)
         ]
         for scope, at, condition in planned
     }

@@ -11,9 +11,10 @@ from pathlib import Path
 from heretic_contrast.builtin import matched_pool, refuser_pool
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import load_pairs
+from heretic_contrast.evaluation.plan_settings import WEIGHTS
 from heretic_contrast.evaluation.results import Pair
 from heretic_contrast.prompts import Prompt, is_text, load_pool
-from heretic_contrast.prompts.categories import assign
+from heretic_contrast.prompts.categories import MISCELLANEOUS, assign
 from heretic_contrast.prompts.formats import read_file
 from heretic_contrast.prompts.sampling import draw_evenly
 
@@ -22,6 +23,33 @@ MATCHED = "matched"
 
 SENSITIVE = "sensitive"
 """A second matched pool: harmless prompts on sensitive subjects (XSTest's safe ones), one reference for all classes."""
+
+SMALLEST_CLASS = 9
+"""The neurons of the paper's map: a class with fewer prompts gets no direction of its own."""
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How much is measured. Grids are weights by the name of a condition's grid."""
+
+    seeds: int = 5
+    share: float = 2 / 3
+    n_judged: int = 40
+    n_references: int = 40
+    n_canaries: int = 5
+    n_left_out: int = 3
+    single_layers: int = 3
+    tokens: int = 50
+    main_weights: tuple[float, ...] = (0.15, 0.3, 0.5, 0.7, 1.0)
+    control_weights: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0)
+    equal_weights: tuple[float, ...] = (0.03, 0.06, 0.12, 0.3, 1.0)
+    paper_weights: tuple[float, ...] = WEIGHTS
+    strong_weights: tuple[float, ...] = (1.0, 2.0, 4.0)
+    conditions: tuple[str, ...] = ()
+
+    def weights(self, grid: str) -> tuple[float, ...]:
+        found: tuple[float, ...] = getattr(self, f"{grid}_weights")
+        return found
 
 
 @dataclass(frozen=True)
@@ -138,48 +166,35 @@ class Draw:
     left_out: list[str]
 
 
-def draw(
-    pools: StudyPools,
-    refused: Sequence[int],
-    seed: int,
-    share: float,
-    n_judged: int,
-    n_references: int,
-    n_left_out: int,
-    smallest_class: int,
-) -> Draw:
+def draw(pools: StudyPools, refused: Sequence[int], seed: int, options: StudyOptions) -> Draw:
     """
     Returns the subsets of a seed; each seed has its own.
 
     `refused`: indices of the judged pool that the unmodified model refuses. Categories that are left out take turns
-    over the seeds: named ones with at least `smallest_class` drawn harmful prompts and 3 refused prompts.
+    over the seeds: named ones with at least `SMALLEST_CLASS` drawn harmful prompts and 3 refused prompts.
     """
 
     generator = random.Random(f"replication {seed}")
     fitted = {
-        name: draw_share(prompts, share, generator) for name, prompts in pools.fitted().items()
+        name: draw_share(prompts, options.share, generator)
+        for name, prompts in pools.fitted().items()
     }
-    judged = sorted(draw_evenly(by_category(pools.judged, refused), n_judged, generator))
-    references = sorted(
-        generator.sample(range(len(pools.references)), min(n_references, len(pools.references)))
-    )
-
-    def count(name: str, prompts: Sequence[Prompt], indices: Sequence[int]) -> int:
-        return sum(prompts[index].category == name for index in indices)
-
-    names = sorted({prompt.category for prompt in pools.harmful if prompt.category})
+    refused_by_category = by_category(pools.judged, refused)
+    n_references = min(options.n_references, len(pools.references))
+    fitted_by_category = by_category(pools.harmful, fitted["harmful"])
     candidates = [
         name
-        for name in names
-        if name != "miscellaneous"
-        and count(name, pools.harmful, fitted["harmful"]) >= smallest_class
-        and count(name, pools.judged, refused) >= 3
+        for name, indices in sorted(fitted_by_category.items())
+        if name not in ("", MISCELLANEOUS)
+        and len(indices) >= SMALLEST_CLASS
+        and len(refused_by_category[name]) >= 3
     ]
+    n_left_out = options.n_left_out
     turns = [(seed * n_left_out + offset) for offset in range(min(n_left_out, len(candidates)))]
     return Draw(
         seed=seed,
         fitted=fitted,
-        judged=judged,
-        references=references,
+        judged=sorted(draw_evenly(refused_by_category, options.n_judged, generator)),
+        references=sorted(generator.sample(range(len(pools.references)), n_references)),
         left_out=[candidates[turn % len(candidates)] for turn in turns],
     )

@@ -30,8 +30,15 @@ from examples.replication.claims import (
 from examples.replication.cli import main
 from examples.replication.conditions import all_layer_conditions, single_layer_conditions
 from examples.replication.evidence import Study, load_studies
-from examples.replication.measurement import FORMAT, StudyOptions, outcomes
-from examples.replication.pools import SENSITIVE, builtin_pools, by_category, draw, file_pools
+from examples.replication.measurement import FORMAT, outcomes
+from examples.replication.pools import (
+    SENSITIVE,
+    StudyOptions,
+    builtin_pools,
+    by_category,
+    draw,
+    file_pools,
+)
 from examples.replication.report import (
     COMMON,
     magnitude_reading,
@@ -94,7 +101,7 @@ def made_up_study(
             ("1", single_layer_conditions()),
         ):
             for condition in conditions:
-                weights = options.grid(condition)
+                weights = options.weights(condition.grid)
                 curves.append(
                     {
                         "scope": scope,
@@ -720,8 +727,9 @@ def test_results_of_another_kind_are_refused(
 def test_seeds_draw_their_own_prompts_evenly() -> None:
     pools = builtin_pools()
     refused = list(range(0, len(pools.judged), 2))
-    first, second = (draw(pools, refused, seed, 2 / 3, 18, 10, 1, 9) for seed in (0, 1))
-    assert first == draw(pools, refused, 0, 2 / 3, 18, 10, 1, 9)
+    options = StudyOptions(n_judged=18, n_references=10, n_left_out=1)
+    first, second = (draw(pools, refused, seed, options) for seed in (0, 1))
+    assert first == draw(pools, refused, 0, options)
     assert first.fitted != second.fitted and first.judged != second.judged
     assert set(first.judged) <= set(refused) and len(first.judged) == 18
     counts = [pools.judged[index].category for index in first.judged]
