@@ -46,9 +46,21 @@ MAPS: dict[str, dict[str, Any]] = {
 }
 """Other settings of the maps, which the paper leaves open: each differs from MiniSom's defaults in one thing, is that of Piras et al., or is no map: the class's mean."""
 
-
 SHUFFLED = "shuffled"
 """The control whose labels mean nothing: harmful and general harmless prompts are mixed before they are contrasted."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    **MAPS,
+    "mean": {"method": "mean", "classes": "single"},
+    "svd": {"svd": True},
+    "svd1": {"svd": True, "svd_rank": 1},
+    "raw": {"scale": "raw"},
+    "lengthened": {"scale": "unmatched"},
+    SENSITIVE: {"baseline": "matched"},
+    "random": {"baseline": "unmatched", "control": "random"},
+    SHUFFLED: {"baseline": "unmatched"},
+}
+"""What methods other than "som", and baselines that are not called so, set."""
 
 
 @dataclass(frozen=True)
@@ -156,26 +168,13 @@ class DirectionsMaker:
         settings: dict[str, Any] = {
             "method": "som",
             "classes": "category",
-            "baseline": "matched" if baseline == SENSITIVE else baseline,
+            "baseline": baseline,
             "orthogonalize_direction": False,
+            "exclude_categories": [excluded] if excluded else [],
             "seed": self.draw.seed,
+            **SETTINGS.get(method, {}),
+            **SETTINGS.get(baseline, {}),
         }
-        if baseline == "random":
-            settings |= {"baseline": "unmatched", "control": "random"}
-        elif baseline == SHUFFLED:
-            settings |= {"baseline": "unmatched"}
-        if method == "mean":
-            settings |= {"method": "mean", "classes": "single"}
-        elif method.startswith("svd"):
-            settings |= {"svd": True, "svd_rank": 1 if method == "svd1" else None}
-        elif method in MAPS:
-            settings |= MAPS[method]
-        elif method == "raw":
-            settings |= {"scale": "raw"}
-        elif method == "lengthened":
-            settings |= {"scale": "unmatched"}
-        if excluded:
-            settings["exclude_categories"] = [excluded]
         pool = SENSITIVE if baseline == SENSITIVE else MATCHED
         residuals = self._residuals_of(pool, filtered)
         if baseline == SHUFFLED:

@@ -43,10 +43,8 @@ def number(value: float | None, digits: int = 2) -> str:
 def small(value: float | None) -> str:
     """Returns a positive number with three significant digits."""
 
-    if value is None or math.isnan(value):
-        return NONE
-    if math.isinf(value):
-        return "never"
+    if value is None or not math.isfinite(value):
+        return number(value)
     if value == 0:
         return "0"
     if value >= 1000:
