@@ -35,19 +35,17 @@ def curves(study: Study) -> bytes | None:
     """
 
     panels = [
-        (title, [name for name in names if study.outcomes(name) is not None])
+        (title, {name: found for name in names if (found := study.outcomes(name)) is not None})
         for title, names in CURVES.items()
     ]
-    panels = [(title, names) for title, names in panels if names]
+    panels = [(title, measured) for title, measured in panels if measured]
     if not panels:
         return None
     figure = new_figure(5.2 * len(panels) + 0.4, 4.8)
     axes_list = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, names) in zip(axes_list, panels, strict=True):
+    for axes, (title, measured) in zip(axes_list, panels, strict=True):
         smallest = np.inf
-        for index, name in enumerate(names):
-            outcomes = study.outcomes(name)
-            assert outcomes is not None
+        for index, (name, outcomes) in enumerate(measured.items()):
             kl, share = divergences(outcomes, study.draws), shares(outcomes, study.draws)
             color = COLORS[index % len(COLORS)]
             positive = kl[0][kl[0] > 1e-7]

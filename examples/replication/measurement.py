@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -204,29 +205,28 @@ def _measure_seed(
         ),
     )
     state = SweepState(str(work / f"seed-{drawn.seed}.journal"), evaluator.identity())
-    keys = {
-        (scope, condition.name, condition.excluded): [
+    keys = [
+        [
             CellKey(stands_for[condition.directions], condition.strength, at, weight)
             for weight in options.weights(condition.grid)
         ]
-        for scope, at, condition in planned
-    }
+        for _, at, condition in planned
+    ]
     started = time.monotonic()
-    wanted = list(dict.fromkeys(key for part in keys.values() for key in part))
+    wanted = list(dict.fromkeys(chain(*keys)))
     # Cells of one place follow each other, so that they are computed together.
     wanted.sort(key=lambda key: (-len(key.layers), key.layers))
     cells = dict(zip(wanted, state.run(wanted, evaluator.evaluate, show), strict=True))
     log(f"* {len(wanted)} cells in {time.monotonic() - started:.0f} s.")
-    curves = []
-    for scope, _, condition in planned:
-        own = keys[scope, condition.name, condition.excluded]
-        curves.append(_curve(scope, condition, [cells[key] for key in own]))
     return {
         "seed": drawn.seed,
         "judged": drawn.judged,
         "n_fitted": {name: len(indices) for name, indices in drawn.fitted.items()},
         "kl_floor": rounded(evaluator.baseline.kl_divergence),
-        "curves": curves,
+        "curves": [
+            _curve(scope, condition, [cells[key] for key in own])
+            for (scope, _, condition), own in zip(planned, keys, strict=True)
+        ],
         "shape": describe_shape(_shaped(pools, maker), differences),
         "noise_floor": noise_floor(model, maker.make, judged[:10], references[:10], options.tokens)
         if drawn.seed == 0

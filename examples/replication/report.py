@@ -252,30 +252,30 @@ def baseline_pairs(study: Study) -> list[Pair]:
     return [pair for pair in pairs if study.outcomes(pair[1]) is not None]
 
 
+TOPICS = (
+    ("residualized − unmatched", "residualized", "unmatched"),
+    ("matched, filtered by behavior − unfiltered", "matched, filtered", "matched"),
+    ("XSTest safe as matched pool − shipped pool", "sensitive", "matched"),
+    ("unmatched, filtered by behavior − unmatched", "unmatched, filtered", "unmatched"),
+    ("matched, filtered by behavior − unmatched", "matched, filtered", "unmatched"),
+    ("matched, filtered − unmatched, filtered", "matched, filtered", "unmatched, filtered"),
+)
+"""What is compared of both kinds of directions: in words, a baseline, and its reference."""
+
+
 def topic_pairs(study: Study) -> list[Pair]:
     """Without the topic's part, without the category that is judged, and with other matched pools."""
 
     pairs: list[Pair] = [
-        ("residualized − unmatched, mean", "mean residualized", "mean unmatched"),
-        ("residualized − unmatched, SOM", "som residualized", "som unmatched"),
+        (f"{what}, {text}", f"{method} {condition}", f"{method} {reference}")
+        for what, condition, reference in TOPICS
+        for method, text in (("mean", "mean"), ("som", "SOM"))
     ]
-    for name in ("unmatched", "matched"):
-        what = f"{name} without the judged category − with it"
-        pairs.append((what, f"som {name}, left out", f"som {name}"))
-    for what, condition in (
-        ("matched, filtered by behavior − unfiltered", "matched, filtered"),
-        ("XSTest safe as matched pool − shipped pool", "sensitive"),
-    ):
-        for method, text in (("mean", "mean"), ("som", "SOM")):
-            name = f"{method} {condition}"
-            pairs.append((f"{what}, {text}", name, f"{method} matched"))
-    for baseline in ("unmatched", "matched"):
-        for method, text in (("mean", "mean"), ("som", "SOM")):
-            what = f"{baseline}, filtered by behavior − unmatched, {text}"
-            pairs.append((what, f"{method} {baseline}, filtered", f"{method} unmatched"))
-    for method, text in (("mean", "mean"), ("som", "SOM")):
-        what = f"matched, filtered − unmatched, filtered, {text}"
-        pairs.append((what, f"{method} matched, filtered", f"{method} unmatched, filtered"))
+    # After what was residualized.
+    pairs[2:2] = [
+        (f"{name} without the judged category − with it", f"som {name}, left out", f"som {name}")
+        for name in ("unmatched", "matched")
+    ]
     return [pair for pair in pairs if all(study.outcomes(name) is not None for name in pair[1:])]
 
 
