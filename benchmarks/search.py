@@ -224,7 +224,7 @@ class Study:
         gc.unfreeze()
         gc.collect()
         found = self.collected()
-        write_text_atomically(self.result, json_text(found) + "\n")
+        write_text_atomically(self.result, json_text(found))
         return found
 
     def answer(self, message: str, choices: list[Any]) -> Any:
@@ -458,7 +458,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
         if name not in ("output", "all_configurations")
     }
     result = {"arguments": kept, "summary": summary, "studies": studies}
-    write_text_atomically(output / "search.json", json_text(result) + "\n")
+    write_text_atomically(output / "search.json", json_text(result))
     write_text_atomically(output / "table.md", table(summary) + "\n")
     if can_plot():
         y_title = f"dominated share (KL up to {arguments.kl_limit:g})"

@@ -18,18 +18,19 @@ from .errors import ContrastError
 
 def json_text(value: Any, sort_keys: bool = True, indent: int | None = 2) -> str:
     """
-    Returns JSON text; the same value gives the same bytes.
+    Returns JSON text, which ends its line; the same value gives the same bytes.
 
     JSON knows neither infinite numbers nor such that are none: they become null.
     """
 
-    return json.dumps(
+    text = json.dumps(
         _finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False
     )
+    return f"{text}\n"
 
 
 def json_lines(rows: Iterable[Any]) -> str:
-    return "".join(f"{json_text(row, sort_keys=False, indent=None)}\n" for row in rows)
+    return "".join(json_text(row, sort_keys=False, indent=None) for row in rows)
 
 
 def _finite(value: Any) -> Any:

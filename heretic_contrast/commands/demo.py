@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     summary = judge(settings, model_directory, output / "directions.safetensors", count_refusals)
     summary["model_directory"] = str(model_directory)
     summary["seconds"] = round(time.perf_counter() - started, 1)
-    write_text_atomically(output / "summary.json", json_text(summary, sort_keys=False) + "\n")
+    write_text_atomically(output / "summary.json", json_text(summary, sort_keys=False))
     show(summary, output)
 
 

@@ -250,7 +250,7 @@ class SweepResult:
     def to_json(self) -> str:
         """Returns the sweep as JSON text; the same sweep gives the same bytes."""
 
-        return json_text(self.to_dict()) + "\n"
+        return json_text(self.to_dict())
 
     def to_csv(self) -> str:
         def short(value: float | None) -> str:

@@ -114,7 +114,7 @@ class Record(BaseModel):
     digest: str
 
     def to_json(self) -> str:
-        return json_text(self.model_dump(mode="json"), sort_keys=False) + "\n"
+        return json_text(self.model_dump(mode="json"), sort_keys=False)
 
     def write(self, folder: Path) -> None:
         """Writes the record beside the model. Raises `ContrastError` when it cannot."""

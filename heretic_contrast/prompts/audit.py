@@ -156,7 +156,7 @@ def run_audit(prompts: Sequence[Prompt], output: Path, cleaned: Path | None = No
             "audit a larger pool, or leave out --cleaned."
         )
     audit = audit_pool(prompts)
-    write_text_atomically(output / "audit.json", json_text(audit.to_dict(), sort_keys=False) + "\n")
+    write_text_atomically(output / "audit.json", json_text(audit.to_dict(), sort_keys=False))
     if cleaned is not None:
         write_text_atomically(cleaned, json_lines(rows_of(kept)))
     return audit

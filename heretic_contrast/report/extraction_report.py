@@ -16,6 +16,7 @@ from ..evaluation.results import (
     Geometry,
     LayerGeometry,
 )
+from ..outputs import json_text
 from . import plots
 from .content import Column, Figure, Report, Section, Table, number, slug, text_column
 from .sections import (
@@ -28,7 +29,7 @@ from .sections import (
     perturbation_section,
     shown_layer,
 )
-from .writing import say_what_is_missing, to_csv, to_json, to_rich, write_report
+from .writing import say_what_is_missing, to_csv, to_rich, write_report
 
 if TYPE_CHECKING:
     from ..directions.directions import Directions
@@ -54,8 +55,8 @@ def write_extraction_report(
     report = extraction_report(model, extracted, capture, geometry)
     tables = (*report.tables(), capture_layers_table(capture))
     texts = {
-        "capture.json": to_json(capture.to_dict()),
-        "geometry.json": to_json(geometry.to_dict()),
+        "capture.json": json_text(capture.to_dict()),
+        "geometry.json": json_text(geometry.to_dict()),
         **{f"{table.name}.csv": to_csv(table) for table in tables},
     }
     write_report(report, directory, texts)

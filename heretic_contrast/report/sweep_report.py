@@ -12,6 +12,7 @@ from rich.markup import escape
 from ..evaluation.cells import Cell, Measurement, SweepResult, Synergy
 from ..evaluation.results import CaptureResult, Geometry
 from ..evaluation.statistics import wilson_interval
+from ..outputs import json_text
 from ..search.stopping import front
 from . import plots
 from .content import (
@@ -38,7 +39,7 @@ from .sections import (
     magnitude_section,
     perturbation_section,
 )
-from .writing import say_what_is_missing, to_csv, to_json, to_rich, write_report
+from .writing import say_what_is_missing, to_csv, to_rich, write_report
 
 STRENGTHS = {"weight": "equal weight", "effective": "equal effective weight"}
 MEANINGS = {
@@ -101,10 +102,10 @@ def write_sweep_report(
         "responses.jsonl": result.responses_json_lines(),
     }
     if capture is not None:
-        texts["capture.json"] = to_json(capture.to_dict())
+        texts["capture.json"] = json_text(capture.to_dict())
         texts["capture.csv"] = to_csv(capture_layers_table(capture))
     if geometry is not None:
-        texts["geometry.json"] = to_json(geometry.to_dict())
+        texts["geometry.json"] = json_text(geometry.to_dict())
         texts["geometry.csv"] = to_csv(layer_table(geometry))
     write_report(report, directory, texts)
 

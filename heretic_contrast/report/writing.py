@@ -13,7 +13,7 @@ import rich.table
 from rich.markup import escape
 
 from ..files import write_bytes_atomically, write_text_atomically
-from ..outputs import csv_text, json_text
+from ..outputs import csv_text
 from .content import Report, Table
 from .plots import can_plot
 
@@ -68,12 +68,6 @@ def to_html(report: Report) -> str:
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(report=report, missing_plots="" if can_plot() else NO_PLOTS) + "\n"
-
-
-def to_json(value: Any) -> str:
-    """Returns JSON text; the same value gives the same bytes."""
-
-    return json_text(value) + "\n"
 
 
 def write_report(report: Report, directory: Path, texts: Mapping[str, str]) -> None:
