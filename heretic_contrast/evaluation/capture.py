@@ -113,34 +113,29 @@ def max_cosine(differences: Tensor, vectors: Tensor) -> Tensor:
     return (exact @ unit.T).abs().amax(dim=-1) / exact.norm(dim=-1)
 
 
-def measure_capture(
-    differences: Tensor,
-    configurations: Mapping[str, Directions],
-    left_out: Sequence[LeftOut] = (),
-) -> CaptureResult:
+def measure_capture(name: str, directions: Directions, differences: Tensor) -> list[LayerCapture]:
     """
-    Returns both figures for every configuration and decoder layer, averaged over pairs.
+    Returns both figures of a configuration for every decoder layer, averaged over pairs.
 
     `differences`: Tensor of shape (n_pairs, n_layers + 1, hidden_size). The embedding is left out: the last token of a
     prompt in chat format is the same for all.
     """
 
     layers = []
-    for name, directions in configurations.items():
-        for index in range(1, differences.shape[1]):
-            vectors = directions.tensor[index]
-            rank = len(span_basis(vectors))
-            layers.append(
-                LayerCapture(
-                    name,
-                    index - 1,
-                    *_mean_and_error(subspace_capture(differences[:, index], vectors)),
-                    *_mean_and_error(max_cosine(differences[:, index], vectors)),
-                    rank,
-                    random_subspace=math.sqrt(rank / differences.shape[2]),
-                )
+    for index in range(1, differences.shape[1]):
+        vectors = directions.tensor[index]
+        rank = len(span_basis(vectors))
+        layers.append(
+            LayerCapture(
+                name,
+                index - 1,
+                *_mean_and_error(subspace_capture(differences[:, index], vectors)),
+                *_mean_and_error(max_cosine(differences[:, index], vectors)),
+                rank,
+                random_subspace=math.sqrt(rank / differences.shape[2]),
             )
-    return CaptureResult(len(differences), tuple(layers), tuple(left_out))
+        )
+    return layers
 
 
 def capture_pairs(
@@ -164,7 +159,7 @@ def capture_pairs(
     layers: list[LayerCapture] = []
     for name, directions in configurations.items():
         own = winsorize(residuals, directions.winsorization_quantile)
-        layers += measure_capture(own[0::2] - own[1::2], {name: directions}).layers
+        layers += measure_capture(name, directions, own[0::2] - own[1::2])
     return CaptureResult(len(kept), tuple(layers), tuple(left_out))
 
 

@@ -73,7 +73,7 @@ def test_planted_differences() -> None:
     differences = torch.zeros(2, 3, 4)
     differences[:, 1] = torch.tensor([1.0, 1.0, 0.0, 0.0])
     differences[0, 2] = torch.tensor([3.0, 0.0, 4.0, 0.0])
-    first, second = measure_capture(differences, {"planted": make_directions(tensor)}).layers
+    first, second = measure_capture("planted", make_directions(tensor), differences)
     assert (first.layer, second.layer) == (0, 1)
     assert first.subspace == pytest.approx(1)
     assert first.subspace_error == pytest.approx(0, abs=1e-12)
@@ -89,14 +89,14 @@ def test_planted_differences() -> None:
 def test_random_directions_capture_about_what_is_said() -> None:
     differences = random_tensor(400, 2, 64)
     tensor = random_tensor(2, 9, 64, seed=5)
-    (layer,) = measure_capture(differences, {"random": make_directions(tensor)}).layers
+    (layer,) = measure_capture("random", make_directions(tensor), differences)
     assert layer.subspace == pytest.approx(layer.random_subspace, rel=0.05)
     assert layer.subspace_error is not None and layer.subspace_error < 0.02
 
 
 def test_errors_are_standard_errors_over_pairs() -> None:
     differences, tensor = random_tensor(8, 2, 10), random_tensor(2, 3, 10, seed=3)
-    (layer,) = measure_capture(differences, {"a": make_directions(tensor)}).layers
+    (layer,) = measure_capture("a", make_directions(tensor), differences)
     values = subspace_capture(differences[:, 1], tensor[1]).numpy()
     assert layer.subspace == pytest.approx(values.mean())
     assert layer.subspace_error == pytest.approx(values.std(ddof=1) / math.sqrt(8))

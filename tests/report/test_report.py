@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ def make_geometry() -> tuple[CaptureResult, Geometry]:
         "random & <control>": make_directions(random_tensor(4, 3, 16, seed=1)),
     }
     left_out = [LeftOut(Pair("Refuse <this>", "Answer this"), "COMPLY", "COMPLY")]
-    capture = measure_capture(random_tensor(5, 4, 16, seed=2), configurations, left_out)
+    differences = random_tensor(5, 4, 16, seed=2)
+    captured = [measure_capture(*item, differences) for item in configurations.items()]
+    capture = CaptureResult(5, tuple(chain(*captured)), tuple(left_out))
     activities = tuple(
         Activity(name, layer, (0.1, 0.2, 0.3), (0.1, 0.1, 0.1), 2.0, ((0.5, 0.3), (1.0, None)))
         for name in configurations
