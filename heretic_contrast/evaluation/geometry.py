@@ -36,18 +36,6 @@ from .results import (
 )
 
 
-def cosine_matrix(vectors: Tensor) -> Tensor:
-    """
-    Returns the cosines between directions.
-
-    Tensor of shape (n_directions, hidden_size) to one of shape (n_directions, n_directions), float64. A zero direction
-    has cosines of 0.
-    """
-
-    unit, _ = unit_vectors(vectors)
-    return unit @ unit.T
-
-
 def angle(first: Tensor, second: Tensor) -> float:
     """Returns the angle between two directions of shape (hidden_size,), in degrees; NaN where one is zero."""
 
@@ -81,7 +69,8 @@ def measure_layer(name: str, directions: Directions, layer: int) -> LayerGeometr
 
     index = layer + 1
     trained = directions.class_directions[index].to(torch.float64)
-    cosines = cosine_matrix(trained)
+    unit, _ = unit_vectors(trained)
+    cosines = unit @ unit.T
     n = len(trained)
     singular_values = torch.linalg.svdvals(trained)
     energy = float((singular_values**2).sum())

@@ -26,7 +26,7 @@ from heretic_contrast.evaluation.divergence import (
 )
 from heretic_contrast.evaluation.geometry import (
     angle,
-    cosine_matrix,
+    measure_layer,
     occupancy,
     perturbation,
     principal_angles,
@@ -43,6 +43,7 @@ from heretic_contrast.tiers.coherence import (
     normalized_bigram_entropy,
     split_words,
 )
+from tests.made_directions import make_directions
 from tests.strategies import direction_sets, normal, seeds, weights_for
 
 words = st.lists(st.sampled_from(["a", "bake", "the", "bread", "of", "sea"]), max_size=60)
@@ -196,6 +197,13 @@ def test_mean_over_positions(parts: list[tuple[float, int]], factor: float) -> N
 def test_more_trials_with_the_same_share_say_more(data: st.DataObject, n: int) -> None:
     successes = data.draw(st.integers(0, n))
     assert wilson_interval(10 * successes, 10 * n)[1] <= wilson_interval(successes, n)[1]
+
+
+def cosine_matrix(vectors: Tensor) -> Tensor:
+    directions = make_directions(
+        torch.ones(2, 1, vectors.shape[1]), vectors.expand(2, *vectors.shape)
+    )
+    return torch.tensor(measure_layer("a", directions, 0).cosines, dtype=torch.float64)
 
 
 @given(direction_sets(lowest=-30, highest=30, most=12))
