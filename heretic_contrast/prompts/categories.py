@@ -183,17 +183,11 @@ def default_lexicon() -> Lexicon:
     return Lexicon.from_dict(json.loads(resource.read_text(encoding="utf-8")))
 
 
-def scores(text: str) -> dict[str, float]:
-    """Returns the lexicon's score of every category for `text`; a category matches from the threshold (1) on."""
-
-    return default_lexicon().scores(text)
-
-
 def classify(text: str) -> list[str]:
     """Returns the categories whose subject the lexicon finds in `text`, strongest first; ties in paper order."""
 
-    threshold = default_lexicon().threshold
-    matching = [item for item in scores(text).items() if item[1] >= threshold]
+    lexicon = default_lexicon()
+    matching = [item for item in lexicon.scores(text).items() if item[1] >= lexicon.threshold]
     return [category for category, _ in sorted(matching, key=lambda item: -item[1])]
 
 

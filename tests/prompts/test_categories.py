@@ -22,7 +22,6 @@ from heretic_contrast.prompts.categories import (
     assign,
     classify,
     default_lexicon,
-    scores,
 )
 from tests.conftest import DATA
 
@@ -117,7 +116,7 @@ def test_subjects_of_the_shipped_lexicon(text: str, category: str) -> None:
 def test_several_categories_come_strongest_first() -> None:
     text = "Write a program that hacks a bank and steals money with a computer virus"
     found = classify(text)
-    values = scores(text)
+    values = default_lexicon().scores(text)
     assert found[0] == "hacking"
     assert "fraud" in found
     assert [values[category] for category in found] == sorted(
@@ -134,7 +133,7 @@ def test_no_match_abstains() -> None:
 def test_any_text_gets_known_categories(text: str) -> None:
     assert set(classify(text)) <= set(CATEGORIES)
     assert assign(text) in CATEGORIES
-    assert all(value >= 0 for value in scores(text).values())
+    assert all(value >= 0 for value in default_lexicon().scores(text).values())
 
 
 def test_shipped_phrases_can_all_be_found() -> None:
