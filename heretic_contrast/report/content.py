@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
 
@@ -76,10 +76,8 @@ class Column:
         return MISSING if value is None else self.form(value)
 
 
-def text_column(
-    header: str, value: str | Callable[[Any], Any] = "", essential: bool = True
-) -> Column:
-    return Column(header, value, numeric=False, essential=essential)
+text_column = partial(Column, numeric=False)
+"""A column of text."""
 
 
 @dataclass(frozen=True)
