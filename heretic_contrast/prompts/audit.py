@@ -53,13 +53,14 @@ class PoolAudit:
     """
     What the lexicon finds in a pool.
 
-    `matching`: the texts of matching prompts, in order, for every category of `CATEGORIES`. `digest` identifies the pool (see
-    `prompts.prompts_digest`).
+    `matching`: the texts of matching prompts, in order, for every category of `CATEGORIES`. `clean`: the prompts that match
+    none. `digest` identifies the pool (see `prompts.prompts_digest`).
     """
 
     n_prompts: int
     n_matching_prompts: int
     matching: Mapping[str, Sequence[str]]
+    clean: Sequence[Prompt]
     digest: str
 
     @property
@@ -97,17 +98,15 @@ def audit_pool(prompts: Sequence[Prompt]) -> PoolAudit:
     """Counts the categories that the lexicon finds in the prompts of a pool, which is not empty (paper, section 2.2)."""
 
     matching: dict[str, list[str]] = {category: [] for category in CATEGORIES}
-    n_matching_prompts = 0
+    clean = []
     for prompt in prompts:
         categories = classify(prompt.text)
-        n_matching_prompts += bool(categories)
+        if not categories:
+            clean.append(prompt)
         for category in categories:
             matching[category].append(prompt.text)
-    return PoolAudit(len(prompts), n_matching_prompts, matching, prompts_digest(prompts))
-
-
-def clean_pool(prompts: Sequence[Prompt]) -> list[Prompt]:
-    return [prompt for prompt in prompts if not classify(prompt.text)]
+    n_matching = len(prompts) - len(clean)
+    return PoolAudit(len(prompts), n_matching, matching, clean, prompts_digest(prompts))
 
 
 def render(audit: PoolAudit) -> Table:
@@ -149,16 +148,15 @@ def run_audit(prompts: Sequence[Prompt], output: Path, cleaned: Path | None = No
     Raises `ContrastError` when cleaning leaves nothing, or a file cannot be written.
     """
 
-    kept = [] if cleaned is None else clean_pool(prompts)
-    if cleaned is not None and not kept:
+    audit = audit_pool(prompts)
+    if cleaned is not None and not audit.clean:
         raise ContrastError(
             f"All {len(prompts)} prompts of the pool touch a harm category, so nothing is left to write to {cleaned}: "
             "audit a larger pool, or leave out --cleaned."
         )
-    audit = audit_pool(prompts)
     write_text_atomically(output / "audit.json", json_text(audit.to_dict(), sort_keys=False))
     if cleaned is not None:
-        write_text_atomically(cleaned, json_lines(rows_of(kept)))
+        write_text_atomically(cleaned, json_lines(rows_of(audit.clean)))
     return audit
 
 

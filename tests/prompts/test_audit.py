@@ -11,7 +11,7 @@ from rich.console import Console
 
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.prompts import Prompt, load_pool
-from heretic_contrast.prompts.audit import audit_pool, clean_pool, render, run_audit
+from heretic_contrast.prompts.audit import audit_pool, render, run_audit
 from heretic_contrast.prompts.categories import CATEGORIES, classify
 from heretic_contrast.settings import PromptSource
 
@@ -44,7 +44,7 @@ def test_examples_are_the_first_of_their_category() -> None:
 
 
 def test_clean_pool_keeps_order_and_leaves_nothing_to_find() -> None:
-    kept = clean_pool(POOL)
+    kept = audit_pool(POOL).clean
     assert kept == [POOL[0], POOL[3]]
     assert audit_pool(kept).n_matches == 0
 
