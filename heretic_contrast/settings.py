@@ -299,6 +299,17 @@ else:
 PAPER: dict[str, Any] = {"method": "som", "classes": "category", "svd": False}
 """What the configurations of arXiv:2603.22061 have in common: one SOM per harm class."""
 
+ONE_MAP: dict[str, Any] = {
+    "baseline": "unmatched",
+    "method": "som",
+    "classes": "single",
+    "som_rows": 4,
+    "som_columns": 4,
+    "som_learning_rate": 0.01,
+    "som_topology": "hexagonal",
+}
+"""What those have in common that train one SOM for all harmful prompts."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Section 3.2 of arXiv:2603.22061.
     "paper-unmatched": {**PAPER, "baseline": "unmatched"},
@@ -307,14 +318,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # After Piras et al. (2026): one SOM for all harmful prompts with the settings of their code, several neurons, one ablation
     # after the other. They search which neurons, most often five to seven, and take those of one layer for all.
     "som-sequential": {
-        "baseline": "unmatched",
-        "method": "som",
-        "classes": "single",
-        "som_rows": 4,
-        "som_columns": 4,
+        **ONE_MAP,
         "som_sigma": 0.33,
-        "som_learning_rate": 0.01,
-        "som_topology": "hexagonal",
         "winners": 7,
         "composition": "sequential",
         "embeddings": True,
@@ -328,18 +333,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # After Heretic's pull request 196, with the winners it meant to take: the densest neurons. There each direction has a
     # maximum and a minimum weight per component.
-    "som-summed": {
-        "baseline": "unmatched",
-        "method": "som",
-        "classes": "single",
-        "som_rows": 4,
-        "som_columns": 4,
-        "som_sigma": 0.5,
-        "som_learning_rate": 0.01,
-        "som_topology": "hexagonal",
-        "winners": 4,
-        "composition": "sum",
-    },
+    "som-summed": {**ONE_MAP, "som_sigma": 0.5, "winners": 4, "composition": "sum"},
 }
 """Published configurations, with this project's choice where nothing else is known, and what takes the maps of others alone."""
 
@@ -392,8 +386,8 @@ class Need(NamedTuple):
 
     names: set[str]
     is_met: Callable[["ContrastSettings"], bool]
-    unless: set[str]
     sentence: str
+    unless: frozenset[str] = frozenset()
 
 
 NEEDS = (
@@ -401,45 +395,41 @@ NEEDS = (
         {name for name in EXTRACTION_FIELDS | {"som_backend"} if name.startswith("som_")}
         | {"winners"},
         lambda settings: settings.method is Method.SOM,
-        {"method"},
         "on a mean: give the method som as well, or a preset that trains maps",
+        frozenset({"method"}),
     ),
     Need(
         set(
             "composition equal_effective_weight shared_direction small_classes svd svd_rank".split()
         ),
         lambda settings: settings.classes is Classes.CATEGORY or settings.winners > 1,
-        {"method", "classes"},
         "on one direction: give the classes category as well, or a preset with several directions",
+        frozenset({"method", "classes"}),
     ),
     Need(
         {"svd_rank"},
         lambda settings: settings.svd,
-        {"svd"},
         "without svd: give that as well, or leave it out",
+        frozenset({"svd"}),
     ),
     Need(
         {"mixing"},
         lambda settings: settings.baseline not in {*BASELINES} - {"mixed"},
-        set(),
         "with another baseline than mixed: give that as well, or leave it out",
     ),
     Need(
         {"n_neighbors"},
         lambda settings: settings.baseline not in {*BASELINES} - {"nearest"},
-        set(),
         "with another baseline than nearest: give that as well, or leave it out",
     ),
     Need(
         {"sensitive_prompts"},
         lambda settings: settings.counts_false_refusals,
-        set(),
         "without false_refusals or max_false_refusals: give one of them as well, or leave it out",
     ),
     Need(
         {"divergence_tokens"},
         lambda settings: settings.divergence == "teacher-forced",
-        set(),
         "on the divergence of the first token: give the divergence teacher-forced as well, or leave it out",
     ),
     Need(
@@ -447,7 +437,6 @@ NEEDS = (
         lambda settings: (
             settings.refusal_classifier == "tiers" or settings.classifier_name is not None
         ),
-        set(),
         "on markers: give the refusal classifier tiers as well, or leave it out",
     ),
 )
