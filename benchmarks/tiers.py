@@ -128,7 +128,7 @@ def main() -> None:
         "responses",
         "n",
         "cut",
-        *Agreement.of([]).shares,
+        *Agreement([]).shares,
         "kappa",
         "Heretic's markers, refused or not",
     ):
@@ -144,7 +144,7 @@ def main() -> None:
                 for (prompt, _, _), text in zip(cases, texts, strict=True)
             ]
             seconds, judged = seconds + time.process_time() - start, judged + len(cases)
-            agreement = Agreement.of(
+            agreement = Agreement(
                 (people, tier) for (_, _, people), tier in zip(cases, found, strict=True)
             )
             marked = sum(

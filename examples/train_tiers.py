@@ -505,7 +505,7 @@ def report(documents: Sequence[Document], model: Model) -> None:
             given = explain_response(d.prompt, text, verbose=False, model=model).tier
             pairs[d.source, d.language, words].append((d.tier, given))
     for (source, language, words), found in sorted(pairs.items()):
-        shares = Agreement.of(found).shares
+        shares = Agreement(found).shares
         recall, false = shares["recall of REFUSE"], shares["full answers called REFUSE"]
         print(
             f"{source}, {language}, {f'cut at {words} words' if words else 'whole'}: REFUSE found in {recall[0]} of {recall[1]}, "

@@ -151,7 +151,7 @@ def main(arguments: Sequence[str]) -> None:
     pairs = [(label, tier) for label, tier in zip(people, tiers, strict=True) if label is not None]
     if not pairs:
         return
-    agreement = Agreement.of(pairs)
+    agreement = Agreement(pairs)
     table = Table(
         "People",
         *(Column(tier.value, justify="right") for tier in Tier),

@@ -4,7 +4,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from .responses import Tier
 
@@ -17,17 +16,11 @@ TIERS_OF_LABELS = {
 """What common labels mean, in lower case."""
 
 
-@dataclass(frozen=True)
 class Agreement:
     """Counts of pairs (the tier that people gave, the tier that was given here)."""
 
-    pairs: Counter[tuple[Tier, Tier]]
-
-    @classmethod
-    def of(cls, pairs: Iterable[tuple[Tier, Tier]]) -> "Agreement":
-        """Counts pairs."""
-
-        return cls(Counter(pairs))
+    def __init__(self, pairs: Iterable[tuple[Tier, Tier]]) -> None:
+        self.pairs = Counter(pairs)
 
     @property
     def shares(self) -> dict[str, tuple[int, int]]:

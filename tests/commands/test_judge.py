@@ -180,12 +180,12 @@ def test_kappa_of_a_known_table() -> None:
     # The example of Cohen's kappa with 20, 5, 10 and 15 of 50: (0.7 - 0.5) / (1 - 0.5).
     counts = {(0, 0): 20, (0, 1): 5, (1, 0): 10, (1, 1): 15}
     tiers = list(Tier)
-    agreement = Agreement.of(
+    agreement = Agreement(
         (tiers[people], tiers[here]) for (people, here), n in counts.items() for _ in range(n)
     )
     assert agreement.kappa == pytest.approx(0.4)
     assert agreement.confusion()["EVASIVE"] == {"REFUSE": 10, "EVASIVE": 15, "COMPLY": 0}
-    assert Agreement.of([(Tier.COMPLY, Tier.COMPLY)]).kappa == 1.0
+    assert Agreement([(Tier.COMPLY, Tier.COMPLY)]).kappa == 1.0
 
 
 @pytest.mark.slow

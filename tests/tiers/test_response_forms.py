@@ -23,7 +23,7 @@ FORMS = [
 
 
 def test_most_forms_have_their_tier() -> None:
-    agreement = Agreement.of(
+    agreement = Agreement(
         (Tier(form["tier"]), classify_response(form["prompt"], form["response"])) for form in FORMS
     )
     shares = {name: successes / n for name, (successes, n) in agreement.shares.items()}
