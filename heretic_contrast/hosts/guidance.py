@@ -151,44 +151,29 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]
     ]
 
 
-def asked(values: Values, name: str, shared: Mapping[str, str]) -> Any:
-    """Returns the value that a trial begins with for a parameter of a study, or None where it has none. `shared`: as in `fitted`."""
-
-    component, _, parameter = name.rpartition(".")
-    kind = "scale." if name.startswith("scale.") else f"component.{parameter}"
-    keys = (name, f"{shared.get(component)}.{parameter}", kind)
-    return next((values[key] for key in keys if key in values), None)
-
-
 def fitted(
     values: Values, distributions: Mapping[str, BaseDistribution], shared: Mapping[str, str]
-) -> Values:
+) -> tuple[Values, bool]:
     """
-    Returns the values of the parameters that a study has, those beyond their ranges at the nearest end.
+    Returns the values of the parameters that a study has, those beyond their ranges at the nearest end, and whether layers or weights are.
 
     `shared`: the component whose values one has that the values do not know (see `shared_components`).
     """
 
-    found = {}
+    found, is_moved = {}, False
     for name, distribution in distributions.items():
-        value = asked(values, name, shared)
-        if value is None:
+        component, _, parameter = name.rpartition(".")
+        kind = "scale." if name.startswith("scale.") else f"component.{parameter}"
+        keys = (name, f"{shared.get(component)}.{parameter}", kind)
+        key = next((key for key in keys if key in values), None)
+        if key is None:
             continue
+        found[name] = values[key]
         if isinstance(distribution, FloatDistribution):
-            value = min(max(float(value), distribution.low), distribution.high)
-        found[name] = value
-    return found
-
-
-def is_moved(values: Values, found: Values, shared: Mapping[str, str]) -> bool:
-    """Returns whether the ranges of a study put other layers or weights in the place of what a trial begins with."""
-
-    kernel = (".max_weight", ".max_weight_position")
-    return any(
-        asked(values, name, shared) != value
-        for name, value in found.items()
-        if name.endswith(kernel)
-    )
+            found[name] = min(max(float(values[key]), distribution.low), distribution.high)
+            if parameter in ("max_weight", "max_weight_position"):
+                is_moved |= found[name] != values[key]
+    return found, is_moved
 
 
 def guide(

@@ -60,7 +60,6 @@ from .guidance import (
     first_trials,
     fitted,
     guide,
-    is_moved,
 )
 from .host_model import HostModel
 from .loading import LoadedContext
@@ -327,8 +326,7 @@ class Host:
             log(
                 f"* Beginning with [bold]{len(first)}[/] trials of {escape(str(self.modifier.settings.warm_start))}"
             )
-            pairs = zip(self.first_trials, first, strict=True)
-            moved = sum(is_moved(*pair, shared) for pair in pairs)
+            moved = sum(is_moved for _, is_moved in first)
             if moved:
                 log(
                     f"  * [yellow]{moved} of them lie beyond what is searched, and are moved to other layers or weights at the nearest "
@@ -342,7 +340,8 @@ class Host:
 
         n_shared = None if self.shared is None else lambda: settings.n_trials
         patience = settings.contrast.patience
-        return guide(study, lambda: [*first, *self.screened(study)], patience, ended, n_shared)
+        beginning = [values for values, _ in first]
+        return guide(study, lambda: [*beginning, *self.screened(study)], patience, ended, n_shared)
 
     def screened(self, study: Study) -> list[Values]:
         """Returns parameters of candidates that a study begins with, where these are asked for; it keeps them when they are chosen."""

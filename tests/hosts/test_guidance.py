@@ -24,7 +24,7 @@ from heretic_contrast.builtin import DATA
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult
 from heretic_contrast.hosts.finalists import second_look
-from heretic_contrast.hosts.guidance import first_trials, fitted, give_back, guide, is_moved
+from heretic_contrast.hosts.guidance import first_trials, fitted, give_back, guide
 from heretic_contrast.leases import Leases, open_storage
 from heretic_contrast.search.samplers import make_sampler
 from heretic_contrast.settings import ContrastSettings, Sampler
@@ -102,9 +102,8 @@ def test_the_best_cells_of_a_sweep(tmp_path: Path) -> None:
         "scale.drugs": FloatDistribution(0, 1),
     }
     first = first_trials(settings(path), MODEL)
-    found = [fitted(values, distributions, {}) for values in first]
-    moved = [is_moved(*pair, {}) for pair in zip(first, found, strict=True)]
-    assert moved == [True, True, False]
+    found, moved = zip(*(fitted(values, distributions, {}) for values in first), strict=True)
+    assert moved == (True, True, False)
     assert [
         (trial["attn.o_proj.max_weight_position"], trial["attn.o_proj.max_weight"])
         for trial in found
@@ -127,11 +126,11 @@ def test_components_that_were_not_swept_are_left_alone(tmp_path: Path, lowest: f
     }
     whole, found = sweep().single_cells("unmatched", "weight"), first_trials(settings(path), MODEL)
     for values in found:
-        fit = fitted(values, distributions, {})
+        fit, is_moved = fitted(values, distributions, {})
         assert fit["attn.o_proj.max_weight"] in {cell.weight for cell in whole}
         assert fit["mlp.down_proj.max_weight"] == fit["embeddings.max_weight"] == lowest
         # A range that does not reach down to 0 is said.
-        assert is_moved(values, fit, {}) == (lowest > 0)
+        assert is_moved == (lowest > 0)
 
 
 def test_the_front_of_an_earlier_study(tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_the_front_of_an_earlier_study(tmp_path: Path) -> None:
     assert [trial["x"] for trial in found] == [0.2, 0.0]
     # What its one direction had nothing of.
     rest = {"rest": FloatDistribution(-1, 1), "scale.drugs": FloatDistribution(0, 1)}
-    assert fitted(found[0], rest, {}) == {"rest": 0.0}
+    assert fitted(found[0], rest, {}) == ({"rest": 0.0}, False)
 
 
 def test_a_component_of_its_own_begins_with_what_it_had_among_others() -> None:
@@ -151,9 +150,9 @@ def test_a_component_of_its_own_begins_with_what_it_had_among_others() -> None:
     }
     shared = {"linear_attn.out_proj": "attn.o_proj"}
     together = {"attn.o_proj.max_weight": 0.7}
-    assert set(fitted(together, kernels, shared).values()) == {0.7}
+    assert set(fitted(together, kernels, shared)[0].values()) == {0.7}
     alone = {**together, "linear_attn.out_proj.max_weight": 0.2}
-    assert fitted(alone, kernels, shared) == alone
+    assert fitted(alone, kernels, shared) == (alone, False)
 
 
 @pytest.mark.parametrize(
