@@ -197,7 +197,7 @@ class Evaluator(heretic.main.Evaluator):
         self._trials = TrialEngine(model, tokens[0])
         for part in tokens:
             self._trials.respond(model, part, limit, UNCHANGED, lambda found, ended, others: others)
-        found = self._read_first(model, self.good_prompts)
+        found = self._read_first(model)
         if found is not None:
             # Heretic has obtained them, and these differ by rounding.
             self.base_logprobs = found
@@ -207,19 +207,11 @@ class Evaluator(heretic.main.Evaluator):
         changes = self.model.changes
         return UNCHANGED if changes is None else changes.first_layer
 
-    def _read_first(self, model: LanguageModel, prompts: Sequence[Any]) -> Tensor | None:
+    def _read_first(self, model: LanguageModel) -> Tensor | None:
         if self._trials is None:
             return None
-        tokens = model.token_ids(own_prompts(prompts))
+        tokens = model.token_ids(own_prompts(self.good_prompts))
         return self._trials.first_logprobs(model, tokens, self._first_layer)
-
-    def _first_logprobs(self, prompts: Sequence[Any]) -> Tensor:
-        model = from_heretic(self.model, self.settings)
-        found = self._read_first(model, prompts)
-        if found is None:
-            with fast_on_cpu(model):
-                found = self.model.get_logprobs_batched(prompts)
-        return found
 
     def screen(self) -> Callable[[], Point]:
         """
@@ -297,11 +289,14 @@ class Evaluator(heretic.main.Evaluator):
         return distance / self.settings.kl_divergence_scale
 
     def _measure_divergence(self) -> float:
+        model = from_heretic(self.model, self.settings)
         if self.references is None:
-            found = self._first_logprobs(self.good_prompts)
+            found = self._read_first(model)
+            if found is None:
+                with fast_on_cpu(model):
+                    found = self.model.get_logprobs_batched(self.good_prompts)
             return first_token_divergence(found, self.base_logprobs)
-        engine = self._engine(from_heretic(self.model, self.settings))
-        ((mean, _),) = self.references.measure(engine)
+        ((mean, _),) = self.references.measure(self._engine(model))
         return mean
 
     def count_refusals(self) -> int:
