@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic_settings import BaseSettings, TomlConfigSettingsSource
 
+from ..builtin import harmful_pool, harmless_pool
 from ..errors import ContrastError
 from ..settings import ContrastSettings, nearest
 
@@ -47,13 +48,8 @@ SHIPPED = {
     "row_normalization": "full",
     "full_normalization_lora_rank": 3,
     "winsorization_quantile": 1.0,
-    **{
-        pool: {"dataset": f"mlabonne/{name}", "split": "train[:400]", "column": "text"}
-        for pool, name in (
-            ("good_prompts", "harmless_alpaca"),
-            ("bad_prompts", "harmful_behaviors"),
-        )
-    },
+    "good_prompts": harmless_pool("train[:400]").model_dump(exclude_unset=True),
+    "bad_prompts": harmful_pool("train[:400]").model_dump(exclude_unset=True),
 }
 """What stands in the configuration that Heretic 2.0 ships, although nothing there reads it any more."""
 
