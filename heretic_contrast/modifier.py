@@ -6,6 +6,7 @@ The plugin itself: a Heretic 2.0 modifier, which the host for Heretic 1.4 runs a
 Imports are absolute in files of plugins, since Heretic can load one by its path, outside of any package.
 """
 
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
@@ -73,7 +74,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
     def changes(self) -> Changes:
         """What a trial changes beside the adapters."""
 
-        return Changes(self.settings.embeddings)
+        return Changes()
 
     @property
     def modifier_name(self) -> str:
@@ -165,10 +166,14 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
 
     def _apply_lora(self, ctx: Context) -> None:
         heretic_model = ctx.get_model()
+
+        def adapting() -> AbstractContextManager[None]:
+            return adapters_on_writers(heretic_model, self.model(ctx), self.changes)
+
         # The host for Heretic 1.4 applies adapters by itself after it has loaded the model again.
         heretic_model.changes = self.changes
-        heretic_model.writers = self.settings.writers
-        with adapters_on_writers(heretic_model, self.model(ctx), self.changes):
+        heretic_model.adapting = adapting
+        with adapting():
             heretic_model.apply_lora(self.lora_rank)
 
     def require_changeable(self, model: LanguageModel) -> None:

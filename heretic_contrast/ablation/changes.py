@@ -147,12 +147,10 @@ class Changes:
     """
     The changes of a trial that no adapter carries: hooks until `undo`, and new weights by `write`.
 
-    `embeddings`: whether these are among them. `first_layer`: the lowest layer that is changed, also by adapters, -1 where embeddings
-    are.
+    `first_layer`: the lowest layer that is changed, also by adapters, -1 where embeddings are.
     """
 
-    def __init__(self, embeddings: bool = False) -> None:
-        self.embeddings = embeddings
+    def __init__(self) -> None:
         self.first_layer = UNCHANGED
         self._hooks = ExitStack()
         self._kept: list[tuple[int, Writer, Operator, bool]] = []

@@ -2,22 +2,20 @@
 
 """Heretic 1.4's model, as Heretic 2.0 has it: with LoRA adapters on request."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from unittest.mock import patch
 
 from heretic.config import RowNormalization
 
 from ..ablation.changes import Changes
-from ..ablation.writers import with_embeddings
-from ..settings import Writers
 from .loading import ChatModel
-from .lora_targets import adapters_on_writers
-from .surface import from_heretic
 
 
 class HostModel(ChatModel):
     lora_rank: int | None = None
     changes: Changes | None = None
-    writers: Writers | None = None
+    adapting: Callable[[], AbstractContextManager[None]]
 
     def apply_lora(self, rank: int) -> None:
         """Applies LoRA adapters of a rank, now and after every reload."""
@@ -36,13 +34,7 @@ class HostModel(ChatModel):
                 "full_normalization_lora_rank": self.lora_rank,
             }
         )
-        model = from_heretic(self, self.settings, writers=self.writers)
-        if self.changes is not None and self.changes.embeddings:
-            model = with_embeddings(model)
-        with (
-            patch.object(self, "settings", settings),
-            adapters_on_writers(self, model, self.changes),
-        ):
+        with patch.object(self, "settings", settings), self.adapting():
             super()._apply_lora()
 
     def reset_model(self) -> bool:
