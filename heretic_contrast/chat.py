@@ -46,10 +46,6 @@ def require_chat(tokenizer: Any, name: str) -> None:
         ) from error
 
 
-def has_system_role(tokenizer: Any) -> bool:
-    return _with_system_message(tokenizer) is not None
-
-
 def note_on_system_role(tokenizer: Any) -> str | None:
     """Returns what a user should know of a chat template that does not take a system message as one."""
 
@@ -86,11 +82,10 @@ def chat_texts(tokenizer: Any, chats: Sequence[Chat], **options: Any) -> list[st
 
     if not chats:
         return []
-    if not has_system_role(tokenizer):
+    if _with_system_message(tokenizer) is None:
         chats = [without_system_role(chat) for chat in chats]
-    texts: list[str] = tokenizer.apply_chat_template(
-        list(chats), add_generation_prompt=True, tokenize=False, **options
-    )
+    options = {"add_generation_prompt": True, "tokenize": False, **options}
+    texts: list[str] = tokenizer.apply_chat_template(list(chats), **options)
     return texts
 
 

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heretic_contrast import cli
-from heretic_contrast.chat import has_system_role, note_on_system_role
+from heretic_contrast.chat import note_on_system_role
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.prompts import Prompt
@@ -105,7 +105,8 @@ def test_padding_is_on_the_left_and_masked(tiny_llama: Any) -> None:
 def test_system_prompts_go_in_front_of_the_user(name: str) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ bos_token }}" + REFUSING[name] + TURN
-    assert not has_system_role(tokenizer) and has_system_role(make_tokenizer())
+    assert "refuses" in str(note_on_system_role(tokenizer))
+    assert note_on_system_role(make_tokenizer()) is None
     model = wrap(make_model("llama"), tokenizer, name="tiny")
     for prompt, text in zip(PROMPTS, model.chat_texts(PROMPTS), strict=True):
         content = f"{prompt.system or model.system_prompt}\n\n{prompt.text}"

@@ -21,14 +21,7 @@ from rich.markup import escape
 from torch.nn import Module
 
 from ..builtin import model_name
-from ..chat import (
-    has_system_role,
-    note_on_system_role,
-    pad_left,
-    require_chat,
-    token_ids,
-    without_system_role,
-)
+from ..chat import chat_texts, note_on_system_role, pad_left, require_chat, token_ids
 from ..directions.sources import DirectionSources
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel, contiguous_head
@@ -59,12 +52,9 @@ class ChatTokenizer:
         return getattr(self._tokenizer, name)
 
     def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
-        if not has_system_role(self._tokenizer):
-            if isinstance(conversation[0], dict):
-                conversation = without_system_role(conversation)
-            else:
-                conversation = [without_system_role(chat) for chat in conversation]
-        return self._tokenizer.apply_chat_template(conversation, **options)
+        if isinstance(conversation[0], dict):
+            return chat_texts(self._tokenizer, [conversation], **options)[0]
+        return chat_texts(self._tokenizer, conversation, **options)
 
     def __call__(self, text: str | list[str], **options: Any) -> Inputs:
         texts = [text] if isinstance(text, str) else text
