@@ -65,10 +65,8 @@ def heretic_findings() -> list[Finding]:
 
 
 def torch_finding() -> Finding:
-    try:
-        import torch
-    except ImportError:
-        return Finding("PyTorch", False, "not installed", "pip install torch")
+    import torch
+
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name(0)
     elif torch.backends.mps.is_available():
@@ -101,12 +99,10 @@ def cache_finding() -> Finding:
 
 
 def findings() -> list[Finding]:
-    found = torch_finding()
     return [
         Finding("heretic-contrast", True, __version__),
-        found,
-        # Heretic's modules need PyTorch.
-        *(heretic_findings() if found.fine else []),
+        torch_finding(),
+        *heretic_findings(),
         *(
             Finding(purpose, there, module if there else "not installed", remedy, required)
             for module, purpose, remedy, required in MODULES
