@@ -31,7 +31,6 @@ def best_candidates(
 
     study = create_study(directions=["minimize", "minimize"], sampler=sampler)
     points: dict[int, Point] = {}
-    parameters: dict[int, dict[str, Any]] = {}
     for _ in range(n_candidates):
         # Optuna's own loop writes of every interruption.
         trial = study.ask()
@@ -42,8 +41,8 @@ def best_candidates(
             continue
         study.tell(trial, (share, divergence))
         points[trial.number] = (round(share * n_prompts), divergence)
-        parameters[trial.number] = trial.params
-    return [parameters[number] for number in spread(front(points), n_wanted)]
+    trials = study.get_trials(deepcopy=False)
+    return [trials[number].params for number in spread(front(points), n_wanted)]
 
 
 def spread(items: Sequence[Item], n: int) -> list[Item]:
