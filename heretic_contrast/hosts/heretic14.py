@@ -28,7 +28,6 @@ from optuna import Trial, create_study
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import TypeAdapter
 from rich.markup import escape
 from torch import Tensor
 
@@ -123,10 +122,10 @@ class Host:
     def continued(self, stored: dict[str, Any]) -> HostSettings:
         """Returns the settings that are given, with what was decided when a study began, `stored`."""
 
-        fields, given = type(self.settings).model_fields, self.settings.model_fields_set
+        given = self.settings.model_fields_set
         return self.settings.model_copy(
             update={
-                name: TypeAdapter(fields[name].annotation).validate_python(stored[name])
+                name: stored[name]
                 for name in ("seed", "batch_size", "response_prefix", "n_trials")
                 if name not in given or getattr(self.settings, name) is None
             }
