@@ -20,8 +20,8 @@ from ..prompts import prompts_digest
 from ..settings import EXTRACTION_FIELDS, PromptSource
 from .loading import ChatModel, LoadedContext, open_model
 from .model_folder import UNFINISHED, publish_model
-from .record import COMPUTING, OF_HERETIC, OF_THE_SEARCH, POOLS, Made, Record
-from .settings import HostSettings
+from .record import COMPUTING, OF_HERETIC, OF_THE_SEARCH, Made, Record
+from .settings import POOLS, HostSettings
 from .surface import HAS_PLUGIN_SURFACE, log
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from ..prompts import Prompt, prompts_digest
 from ..search.parameters import Parameters
 from ..settings import EXTRACTION_FIELDS, ContrastSettings
 from .model_folder import RECORD
-from .settings import datasets_of
+from .settings import POOLS, datasets_of
 from .unused import ONLY_UNDER_14
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ OF_HERETIC = """
     seed model_commit dtypes quantization device_map max_memory system_prompt response_prefix max_response_length max_shard_size
 """.split()
 """Heretic's settings that decide weights, or the files that they are saved as."""
-
-POOLS = ("bad_prompts", "good_prompts", "matched_prompts")
 
 OF_THE_SEARCH = {
     *POOLS,

@@ -94,6 +94,9 @@ PASSING_OF_CONTRAST = {"save_directions", "residual_cache", "patience", "finalis
 
 PLACES = ("bad_prompts", "good_prompts")
 
+POOLS = (*PLACES, "matched_prompts")
+"""The pools that directions are made from."""
+
 LARGE = 2**26
 """From how many bytes on a file is identified by its size, where reading it takes too long for what it is."""
 
@@ -311,7 +314,7 @@ class HostSettings(Settings):
         if builtin:
             self._use_builtin_pools(given)
         updates: dict[str, Any] = {}
-        for name in ("good_prompts", "bad_prompts"):
+        for name in PLACES:
             # Heretic 2.0 has moved these pools to the modifiers' own settings.
             specification = getattr(self, name, None)
             if getattr(self.contrast, name) is None and specification is not None:
@@ -347,19 +350,14 @@ class HostSettings(Settings):
                 setattr(self, name, type(getattr(self, name))(**source))
         own = with_refuser_pools(self.contrast)
         self.contrast = self.contrast.model_copy(
-            update={
-                name: getattr(own, name)
-                for name in ("bad_prompts", "good_prompts", "matched_prompts")
-                if name not in given
-            }
+            update={name: getattr(own, name) for name in POOLS if name not in given}
         )
 
     @property
     def contrast_setting(self) -> str:
         """What messages put before the name of a pool of the plugin: a flag, or the table of `config.toml`."""
 
-        pools = ("bad_prompts", "good_prompts", "matched_prompts")
-        tables = filter(None, (file_table("contrast", name) for name in pools))
+        tables = filter(None, (file_table("contrast", name) for name in POOLS))
         return next((f"{table} " for table in tables), "--contrast.")
 
     def configuration_digest(self) -> str:
@@ -391,7 +389,7 @@ def deciding(content: dict[str, Any]) -> dict[str, Any]:
 
     own = {f"contrast.{name}": value for name, value in content.get("contrast", {}).items()}
     kept_out = {"contrast", "model", "study_checkpoint_dir", *PASSING, *PLACES, *FORMER_POOLS}
-    passing = (*PASSING_OF_CONTRAST, *PLACES, "matched_prompts", "sensitive_prompts")
+    passing = (*PASSING_OF_CONTRAST, *POOLS, "sensitive_prompts")
     kept_out |= {f"contrast.{name}" for name in (*passing, "directions", "warm_start")}
     return {name: value for name, value in {**content, **own}.items() if name not in kept_out}
 
