@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
         needs_prompts=settings.report is not None,
     )
     pairs = load_pairs(settings.pairs, model_name(settings.model))
-    model = load_language_model(settings, settings.contrast.batch_size)
+    model = load_language_model(settings)
     model = with_common_prefix(model, settings, sources)
 
     def save(name: str, directions: Directions) -> None:

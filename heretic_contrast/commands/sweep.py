@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     if settings._own_pools and not prepared.sources.harmful:
         require_effect(["bad_prompts", "good_prompts"])
-    model = load_language_model(settings, settings.contrast.batch_size)
+    model = load_language_model(settings)
     check_places(model, prepared.options)
     model = with_common_prefix(model, settings, prepared.sources)
     result, capture, geometry = run_prepared(

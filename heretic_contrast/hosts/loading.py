@@ -26,8 +26,7 @@ from ..directions.sources import DirectionSources
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel, contiguous_head
 from ..prompts import Prompt, load_pool
-from ..settings import ContrastSettings
-from .settings import prompt_sources
+from .settings import HostSettings, prompt_sources
 from .surface import find_layers, from_heretic, log
 
 
@@ -245,7 +244,7 @@ def _common_prefix(model: LanguageModel, prompts: Sequence[Prompt], max_new_toke
     return os.path.commonprefix(responses).rstrip(" ")  # noqa: RUF071
 
 
-def load_language_model(settings: Any, batch_size: int | None = None) -> LanguageModel:
-    model = from_heretic(open_model(settings), settings, batch_size).identified()
-    contrast = getattr(settings, "contrast", ContrastSettings())
+def load_language_model(settings: HostSettings) -> LanguageModel:
+    contrast = settings.contrast
+    model = from_heretic(open_model(settings), settings, contrast.batch_size).identified()
     return replace(model, winsorization_quantile=contrast.winsorization_quantile)

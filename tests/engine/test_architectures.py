@@ -42,7 +42,6 @@ from heretic_contrast.hosts.host_model import HostModel  # noqa: E402
 from heretic_contrast.hosts.loading import (  # noqa: E402
     LoadedContext,
     PlainModel,
-    load_language_model,
     open_model,
 )
 from heretic_contrast.hosts.surface import from_heretic, wrap  # noqa: E402
@@ -246,7 +245,7 @@ def make_case(
     family.save(folder)
     settings = heretic_settings(folder, [*family.options, *options])
     if family.quantized:
-        plain = load_language_model(settings)
+        plain = from_heretic(open_model(settings), settings).identified()
     else:
         writers = Writers(contrast.get("writers", "all"))
         plain = wrap(
