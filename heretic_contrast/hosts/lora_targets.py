@@ -53,7 +53,7 @@ def literal_targets() -> Iterator[list[str]]:
 
 @contextmanager
 def adapters_on_writers(
-    heretic_model: Any, model: LanguageModel, changes: Changes | None = None
+    heretic_model: Any, model: LanguageModel, changes: Changes
 ) -> Iterator[None]:
     """
     Lets Heretic apply LoRA adapters to just the writers that can carry them, for as long as the context lasts.
@@ -88,7 +88,7 @@ def adapters_on_writers(
     heretic_model.get_merged_model = partial(merge, heretic_model, changes)
 
 
-def merge(heretic_model: Any, changes: Changes | None) -> Any:
+def merge(heretic_model: Any, changes: Changes) -> Any:
     """
     Merges the adapters as Heretic's model does, and makes all other changes.
 
@@ -104,9 +104,8 @@ def merge(heretic_model: Any, changes: Changes | None) -> Any:
     with literal_targets():
         merged = type(heretic_model).get_merged_model(heretic_model)
     forget_quantized_form(merged)
-    if changes is not None:
-        found = find_layers(shell(merged))
-        changes.write(merged, found)
-        if found[0] is layers[0]:
-            changes.undo()
+    found = find_layers(shell(merged))
+    changes.write(merged, found)
+    if found[0] is layers[0]:
+        changes.undo()
     return merged
