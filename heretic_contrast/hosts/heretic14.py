@@ -149,9 +149,7 @@ class Host:
         """
 
         is_replaced = name in settings._replaced_pools
-        source = getattr(settings.contrast if is_replaced else settings, name)
-        if not is_replaced:
-            source = prompt_sources(source)
+        source = prompt_sources(getattr(settings.contrast if is_replaced else settings, name))
         key = name, repr(source)
         if key not in self.pools:
             if not (
