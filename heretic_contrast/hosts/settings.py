@@ -440,16 +440,13 @@ def file_table(*path: str) -> str | None:
 def _complaint(error: ValidationError, settings_class: type[BaseSettings]) -> ContrastError:
     """Returns the first complaint, which names the table of `config.toml` where the value stands there."""
 
+    if not issubclass(settings_class, HostSettings):
+        return validation_error(error, where="on the command line")
     details = error.errors()[0]
     # A name that is not known is none of the path.
     path = [str(part) for part in (*details["loc"], details.get("ctx", {}).get("key", ""))]
-    is_own = path[:1] == ["contrast"]
-    names = path[: 1 + is_own]
-    if not issubclass(settings_class, HostSettings):
-        return validation_error(error, where="on the command line")
-    if not names:
-        return validation_error(error)
-    table = file_table(*names)
+    is_own = path[0] == "contrast"
+    table = file_table(*path[: 1 + is_own])
     return validation_error(error, table, skip=int(is_own and table is not None))
 
 
