@@ -181,7 +181,7 @@ class Host:
         }
         if self.evaluator.sensitive_prompts:
             pools["sensitive prompts"] = self.evaluator.sensitive_prompts
-        found = identify(
+        return identify(
             model,
             {name: own_prompts(prompts) for name, prompts in pools.items()},
             directions=configuration_digest(self.modifier.directions),
@@ -190,8 +190,6 @@ class Host:
             + str(classifier_identity(self.modifier.settings)),
             writers=writers_digest(model),
         )
-        # As a checkpoint gives it back.
-        return dict(json.loads(json.dumps(found)))
 
     def _require_own(self, trials: Iterable[FrozenTrial]) -> None:
         """Raises `ContrastError` when trials were measured on something else than what has been loaded."""
