@@ -21,6 +21,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.trial import FrozenTrial
 
+from .errors import ContrastError, one_line
 from .journal import CheckedJournal, JournalLock
 from .processes import is_dead, this_process
 
@@ -59,6 +60,25 @@ def open_storage(storage: str | None) -> BaseStorage:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = JournalLock(str(path), grace_period=LOCK_SECONDS)
     return JournalStorage(CheckedJournal(str(path), lock_obj=lock))
+
+
+@contextmanager
+def readable(storage: str | None, away: str) -> Iterator[None]:
+    """
+    Raises `ContrastError` when a storage cannot be read in the context: database drivers and the journal raise errors of their own.
+
+    `away`: where a damaged file is to be moved.
+    """
+
+    try:
+        yield
+    except ContrastError:
+        raise
+    except Exception as error:
+        reason = without_password(one_line(str(error))) or type(error).__name__
+        raise ContrastError(
+            f"The storage {without_password(storage)} cannot be read ({reason[:200]}): correct its URL, or move a damaged file {away}."
+        ) from error
 
 
 class Leases:

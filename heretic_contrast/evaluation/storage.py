@@ -12,8 +12,8 @@ so that computing one twice gives the same numbers to the last bit.
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
 
-from ..errors import ContrastError, one_line
+from ..errors import ContrastError
 from ..identity import Identity, differences
 from ..language_model import Progress
-from ..leases import Leases, open_storage, without_password
+from ..leases import Leases, open_storage, readable, without_password
 from .cells import Cell, CellKey
 
 STUDY_NAME = "heretic-contrast sweep"
@@ -71,7 +71,7 @@ def require_own_sweep(storage: str, known: Identity) -> None:
 
     if "://" not in storage and not Path(storage).is_file():
         return
-    with readable(storage):
+    with readable(storage, "away to start anew"):
         studies = open_storage(storage).get_all_studies()
     identities = (
         study.user_attrs.get("identity", {}) for study in studies if study.study_name == STUDY_NAME
@@ -82,22 +82,6 @@ def require_own_sweep(storage: str, known: Identity) -> None:
         raise ContrastError(OTHER_SWEEP.format(without_password(storage), different))
 
 
-@contextmanager
-def readable(storage: str | None) -> Iterator[None]:
-    """Raises `ContrastError` when a storage cannot be read in the context: database drivers and the journal raise errors of their own."""
-
-    try:
-        yield
-    except ContrastError:
-        raise
-    except Exception as error:
-        reason = one_line(str(error)) or type(error).__name__
-        raise ContrastError(
-            f"The storage {without_password(storage)} cannot be read ({reason[:200]}): correct its URL, or move a damaged file "
-            "away to start anew."
-        ) from error
-
-
 class SweepState:
     """A sweep's cells in a storage. `identity` says which sweep: processes must agree on it."""
 
@@ -106,7 +90,7 @@ class SweepState:
         # As a storage gives it back.
         identity = json.loads(json.dumps(identity))
         self._choices: list[list[str]] = []
-        with readable(storage):
+        with readable(storage, "away to start anew"):
             self._study = optuna.create_study(
                 study_name=STUDY_NAME,
                 storage=open_storage(storage),

@@ -20,10 +20,10 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from ..builtin import model_name
-from ..errors import ContrastError, one_line
+from ..errors import ContrastError
 from ..identity import Identity, differences
 from ..journal import CheckedJournal, remove_locks
-from ..leases import open_storage, without_password
+from ..leases import open_storage, readable, without_password
 from .settings import HostSettings, deciding
 
 STUDY_NAME = "heretic"
@@ -79,24 +79,15 @@ def open_shared(settings: HostSettings) -> BaseStorage | None:
     source = settings.contrast.storage
     if source is None:
         return None
-    place = without_password(source)
-    try:
+    with readable(source, "away"):
         storage = open_storage(source)
         get_all_studies = storage.get_all_studies
         studies = get_all_studies()
-    except ContrastError:
-        raise
-    except Exception as error:
-        # Database drivers and the journal raise errors of their own.
-        reason = without_password(one_line(str(error))) or type(error).__name__
-        raise ContrastError(
-            f"The storage {place} cannot be read ({reason[:200]}): correct its URL, or move a damaged file away."
-        ) from error
     for study in studies:
         if study.study_name == STUDY_NAME:
             if settings.checkpoint_action == "restart":
                 raise ContrastError(
-                    f"The study in {place} may be that of other processes, and is not removed: give another --contrast.storage, or "
+                    f"The study in {without_password(source)} may be that of other processes, and is not removed: give another --contrast.storage, or "
                     "leave --checkpoint-action restart out."
                 )
             require_same_settings(study.user_attrs, settings)
