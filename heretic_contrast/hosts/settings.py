@@ -309,9 +309,8 @@ class HostSettings(Settings):
             )
         self._own_pools = own & set(PLACES)
         self._replaced_pools = self._own_pools - given
-        builtin = is_builtin(self.model)  # type: ignore[has-type]
         self.model = resolve_model(self.model)  # type: ignore[has-type]
-        if builtin:
+        if is_builtin(self.model):
             self._use_builtin_pools(given)
         updates: dict[str, Any] = {}
         for name in PLACES:
@@ -332,10 +331,8 @@ class HostSettings(Settings):
                     updates[name] = getattr(value, "value", value)
         if updates:
             self.contrast = ContrastSettings.model_validate({**self.contrast.given(), **updates})
-        directory: str = self.study_checkpoint_dir  # type: ignore[has-type]
-        self.study_checkpoint_dir = str(
-            Path(directory) / f"contrast-{self.configuration_digest()[:16]}"
-        )
+        folder = Path(self.study_checkpoint_dir)  # type: ignore[has-type]
+        self.study_checkpoint_dir = str(folder / f"contrast-{self.configuration_digest()[:16]}")
         return self
 
     def _use_builtin_pools(self, given: set[str]) -> None:
