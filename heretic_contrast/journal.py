@@ -177,9 +177,7 @@ def _encode(entry: dict[str, Any]) -> bytes:
 
 def _end_of_last_line(file: FileIO) -> int:
     size = file.seek(0, os.SEEK_END)
-    if size == 0:
-        return 0
-    file.seek(size - 1)
+    file.seek(max(size - 1, 0))
     if file.read(1) == b"\n":
         return size
     file.seek(0)
