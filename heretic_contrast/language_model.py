@@ -197,9 +197,9 @@ class LanguageModel:
 
     model: Any
     tokenizer: Any
-    layers: tuple[Module, ...]
-    writers: tuple[tuple["Writer", ...], ...]
     name: str
+    layers: tuple[Module, ...] = ()
+    writers: tuple[tuple["Writer", ...], ...] = ()
     revision: str | None = None
     system_prompt: str = "You are a helpful assistant."
     response_prefix: str = ""

@@ -82,8 +82,6 @@ def from_heretic(
     model = LanguageModel(
         model=heretic_model.model,
         tokenizer=heretic_model.tokenizer,
-        layers=(),
-        writers=(),
         name=model_name(heretic_settings.model),
         # Heretic never loads a model with adapters around it, so that these are its own.
         own_adapter="default" if isinstance(heretic_model.model, PeftModel) else None,
@@ -199,8 +197,6 @@ def wrap(
     wrapped = LanguageModel(
         model=model,
         tokenizer=tokenizer,
-        layers=(),
-        writers=(),
         name=name,
         system_prompt=system_prompt,
         batch_size=batch_size,

@@ -246,7 +246,7 @@ def test_settings_under_adapters(llama: LanguageModel) -> None:
     configuration = LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
     model = wrap(network, make_tokenizer(), "tiny", batch_size=3)
     adapted = get_peft_model(network, configuration)
-    model = LanguageModel(adapted, model.tokenizer, model.layers, model.writers, "tiny")
+    model = LanguageModel(adapted, model.tokenizer, "tiny", model.layers, model.writers)
     for owner in (network, adapted):
         with configured(model, {"num_beams": 2}):
             owner.generation_config.forced_eos_token_id = 7
