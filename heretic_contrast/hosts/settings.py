@@ -199,7 +199,7 @@ class ContrastTomlSource(TomlConfigSettingsSource):
         # As in config.toml for Heretic 2.0, there is one table for the plugin.
         known = {*self.settings_cls.model_fields, "modifiers"} - {"contrast"}
         named = {where: named_plugins(config.get(name)) for where, name in NAMESPACES.items()}
-        unused = Unused(TABLE, ContrastSettings.model_fields, known, named, idle)
+        unused = Unused(TABLE, ContrastSettings.model_fields, known, named, idle, takes_dashes=True)
         unused.require_none(config, read=["contrast"])
         for name in sorted(set(config) - known - set(NAMESPACES)):
             close = nearest(name, known, LIKE)

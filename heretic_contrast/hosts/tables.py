@@ -117,8 +117,8 @@ def show_errors_as_sentences() -> None:
     ) -> None:
         if isinstance(error, ContrastError):
             log(f"[red]Error:[/] {escape(one_line(str(error)))}")
-        else:
-            previous(kind, error, traceback)
+            raise SystemExit(2)
+        previous(kind, error, traceback)
 
     show.shows_contrast_errors = True  # type: ignore[attr-defined]
     sys.excepthook = show

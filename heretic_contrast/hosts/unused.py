@@ -123,7 +123,8 @@ class Unused:
     Finds what stands somewhere for this package and is not read; each method yields a sentence for each such thing.
 
     `settings`: names of the settings of `plugin`. `known`: names of Heretic's own settings. `named`: the plugins that are loaded (see
-    `named_plugins`), by the table that theirs belong into. `idle`: settings that have no effect.
+    `named_plugins`), by the table that theirs belong into. `idle`: settings that have no effect. `takes_dashes`: whether names in the
+    plugin's table may be written as on the command line.
     """
 
     plugin: str
@@ -131,6 +132,7 @@ class Unused:
     known: Collection[str]
     named: Mapping[str, Collection[tuple[str, str | None]]]
     idle: Collection[str]
+    takes_dashes: bool = False
 
     def require_none(self, *configs: Mapping[str, Any], read: Collection[str] = ()) -> None:
         """Raises `ContrastError` with the first sentence. `read`: what Heretic reads of the environment beside its own settings."""
@@ -178,7 +180,10 @@ class Unused:
         if name in {*self.idle, *FORMER_POOLS}:
             yield _idle(f"The setting {shown} in config.toml")
         elif name in NAMESPACES.values() and loaded & set(PLUGINS):
-            yield _idle(f"The setting {shown} in config.toml", "this Heretic")
+            yield (
+                f"The setting {shown} in config.toml names a plugin that this Heretic cannot load, which has no {name}: install "
+                "Heretic 1.4 or 2.0, or remove it."
+            )
         elif setting or table:
             yield _not_read(shown, str(setting or table))
 
@@ -199,19 +204,22 @@ class Unused:
     def _in_own_table(self, where: str, table: Mapping[str, Any]) -> Iterator[str]:
         named = self.named.get(PLUGINS[self.plugin], ())
         for key, value in table.items():
-            # Names may be written as on the command line.
             name = str(key).replace("-", "_")
             if (self.plugin, key) in named:
                 yield _not_read(f"[{where}.{key}]", f"[{where}_{key}]")
             elif name in self.idle:
                 yield _idle(f'The setting "{key}" in [{where}]')
-            elif name not in self.settings:
+            elif name not in self.settings or not (self.takes_dashes or name == key):
                 close = nearest(name, [known for known in self.settings if known not in self.idle])
                 yield f'There is no setting "{key}" in [{where}]: did you mean "{close}"?'
             elif name == "contrast" and isinstance(value, dict):
                 # The directions that a scorer sweeps.
                 inner = replace(
-                    self, settings=ContrastSettings.model_fields, idle=ONLY_UNDER_14, named={}
+                    self,
+                    settings=ContrastSettings.model_fields,
+                    named={},
+                    idle=ONLY_UNDER_14,
+                    takes_dashes=True,
                 )
                 yield from inner._in_own_table(f"{where}.contrast", value)
 
@@ -261,5 +269,5 @@ def _not_read(what: str, meant: str) -> str:
     return f"config.toml has {what}, which nothing reads: did you mean {meant}?"
 
 
-def _idle(what: str, heretic: str = "Heretic 2.0") -> str:
-    return f"{what} has no effect under {heretic}, whose studies and scorers have settings of their own: remove it."
+def _idle(what: str) -> str:
+    return f"{what} has no effect under Heretic 2.0, whose studies and scorers have settings of their own: remove it."

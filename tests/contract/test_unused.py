@@ -3,6 +3,7 @@
 """What looks meant for the package in `config.toml` or the environment, and has no effect, is said in one sentence."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,40 @@ def refused(text: str, plugin: Any = ContrastAbliteration, **selected: Any) -> s
 def test_said_under_heretic_20(text: str, quoted: str, meant: str, folder: Path) -> None:
     expected = f"config.toml has {quoted}, which nothing reads: did you mean {meant}"
     assert refused(text).startswith(expected)
+
+
+def test_dashes_in_names(folder: Path) -> None:
+    """Heretic 2.0 takes the settings of a table by their names alone; the host for Heretic 1.4 takes them as flags have them, too."""
+
+    own = {"scorers": [{"plugin": "heretic_contrast.FixedWeightSweep", "optimization": "none"}]}
+    for table, name, plugin, selected in (
+        (TABLE, "som_rows", ContrastAbliteration, {}),
+        ("[scorer.FixedWeightSweep]", "synergy_size", FixedWeightSweep, own),
+    ):
+        dashed = name.replace("_", "-")
+        sentence = f'There is no setting "{dashed}" in {table}: did you mean "{name}"?'
+        assert refused(f"{table}\n{dashed} = 4", plugin, **selected) == sentence
+    inner = "[scorer.FixedWeightSweep.contrast]\nsom-rows = 4"
+    # All that is missing is the context.
+    assert "has no get_model" in refused(inner, FixedWeightSweep, **own)
+    if not HAS_PLUGIN_SURFACE:
+        Path("config.toml").write_text(f"{TABLE}\nsom-rows = 4\nmethod = 'som'")
+        settings = load_settings(HostSettings, "heretic-contrast", ["--model", MODEL])
+        assert settings.contrast.som_rows == 4
+
+
+def test_a_sentence_that_ends_heretic_20_gives_the_exit_code_2() -> None:
+    program = (
+        "from heretic_contrast.errors import ContrastError\n"
+        "from heretic_contrast.hosts.tables import show_errors_as_sentences\n"
+        "show_errors_as_sentences()\n"
+        "raise ContrastError('This does not work: [do] that.')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert ended.stdout.strip() == "Error: This does not work: [do] that."
 
 
 @pytest.mark.parametrize("text", OF_OTHERS + OF_OTHERS_UNDER_20)
@@ -354,7 +389,10 @@ def test_modifiers_of_a_heretic_without_them(folder: Path) -> None:
         FalseRefusals(heretic_settings=settings, settings=FalseRefusals.validate_settings({})).init(
             None
         )
-    assert str(error.value).startswith('The setting "modifiers" in config.toml has no effect')
+    assert str(error.value) == (
+        'The setting "modifiers" in config.toml names a plugin that this Heretic cannot load, which has no modifiers: install '
+        "Heretic 1.4 or 2.0, or remove it."
+    )
 
 
 def test_a_table_of_a_plugin_that_is_not_loaded(
