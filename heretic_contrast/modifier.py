@@ -50,11 +50,17 @@ from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.search.parameters import (
     HERETIC_20_RANGES,
     Parameters,
+    configuration_digest,
     layer_vectors,
     require_ranges,
     suggest_parameters,
 )
-from heretic_contrast.settings import ContrastSettings, RowNormalization, require_effect
+from heretic_contrast.settings import (
+    ABLATION_FIELDS,
+    ContrastSettings,
+    RowNormalization,
+    require_effect,
+)
 from heretic_contrast.weights import base_weight
 
 
@@ -104,6 +110,11 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
 
         seed: int | None = self.heretic_settings.seed
         return self.settings.seed if seed is None else seed
+
+    @property
+    def configuration(self) -> str:
+        ablation = self.settings.model_dump(mode="json", include=ABLATION_FIELDS)
+        return configuration_digest(self.directions, ablation)
 
     def init(self, ctx: Context) -> None:
         """Makes directions, and applies LoRA adapters. Raises `ContrastError` when settings, prompts or a directions file do not fit."""
@@ -197,7 +208,19 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             )
 
     def suggest_parameters(self, ctx: Context, trial: Trial) -> Parameters:
+        """
+        Samples the parameters of a trial.
+
+        Raises `ContrastError` when the trial before belongs to another configuration: Heretic 2.0 goes on with a study under whatever
+        settings `config.toml` holds by then.
+        """
+
         model = self.model(ctx)
+        stored = [item.user_attrs.get("parameters", {}) for item in trial.study.get_trials(False)]
+        for parameters in [item for item in stored if "configuration" in item][-1:]:
+            Parameters.from_dict(parameters).require_fit(
+                self.directions, model.component_names, self.configuration
+            )
         return suggest_parameters(
             trial,
             model.component_names,
@@ -205,6 +228,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             self.directions,
             self.settings.search_space,
             HERETIC_20_RANGES if HAS_PLUGIN_SURFACE else {},
+            self.configuration,
         )
 
     @torch.no_grad()
@@ -219,7 +243,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         """
 
         model = self.model(ctx)
-        parameters.require_fit(self.directions, model.component_names)
+        parameters.require_fit(self.directions, model.component_names, self.configuration)
         scales = torch.tensor(
             [parameters.scales[name] for name in self.directions.names], dtype=torch.float64
         )

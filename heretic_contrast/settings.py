@@ -380,6 +380,13 @@ EXTRACTION_FIELDS = set(
 )
 """The settings that decide directions."""
 
+ABLATION_FIELDS = set(
+    """
+    writers embeddings composition equal_effective_weight row_normalization full_normalization_lora_rank
+    """.split()
+)
+"""The settings that decide what is ablated by directions at given weights."""
+
 
 class Need(NamedTuple):
     """What settings of these names need to have an effect, which nobody is told who has given one of `unless`."""

@@ -40,7 +40,7 @@ from ..identity import Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
 from ..outputs import remove_empty_directories, require_writable_directory, require_writable_file
 from ..prompts import Prompt, load_pool
-from ..search.parameters import Parameters, configuration_digest, require_ranges
+from ..search.parameters import Parameters, require_ranges
 from ..search.samplers import make_sampler, trial_seed
 from ..search.screening import best_candidates
 from ..search.stopping import Point
@@ -184,7 +184,7 @@ class Host:
         return identify(
             model,
             {name: own_prompts(prompts) for name, prompts in pools.items()},
-            directions=configuration_digest(self.modifier.directions),
+            directions=self.modifier.configuration,
             rules=program_digest((responses, linear, text), classify_response)
             + linear.numbers_digest()
             + str(classifier_identity(self.modifier.settings)),

@@ -58,8 +58,8 @@ class Parameters:
 
     `direction_index`: index of the layer whose directions are used for all layers (interpolated between
     neighbors where it is fractional), or None for directions per layer.
-    `kernels`: by component. `scales`: s_k by name of the direction. `configuration`: digest of what the directions
-    were made from, or "" where that is not known.
+    `kernels`: by component. `scales`: s_k by name of the direction. `configuration`: see `configuration_digest`; "" where it is not
+    known.
     """
 
     direction_index: Number | None
@@ -99,8 +99,10 @@ class Parameters:
                 "or give another study_checkpoint_dir."
             ) from error
 
-    def require_fit(self, directions: Directions, components: Sequence[str]) -> None:
-        """Raises `ContrastError` when the parameters belong to other directions, or to a model with other components."""
+    def require_fit(
+        self, directions: Directions, components: Sequence[str], configuration: str = ""
+    ) -> None:
+        """Raises `ContrastError` when the parameters belong to another configuration, or to a model with other components."""
 
         # Directions have one index more than the model has decoder layers, for the embedding.
         last_layer_index = len(directions.tensor) - 2
@@ -108,20 +110,25 @@ class Parameters:
             set(self.scales) != set(directions.names)
             or not 0 <= (self.direction_index or 0) <= last_layer_index
             or set(self.kernels) != set(components)
-            or self.configuration not in ("", configuration_digest(directions))
+            or len({self.configuration, configuration} - {""}) > 1
         ):
             raise ContrastError(
-                "The parameters of this trial belong to another configuration of the plugin: start from scratch "
-                "(checkpoint action restart), or give another study_checkpoint_dir."
+                "The parameters of this trial belong to another configuration of the plugin: give the settings that it was made with, "
+                "start from scratch (checkpoint action restart), or give another study_checkpoint_dir."
             )
 
 
-def configuration_digest(directions: Directions) -> str:
-    """Returns a digest of what directions were made from: their names, the settings, the prompts and the model."""
+def configuration_digest(directions: Directions, settings: Mapping[str, Any]) -> str:
+    """
+    Returns a digest of what decides, beside a trial's parameters, what the trial does to a model.
+
+    That is what directions were made from (their names, settings, prompts and model), and the settings of ablation, as JSON values.
+    """
 
     content = {
         "names": list(directions.names),
         **{name: directions.provenance.get(name) for name in ("settings", "prompts", "identity")},
+        "ablation": dict(settings),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -160,6 +167,7 @@ def suggest_parameters(
     directions: Directions,
     space: Mapping[str, Range] | None = None,
     default: Mapping[str, Range] | None = None,
+    configuration: str = "",
 ) -> Parameters:
     """
     Samples the parameters of a trial (paper, section 2.1).
@@ -171,7 +179,7 @@ def suggest_parameters(
     have a weight instead of a kernel.
 
     `space`: ranges that the user has given, and `default`: those in which the installed Heretic differs from 1.4. In
-    both, a range of one component or direction stands before that of all.
+    both, a range of one component or direction stands before that of all. `configuration`: as in `Parameters`.
     """
 
     last_layer_index = n_layers - 1
@@ -225,7 +233,7 @@ def suggest_parameters(
         direction_index=direction_index,
         kernels=kernels,
         scales=scales,
-        configuration=configuration_digest(directions),
+        configuration=configuration,
     )
 
 

@@ -371,7 +371,7 @@ def load(path: Path) -> Directions | None:
         directions = None
     else:
         # Whatever comes later reads these.
-        configuration_digest(directions)
+        configuration_digest(directions, {})
         json.dumps(directions.provenance, ensure_ascii=False, allow_nan=False).encode()
         assert directions.n_directions == len(directions.names) > 0
         assert len(directions.tensor) > 1 and bool(directions.tensor.isfinite().all())

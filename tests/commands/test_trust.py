@@ -166,7 +166,7 @@ sys.addaudithook(watch)
 watching = True
 open(plain, "rb").close()
 directions = Directions.load(hostile)
-configuration_digest(directions)
+configuration_digest(directions, {})
 directions.digest()
 watching = False
 print(json.dumps(events))

@@ -154,6 +154,36 @@ def test_parameters_of_another_configuration_are_refused(run: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"row_normalization": "full"},
+        {"row_normalization": "full", "full_normalization_lora_rank": 20},
+        {"composition": "capped"},
+        {"equal_effective_weight": True},
+        {"writers": "apart"},
+        {"embeddings": True},
+    ],
+)
+def test_a_study_is_not_gone_on_with_under_other_settings(run: Any, change: dict[str, Any]) -> None:
+    """Heretic 2.0 takes what `config.toml` holds by then, under which the same parameters are another change of the model."""
+
+    own, stored = run.loaded_modifier, json.loads(run.trials[0])
+    study = optuna.create_study()
+    for parameters in ({"of": "another modifier"}, stored):
+        trial = study.ask()
+        trial.set_user_attr("parameters", parameters)
+        study.tell(trial, 0.0)
+    assert own.suggest_parameters(run.context(), study.ask()).configuration
+    settings = ContrastSettings.model_validate({**own.settings.given(), **change})
+    other = ContrastAbliteration(heretic_settings=run.settings, settings=settings)
+    other.directions = own.directions
+    with pytest.raises(ContrastError, match="belong to another configuration"):
+        other.suggest_parameters(run.context(), study.ask())
+    with pytest.raises(ContrastError, match="belong to another configuration"):
+        other.modify_model(run.context(), Parameters.from_dict(stored))
+
+
+@pytest.mark.parametrize(
     ("tables", "message"),
     [
         (
