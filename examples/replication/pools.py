@@ -143,7 +143,7 @@ def by_category(prompts: Sequence[Prompt], indices: Iterable[int]) -> dict[str, 
     found: dict[str, list[int]] = defaultdict(list)
     for index in indices:
         found[prompts[index].category or ""].append(index)
-    return found
+    return dict(found)
 
 
 def draw_share(prompts: Sequence[Prompt], share: float, generator: random.Random) -> list[int]:
@@ -187,7 +187,7 @@ def draw(pools: StudyPools, refused: Sequence[int], seed: int, options: StudyOpt
         for name, indices in sorted(fitted_by_category.items())
         if name not in ("", MISCELLANEOUS)
         and len(indices) >= SMALLEST_CLASS
-        and len(refused_by_category[name]) >= 3
+        and len(refused_by_category.get(name, ())) >= 3
     ]
     n_left_out = options.n_left_out
     turns = [(seed * n_left_out + offset) for offset in range(min(n_left_out, len(candidates)))]

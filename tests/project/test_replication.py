@@ -37,6 +37,7 @@ from examples.replication.pools import (
     builtin_pools,
     by_category,
     draw,
+    draw_share,
     file_pools,
 )
 from examples.replication.report import (
@@ -740,6 +741,14 @@ def test_seeds_draw_their_own_prompts_evenly() -> None:
         if k == "harmful"
     )
     assert first.left_out != second.left_out
+    # A category that is never refused takes no part, and changes no draw.
+    some = [index for index in refused if pools.judged[index].category != "drugs"]
+    generator = random.Random("replication 0")
+    for prompts in pools.fitted().values():
+        draw_share(prompts, options.share, generator)
+    expected = draw_evenly(by_category(pools.judged, some), 18, generator)
+    found = draw(pools, some, 0, options)
+    assert found.judged == sorted(expected) and "drugs" not in found.left_out
     few = [Prompt("a", "x"), Prompt("b", "y")]
     assert sorted(draw_evenly(by_category(few, [0, 1]), 5, random.Random(0))) == [0, 1]
 
