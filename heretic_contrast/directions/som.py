@@ -167,17 +167,20 @@ def _train_compiled(
         # Equal samples get equal coordinates, so that they win and lose together.
         seen: dict[bytes, int] = {}
         firsts = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(samples)])
-        factor: Any = np.linalg.qr((samples - samples[0]).T, mode="r")
-        coordinates = np.ascontiguousarray(factor.T[firsts])
         initial, order = _draw(settings, *array.shape)
         schedule = order, initial, rates, rate_columns
         winners = np.empty_like(order)
         hits = np.empty(settings.n_neurons, dtype=np.int64)
         errors = np.empty(settings.n_neurons)
-        for vectors in (coordinates, samples):
+        ways = [samples]
+        if len(samples) < samples.shape[1]:
+            # Otherwise coordinates would save nothing.
+            factor: Any = np.linalg.qr((samples - samples[0]).T, mode="r")
+            ways.insert(0, np.ascontiguousarray(factor.T[firsts]))
+        for vectors in ways:
             weights = np.empty((settings.n_neurons, vectors.shape[1]))
             if som_kernel.train_map(
-                vectors is coordinates, vectors, samples, schedule, weights, winners, hits, errors
+                vectors is not samples, vectors, samples, schedule, weights, winners, hits, errors
             ):
                 break
         mixture = np.empty((settings.n_neurons, len(array)))

@@ -9,12 +9,13 @@ in one file, because Numba's cache notices changes of the file of a function, no
 A map is trained in one of two ways.
 
 In the span: weights start at samples and only move along lines through samples, so that they never leave the samples'
-affine span. With coordinates of the n samples in it (n × r, r ≤ n), distances are the same as in full dimension,
-and an iteration costs r operations per neuron instead of hidden_size. Only rounding differs. Where rounding could decide
+affine span. With coordinates of the n samples in it (n × n), distances are the same as in full dimension,
+and an iteration costs n operations per neuron instead of hidden_size. Only rounding differs. Where rounding could decide
 which neuron wins, the history of the neurons in question is repeated as MiniSom computes it, bit by bit, including
 numpy's order of summation.
 
-In full dimension, with the same care: where there are so many doubts that repetitions cost more than the span saves.
+In full dimension, with the same care: where there are more samples than dimensions, or so many doubts that repetitions cost more than
+the span saves.
 
 Both record the winner of each iteration. The weights of neuron j are Σ_i A_ji x_i with rows of A that sum to 1, and A
 follows from the winners: it is all that is kept of a map.

@@ -256,6 +256,23 @@ def test_backends_agree() -> None:
         np.testing.assert_allclose(fast.vectors([8, 0]), reference.vectors([8, 0]), atol=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_ties_fall_as_in_minisom_where_there_are_more_samples_than_dimensions(seed: int) -> None:
+    generator = np.random.RandomState(seed)
+    hidden_size = int(generator.choice([2, 3, 5]))
+    shape = (hidden_size + int(generator.choice([0, 1, 4, 15])), hidden_size)
+    samples = (
+        generator.randint(0, 2, shape).astype(float),
+        1 + 1e-12 * generator.randn(*shape),
+        np.outer(generator.randint(-3, 4, len(shape) * 3), generator.randn(hidden_size)),
+        generator.randn(*shape),
+    )[seed % 4]
+    options = SomSettings(iterations=(1, 7, 100, 900)[seed // 4 % 4], sigma=0.5, seed=seed)
+    fast, reference = (train_maps([samples], options, kind)[0] for kind in ("numba", "minisom"))
+    np.testing.assert_array_equal(fast.hits, reference.hits)
+    assert fast.densest(9) == reference.densest(9)
+
+
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "heretic_contrast.directions.som_kernel", raising=False)
