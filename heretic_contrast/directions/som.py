@@ -175,8 +175,7 @@ def _train_compiled(
         ways = [samples]
         if len(samples) < samples.shape[1]:
             # Otherwise coordinates would save nothing.
-            factor: Any = np.linalg.qr((samples - samples[0]).T, mode="r")
-            ways.insert(0, np.ascontiguousarray(factor.T[firsts]))
+            ways.insert(0, som_kernel.span_coordinates(samples, firsts))
         for vectors in ways:
             weights = np.empty((settings.n_neurons, vectors.shape[1]))
             if som_kernel.train_map(

@@ -76,7 +76,44 @@ def squared_distance_as_numpy(first: Any, second: Any) -> Any:
 
 # The order of these sums is left to the compiler, which makes them several times faster. The last bits therefore depend
 # on the processor; whatever could depend on the last bits does not use them.
-@compiled(fastmath={"reassoc", "contract"})
+ANY_ORDER = {"reassoc", "contract"}
+
+
+@compiled(fastmath=ANY_ORDER)
+def dot_product(first: Any, second: Any) -> Any:
+    total = 0.0
+    for k in range(first.shape[0]):
+        total += first[k] * second[k]
+    return total
+
+
+@compiled(nogil=True)
+def span_coordinates(samples: Any, firsts: Any) -> Any:
+    """
+    Returns coordinates of the samples in their affine span, with the first sample as the origin.
+
+    Modified Gram-Schmidt: its triangular factor, which is all that is wanted, is as accurate as Householder's, and libraries share
+    the work of one among threads that are at work already. Equal samples (`firsts`: for each the index of the first one) get equal
+    coordinates, so that they win and lose together.
+
+    Array of shape (n_samples, n_samples), float64.
+    """
+
+    rest = samples - samples[0]
+    coordinates = np.zeros((len(samples), len(samples)))
+    for i in range(1, len(samples)):
+        length = np.sqrt(dot_product(rest[i], rest[i]))
+        if firsts[i] == i and length > 0.0:
+            rest[i] /= length
+            coordinates[i, i] = length
+            for later in range(i + 1, len(samples)):
+                product = dot_product(rest[i], rest[later])
+                coordinates[later, i] = product
+                rest[later] -= product * rest[i]
+    return coordinates[firsts]
+
+
+@compiled(fastmath=ANY_ORDER)
 def measure(sample: Any, weights: Any, distances: Any) -> None:
     """Fills `distances` with the squared distances of the neurons from a sample."""
 
