@@ -76,6 +76,7 @@ def test_trials_are_computed_right_in_any_order(architecture: str, shares_prefix
     answers = shares_prefix and architecture == "llama"
     # Begun as by the unmodified model, and read by all.
     known = Continuations(tuple(prompts), tuple(alone(model, prompt)[0][:3] for prompt in prompts))
+    chosen = torch.tensor([[token] for tokens in known.tokens for token in tokens])
     responses = set()
     for seed, first_layer in enumerate((UNCHANGED, 9, 3, 11, 4, 0, UNCHANGED, 10)):
         with changed(model, first_layer, seed):
@@ -91,6 +92,10 @@ def test_trials_are_computed_right_in_any_order(architecture: str, shares_prefix
         for values in (logits, plain):
             # In single precision, rounding in recurrent layers comes to 2e-4 of logits of the order of 1.
             torch.testing.assert_close(values, torch.cat(right), atol=1e-3, rtol=1e-3)
+            found_chosen, right_chosen = (
+                item.log_softmax(dim=-1).gather(1, chosen) for item in (values, torch.cat(right))
+            )
+            torch.testing.assert_close(found_chosen, right_chosen, atol=1e-4, rtol=1e-4)
         assert found == ([response for response, _ in expected] if answers else None)
         assert logprobs is not None
         torch.testing.assert_close(
