@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import psutil
+
 
 def this_process() -> str:
     """Returns the name of the host and the number of this process, separated by a space."""
@@ -29,12 +31,10 @@ def is_dead(process: str) -> bool:
     if host != socket.gethostname() or not number.isdecimal():
         return False
     try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
+        # No signal of its own: on Windows, number 0 is Ctrl+C and reaches the process.
+        return not psutil.pid_exists(int(number))
+    except OverflowError:
         return False
-    return False
 
 
 @contextmanager
