@@ -96,7 +96,10 @@ class Batches:
                 continue
             # Only now has the error let go of what it held.
             self.size = n // 2
-            torch.cuda.empty_cache()
+            # Of whatever device there is; importing it takes time.
+            from accelerate.utils import release_memory
+
+            release_memory()
             warn(f"Memory is exhausted by {n} sequences at once: going on with {self.size}.")
 
     def run_groups(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Vectors of length 1, and where tensors are."""
+"""Vectors of length 1, where tensors are, and how exactly is computed there."""
 
 from typing import Any
 
@@ -20,6 +20,21 @@ def unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
     exact = vectors.to(torch.float64)
     norms = exact.norm(dim=-1)
     return exact / norms.where(norms > 0, torch.ones_like(norms))[..., None], norms
+
+
+def exact_type(device: torch.device) -> torch.dtype:
+    """Returns float64, or float32 for devices that have no float64: Apple's, and some of Intel's."""
+
+    if device.type == "xpu":
+        return torch.float64 if torch.xpu.get_device_properties(device).has_fp64 else torch.float32
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def gpu_or_cpu() -> str:
+    """Returns the type of the GPU that PyTorch can use here, whoever made it, or "cpu"."""
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:

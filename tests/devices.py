@@ -3,6 +3,8 @@
 """
 An imitation of GPUs on a CPU: tensors carry a device that they pretend to be on, and what CUDA refuses is refused.
 
+On "mps", Apple's, numbers in float64 are refused as well.
+
 It looks at what programs call, not at the operations that these consist of.
 """
 
@@ -10,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
+from unittest.mock import MagicMock
 
 import accelerate
 import torch
@@ -19,6 +22,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 CPU = torch.device("cpu")
+
+PRETENDED = ("cuda", "mps")
+"""Types of devices that tensors can pretend to be on."""
 
 READING = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "equal"}
 READING |= {"masked_select", "unique", "unique_consecutive", "allclose", "argwhere", "is_nonzero"}
@@ -58,6 +64,9 @@ class PretendedDevices(TorchFunctionMode):
         # Each device has random numbers of its own; the CPU's have to do.
         self._generator = torch.Generator
         torch.Generator = lambda device="cpu": self._generator()  # type: ignore[assignment, misc]
+        # What is copied is there at once.
+        self._event = torch.Event
+        torch.Event = MagicMock  # type: ignore[assignment, misc]
         self._capability = torch.cuda.get_device_capability
         torch.cuda.get_device_capability = lambda device=None: (8, 0)
         super().__enter__()
@@ -67,6 +76,7 @@ class PretendedDevices(TorchFunctionMode):
         super().__exit__(*error)
         torch.cuda.get_device_capability = self._capability
         torch.Generator = self._generator  # type: ignore[misc]
+        torch.Event = self._event  # type: ignore[misc]
         # That of its base class is found again.
         del Tensor._make_subclass
 
@@ -84,10 +94,10 @@ class PretendedDevices(TorchFunctionMode):
         target = self._target(name, args, kwargs)
         if name in ("to", "cuda", "cpu") and isinstance(args[0], Tensor):
             return self._move(name, target, args, kwargs)
-        if target is not None and target.type == "cuda":
+        if target is not None and target.type in PRETENDED:
             kwargs["device"] = CPU
         device = target or self._common_device(name, args, tensors)
-        if any(device_of(item).type == "cuda" for item in tensors):
+        if any(device_of(item).type in PRETENDED for item in tensors):
             masks = name in ("__getitem__", "__setitem__") and any(
                 isinstance(item, Tensor) and item.dtype == torch.bool
                 for item in tree_leaves(args[1])
@@ -102,7 +112,7 @@ class PretendedDevices(TorchFunctionMode):
                 and "view" not in name
             ):
                 self._wait(name)
-        elif device.type == "cuda" and name in ("tensor", "as_tensor") and args[0] != []:
+        elif device.type in PRETENDED and name in ("tensor", "as_tensor") and args[0] != []:
             self._wait(name)
         if name == "histc":
             # For whole numbers there is none on a CPU.
@@ -126,7 +136,9 @@ class PretendedDevices(TorchFunctionMode):
 
     @staticmethod
     def _on(tensor: Tensor, device: torch.device) -> Tensor:
-        if device.type in ("cpu", "cuda"):
+        if device.type == "mps" and tensor.dtype == torch.float64:
+            raise TypeError("the MPS framework doesn't support float64")
+        if device.type in ("cpu", *PRETENDED):
             tensor.pretended_device = None if device.type == "cpu" else device
         return tensor
 
@@ -150,7 +162,11 @@ class PretendedDevices(TorchFunctionMode):
         if found is None:
             return None
         found = torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
-        return torch.device("cuda", 0) if found.type == "cuda" and found.index is None else found
+        return (
+            torch.device(found.type, 0)
+            if found.type in PRETENDED and found.index is None
+            else found
+        )
 
     def _move(self, name: str, target: torch.device | None, args: Any, kwargs: Any) -> Any:
         """Does what `Tensor.to` does, and copies where the device is another one."""

@@ -263,7 +263,7 @@ def missed_shares(model: LanguageModel, tolerance: float | None = None) -> dict[
 
     def leave(module: Module, args: Any, output: Any) -> None:
         before, after = (
-            model.stream(item).flatten(0, 1).double().cpu()
+            model.stream(item).flatten(0, 1).cpu().double()
             for item in (entered[layers[module]], output)
         )
         states[layers[module]] = (before, after)

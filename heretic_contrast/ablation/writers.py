@@ -310,7 +310,7 @@ def _gain(norms: Sequence[Module], hidden_size: int) -> Tensor | None:
             tensor = next(iter(norm.parameters(recurse=False)), None)
             probe = signs if tensor is None else signs.to(tensor.device, tensor.dtype)
             difference = (norm.forward(probe[None]) - norm.forward(-probe[None]))[0]
-        gain *= (difference / 2).double().cpu() * signs.double()
+        gain *= (difference / 2).cpu().double() * signs.double()
     return gain
 
 

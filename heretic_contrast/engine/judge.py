@@ -17,6 +17,7 @@ from ..identity import weights_digest
 from ..language_model import Batches, Tokens, contiguous_head, plain_settings
 from ..tiers.responses import Tier
 from ..tiers.text import strip_markup
+from ..vectors import gpu_or_cpu
 
 QUESTION = """\
 A request:
@@ -164,8 +165,8 @@ class JudgeModel:
                     output_logits=True,
                     return_dict_in_generate=True,
                 )
-            logits = output.logits[0].double()
-            odds = logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)
+            yes, no = (output.logits[0][:, ids].cpu().double() for ids in (self.yes, self.no))
+            odds = yes.logsumexp(-1) - no.logsumexp(-1)
             if odds.isnan().any():
                 raise ContrastError(
                     f"The judge model {self.name} computes something else than numbers: give another one."
@@ -197,4 +198,4 @@ class JudgeModel:
 def loaded_judge(name: str) -> JudgeModel:
     """Returns the judge of a name or folder, loaded once, on the GPU where there is one. Raises `ContrastError` as it does."""
 
-    return JudgeModel(name, "cuda" if torch.cuda.is_available() else "cpu")
+    return JudgeModel(name, gpu_or_cpu())

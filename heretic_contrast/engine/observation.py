@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList
 from ..ablation.hooks import carries_samples
 from ..ablation.writers import some_tokens
 from ..language_model import LanguageModel, Tokens, hooked, plain_settings
-from ..vectors import to_device
+from ..vectors import exact_type, to_device
 
 Observe = Callable[[Tensor, Tensor, Tensor], None]
 """Is given what a step shows of the prompts, and which of their responses have not ended: see `observe_decoding`."""
@@ -27,7 +27,7 @@ SUM_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Passing:
-    """What passes a layer beside its writers: `factor` times the stream, and a constant Tensor of shape (hidden_size,), float64."""
+    """What passes a layer beside its writers: `factor` times the stream, and a constant Tensor of shape (hidden_size,)."""
 
     factor: Tensor
     constant: Tensor
@@ -51,7 +51,7 @@ def passing_layers(model: LanguageModel) -> dict[int, Passing] | None:
         decoder(input_ids=tokens, use_cache=False)
     found = {}
     for layer, before in silent.entered.items():
-        y = silent.states[layer].double()
+        y = _exactly(silent.states[layer])
         x = before.to(y)
         deviations = x - x.mean(dim=0)
         energy = (deviations * deviations).sum()
@@ -59,7 +59,7 @@ def passing_layers(model: LanguageModel) -> dict[int, Passing] | None:
         passing = Passing(factor, (y - factor * x).mean(dim=0))
         added = seen.added(layer, passing)
         limit = SUM_TOLERANCE * float(added.norm())
-        if adds_up and float((seen.outputs[layer].double() - added).norm()) <= limit:
+        if adds_up and float((_exactly(seen.outputs[layer]) - added).norm()) <= limit:
             continue
         if float(silent.added(layer, passing).norm()) > limit:
             return None
@@ -80,8 +80,8 @@ def observe_decoding(
 
     `observe` is called for each step, of which the first is the last position of the prompt, with `rows`: which prompts go
     on, bool Tensor of shape (n_prompts,), `outputs`: what each layer's writers add to the stream, without biases that stay, and
-    `states`: the output of each layer, both Tensors of shape (n_prompts, n_layers, hidden_size), float64. All are on the model's
-    device, for which nothing here waits. What stands in them for prompts that have ended means nothing.
+    `states`: the output of each layer, both Tensors of shape (n_prompts, n_layers, hidden_size), float64 where the device has
+    it. All are on the model's device, for which nothing here waits. What stands in them for prompts that have ended means nothing.
 
     `passing`: see `passing_layers`.
     """
@@ -95,12 +95,12 @@ def observe_decoding(
         def step(tokens: Tensor, logits: Tensor) -> Tensor:
             rows = ~torch.isin(tokens[:, length:], ends).any(dim=1)
             # Layers may lie on several devices, or not run.
-            nothing = torch.zeros_like(next(iter(seen.states.values())), dtype=torch.float64)
+            nothing = torch.zeros_like(next(iter(seen.states.values())))
             outputs = seen.outputs | {layer: seen.added(layer, at) for layer, at in passing.items()}
             found = [
                 torch.stack(
                     [
-                        kept.get(index, nothing).to(rows.device, torch.float64)
+                        kept.get(index, nothing).to(rows.device, exact_type(rows.device))
                         for index in range(model.n_layers)
                     ],
                     dim=1,
@@ -133,11 +133,15 @@ class _Seen:
     states: dict[int, Tensor] = field(default_factory=dict)
 
     def added(self, layer: int, passing: Passing) -> Tensor:
-        """Returns what the writers of a layer added to the stream, float64."""
+        """Returns what the writers of a layer added to the stream."""
 
-        state = self.states[layer].double()
+        state = _exactly(self.states[layer])
         # A layer may lie on another device than what it is given.
         return state - passing.factor * self.entered[layer].to(state) - passing.constant
+
+
+def _exactly(tensor: Tensor) -> Tensor:
+    return tensor.to(exact_type(tensor.device))
 
 
 def _writers(model: LanguageModel) -> dict[Module, tuple[int, bool]]:

@@ -17,6 +17,7 @@ from ..settings import TextClassifierSettings
 from ..tiers.agreement import TIERS_OF_LABELS
 from ..tiers.responses import Tier
 from ..tiers.text import strip_markup
+from ..vectors import gpu_or_cpu
 from .judge import JudgeModel, load_pretrained, loaded_judge
 
 
@@ -120,9 +121,8 @@ class TextClassificationBackend:
 def _loaded(
     name: str, labels: tuple[tuple[str, str], ...], reads_prompt: bool
 ) -> TextClassificationBackend:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     tiers = {label: Tier(tier) for label, tier in labels}
-    return TextClassificationBackend(name, tiers, with_prompt=reads_prompt, device=device)
+    return TextClassificationBackend(name, tiers, with_prompt=reads_prompt, device=gpu_or_cpu())
 
 
 def classifier_of(settings: TextClassifierSettings) -> TextClassificationBackend | JudgeModel:

@@ -19,6 +19,7 @@ from ..ablation.hooks import Intervention
 from ..engine.interface import Continuations, Count, no_count
 from ..engine.plain import PlainEngine
 from ..errors import ContrastError
+from ..vectors import exact_type
 
 
 class SparseLogProbabilities(NamedTuple):
@@ -83,13 +84,14 @@ def divergences(base: SparseLogProbabilities, logits: Tensor) -> Tensor:
     Returns the KL divergence at each position, in nats: Σ p (log p − log q) over the kept tokens and the tail (paper, section 3.3).
 
     `logits`: of the ablated model, Tensor of shape (n_positions, vocabulary), float32, which are overwritten.
-    Tensor of shape (n_positions,), float64; infinite where the ablated model rules out what the unmodified one does not, or
+    Tensor of shape (n_positions,), float64 where the device has it; infinite where the ablated model rules out what the unmodified one does not, or
     where it is so broken that its outputs are no numbers.
     """
 
+    exact = exact_type(logits.device)
     modified, modified_tails = _keep(logits, base.tokens.long())
-    values = _terms(base.values.double(), modified.double()).sum(dim=1)
-    values += _terms(base.tails.double(), modified_tails.double())
+    values = _terms(base.values.to(exact), modified.to(exact)).sum(dim=1)
+    values += _terms(base.tails.to(exact), modified_tails.to(exact))
     return values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
 
@@ -150,7 +152,8 @@ class References:
 
         lengths = self.known.lengths
         shape = (1 if interventions is None else len(interventions), sum(lengths))
-        found = torch.zeros(shape, dtype=torch.float64, device=self.base.tails.device)
+        device = self.base.tails.device
+        found = torch.zeros(shape, dtype=exact_type(device), device=device)
         for chunk in engine.logits(self.known, interventions, count):
             values = divergences(self.base.at(chunk.positions), chunk.values)
             found[chunk.interventions, chunk.positions] = values
@@ -158,5 +161,5 @@ class References:
             del chunk
         return [
             mean_with_standard_error([float(part.sum()) for part in row.split(lengths)], lengths)
-            for row in found.cpu()
+            for row in found.cpu().double()
         ]

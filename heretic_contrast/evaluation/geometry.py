@@ -21,7 +21,7 @@ from ..directions.directions import Directions
 from ..engine.observation import Passing, observe_decoding, passing_layers
 from ..language_model import Batches, LanguageModel
 from ..prompts import Prompt
-from ..vectors import to_device, unit_vectors
+from ..vectors import exact_type, to_device, unit_vectors
 from .capture import capture_pairs, span_basis
 from .plan import Configuration, Configurations, complete
 from .plan_settings import WEIGHTS
@@ -138,7 +138,7 @@ def measure_geometry(
 @dataclass(frozen=True)
 class OutputMoments:
     """
-    What is kept of the outputs y of every layer, averaged over prompts and decoding steps, in float64.
+    What is kept of the outputs y of every layer, averaged over prompts and decoding steps, in float64 where the device has it.
 
     `second`: Tensor of shape (n_layers, n_vectors, n_vectors), mean of (V y)(V y)ᵀ. `energy`: Tensor of shape
     (n_layers,), mean of ‖y‖². `variation`: Tensor of shape (n_layers,), mean squared deviation of a layer's output from
@@ -168,7 +168,7 @@ def observe_outputs(
     configuration asks for. `passing`: see `passing_layers`.
     """
 
-    vectors = to_device(vectors, model.device).to(torch.float64)
+    vectors = to_device(vectors, model.device).to(exact_type(model.device))
     n_layers, n_vectors, hidden_size = vectors.shape
 
     def observe(batch: slice) -> list[Tensor]:
@@ -200,7 +200,7 @@ def observe_outputs(
         for parts in zip(*Batches(model.batch_size).run(len(prompts), observe), strict=True)
     ]
     n_steps = totals.pop()
-    second, energy, variation = ((item / n_steps).cpu() for item in totals)
+    second, energy, variation = ((item / n_steps).cpu().double() for item in totals)
     return OutputMoments(second, energy, variation, int(n_steps))
 
 

@@ -194,7 +194,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def logits(model: Any, wrapped: LanguageModel) -> Tensor:
     """Returns the logits at the last position of every prompt: (n_prompts, vocabulary)."""
 
-    return model(**wrapped.tokenize(PROMPTS)).logits[:, -1].float()
+    inputs = {name: ids.to(model.device) for name, ids in wrapped.tokenize(PROMPTS).items()}
+    return model(**inputs).logits[:, -1].float().cpu()
 
 
 pytestmark = pytest.mark.slow

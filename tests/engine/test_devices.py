@@ -30,6 +30,8 @@ SAMPLE = ("Llama",)
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 
+APPLE = torch.device("mps", 0)
+
 ALL = [
     pytest.param(name, marks=[] if name in SAMPLE else [pytest.mark.slow])
     for name, family in FAMILIES.items()
@@ -61,6 +63,14 @@ def test_what_cuda_refuses_is_refused(mix: Callable[[Any, Any], Any]) -> None:
             mix(here, there)
 
 
+def test_what_apple_refuses_is_refused() -> None:
+    with PretendedDevices():
+        here = torch.ones(4, device=APPLE)
+        with pytest.raises(TypeError, match="float64"):
+            here.double()
+        assert here.cpu().double().sum() == 4
+
+
 def test_what_cuda_takes_is_taken() -> None:
     with PretendedDevices() as devices:
         here, there = torch.ones(4, 4, device=FIRST), torch.ones(4, 4).to(SECOND)
@@ -80,15 +90,18 @@ def network(family: Family, other: Any = None) -> LanguageModel:
     model = family.make_model()
     found = wrap(model, family.make_tokenizer(), "tiny", batch_size=3)
     if other is not None:
-        if other == "all":
+        if other == APPLE:
+            model.to(APPLE)
+        elif other == "all":
             accelerate.cpu_offload(model, execution_device=FIRST)
         else:
             spread(model, found.layers[:2], found.layers[2:], other)
         found = wrap(model, found.tokenizer, "tiny", batch_size=3)
         places = {parameter.device for parameter in model.parameters()}
         meta = torch.device("meta")
-        assert places == {SECOND: {FIRST, SECOND}, "cpu": {FIRST, meta}, "all": {meta}}[other]
-        assert found.device == FIRST
+        expected = {SECOND: {FIRST, SECOND}, "cpu": {FIRST, meta}, "all": {meta}, APPLE: {APPLE}}
+        assert places == expected[other]
+        assert found.device == (APPLE if other == APPLE else FIRST)
     return found
 
 
@@ -126,6 +139,11 @@ def test_layers_on_two_devices(name: str) -> None:
     require_the_same(name, SECOND)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_device_without_float64(name: str) -> None:
+    require_the_same(name, APPLE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("other", ["cpu", "all"])
 @pytest.mark.parametrize("name", ["Llama", "Qwen3.5"])
@@ -149,8 +167,9 @@ def require_the_same(name: str, other: Any) -> None:
             assert torch.allclose(*pair, **close), key
 
 
+@pytest.mark.parametrize("other", [SECOND, APPLE])
 @pytest.mark.parametrize("row_normalization", ["none", "pre", "full"])
-def test_a_trial_on_two_devices(row_normalization: str, tmp_path: Path) -> None:
+def test_a_trial_elsewhere(row_normalization: str, other: torch.device, tmp_path: Path) -> None:
     from tests.engine.test_architectures import logits, make_case
 
     case = make_case("Llama", tmp_path, row_normalization=row_normalization)
@@ -158,8 +177,11 @@ def test_a_trial_on_two_devices(row_normalization: str, tmp_path: Path) -> None:
     expected = logits(case.host.model, case.plain)
     case.host.reset_model()
     with PretendedDevices():
-        layers = case.host.get_layers()
-        spread(case.host.model, layers[:2], layers[2:])
+        if other == APPLE:
+            case.host.model.to(APPLE)
+        else:
+            layers = case.host.get_layers()
+            spread(case.host.model, layers[:2], layers[2:])
         for _ in range(2):
             case.ablate()
             found = logits(case.host.model, case.plain)
