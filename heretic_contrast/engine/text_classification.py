@@ -28,11 +28,12 @@ class TextClassificationBackend:
     The model is any that `AutoModelForSequenceClassification` loads; code from its repository is never run. `labels` maps
     every label name of its configuration to a tier, unless the names say so themselves (`tiers.agreement.TIERS_OF_LABELS`).
     Most refusal classifiers read the response alone; with `with_prompt` the prompt is the first segment and the response the
-    second. What exceeds the model's length is cut from the response's end.
+    second. What exceeds the model's length is cut from the response's end, and from the prompt's where that is the longer one.
 
     Thinking blocks and special tokens are stripped first, and an empty response is REFUSE, as for the rules.
 
-    Raises `ContrastError` when the model cannot be loaded, has fewer than two labels, or has other labels than `labels`.
+    Raises `ContrastError` when the model cannot be loaded, lacks weights of its head, has fewer than two labels, does not name all of
+    them, or has other labels than `labels`.
     """
 
     def __init__(
@@ -43,15 +44,27 @@ class TextClassificationBackend:
         batch_size: int = 32,
         device: str = "cpu",
     ) -> None:
-        self.tokenizer, self.model, _ = load_pretrained(
+        self.name = name
+        self.tokenizer, self.model, found = load_pretrained(
             AutoModelForSequenceClassification,
             name,
             "response classifier",
             "text-classification model",
         )
+        if found["missing_keys"]:
+            # They would be random numbers.
+            raise ContrastError(
+                f"The response classifier {name} has no weights for {', '.join(sorted(found['missing_keys']))}, so that it cannot "
+                "classify: give a text-classification model."
+            )
         self.model.to(device)
         configuration = self.model.config
-        names = [configuration.id2label[index] for index in range(configuration.num_labels)]
+        if set(configuration.id2label) != set(range(configuration.num_labels)):
+            raise ContrastError(
+                f"The response classifier {name} numbers its labels {sorted(configuration.id2label)}: correct id2label in its "
+                "config.json, which counts from 0."
+            )
+        names = [str(configuration.id2label[index]) for index in range(configuration.num_labels)]
         if len(names) < 2:
             raise ContrastError(
                 f"The response classifier {name} has the one label {names}: give a model with two or more."
@@ -73,8 +86,9 @@ class TextClassificationBackend:
             )
         self.tiers = [Tier(labels[label]) for label in names]
         self.with_prompt = with_prompt
-        # Without a padding token, rows of different lengths cannot share a batch.
-        self.batch_size = batch_size if self.tokenizer.pad_token is not None else 1
+        # Without a padding token that both know, rows of different lengths cannot share a batch.
+        padding = (self.tokenizer.pad_token, configuration.pad_token_id)
+        self.batch_size = batch_size if None not in padding else 1
         # A tokenizer that knows no limit states an absurd one. The model's own counts two positions too many in the
         # RoBERTa family, which numbers positions from 2.
         positions = getattr(configuration, "max_position_embeddings", None)
@@ -82,7 +96,11 @@ class TextClassificationBackend:
         self.max_length = min(limit, positions - 2) if positions else limit
 
     def probabilities(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Returns label probabilities, a Tensor of shape (n_responses, n_labels), float32 on the CPU."""
+        """
+        Returns label probabilities, a Tensor of shape (n_responses, n_labels), float32 on the CPU.
+
+        Raises `ContrastError` when the classifier computes something else than numbers.
+        """
 
         pairs = [
             (prompt, strip_markup(response))
@@ -95,11 +113,16 @@ class TextClassificationBackend:
                 *map(list, segments if self.with_prompt else segments[1:]),
                 return_tensors="pt",
                 padding=self.batch_size > 1,
-                truncation="only_second" if self.with_prompt else True,
+                truncation="longest_first",
                 max_length=self.max_length,
             ).to(self.model.device)
             with torch.inference_mode():
-                return self.model(**encoded).logits.float().softmax(dim=-1).cpu()
+                found = self.model(**encoded).logits.float().softmax(dim=-1).cpu()
+            if found.isnan().any():
+                raise ContrastError(
+                    f"The response classifier {self.name} computes something else than numbers: give another one."
+                )
+            return found
 
         nothing = torch.empty(0, len(self.tiers))
         return torch.cat([nothing, *Batches(self.batch_size).run(len(pairs), judge)])

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -149,6 +151,61 @@ def test_a_model_with_one_label(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path, label_names=("score",))
     with pytest.raises(ContrastError, match="two or more"):
         TextClassificationBackend(str(folder), {"score": Tier.REFUSE})
+
+
+def test_a_model_without_a_head(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    BertForSequenceClassification.from_pretrained(folder).bert.save_pretrained(folder)
+    with pytest.raises(ContrastError, match=r"no weights for classifier\.bias, classifier\.weight"):
+        TextClassificationBackend(str(folder), {"LABEL_0": Tier.REFUSE, "LABEL_1": Tier.COMPLY})
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    model = BertForSequenceClassification.from_pretrained(folder)
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    model.save_pretrained(folder)
+    with pytest.raises(ContrastError, match="something else than numbers"):
+        TextClassificationBackend(str(folder), LABELS).classify_responses([PROMPT], ["Hello"])
+
+
+def write_configuration(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | changes), encoding="utf-8")
+
+
+def test_labels_that_are_counted_from_1(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    write_configuration(folder, id2label={"1": "refusal", "2": "evasion", "3": "compliance"})
+    with pytest.raises(ContrastError, match=r"numbers its labels \[1, 2, 3\]: correct id2label"):
+        TextClassificationBackend(str(folder))
+
+
+def test_labels_that_are_numbers(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    write_configuration(folder, id2label={"0": 0, "1": 1, "2": 2})
+    with pytest.raises(ContrastError, match=r"the labels \['0', '1', '2'\], which do not say"):
+        TextClassificationBackend(str(folder))
+
+
+def test_long_prompts_are_cut(classifier: Path) -> None:
+    backend = TextClassificationBackend(str(classifier), LABELS, with_prompt=True)
+    (tier,) = backend.classify_responses([" ".join(RESPONSES * 20)], RESPONSES[:1])
+    assert tier in set(Tier)
+
+
+def test_a_model_without_padding(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    config = GPT2Config(
+        vocab_size=100, n_embd=16, n_layer=1, n_head=2, n_positions=48, num_labels=2
+    )
+    GPT2ForSequenceClassification(config).save_pretrained(folder)
+    tiers = {"LABEL_0": Tier.REFUSE, "LABEL_1": Tier.COMPLY}
+    backend = TextClassificationBackend(str(folder), tiers)
+    found = backend.probabilities([PROMPT] * len(RESPONSES), RESPONSES)
+    alone = [backend.probabilities([PROMPT], [response]) for response in RESPONSES]
+    assert torch.equal(found, torch.cat(alone))
 
 
 def test_what_is_no_classifier(tmp_path: Path) -> None:
