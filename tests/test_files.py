@@ -2,6 +2,7 @@
 
 """Writing files where writing fails."""
 
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import pytest
 
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.files import write_text_atomically
-from heretic_contrast.outputs import require_writable_directory
+from heretic_contrast.outputs import require_writable_directory, require_writable_file
 
 
 @contextmanager
@@ -41,3 +42,11 @@ def test_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ContrastError, match="cannot be written to"):
         require_writable_directory(tmp_path / "file" / "directory")
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(ContrastError, match=r"pipe is a device, a pipe or a socket"):
+        require_writable_file(path)
+    assert path.is_fifo()
