@@ -2,6 +2,7 @@
 
 """Settings of plugins in `config.toml`, as Heretic 2.0 reads them: validation, and complaints."""
 
+import logging
 import sys
 from functools import cache
 from types import TracebackType
@@ -122,3 +123,7 @@ def show_errors_as_sentences() -> None:
 
     show.shows_contrast_errors = True  # type: ignore[attr-defined]
     sys.excepthook = show
+    # Optuna logs what ends a trial with its traceback, before the sentence is shown.
+    logging.getLogger("optuna.study._optimize").addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], ContrastError))
+    )

@@ -168,6 +168,28 @@ def test_a_sentence_that_ends_heretic_20_gives_the_exit_code_2() -> None:
     assert ended.stdout.strip() == "Error: This does not work: [do] that."
 
 
+@pytest.mark.parametrize("kind", ["ContrastError", "ValueError"])
+def test_optuna_shows_no_traceback_of_a_sentence_that_ends_a_trial(kind: str) -> None:
+    program = (
+        "import optuna\n"
+        "from heretic_contrast.errors import ContrastError\n"
+        "from heretic_contrast.hosts.tables import show_errors_as_sentences\n"
+        "show_errors_as_sentences()\n"
+        "def objective(trial):\n"
+        f"    raise {kind}('This does not work: [do] that.')\n"
+        "optuna.logging.set_verbosity(optuna.logging.WARNING)\n"
+        "optuna.create_study().optimize(objective, n_trials=1)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    is_own = kind == "ContrastError"
+    assert ended.returncode == (2 if is_own else 1)
+    # The errors of others keep theirs.
+    assert ("Traceback" in ended.stderr) != is_own
+    assert (ended.stdout.strip() == "Error: This does not work: [do] that.") == is_own
+
+
 @pytest.mark.parametrize("text", OF_OTHERS + OF_OTHERS_UNDER_20)
 def test_nothing_is_said_of_others_under_heretic_20(text: str, folder: Path) -> None:
     # All that is missing is the context.
