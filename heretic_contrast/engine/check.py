@@ -4,7 +4,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from ..language_model import LanguageModel, Tokens, is_of_the_machine
 from ..vectors import unit_vectors
 from .fast.engine import FastEngine
 from .interface import Continuations
-from .plain import PlainEngine
+from .plain import AloneEngine, PlainEngine
 
 N_TOKENS = 4
 
@@ -37,7 +36,7 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> PlainEngi
     distinct = sorted(set(prompts), key=lambda tokens: (len(tokens), tokens))
     places = {0, len(distinct) // 2, len(distinct) - 1}
     chosen = tuple(distinct[place] for place in sorted(places))
-    plain, alone = PlainEngine(model), PlainEngine(replace(model, batch_size=1))
+    plain, alone = PlainEngine(model), AloneEngine(model)
     known = Continuations(chosen, tuple(alone.generate(chosen, [N_TOKENS] * len(chosen))))
     if reason_against(plain, alone, known, [Intervention({})]):
         warn(
@@ -96,7 +95,7 @@ def reason_against(
         (found,), (right,) = (all_logits(item, known, chosen) for item in (engine, plain))
         share = difference(found, right)
         if share > tolerance:
-            unbatched = PlainEngine(replace(plain.model, batch_size=1))
+            unbatched = AloneEngine(plain.model)
             (alone,) = all_logits(unbatched, known, chosen)
             if not share <= ROUNDINGS * difference(alone, right):
                 return "its logits differ"

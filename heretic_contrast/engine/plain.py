@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -106,6 +107,13 @@ class PlainEngine:
         if intervention is None:
             return nullcontext()
         return ablated_samples(self.model, [intervention])
+
+
+class AloneEngine(PlainEngine):
+    """Runs every prompt alone: for models that give a prompt something else beside others."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__(replace(model, batch_size=1))
 
 
 def _predictions(

@@ -192,6 +192,8 @@ def test_prompts_are_run_alone_where_longer_ones_beside_them_matter() -> None:
         engine = checked_engine(model, prompts)
     expected = [greedy(model, tokens, 2)[0] for tokens in prompts]
     assert engine.generate(prompts, [2] * len(prompts)) == expected
+    # Scorers and sweeps make it again, of the same kind.
+    assert type(engine)(model).generate(prompts, [2] * len(prompts)) == expected
 
     with pytest.warns(ContrastWarning, match="only prompts of one length share one"):
         found = model.residuals([*HARMFUL, long])
