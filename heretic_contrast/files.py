@@ -27,6 +27,9 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     Raises `ContrastError` when the directory cannot be created, or the file cannot be written.
     """
 
+    if path.is_symlink():
+        # A link stays one.
+        path = path.resolve()
     # Its name says whose it is, so that what was left can be told from what is being written.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{this_process()}{SUFFIX}")
     try:

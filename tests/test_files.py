@@ -50,3 +50,12 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ContrastError, match=r"pipe is a device, a pipe or a socket"):
         require_writable_file(path)
     assert path.is_fifo()
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    target, link = tmp_path / "folder" / "target", tmp_path / "link"
+    target.parent.mkdir()
+    target.write_text("before", encoding="utf-8")
+    link.symlink_to(target)
+    write_text_atomically(link, "after")
+    assert link.is_symlink() and target.read_text(encoding="utf-8") == "after"
