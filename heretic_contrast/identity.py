@@ -304,6 +304,18 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def reading_digest(network: Module, tokenizer: Any) -> list[str]:
+    """Returns digests of a network's weights and configuration, and of a tokenizer's vocabulary and tokens, without a chat format."""
+
+    tokens = tokenizer(list(PROBES))["input_ids"]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return [
+        weights_digest(network),
+        digest(_configuration(network, None)),
+        digest([vocabulary, tokens]),
+    ]
+
+
 def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
     """Returns the versions of this package and of those libraries that are installed."""
 

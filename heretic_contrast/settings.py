@@ -204,7 +204,7 @@ class Table(Described):
 class TextClassifierSettings(Described):
     """The settings of whatever may judge responses by a model of the user's choice."""
 
-    text_classifier: str | None = None
+    text_classifier: str | None = Field(None, min_length=1)
     """
     Text-classification model (Hugging Face ID or path) that gives responses their tiers, or unset for the one that comes with
     the plugin. No code of its repository is run.
@@ -216,7 +216,7 @@ class TextClassifierSettings(Described):
     text_classifier_reads_prompt: bool = False
     """Whether it reads prompt and response as a pair, instead of the response alone."""
 
-    judge_model: str | None = None
+    judge_model: str | None = Field(None, min_length=1)
     """
     Language model (Hugging Face ID or path) that is asked instead whether a response declines; a study minimizes the sum of its
     probabilities. No code of its repository is run.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..chat import chat_texts, pad_left, require_chat, token_ids
 from ..errors import ContrastError, one_line
-from ..identity import weights_digest
+from ..identity import reading_digest
 from ..language_model import Batches, Tokens, contiguous_head, plain_settings
 from ..tiers.responses import Tier
 from ..tiers.text import strip_markup
@@ -65,6 +65,11 @@ def load_pretrained(
         raise ContrastError(
             f"The {what} {name} could not be loaded ({one_line(str(error))[:200]}): {remedy}."
         ) from error
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        # What transformers makes where files are missing.
+        raise ContrastError(
+            f"The tokenizer of the {what} {name} knows no words: complete its files."
+        )
     return tokenizer, model.eval(), found
 
 
@@ -189,9 +194,10 @@ class JudgeModel:
         return list(map(self.tier, self.probabilities(prompts, responses)))
 
     def identity(self) -> list[Any]:
-        """Returns what decides the verdicts: the weights, and the question as it is read with its answers."""
+        """Returns what decides the verdicts: model and tokenizer, and the question as it is read with its answers."""
 
-        return [weights_digest(self.model), self.tokens("", ""), self.yes, self.no]
+        reading = reading_digest(self.model, self.tokenizer)
+        return [*reading, self.tokens("", ""), self.yes, self.no]
 
 
 @lru_cache(maxsize=1)

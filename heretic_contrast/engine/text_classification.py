@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from ..errors import ContrastError
-from ..identity import weights_digest
+from ..identity import reading_digest
 from ..language_model import Batches
 from ..settings import TextClassifierSettings
 from ..tiers.agreement import TIERS_OF_LABELS
@@ -92,7 +92,7 @@ class TextClassificationBackend:
         # A tokenizer that knows no limit states an absurd one. The model's own counts two positions too many in the
         # RoBERTa family, which numbers positions from 2.
         positions = getattr(configuration, "max_position_embeddings", None)
-        limit = self.tokenizer.model_max_length
+        limit = min(self.tokenizer.model_max_length, 2**20)
         self.max_length = min(limit, positions - 2) if positions else limit
 
     def probabilities(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -135,9 +135,10 @@ class TextClassificationBackend:
         ]
 
     def identity(self) -> list[Any]:
-        """Returns what decides the verdicts: weights, tiers and segments."""
+        """Returns what decides the verdicts: model and tokenizer, tiers and segments."""
 
-        return [weights_digest(self.model), [tier.value for tier in self.tiers], self.with_prompt]
+        tiers = [tier.value for tier in self.tiers]
+        return [*reading_digest(self.model, self.tokenizer), tiers, self.with_prompt]
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 """The classifier backend with tiny models built here."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,30 @@ def test_a_model_with_one_label(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path, label_names=("score",))
     with pytest.raises(ContrastError, match="two or more"):
         TextClassificationBackend(str(folder), {"score": Tier.REFUSE})
+
+
+def test_a_tokenizer_without_words(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    for path in folder.glob("token*"):
+        path.unlink()
+    with pytest.raises(
+        ContrastError, match=r"knows no words: complete its files|could not be loaded"
+    ):
+        TextClassificationBackend(str(folder), LABELS)
+
+
+def test_another_tokenizer_is_another_classifier(classifier: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(classifier, folder)
+    same = TextClassificationBackend(str(folder), LABELS).identity()
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    words = content["model"]["vocab"]
+    first, second = list(words)[-2:]
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    other = TextClassificationBackend(str(folder), LABELS).identity()
+    assert TextClassificationBackend(str(classifier), LABELS).identity() == same != other
 
 
 def test_a_model_without_a_head(tmp_path: Path) -> None:
