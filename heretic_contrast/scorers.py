@@ -164,7 +164,9 @@ class FixedWeightSweep(ContrastScorer):
             self.heretic_settings.response_prefix or "",
             log,
         )
-        model = from_heretic(ctx.get_model(), self.heretic_settings)
+        model = from_heretic(
+            ctx.get_model(), self.heretic_settings, writers=self.prepared.contrast.writers
+        )
         check_places(model, self.prepared.options)
 
     def get_baseline_score(self, ctx: Context) -> Score:
@@ -174,7 +176,12 @@ class FixedWeightSweep(ContrastScorer):
         from heretic_contrast.report.sweep_report import label
 
         result, capture, geometry = run_prepared(
-            from_heretic(ctx.get_model(), self.heretic_settings, self.prepared.contrast.batch_size),
+            from_heretic(
+                ctx.get_model(),
+                self.heretic_settings,
+                self.prepared.contrast.batch_size,
+                self.prepared.contrast.writers,
+            ),
             self.prepared,
             log,
             progress_bar,

@@ -189,12 +189,14 @@ def test_sweep_is_run_once_and_reported(
 
     def make_evaluator(model: LanguageModel, *arguments: Any) -> Any:
         sizes.append(model.batch_size)
+        # As the table of the scorer says.
+        assert "linear_attn.out_proj" in model.component_names
         return SweepEvaluator(model, *arguments)
 
     monkeypatch.setattr(sweep, "SweepEvaluator", make_evaluator)
     run.loaded_modifier.reset_model(run.context())
     table = {
-        "contrast": modifier_table,
+        "contrast": {**modifier_table, "writers": "apart"},
         "output": str(tmp_path / "sweep"),
         "harmful_prompts": scorer_tables["RefusalTiers"]["prompts"],
         "harmless_prompts": scorer_tables["FalseRefusals"]["prompts"],
