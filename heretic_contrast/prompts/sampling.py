@@ -70,9 +70,8 @@ def split_harmless(
             f"evaluation pool has {len(prompts)} prompts: ask for fewer, or give a larger pool."
         )
     harmless = stratified_sample(prompts, needed, seed)
-    # Every n-th prompt is a canary, so that canaries and references are alike.
-    step = needed // n_canaries
-    chosen = set(range(0, step * n_canaries, step))
+    # At equal distances, so that canaries and references are alike.
+    chosen = {index * needed // n_canaries for index in range(n_canaries)}
     return (
         [prompt for index, prompt in enumerate(harmless) if index in chosen],
         [prompt for index, prompt in enumerate(harmless) if index not in chosen],

@@ -338,6 +338,17 @@ def test_canaries_and_references_are_apart(
     assert not (Counter(canaries) + Counter(references)) - Counter(pool)
 
 
+@pytest.mark.parametrize(("n_canaries", "n_references"), [(60, 40), (50, 50), (10, 90), (70, 30)])
+def test_canaries_lie_between_references(n_canaries: int, n_references: int) -> None:
+    """In the order of the sample, which is that of categories and texts."""
+
+    pool = [Prompt(f"{number:03}") for number in range(100)]
+    canaries, _ = split_harmless(pool, n_canaries, n_references, 0)
+    numbers = [int(prompt.text) for prompt in canaries]
+    for end in range(10, 101, 10):
+        assert abs(sum(number < end for number in numbers) - end * n_canaries / 100) <= 1
+
+
 @given(st.sets(st.integers(0, 9999), min_size=1, max_size=20))
 def test_layers_are_read_as_they_are_written(layers: set[int]) -> None:
     assert parse_layers(",".join(map(str, layers))) == tuple(sorted(layers))
