@@ -6,11 +6,13 @@ The plugin itself: a Heretic 2.0 modifier, which the host for Heretic 1.4 runs a
 Imports are absolute in files of plugins, since Heretic can load one by its path, outside of any package.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
 from optuna import Trial
+from optuna.trial import FrozenTrial
 from peft.tuners.lora.layer import LoraLayer
 from rich.markup import escape
 
@@ -39,6 +41,7 @@ from heretic_contrast.hosts.surface import (
     HAS_PLUGIN_SURFACE,
     Context,
     Modifier,
+    checkpointed_trials,
     from_heretic,
     log,
     progress_bar,
@@ -168,7 +171,19 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         if without_adapter and self.settings.row_normalization is not RowNormalization.NONE:
             listed = ", ".join(sorted(without_adapter))
             log(f"* The rows of {listed} are not normalized, since no adapter changes them")
+        if HAS_PLUGIN_SURFACE:
+            # Before Heretic stores its settings in the study, under which nobody could go on with it.
+            self.require_same_study(checkpointed_trials(self.heretic_settings), model)
         self._apply_lora(ctx)
+
+    def require_same_study(self, trials: Sequence[FrozenTrial], model: LanguageModel) -> None:
+        """Raises `ContrastError` when the last of a study's trials belongs to another configuration."""
+
+        stored = [trial.user_attrs.get("parameters", {}) for trial in trials]
+        for parameters in [item for item in stored if "configuration" in item][-1:]:
+            Parameters.from_dict(parameters).require_fit(
+                self.directions, model.component_names, self.configuration
+            )
 
     def model(self, ctx: Context, batch_size: int | None = None) -> LanguageModel:
         settings = self.heretic_settings
@@ -211,16 +226,12 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         """
         Samples the parameters of a trial.
 
-        Raises `ContrastError` when the trial before belongs to another configuration: Heretic 2.0 goes on with a study under whatever
-        settings `config.toml` holds by then.
+        Raises `ContrastError` when the trial before belongs to another configuration: Heretic 2.0 goes on with a study under what
+        `config.toml` holds by then of settings that the study has no value for.
         """
 
         model = self.model(ctx)
-        stored = [item.user_attrs.get("parameters", {}) for item in trial.study.get_trials(False)]
-        for parameters in [item for item in stored if "configuration" in item][-1:]:
-            Parameters.from_dict(parameters).require_fit(
-                self.directions, model.component_names, self.configuration
-            )
+        self.require_same_study(trial.study.get_trials(deepcopy=False), model)
         return suggest_parameters(
             trial,
             model.component_names,

@@ -9,12 +9,16 @@ Importing this module imports Heretic and PyTorch.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import heretic.config
 import heretic.utils
 import torch
 from heretic.utils import print as log
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
 from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch.nn import Module, ModuleList
@@ -54,6 +58,21 @@ class Context(Protocol):
     def get_model(self) -> Any: ...
 
     def get_responses(self, prompts: list[Any]) -> list[str]: ...
+
+
+def checkpointed_trials(settings: Any) -> list[FrozenTrial]:
+    """Returns the trials of the study that Heretic 2.0 is about to go on with, if it is: those in the checkpoint of a model."""
+
+    name = "".join(sign if sign.isalnum() or sign in "_-" else "--" for sign in settings.model)
+    path = Path(settings.study_checkpoint_dir) / f"{name}.jsonl"
+    if settings.evaluate_model is not None or not path.is_file():
+        return []
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    return [
+        trial
+        for study in storage.get_all_studies()[:1]
+        for trial in storage.get_all_trials(study._study_id)
+    ]
 
 
 def require_model_access(ctx: Context, plugin: str) -> None:

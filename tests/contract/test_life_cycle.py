@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from heretic_contrast import ContrastAbliteration
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
+from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE, checkpointed_trials
 from heretic_contrast.search.parameters import Parameters
 from heretic_contrast.settings import ContrastSettings
 from tests.contract.conftest import MODEL
@@ -181,6 +182,35 @@ def test_a_study_is_not_gone_on_with_under_other_settings(run: Any, change: dict
         other.suggest_parameters(run.context(), study.ask())
     with pytest.raises(ContrastError, match="belong to another configuration"):
         other.modify_model(run.context(), Parameters.from_dict(stored))
+
+
+def test_other_settings_are_refused_before_the_study_is_touched(run: Any, tmp_path: Path) -> None:
+    """Heretic 2.0 stores what it has merged before its first trial, from when on the old settings would be refused as well."""
+
+    own, stored = run.loaded_modifier, json.loads(run.trials[0])
+    heretic_settings = SimpleNamespace(
+        model="some/model 1", study_checkpoint_dir=str(tmp_path), evaluate_model=None
+    )
+    assert checkpointed_trials(heretic_settings) == []
+    # Named as Heretic names it.
+    path = tmp_path / "some--model--1.jsonl"
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    study = optuna.create_study(study_name="heretic", storage=storage)
+    trial = study.ask()
+    trial.set_user_attr("parameters", stored)
+    study.tell(trial, 0.0)
+    before = path.read_bytes()
+    trials = checkpointed_trials(heretic_settings)
+    model = own.model(run.context())
+    own.require_same_study(trials, model)
+    settings = ContrastSettings.model_validate({**own.settings.given(), "composition": "capped"})
+    other = ContrastAbliteration(heretic_settings=run.settings, settings=settings)
+    other.directions = own.directions
+    with pytest.raises(ContrastError, match="belong to another configuration"):
+        other.require_same_study(trials, model)
+    assert path.read_bytes() == before
+    heretic_settings.evaluate_model = "some/other"
+    assert checkpointed_trials(heretic_settings) == []
 
 
 @pytest.mark.parametrize(
