@@ -37,6 +37,20 @@ def is_dead(process: str) -> bool:
         return False
 
 
+def runs_since(process: str, moment: float) -> bool:
+    """Returns whether a process, named as by `this_process`, is known to run that had begun by a moment, in seconds since 1970."""
+
+    host, _, number = process.rpartition(" ")
+    if host != socket.gethostname() or not number.isdecimal():
+        return False
+    try:
+        found = psutil.Process(int(number))
+        # The number may have been given to another process since.
+        return found.status() != psutil.STATUS_ZOMBIE and bool(found.create_time() <= moment)
+    except (psutil.Error, OverflowError):
+        return False
+
+
 @contextmanager
 def handling(number: int, handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Handles a signal for as long as the context lasts, in the main thread, which alone may."""

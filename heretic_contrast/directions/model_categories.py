@@ -60,7 +60,7 @@ def category_probabilities(
     def log_probabilities(texts: Sequence[str]) -> Tensor:
         # The pool's own system prompts belong to its requests, not to this question about them.
         inputs = language_model.tokenize([Prompt(category_question(text)) for text in texts])
-        logits = language_model.model(**inputs, logits_to_keep=1).logits[:, -1].double().cpu()
+        logits = language_model.model(**inputs, logits_to_keep=1).logits[:, -1].cpu().double()
         digits = torch.stack([logits[:, ids].logsumexp(dim=-1) for ids in tokens], dim=-1)
         return digits.log_softmax(dim=-1)
 

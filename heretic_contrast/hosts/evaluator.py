@@ -59,7 +59,8 @@ def sensitive_prompts(settings: HostSettings) -> list[Prompt]:
         return []
     shipped = refuser_pool("matched", "test") if is_builtin(settings.model) else matched_pool()
     source: PromptSources = contrast.sensitive_prompts or shipped
-    return load_pool(source, "sensitive", "--contrast.sensitive_prompts.")
+    # A repeated prompt would count twice.
+    return list(dict.fromkeys(load_pool(source, "sensitive", "--contrast.sensitive_prompts.")))
 
 
 def require_judge(contrast: ContrastSettings) -> None:
@@ -83,9 +84,14 @@ def require_judge(contrast: ContrastSettings) -> None:
 
 
 def first_token_divergence(found: Tensor, base: Tensor) -> float:
-    """Returns Heretic's divergence of logarithms of probabilities, Tensors of shape (n_prompts, vocabulary)."""
+    """
+    Returns Heretic's divergence of logarithms of probabilities, Tensors of shape (n_prompts, vocabulary).
 
-    return F.kl_div(found, base, reduction="batchmean", log_target=True).item()
+    Infinite where they are no numbers, which Heretic would take for less than its target.
+    """
+
+    divergence = F.kl_div(found, base, reduction="batchmean", log_target=True).item()
+    return math.inf if math.isnan(divergence) else divergence
 
 
 def count(verdicts: Iterable[float]) -> int:

@@ -65,7 +65,13 @@ from .loading import LoadedContext
 from .model_folder import require_other_folder
 from .record import Made, with_plugin
 from .settings import HostSettings, datasets_of, listed, prompt_sources
-from .studies import IDENTITY_KEY, open_shared, repair_checkpoint, require_same_identity
+from .studies import (
+    IDENTITY_KEY,
+    open_shared,
+    repair_checkpoint,
+    require_same_identity,
+    require_unused,
+)
 from .surface import heretic_prompts, log, progress_bar
 
 if TYPE_CHECKING:
@@ -476,7 +482,9 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     require_apart(harmful, sensitive_prompts(settings), "sensitive", "counted on both sides")
     if settings.contrast.finalist_prompts is not None:
         source = settings.contrast.finalist_prompts
-        host.finalist_prompts = load_pool(source, "finalist", "--contrast.finalist_prompts.")
+        pool = load_pool(source, "finalist", "--contrast.finalist_prompts.")
+        # A repeated prompt would make intervals too narrow.
+        host.finalist_prompts = list(dict.fromkeys(pool))
         require_fresh(host.finalist_prompts, shared_texts(host.finalist_prompts, harmful))
     if settings.evaluate_model is None:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
@@ -500,6 +508,8 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         read = datasets_of(settings.model_dump(mode="json"))
         require_writable_file(Path(settings.contrast.save_directions), read)
     folder = Path(settings.study_checkpoint_dir)
+    for path in sorted(folder.glob("*.jsonl")):
+        require_unused(path)
     if settings.checkpoint_action == "restart" and host.shared is None:
         shutil.rmtree(folder, ignore_errors=True)
     for path in sorted(folder.glob("*.jsonl")):

@@ -11,25 +11,47 @@ first trial.
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from ..builtin import model_name
 from ..errors import ContrastError
 from ..identity import Identity, differences
 from ..journal import CheckedJournal, remove_locks
 from ..leases import open_storage, readable, without_password
+from ..processes import runs_since, this_process
 from .settings import HostSettings, deciding
 
 STUDY_NAME = "heretic"
 
 IDENTITY_KEY = "identity"
 """The user attribute of a trial, or of a shared study, that says what decided its numbers."""
+
+
+def require_unused(path: Path) -> None:
+    """Raises `ContrastError` when another process of this machine makes a trial of a checkpoint at this moment."""
+
+    running: list[FrozenTrial] = []
+    # What is damaged is complained about where it is resumed.
+    with suppress(Exception):
+        study = optuna.load_study(
+            study_name=STUDY_NAME, storage=JournalStorage(CheckedJournal(str(path)))
+        )
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    for trial in running:
+        process = str(trial.user_attrs.get("lease", {}).get("worker")).rpartition(" ")[0]
+        begun = trial.datetime_start
+        if process != this_process() and begun and runs_since(process, begun.timestamp()):
+            raise ContrastError(
+                f"The study in {path} is being searched by process {process.rpartition(' ')[2]}: wait for it to end, or give both the "
+                "same --contrast.storage."
+            )
 
 
 def repair_checkpoint(path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 from optuna import create_study
@@ -44,6 +45,30 @@ class FixedSampler(PartialFixedSampler):
         }
 
 
+def stream_of(trial: FrozenTrial, earlier: Sequence[FrozenTrial]) -> int:
+    """
+    Returns the number of a trial's own stream of random numbers: the first that no earlier trial has.
+
+    A trial that had failed, or was interrupted, before another one began, is made up for by that one, which gets its stream.
+    """
+
+    lost = [other for other in earlier if other.state in (TrialState.FAIL, TrialState.PRUNED)]
+    if not lost:
+        return trial.number
+    streams: dict[int, int] = {}
+    for current in (*earlier, trial):
+        gone = {
+            other.number
+            for other in lost
+            if other.datetime_complete
+            and current.datetime_start
+            and other.datetime_complete <= current.datetime_start
+        }
+        taken = {stream for number, stream in streams.items() if number not in gone}
+        streams[current.number] = next(n for n in count() if n not in taken)
+    return streams[trial.number]
+
+
 class StudySampler(BaseSampler):
     """
     Goes on in a resumed study as in an uninterrupted one, also where trials were lost in between.
@@ -66,10 +91,7 @@ class StudySampler(BaseSampler):
         ]
         finished = [other for other in earlier if other.state is TrialState.COMPLETE]
         if not self._heretic or any(other.state is TrialState.RUNNING for other in earlier):
-            # A trial that has failed, or was interrupted, is made up for by the next one, which gets its seed.
-            lost = (TrialState.FAIL, TrialState.PRUNED)
-            n_lost = sum(other.state in lost for other in earlier)
-            self._sampler = self._make(trial_seed(self._seed, trial.number - n_lost))
+            self._sampler = self._make(trial_seed(self._seed, stream_of(trial, earlier)))
             self._drawn = None
         else:
             if self._drawn != [other.number for other in finished]:

@@ -3,7 +3,11 @@
 """The host for Heretic 1.4: its seams, its settings, its samplers and its checkpoints."""
 
 import json
+import math
+import socket
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +26,11 @@ pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 from heretic_contrast.directions.directions import Directions  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.hosts import heretic14  # noqa: E402
-from heretic_contrast.hosts.evaluator import Evaluator  # noqa: E402
+from heretic_contrast.hosts.evaluator import Evaluator, first_token_divergence  # noqa: E402
 from heretic_contrast.hosts.loading import LoadedContext  # noqa: E402
 from heretic_contrast.hosts.record import Made, Record  # noqa: E402
 from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
-from heretic_contrast.hosts.studies import repair_checkpoint  # noqa: E402
+from heretic_contrast.hosts.studies import repair_checkpoint, require_unused  # noqa: E402
 from heretic_contrast.language_model import LanguageModel  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
 from heretic_contrast.search.parameters import (  # noqa: E402
@@ -298,6 +302,57 @@ def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None
     assert [trial.values for trial in repaired.trials] == [[1.0, 1.0], [2.0, 2.0]]
     assert repaired.user_attrs == {"settings": "{}", "finished": False}
     assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_checkpoint_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.jsonl"
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    study = optuna.create_study(study_name="heretic", storage=storage)
+    with subprocess.Popen(["sleep", "60"]) as worker:
+        trial = study.ask()
+        lease = {"worker": f"{socket.gethostname()} {worker.pid} name", "until": 0.0}
+        trial.set_user_attr("lease", lease)
+        with pytest.raises(ContrastError, match=f"searched by process {worker.pid}: wait for it"):
+            require_unused(path)
+        worker.kill()
+    require_unused(path)
+    # Its number may have been given to a process that began later, which is known to a second.
+    time.sleep(1.5)
+    with subprocess.Popen(["sleep", "60"]) as later:
+        trial.set_user_attr("lease", {"worker": f"{socket.gethostname()} {later.pid} name"})
+        require_unused(path)
+        trial.set_user_attr("lease", {"worker": f"elsewhere {later.pid} name"})
+        require_unused(path)
+        later.kill()
+    study.tell(trial, 0.0)
+    require_unused(path)
+    path.write_text("damaged")
+    require_unused(path)
+
+
+@pytest.mark.parametrize("kind", list(Sampler))
+def test_no_trial_is_drawn_twice_beside_others(kind: Sampler) -> None:
+    """The trial of a process that died is made up for by the next one, whatever other processes have begun since."""
+
+    study = optuna.create_study(
+        directions=["minimize", "minimize"], sampler=make_sampler(kind, 0, 10, {})
+    )
+
+    def begin() -> tuple[optuna.Trial, float]:
+        trial = study.ask()
+        return trial, trial.suggest_float("x", 0, 1)
+
+    (_, first), (lost, x), (_, third) = (begin() for _ in range(3))
+    study.tell(lost, state=optuna.trial.TrialState.FAIL)
+    assert begin()[1] == x
+    found = [first, third, x, *(begin()[1] for _ in range(3))]
+    assert len(set(found)) == len(found)
+
+
+def test_a_divergence_that_is_no_number_is_infinite() -> None:
+    logarithms = torch.full((2, 5), 0.2).log()
+    assert first_token_divergence(logarithms, logarithms) == pytest.approx(0, abs=1e-6)
+    assert first_token_divergence(logarithms * torch.nan, logarithms) == math.inf
 
 
 def test_damaged_checkpoint_is_kept_and_named(tmp_path: Path) -> None:
