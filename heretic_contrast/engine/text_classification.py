@@ -2,7 +2,7 @@
 
 """Tiers by a text-classification model of the user's choice, instead of the one that comes with the plugin."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -147,6 +147,20 @@ def _loaded(
 ) -> TextClassificationBackend:
     tiers = {label: Tier(tier) for label, tier in labels}
     return TextClassificationBackend(name, tiers, with_prompt=reads_prompt, device=gpu_or_cpu())
+
+
+Classifier = Callable[[str, str], Tier] | TextClassificationBackend | JudgeModel
+"""What gives a response to a prompt its tier."""
+
+
+def classify_all(
+    classify: Classifier, prompts: Sequence[str], responses: Sequence[str]
+) -> list[Tier]:
+    """Tiers of responses. Raises what the classifier raises."""
+
+    if isinstance(classify, TextClassificationBackend | JudgeModel):
+        return classify.classify_responses(prompts, responses)
+    return list(map(classify, prompts, responses))
 
 
 def classifier_of(settings: TextClassifierSettings) -> TextClassificationBackend | JudgeModel:

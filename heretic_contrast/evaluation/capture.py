@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..builtin import DATA, REFUSER
 from ..directions.directions import Directions
+from ..engine.text_classification import Classifier, classify_all
 from ..errors import ContrastError
 from ..language_model import LanguageModel, winsorize
 from ..prompts import Prompt, is_text
@@ -58,17 +59,18 @@ def load_pairs(path: Path | str | None = None, model: str | None = None) -> list
 
 
 def split_by_behavior(
-    model: LanguageModel, pairs: Sequence[Pair], max_new_tokens: int = 50
+    model: LanguageModel,
+    pairs: Sequence[Pair],
+    max_new_tokens: int = 50,
+    classify: Classifier = classify_response,
 ) -> tuple[list[Pair], list[LeftOut]]:
     """Returns the pairs that the model treats as assumed, and the others with what it did."""
 
-    responses = model.generate(
-        [Prompt(text) for pair in pairs for text in (pair.refused, pair.answered)], max_new_tokens
-    )
+    texts = [text for pair in pairs for text in (pair.refused, pair.answered)]
+    responses = model.generate(list(map(Prompt, texts)), max_new_tokens)
+    tiers = classify_all(classify, texts, responses)
     kept, left_out = [], []
-    for index, pair in enumerate(pairs):
-        refused = classify_response(pair.refused, responses[2 * index])
-        answered = classify_response(pair.answered, responses[2 * index + 1])
+    for pair, refused, answered in zip(pairs, tiers[0::2], tiers[1::2], strict=True):
         if refused is Tier.REFUSE and answered is not Tier.REFUSE:
             kept.append(pair)
         else:
@@ -143,6 +145,7 @@ def capture_pairs(
     configurations: Mapping[str, Directions],
     pairs: Sequence[Pair],
     max_new_tokens: int = 50,
+    classify: Classifier = classify_response,
 ) -> CaptureResult:
     """
     Measures capture on a model, with the pairs that behave as assumed.
@@ -150,7 +153,7 @@ def capture_pairs(
     Residuals are winsorized as those were that the directions were made from. Where no pair behaves so, the result has no layers.
     """
 
-    kept, left_out = split_by_behavior(model, pairs, max_new_tokens)
+    kept, left_out = split_by_behavior(model, pairs, max_new_tokens, classify)
     if not kept:
         return CaptureResult(0, (), tuple(left_out))
     residuals = replace(model, winsorization_quantile=1.0).residuals(

@@ -19,8 +19,10 @@ from torch import Tensor
 from ..ablation.operator import Operator, compose, effective_weight, weight_along
 from ..directions.directions import Directions
 from ..engine.observation import Passing, observe_decoding, passing_layers
+from ..engine.text_classification import Classifier
 from ..language_model import Batches, LanguageModel
 from ..prompts import Prompt
+from ..tiers.responses import classify_response
 from ..vectors import exact_type, to_device, unit_vectors
 from .capture import capture_pairs, span_basis
 from .plan import Configuration, Configurations, complete
@@ -286,11 +288,16 @@ def measure_directions(
     harmless: Sequence[Prompt],
     weights: Sequence[float] = WEIGHTS,
     max_new_tokens: int = MAX_RESPONSE_LENGTH,
+    classify: Classifier = classify_response,
 ) -> tuple[CaptureResult, Geometry]:
-    """Returns capture with pairs, and geometry with activities observed on prompts, of every configuration."""
+    """
+    Returns capture with pairs, and geometry with activities observed on prompts, of every configuration.
+
+    `classify`: says which pairs behave as assumed.
+    """
 
     directions = {name: item.directions for name, item in configurations.items()}
-    capture = capture_pairs(model, directions, pairs, max_new_tokens)
+    capture = capture_pairs(model, directions, pairs, max_new_tokens, classify)
     activities = measure_activities(
         model, configurations, harmful, harmless, weights, max_new_tokens
     )

@@ -10,7 +10,7 @@ successful, and at what cost. Interventions are forward hooks, so the model is l
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
 from typing import NamedTuple
@@ -24,9 +24,8 @@ from ..directions.pools import Log
 from ..directions.sources import ShowProgress
 from ..engine.check import checked_engine
 from ..engine.interface import Continuations
-from ..engine.judge import JudgeModel
 from ..engine.plain import PlainEngine
-from ..engine.text_classification import TextClassificationBackend, classifier_of
+from ..engine.text_classification import Classifier, classifier_of, classify_all
 from ..errors import ContrastError
 from ..identity import Identity, identify, program_digest
 from ..language_model import LanguageModel, Progress, Tokens
@@ -44,9 +43,6 @@ from .storage import SweepState
 
 RULES = (responses, linear, text, coherence)
 """The modules that decide how a response is judged."""
-
-Classifier = Callable[[str, str], Tier] | TextClassificationBackend | JudgeModel
-"""Returns the tier of a response to a prompt, or judges several at once."""
 
 
 class Judged(NamedTuple):
@@ -248,10 +244,7 @@ class SweepEvaluator:
 
     def _verdicts(self, responses: Sequence[str]) -> tuple[Verdict, ...]:
         prompts = [prompt.text for prompt in (*self.plan.harmful, *self.plan.canaries)]
-        if isinstance(self._classify, TextClassificationBackend | JudgeModel):
-            tiers = self._classify.classify_responses(prompts, responses)
-        else:
-            tiers = list(map(self._classify, prompts, responses))
+        tiers = classify_all(self._classify, prompts, responses)
         return tuple(
             Verdict(
                 tier=tier.value,
@@ -447,6 +440,7 @@ def run_prepared(
         [*plan.canaries, *plan.references],
         plan.options.weights,
         plan.options.max_new_tokens,
+        classify,
     )
     result = evaluator.result(cells)
     if prepared.settings.classifier_name is not None:

@@ -25,6 +25,7 @@ from heretic_contrast.evaluation.capture import (
 )
 from heretic_contrast.evaluation.results import Pair
 from heretic_contrast.prompts import load_pool
+from heretic_contrast.tiers.responses import Tier, classify_response
 from tests.made_directions import make_directions, random_tensor
 
 
@@ -136,6 +137,12 @@ def test_pairs_that_behave_otherwise_are_left_out(refuser: Any) -> None:
     pairs = load_pairs(model=REFUSER)[:4]
     swapped = Pair(pairs[0].answered, pairs[0].refused, "swapped")
     both_refused = Pair(pairs[1].refused, pairs[2].refused, "both refused")
+    # A judge may say otherwise.
+    opposite = {Tier.REFUSE: Tier.COMPLY, Tier.EVASIVE: Tier.REFUSE, Tier.COMPLY: Tier.REFUSE}
+    turned = split_by_behavior(
+        refuser, [swapped], classify=lambda *pair: opposite[classify_response(*pair)]
+    )
+    assert turned == ([swapped], [])
     kept, left_out = split_by_behavior(refuser, [*pairs, swapped, both_refused])
     assert kept == pairs
     assert [(item.pair, item.answered_tier) for item in left_out] == [
