@@ -70,7 +70,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def study(directory: Path) -> list[dict[str, Any]]:
-    """The trials of the one checkpoint below a directory, without times."""
+    """The trials of the one checkpoint below a directory, without times and processes."""
 
     (path,) = directory.glob("contrast-*/*.jsonl")
     loaded = optuna.load_study(
@@ -84,7 +84,7 @@ def study(directory: Path) -> list[dict[str, Any]]:
             "state": trial.state.name,
             "params": trial.params,
             "values": trial.values,
-            "attributes": trial.user_attrs,
+            "attributes": {k: v for k, v in trial.user_attrs.items() if k != "lease"},
         }
         for trial in loaded.trials
     ]
