@@ -29,7 +29,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
     if path.is_symlink():
         # A link stays one.
-        path = path.resolve()
+        path = Path(os.path.realpath(path))
     # Its name says whose it is, so that what was left can be told from what is being written.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{this_process()}{SUFFIX}")
     try:

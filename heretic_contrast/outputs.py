@@ -103,4 +103,6 @@ def require_writable_file(path: Path, inputs: Iterable[str] = ()) -> None:
         raise ContrastError(
             f"{path} is read, so it cannot be written as well: give another name for what is written."
         )
-    require_writable_directory(path.parent)
+    # A link stays one, and its target is written.
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    require_writable_directory(target.parent)

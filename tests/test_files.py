@@ -52,6 +52,17 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     assert path.is_fifo()
 
 
+def test_where_a_link_leads_is_looked_at_early(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    link, loop = tmp_path / "link", tmp_path / "loop"
+    link.symlink_to(tmp_path / "file" / "below")
+    with pytest.raises(ContrastError, match="cannot be written to"):
+        require_writable_file(link)
+    loop.symlink_to(loop)
+    write_text_atomically(loop, "after")
+    assert loop.read_text(encoding="utf-8") == "after"
+
+
 def test_a_link_stays_one(tmp_path: Path) -> None:
     target, link = tmp_path / "folder" / "target", tmp_path / "link"
     target.parent.mkdir()

@@ -24,7 +24,7 @@ from ..builtin import model_name
 from ..errors import ContrastError
 from ..identity import Identity, differences
 from ..journal import CheckedJournal, remove_locks
-from ..leases import open_storage, readable, without_password
+from ..leases import LEASE_SECONDS, open_storage, readable, without_password
 from ..processes import runs_since, this_process
 from .settings import HostSettings, deciding
 
@@ -45,9 +45,10 @@ def require_unused(path: Path) -> None:
         )
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     for trial in running:
-        process = str(trial.user_attrs.get("lease", {}).get("worker")).rpartition(" ")[0]
-        begun = trial.datetime_start
-        if process != this_process() and begun and runs_since(process, begun.timestamp()):
+        lease = trial.user_attrs.get("lease", {"worker": "", "until": 0.0})
+        process = lease["worker"].rpartition(" ")[0]
+        # Optuna's own times are those of the process's time zone.
+        if process != this_process() and runs_since(process, lease["until"] - LEASE_SECONDS):
             raise ContrastError(
                 f"The study in {path} is being searched by process {process.rpartition(' ')[2]}: wait for it to end, or give both the "
                 "same --contrast.storage."

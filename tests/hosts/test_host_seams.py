@@ -32,6 +32,7 @@ from heretic_contrast.hosts.record import Made, Record  # noqa: E402
 from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
 from heretic_contrast.hosts.studies import repair_checkpoint, require_unused  # noqa: E402
 from heretic_contrast.language_model import LanguageModel  # noqa: E402
+from heretic_contrast.leases import LEASE_SECONDS  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
 from heretic_contrast.search.parameters import (  # noqa: E402
     HERETIC_20_RANGES,
@@ -310,8 +311,9 @@ def test_a_checkpoint_that_another_process_works_on_is_left_to_it(tmp_path: Path
     study = optuna.create_study(study_name="heretic", storage=storage)
     with subprocess.Popen(["sleep", "60"]) as worker:
         trial = study.ask()
-        lease = {"worker": f"{socket.gethostname()} {worker.pid} name", "until": 0.0}
-        trial.set_user_attr("lease", lease)
+        until = time.time() + LEASE_SECONDS
+        host = socket.gethostname()
+        trial.set_user_attr("lease", {"worker": f"{host} {worker.pid} name", "until": until})
         with pytest.raises(ContrastError, match=f"searched by process {worker.pid}: wait for it"):
             require_unused(path)
         worker.kill()
@@ -319,9 +321,9 @@ def test_a_checkpoint_that_another_process_works_on_is_left_to_it(tmp_path: Path
     # Its number may have been given to a process that began later, which is known to a second.
     time.sleep(1.5)
     with subprocess.Popen(["sleep", "60"]) as later:
-        trial.set_user_attr("lease", {"worker": f"{socket.gethostname()} {later.pid} name"})
+        trial.set_user_attr("lease", {"worker": f"{host} {later.pid} name", "until": until})
         require_unused(path)
-        trial.set_user_attr("lease", {"worker": f"elsewhere {later.pid} name"})
+        trial.set_user_attr("lease", {"worker": f"elsewhere {later.pid} name", "until": until + 9})
         require_unused(path)
         later.kill()
     study.tell(trial, 0.0)
