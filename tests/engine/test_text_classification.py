@@ -210,7 +210,10 @@ def test_labels_that_are_counted_from_1(tmp_path: Path) -> None:
 def test_labels_that_are_numbers(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path)
     write_configuration(folder, id2label={"0": 0, "1": 1, "2": 2})
-    with pytest.raises(ContrastError, match=r"the labels \['0', '1', '2'\], which do not say"):
+    # Some versions of transformers refuse them themselves.
+    with pytest.raises(
+        ContrastError, match=r"\['0', '1', '2'\], which do not say|could not be loaded"
+    ):
         TextClassificationBackend(str(folder))
 
 
