@@ -17,6 +17,12 @@ SUFFIX = ".incomplete"
 """How the names of temporary files end."""
 
 
+def link_target(path: Path) -> Path:
+    """Returns what is written where a file is a link, which stays one; any other path unchanged."""
+
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def write_bytes_atomically(path: Path, content: bytes) -> None:
     """
     Writes `content` to `path` through a temporary file in the same directory.
@@ -27,9 +33,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     Raises `ContrastError` when the directory cannot be created, or the file cannot be written.
     """
 
-    if path.is_symlink():
-        # A link stays one.
-        path = Path(os.path.realpath(path))
+    path = link_target(path)
     # Its name says whose it is, so that what was left can be told from what is being written.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{this_process()}{SUFFIX}")
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ContrastError
+from .files import link_target
 
 
 def json_text(value: Any, sort_keys: bool = True, indent: int | None = 2) -> str:
@@ -103,6 +104,4 @@ def require_writable_file(path: Path, inputs: Iterable[str] = ()) -> None:
         raise ContrastError(
             f"{path} is read, so it cannot be written as well: give another name for what is written."
         )
-    # A link stays one, and its target is written.
-    target = Path(os.path.realpath(path)) if path.is_symlink() else path
-    require_writable_directory(target.parent)
+    require_writable_directory(link_target(path).parent)

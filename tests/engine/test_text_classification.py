@@ -158,9 +158,7 @@ def test_a_tokenizer_without_words(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path)
     for path in folder.glob("token*"):
         path.unlink()
-    with pytest.raises(
-        ContrastError, match=r"knows no words: complete its files|could not be loaded"
-    ):
+    with pytest.raises(ContrastError, match=r"knows no words: complete its files"):
         TextClassificationBackend(str(folder), LABELS)
 
 
