@@ -30,6 +30,12 @@ def exact_type(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def exactly(tensor: Tensor) -> Tensor:
+    """Returns a tensor in the exact type of its device."""
+
+    return tensor.to(exact_type(tensor.device))
+
+
 def gpu_or_cpu() -> str:
     """Returns the type of the GPU that PyTorch can use here, whoever made it, or "cpu"."""
 

@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList
 from ..ablation.hooks import carries_samples
 from ..ablation.writers import some_tokens
 from ..language_model import LanguageModel, Tokens, hooked, plain_settings
-from ..vectors import exact_type, to_device
+from ..vectors import exact_type, exactly, to_device
 
 Observe = Callable[[Tensor, Tensor, Tensor], None]
 """Is given what a step shows of the prompts, and which of their responses have not ended: see `observe_decoding`."""
@@ -51,7 +51,7 @@ def passing_layers(model: LanguageModel) -> dict[int, Passing] | None:
         decoder(input_ids=tokens, use_cache=False)
     found = {}
     for layer, before in silent.entered.items():
-        y = _exactly(silent.states[layer])
+        y = exactly(silent.states[layer])
         x = before.to(y)
         deviations = x - x.mean(dim=0)
         energy = (deviations * deviations).sum()
@@ -59,7 +59,7 @@ def passing_layers(model: LanguageModel) -> dict[int, Passing] | None:
         passing = Passing(factor, (y - factor * x).mean(dim=0))
         added = seen.added(layer, passing)
         limit = SUM_TOLERANCE * float(added.norm())
-        if adds_up and float((_exactly(seen.outputs[layer]) - added).norm()) <= limit:
+        if adds_up and float((exactly(seen.outputs[layer]) - added).norm()) <= limit:
             continue
         if float(silent.added(layer, passing).norm()) > limit:
             return None
@@ -135,13 +135,9 @@ class _Seen:
     def added(self, layer: int, passing: Passing) -> Tensor:
         """Returns what the writers of a layer added to the stream."""
 
-        state = _exactly(self.states[layer])
+        state = exactly(self.states[layer])
         # A layer may lie on another device than what it is given.
         return state - passing.factor * self.entered[layer].to(state) - passing.constant
-
-
-def _exactly(tensor: Tensor) -> Tensor:
-    return tensor.to(exact_type(tensor.device))
 
 
 def _writers(model: LanguageModel) -> dict[Module, tuple[int, bool]]:

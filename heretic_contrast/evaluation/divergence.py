@@ -19,7 +19,7 @@ from ..ablation.hooks import Intervention
 from ..engine.interface import Continuations, Count, no_count
 from ..engine.plain import PlainEngine
 from ..errors import ContrastError
-from ..vectors import exact_type
+from ..vectors import exact_type, exactly
 
 
 class SparseLogProbabilities(NamedTuple):
@@ -88,10 +88,9 @@ def divergences(base: SparseLogProbabilities, logits: Tensor) -> Tensor:
     where it is so broken that its outputs are no numbers.
     """
 
-    exact = exact_type(logits.device)
     modified, modified_tails = _keep(logits, base.tokens.long())
-    values = _terms(base.values.to(exact), modified.to(exact)).sum(dim=1)
-    values += _terms(base.tails.to(exact), modified_tails.to(exact))
+    values = _terms(exactly(base.values), exactly(modified)).sum(dim=1)
+    values += _terms(exactly(base.tails), exactly(modified_tails))
     return values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
 

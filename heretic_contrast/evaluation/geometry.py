@@ -23,7 +23,7 @@ from ..engine.text_classification import Classifier
 from ..language_model import Batches, LanguageModel
 from ..prompts import Prompt
 from ..tiers.responses import classify_response
-from ..vectors import exact_type, to_device, unit_vectors
+from ..vectors import exactly, to_device, unit_vectors
 from .capture import capture_pairs, span_basis
 from .plan import Configuration, Configurations, complete
 from .plan_settings import WEIGHTS
@@ -170,7 +170,7 @@ def observe_outputs(
     configuration asks for. `passing`: see `passing_layers`.
     """
 
-    vectors = to_device(vectors, model.device).to(exact_type(model.device))
+    vectors = exactly(to_device(vectors, model.device))
     n_layers, n_vectors, hidden_size = vectors.shape
 
     def observe(batch: slice) -> list[Tensor]:
