@@ -20,13 +20,6 @@ def this_process() -> str:
     return f"{socket.gethostname()} {os.getpid()}"
 
 
-def _number_here(process: str) -> int | None:
-    """Returns the number of a process, named as by `this_process`, of this machine; None for those of others."""
-
-    host, _, number = process.rpartition(" ")
-    return int(number) if host == socket.gethostname() and number.isdecimal() else None
-
-
 def is_dead(process: str) -> bool:
     """
     Returns whether a process, named as by `this_process`, is known to have ended.
@@ -34,25 +27,13 @@ def is_dead(process: str) -> bool:
     Nothing is known of processes on other machines.
     """
 
-    number = _number_here(process)
+    host, _, number = process.rpartition(" ")
+    if host != socket.gethostname() or not number.isdecimal():
+        return False
     try:
         # No signal of its own: on Windows, number 0 is Ctrl+C and reaches the process.
-        return number is not None and not psutil.pid_exists(number)
+        return not psutil.pid_exists(int(number))
     except OverflowError:
-        return False
-
-
-def runs_since(process: str, moment: float) -> bool:
-    """Returns whether a process, named as by `this_process`, is known to run that had begun by a moment, in seconds since 1970."""
-
-    number = _number_here(process)
-    if number is None:
-        return False
-    try:
-        found = psutil.Process(number)
-        # The number may have been given to another process since.
-        return found.status() != psutil.STATUS_ZOMBIE and bool(found.create_time() <= moment)
-    except (psutil.Error, OverflowError):
         return False
 
 

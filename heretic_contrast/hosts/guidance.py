@@ -222,8 +222,8 @@ def guide(
             study.enqueue_trial(untried[0])
         trial = ask(*args, **options)
         held[:] = [trial._trial_id]
-        leases.take(trial._trial_id)
         if n_shared is not None:
+            leases.take(trial._trial_id)
             values = study._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
             earlier = [other for other in begun() if other.number < trial.number]
             # Another process has asked for the same at the same moment.

@@ -10,7 +10,6 @@ globals. The host substitutes a few of them for one run, and restores them.
 import gc
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -68,9 +67,8 @@ from .settings import HostSettings, datasets_of, listed, prompt_sources
 from .studies import (
     IDENTITY_KEY,
     open_shared,
-    repair_checkpoint,
+    own_checkpoints,
     require_same_identity,
-    require_unused,
 )
 from .surface import heretic_prompts, log, progress_bar
 
@@ -507,19 +505,6 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     if settings.contrast.save_directions is not None:
         read = datasets_of(settings.model_dump(mode="json"))
         require_writable_file(Path(settings.contrast.save_directions), read)
-    folder = Path(settings.study_checkpoint_dir)
-    for path in sorted(folder.glob("*.jsonl")):
-        require_unused(path)
-    if settings.checkpoint_action == "restart" and host.shared is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    for path in sorted(folder.glob("*.jsonl")):
-        repair_checkpoint(path)
-    is_kept_there = host.shared is None and settings.checkpoint_action == "continue"
-    if is_kept_there and not any(folder.glob("*.jsonl")):
-        log(
-            "[yellow]* There is no study of this model, these settings and these prompts in "
-            f"{folder.parent}: a new one begins.[/]"
-        )
     # Heretic's main() would show an interruption as an ordinary end.
     rich.traceback.install()
     answers, optuna_log = host.answers, logging.getLogger("optuna.study._optimize")
@@ -527,6 +512,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     gc.freeze()
     try:
         with (
+            own_checkpoints(settings),
             substituted(host.substitutes()),
             patch.multiple(optuna, create_study=host.create_study),
             answers.noticing_interruption(),

@@ -10,23 +10,24 @@ first trial.
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from ..builtin import model_name
 from ..errors import ContrastError
 from ..identity import Identity, differences
 from ..journal import CheckedJournal, remove_locks
-from ..leases import LEASE_SECONDS, open_storage, readable, without_password
-from ..processes import runs_since, this_process
+from ..leases import open_storage, readable, without_password
 from .settings import HostSettings, deciding
+from .surface import log
 
 STUDY_NAME = "heretic"
 
@@ -34,25 +35,43 @@ IDENTITY_KEY = "identity"
 """The user attribute of a trial, or of a shared study, that says what decided its numbers."""
 
 
-def require_unused(path: Path) -> None:
-    """Raises `ContrastError` when another process of this machine makes a trial of a checkpoint at this moment."""
+@contextmanager
+def own_checkpoints(settings: HostSettings) -> Iterator[None]:
+    """
+    Keeps a study's checkpoints to this process for as long as the context lasts; they are removed or repaired at its start.
 
-    running: list[FrozenTrial] = []
-    # What is damaged is complained about where it is resumed.
-    with suppress(Exception):
-        study = optuna.load_study(
-            study_name=STUDY_NAME, storage=JournalStorage(CheckedJournal(str(path)))
-        )
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    for trial in running:
-        lease = trial.user_attrs.get("lease", {"worker": "", "until": 0.0})
-        process = lease["worker"].rpartition(" ")[0]
-        # Optuna's own times are those of the process's time zone.
-        if process != this_process() and runs_since(process, lease["until"] - LEASE_SECONDS):
-            raise ContrastError(
-                f"The study in {path} is being searched by process {process.rpartition(' ')[2]}: wait for it to end, or give both the "
-                "same --contrast.storage."
+    Raises `ContrastError` when another process has them, or one is damaged.
+    """
+
+    if settings.contrast.storage is not None:
+        yield
+        return
+    folder, action = Path(settings.study_checkpoint_dir), settings.checkpoint_action
+    # The operating system takes it from a process that died.
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ContrastError(
+            f"Another process works on the study in {folder}: wait for it to end, or give both the same --contrast.storage."
+        ) from error
+    try:
+        for path in sorted(folder.glob("*.jsonl")):
+            if action == "restart":
+                path.unlink()
+            else:
+                repair_checkpoint(path)
+        if action == "continue" and not any(folder.glob("*.jsonl")):
+            log(
+                "[yellow]* There is no study of this model, these settings and these prompts in "
+                f"{folder.parent}: a new one begins.[/]"
             )
+        yield
+    finally:
+        with suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+        lock.release()
 
 
 def repair_checkpoint(path: Path) -> None:

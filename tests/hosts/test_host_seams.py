@@ -4,10 +4,8 @@
 
 import json
 import math
-import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,8 @@ from heretic_contrast.hosts.evaluator import Evaluator, first_token_divergence  
 from heretic_contrast.hosts.loading import LoadedContext  # noqa: E402
 from heretic_contrast.hosts.record import Made, Record  # noqa: E402
 from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
-from heretic_contrast.hosts.studies import repair_checkpoint, require_unused  # noqa: E402
+from heretic_contrast.hosts.studies import own_checkpoints, repair_checkpoint  # noqa: E402
 from heretic_contrast.language_model import LanguageModel  # noqa: E402
-from heretic_contrast.leases import LEASE_SECONDS  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
 from heretic_contrast.search.parameters import (  # noqa: E402
     HERETIC_20_RANGES,
@@ -305,31 +302,51 @@ def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.lock"))
 
 
-def test_a_checkpoint_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:
-    path = tmp_path / "model.jsonl"
-    storage = JournalStorage(JournalFileBackend(str(path)))
-    study = optuna.create_study(study_name="heretic", storage=storage)
-    with subprocess.Popen(["sleep", "60"]) as worker:
-        trial = study.ask()
-        until = time.time() + LEASE_SECONDS
-        host = socket.gethostname()
-        trial.set_user_attr("lease", {"worker": f"{host} {worker.pid} name", "until": until})
-        with pytest.raises(ContrastError, match=f"searched by process {worker.pid}: wait for it"):
-            require_unused(path)
+HOLD = """
+import sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("action", ["continue", "restart"])
+def test_a_checkpoint_that_another_process_works_on_is_left_to_it(
+    action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its start on: before the first trial there is nothing in the checkpoint that says so."""
+
+    ours = settings(
+        monkeypatch,
+        f"--study-checkpoint-dir={tmp_path}",
+        f"--checkpoint-action={action}",
+        "--model-action=none",
+    )
+    folder = Path(ours.study_checkpoint_dir)
+    folder.mkdir()
+    path = folder / "model.jsonl"
+    path.write_text('{"op_code": 6, "half')
+    command = [sys.executable, "-c", HOLD, str(folder / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None and worker.stdout.readline() == "held\n"
+        with pytest.raises(ContrastError, match="Another process works on the study in"):
+            heretic14.run(ours, ContrastAbliteration)
         worker.kill()
-    require_unused(path)
-    # Its number may have been given to a process that began later, which is known to a second.
-    time.sleep(1.5)
-    with subprocess.Popen(["sleep", "60"]) as later:
-        trial.set_user_attr("lease", {"worker": f"{host} {later.pid} name", "until": until})
-        require_unused(path)
-        trial.set_user_attr("lease", {"worker": f"elsewhere {later.pid} name", "until": until + 9})
-        require_unused(path)
-        later.kill()
-    study.tell(trial, 0.0)
-    require_unused(path)
-    path.write_text("damaged")
-    require_unused(path)
+    assert path.read_text() == '{"op_code": 6, "half'
+    with own_checkpoints(ours):
+        assert not path.exists()
+        path.write_text("begun")
+    assert path.read_text() == "begun"
+
+
+def test_a_run_that_fails_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = settings(monkeypatch, f"--study-checkpoint-dir={tmp_path}")
+    folder = Path(ours.study_checkpoint_dir)
+    folder.mkdir()
+    with pytest.raises(RuntimeError), own_checkpoints(ours):
+        raise RuntimeError
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("kind", list(Sampler))
