@@ -59,6 +59,9 @@ def heretic_findings() -> list[Finding]:
                 reason = one_line(str(error))
                 sentence = f"this Heretic is another one than {command} knows ({reason})"
                 remedy = 'pip install "heretic-llm>=1.4,<2"'
+                if isinstance(error, ImportError) and not str(error.name).startswith("heretic"):
+                    sentence = f"{error.name} cannot be imported as {command} needs it ({reason})"
+                    remedy = "pip install --upgrade --upgrade-strategy eager heretic-contrast"
         fine = sentence is None
         found.append(Finding(f"Command {command}", fine, sentence or "works", remedy, False))
     return found

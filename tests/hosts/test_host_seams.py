@@ -478,6 +478,18 @@ def test_doctor_notices_a_heretic_that_has_changed(monkeypatch: pytest.MonkeyPat
     assert fine["Command run"] and fine["Command demo"] and fine["Command audit"]
 
 
+def test_doctor_names_what_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from heretic_contrast.commands import doctor
+
+    def fail(name: str) -> None:
+        raise ImportError("cannot import name 'Cache' from 'transformers'", name="transformers")
+
+    monkeypatch.setattr(doctor, "import_module", fail)
+    (found,) = (item for item in doctor.findings() if item.subject == "Command sweep")
+    assert found.detail.startswith("transformers cannot be imported as sweep needs it (cannot")
+    assert "heretic-llm" not in found.remedy
+
+
 class Sampled(Exception):
     """Ends Heretic's own objective when all of its parameters are sampled."""
 
