@@ -176,15 +176,9 @@ def fitted(
     return found, is_moved
 
 
-def guide(
-    study: Study,
-    first: Callable[[], Sequence[Values]],
-    patience: int | None,
-    ended: Callable[[int], None],
-    n_shared: Callable[[], int] | None = None,
-) -> Study:
+class GuidedStudy:
     """
-    Lets a study begin with trials of the `first` values, and end when its front has not grown for so many trials.
+    Makes a study begin with trials of the `first` values, and end when its front has not grown for so many trials.
 
     These are asked for when it begins, since only then Heretic has said what study it is.
 
@@ -195,89 +189,109 @@ def guide(
     marked as failed and made up for, and who has nothing more to do waits for the others.
     """
 
-    optimize, ask = study.optimize, study.ask
-    leases = Leases(study._storage)
-    held: list[int] = []
-    beginning: list[Values] = []
-    start = 0
+    def __init__(
+        self,
+        study: Study,
+        first: Callable[[], Sequence[Values]],
+        patience: int | None,
+        ended: Callable[[int], None],
+        n_shared: Callable[[], int] | None = None,
+    ) -> None:
+        self.study, self._first, self._ended = study, first, ended
+        self._patience, self._n_shared = patience, n_shared
+        self._optimize, self._ask = study.optimize, study.ask
+        study.ask = self.ask  # type: ignore[method-assign]
+        study.optimize = self.optimize  # type: ignore[method-assign, assignment]
+        self._leases = Leases(study._storage)
+        self._beginning: list[Values] = []
+        self._held: list[int] = []
+        # How many trials the user has seen.
+        self._start = 0
 
-    def begun() -> list[FrozenTrial]:
+    def _begun(self) -> list[FrozenTrial]:
         states = (TrialState.RUNNING, TrialState.COMPLETE)
-        return study.get_trials(deepcopy=False, states=states)
+        return self.study.get_trials(deepcopy=False, states=states)
 
-    def points() -> list[Point | None]:
+    def _points(self) -> list[Point | None]:
         complete = (TrialState.COMPLETE,)
-        return [measured(trial) for trial in study.get_trials(deepcopy=False, states=complete)]
+        return [measured(item) for item in self.study.get_trials(deepcopy=False, states=complete)]
 
-    def is_exhausted() -> bool:
-        found = points()
-        since = min(trials_since_growth(found), len(found) - start)
-        return patience is not None and since >= patience
+    def _is_exhausted(self) -> bool:
+        found = self._points()
+        since = min(trials_since_growth(found), len(found) - self._start)
+        return self._patience is not None and since >= self._patience
 
-    def claim(*args: Any, **options: Any) -> Trial:
+    def _is_interrupted(self) -> bool:
+        trials = [self.study._storage.get_trial(trial_id) for trial_id in self._held]
+        return any(trial.state is TrialState.PRUNED for trial in trials)
+
+    def ask(self, *args: Any, **options: Any) -> Trial:
+        """In place of the study's: takes the first values that nobody has tried. Raises `Superfluous` when others make enough trials."""
+
+        study = self.study
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        tried = [trial.system_attrs.get("fixed_params") for trial in [*begun(), *waiting]]
-        untried = [values for values in beginning if values not in tried]
+        tried = [trial.system_attrs.get("fixed_params") for trial in [*self._begun(), *waiting]]
+        untried = [values for values in self._beginning if values not in tried]
         if untried:
             study.enqueue_trial(untried[0])
-        trial = ask(*args, **options)
-        held[:] = [trial._trial_id]
-        if n_shared is not None:
-            leases.take(trial._trial_id)
+        trial = self._ask(*args, **options)
+        self._held[:] = [trial._trial_id]
+        if self._n_shared is not None:
+            self._leases.take(trial._trial_id)
             values = study._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
-            earlier = [other for other in begun() if other.number < trial.number]
+            earlier = [other for other in self._begun() if other.number < trial.number]
             # Another process has asked for the same at the same moment.
             twice = values and values in [
                 other.system_attrs.get("fixed_params") for other in earlier
             ]
-            if twice or len(earlier) >= n_shared():
+            if twice or len(earlier) >= self._n_shared():
                 study.tell(trial, state=TrialState.FAIL)
                 raise Superfluous
         return trial
 
-    def is_interrupted() -> bool:
-        return bool(held) and study._storage.get_trial(held[0]).state is TrialState.PRUNED
+    def optimize(self, objective: Any, n_trials: int) -> None:
+        """In place of the study's: makes trials until there are enough of them, or the front does not grow any more."""
 
-    def guided(objective: Any, n_trials: int) -> None:
-        nonlocal start
-        held.clear()
-        beginning[:] = first()
-        waits = False
-        n_wanted = n_shared() if n_shared is not None else len(begun()) + n_trials
-        with leases.working(), leases.renewed(held) if n_shared is not None else nullcontext():
-            while not is_interrupted():
-                if n_shared is not None:
-                    give_back(study, leases)
-                if len(begun()) < n_wanted and not is_exhausted():
-                    try:
-                        optimize(objective, n_trials=1)
-                    except Superfluous:
-                        continue
-                    except Exception:
-                        if GIVEN_UP not in study._storage.get_trial(held[0]).user_attrs:
-                            raise
-                        log("* Another process has given this trial up, and makes up for it.")
-                elif n_shared is not None and len(points()) < len(begun()):
-                    if not waits:
-                        log("* Waiting for the trials of other processes...")
-                    waits = True
-                    time.sleep(0.5)
-                else:
-                    break
-        if n_trials < 0 and n_shared is None:
+        self._held.clear()
+        self._beginning[:] = self._first()
+        is_shared = self._n_shared is not None
+        n_wanted = self._n_shared() if self._n_shared else len(self._begun()) + n_trials
+        leases = self._leases
+        with leases.working(), leases.renewed(self._held) if is_shared else nullcontext():
+            self._make(objective, n_wanted)
+        n_there = len(self.study.trials)
+        if n_trials < 0 and not is_shared:
             # Heretic would call such a study interrupted.
-            log(f"The study has [bold]{len(study.trials)}[/] trials already, and gets no more.")
-            ended(len(study.trials))
-        elif is_exhausted():
+            log(f"The study has [bold]{n_there}[/] trials already, and gets no more.")
+            self._ended(n_there)
+        elif self._is_exhausted():
             log(
-                f"The front has not grown for {patience} trials, so that the study ends after [bold]{len(points())}[/]."
+                f"The front has not grown for {self._patience} trials, so that the study ends after [bold]{len(self._points())}[/]."
             )
-            ended(len(study.trials))
-        start = len(points())
+            self._ended(n_there)
+        self._start = len(self._points())
 
-    study.ask = claim  # type: ignore[method-assign]
-    study.optimize = guided  # type: ignore[method-assign, assignment]
-    return study
+    def _make(self, objective: Any, n_wanted: int) -> None:
+        is_shared, waits = self._n_shared is not None, False
+        while not self._is_interrupted():
+            if is_shared:
+                give_back(self.study, self._leases)
+            if len(self._begun()) < n_wanted and not self._is_exhausted():
+                try:
+                    self._optimize(objective, n_trials=1)
+                except Superfluous:
+                    continue
+                except Exception:
+                    if GIVEN_UP not in self.study._storage.get_trial(self._held[0]).user_attrs:
+                        raise
+                    log("* Another process has given this trial up, and makes up for it.")
+            elif is_shared and len(self._points()) < len(self._begun()):
+                if not waits:
+                    log("* Waiting for the trials of other processes...")
+                waits = True
+                time.sleep(0.5)
+            else:
+                return
 
 
 class Superfluous(Exception):

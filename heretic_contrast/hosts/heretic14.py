@@ -54,10 +54,10 @@ from .guidance import (
     FALSE_KEY,
     SCREENED_KEY,
     SUM_KEY,
+    GuidedStudy,
     Values,
     first_trials,
     fitted,
-    guide,
 )
 from .host_model import HostModel
 from .loading import LoadedContext
@@ -340,7 +340,9 @@ class Host:
         n_shared = None if self.shared is None else lambda: settings.n_trials
         patience = settings.contrast.patience
         beginning = [values for values, _ in first]
-        return guide(study, lambda: [*beginning, *self.screened(study)], patience, ended, n_shared)
+        return GuidedStudy(
+            study, lambda: [*beginning, *self.screened(study)], patience, ended, n_shared
+        ).study
 
     def screened(self, study: Study) -> list[Values]:
         """Returns parameters of candidates that a study begins with, where these are asked for; it keeps them when they are chosen."""

@@ -24,7 +24,7 @@ from heretic_contrast.builtin import DATA
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult
 from heretic_contrast.hosts.finalists import second_look
-from heretic_contrast.hosts.guidance import first_trials, fitted, give_back, guide
+from heretic_contrast.hosts.guidance import GuidedStudy, first_trials, fitted, give_back
 from heretic_contrast.leases import Leases, open_storage
 from heretic_contrast.search.samplers import make_sampler
 from heretic_contrast.settings import ContrastSettings, Sampler
@@ -196,12 +196,12 @@ def guided_study(patience: int | None, first: list[dict[str, Any]]) -> tuple[Any
     """A study whose front grows at the trials 0, 1, 2 and 9, with its objective, and where it ended."""
 
     ended: list[int] = []
-    study = guide(
+    study = GuidedStudy(
         optuna.create_study(directions=["minimize", "minimize"]),
         lambda: first,
         patience,
         ended.append,
-    )
+    ).study
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         trial.suggest_float("x", 0, 1)
@@ -238,7 +238,7 @@ def test_first_values_are_asked_for_when_the_study_begins() -> None:
         return trial.suggest_float("x", 0, 1), 0.0
 
     study = optuna.create_study(directions=["minimize", "minimize"])
-    guide(study, first, None, lambda n_trials: None)
+    GuidedStudy(study, first, None, lambda n_trials: None)
     # Heretic has yet to say what study it is, for other processes to compare with theirs.
     assert asked == []
     study.optimize(objective, n_trials=4)
@@ -286,7 +286,7 @@ class Worker:
     def __init__(
         self, path: Path, n_trials: int, first: list[dict[str, Any]] | None = None
     ) -> None:
-        self.study = guide(
+        self.study = GuidedStudy(
             optuna.create_study(
                 study_name="heretic",
                 storage=open_storage(str(path)),
@@ -298,7 +298,7 @@ class Worker:
             None,
             lambda n_trials: None,
             lambda: n_trials,
-        )
+        ).study
         self.seen: list[int] = []
 
     def objective(self, trial: optuna.Trial) -> tuple[float, float]:
@@ -348,7 +348,9 @@ def test_a_worker_that_died_loses_nothing(tmp_path: Path) -> None:
     alone = optuna.create_study(
         sampler=make_sampler(Sampler.TPE, 3, 4, {}), directions=["minimize", "minimize"]
     )
-    guide(alone, lambda: first, None, lambda n_trials: None).optimize(whole.objective, n_trials=9)
+    GuidedStudy(alone, lambda: first, None, lambda n_trials: None).optimize(
+        whole.objective, n_trials=9
+    )
     assert [trial.params for trial in alone.trials] == expected
 
     path = tmp_path / "study.journal"
