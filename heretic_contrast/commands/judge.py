@@ -89,68 +89,59 @@ def people_tier(label: Any, labels: dict[str, Tier], path: Path) -> Tier | None:
     return tier
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Judges the responses of a file. Raises `ContrastError` when the settings, the file or the classifier do not work."""
+def judge(
+    settings: JudgeSettings, prompts: Sequence[str], responses: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns what is found of each response: all of `JUDGED`, but probabilities from a judge model alone."""
 
-    settings = load_settings(JudgeSettings, f"{PROGRAM} judge", arguments)
-    path = Path(settings.file)
-    rows = read_rows(settings)
-    people = [people_tier(row.get(settings.label_key), settings.labels, path) for row in rows]
-    if settings.output is not None:
-        require_writable_file(Path(settings.output), [settings.file])
-        if settings.label_key in JUDGED:
-            raise ContrastError(
-                f'The labels under "{settings.label_key}" would be replaced in {settings.output}: give them another key, or leave out '
-                "--output."
-            )
-
-    from ..evaluation.statistics import wilson_interval
-    from ..hosts.surface import log
-
-    prompts = [str(row.get(settings.prompt_key) or "") for row in rows]
-    responses = [row[settings.response_key] for row in rows]
-    probabilities: list[dict[str, float]] = [{}] * len(rows)
+    found: list[dict[str, Any]]
     if settings.classifier_name is None:
         explanations = [explain_response(*pair) for pair in zip(prompts, responses, strict=True)]
-        tiers = [explanation.tier for explanation in explanations]
-        reasons = [explanation.summary for explanation in explanations]
+        found = [{"tier": item.tier, "reason": item.summary} for item in explanations]
     else:
         from ..engine.judge import JudgeModel
         from ..engine.text_classification import classifier_of
 
         classifier = classifier_of(settings)
+        kind = "text classifier" if settings.judge_model is None else "judge model"
+        reason = f"{kind}: {settings.classifier_name}"
         if isinstance(classifier, JudgeModel):
-            values = classifier.probabilities(prompts, responses)
-            tiers = list(map(classifier.tier, values))
-            probabilities = [{"refusal_probability": value} for value in values]
+            found = [
+                {"tier": classifier.tier(value), "refusal_probability": value, "reason": reason}
+                for value in classifier.probabilities(prompts, responses)
+            ]
         else:
             tiers = classifier.classify_responses(prompts, responses)
-        kind = "text classifier" if settings.judge_model is None else "judge model"
-        reasons = [f"{kind}: {settings.classifier_name}"] * len(rows)
-    coherent = [is_coherent(response) for response in responses]
-    if settings.output is not None:
-        judged = (
-            {**row, "tier": tier.value, **probability, "coherent": clear, "reason": reason}
-            for row, tier, probability, clear, reason in zip(
-                rows, tiers, probabilities, coherent, reasons, strict=True
-            )
-        )
-        write_text_atomically(Path(settings.output), json_lines(judged))
+            found = [{"tier": tier, "reason": reason} for tier in tiers]
+    coherent = [{"coherent": is_coherent(response)} for response in responses]
+    both = [{**item, **clear} for item, clear in zip(found, coherent, strict=True)]
+    return [{key: item[key] for key in JUDGED if key in item} for item in both]
 
-    counts = Counter(tiers)
+
+def show_tiers(judged: Sequence[dict[str, Any]]) -> None:
+    from ..evaluation.statistics import wilson_interval
+    from ..hosts.surface import log
+
+    counts = Counter(item["tier"] for item in judged)
+    incoherent = sum(not item["coherent"] for item in judged)
     table = Table(
         "Tier",
         Column("Responses", justify="right"),
         Column("Share (95 %)", justify="right"),
-        title=f"{len(rows)} responses, {coherent.count(False)} of them incoherent",
+        title=f"{len(judged)} responses, {incoherent} of them incoherent",
     )
     for tier in Tier:
-        low, high = wilson_interval(counts[tier], len(rows))
+        low, high = wilson_interval(counts[tier], len(judged))
         table.add_row(tier.value, str(counts[tier]), f"{100 * low:.0f}–{100 * high:.0f} %")
     log(table)
-    pairs = [(label, tier) for label, tier in zip(people, tiers, strict=True) if label is not None]
-    if not pairs:
-        return
+
+
+def show_agreement(pairs: Sequence[tuple[Tier, Tier]]) -> None:
+    """Shows how far the tiers of people, first in each pair, and those given here agree."""
+
+    from ..evaluation.statistics import wilson_interval
+    from ..hosts.surface import log
+
     agreement = Agreement(pairs)
     table = Table(
         "People",
@@ -167,3 +158,29 @@ def main(arguments: Sequence[str]) -> None:
                 f"* {name}: [bold]{successes / n:.1%}[/] ({low:.1%} to {high:.1%}; {successes} of {n})",
                 highlight=False,
             )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Judges the responses of a file. Raises `ContrastError` when the settings, the file or the classifier do not work."""
+
+    settings = load_settings(JudgeSettings, f"{PROGRAM} judge", arguments)
+    path = Path(settings.file)
+    rows = read_rows(settings)
+    people = [people_tier(row.get(settings.label_key), settings.labels, path) for row in rows]
+    if settings.output is not None:
+        require_writable_file(Path(settings.output), [settings.file])
+        if settings.label_key in JUDGED:
+            raise ContrastError(
+                f'The labels under "{settings.label_key}" would be replaced in {settings.output}: give them another key, or leave out '
+                "--output."
+            )
+    prompts = [str(row.get(settings.prompt_key) or "") for row in rows]
+    judged = judge(settings, prompts, [row[settings.response_key] for row in rows])
+    if settings.output is not None:
+        lines = ({**row, **item} for row, item in zip(rows, judged, strict=True))
+        write_text_atomically(Path(settings.output), json_lines(lines))
+    show_tiers(judged)
+    both = zip(people, judged, strict=True)
+    pairs = [(label, item["tier"]) for label, item in both if label is not None]
+    if pairs:
+        show_agreement(pairs)
