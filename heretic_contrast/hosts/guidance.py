@@ -1,27 +1,18 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""What guides the study of Heretic 1.4 beside its sampler: trials to begin with, and when it has found enough."""
+"""What guides the study of Heretic 1.4 beside its sampler: the trials that it begins with, and when it has found enough."""
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ..builtin import model_name
-from ..errors import ContrastError
-from ..evaluation.cells import SweepResult, single_cells
-from ..leases import Leases, open_storage, without_password
-from ..search.stopping import Point, front, trials_since_growth
-from ..settings import ContrastSettings
-from .studies import STUDY_NAME
+from ..leases import Leases
+from ..search.stopping import Point, trials_since_growth
 from .surface import log
 
 BOUND_KEY = "bound"
@@ -43,9 +34,6 @@ EXCLUDED_KEY = "excluded"
 SCREENED_KEY = "screened"
 """The user attribute of a study that holds the parameters of the candidates that it begins with."""
 
-MAX_FIRST_TRIALS = 10
-"""A sweep may have as many cells on its front as it has prompts, which differ in little."""
-
 Values = dict[str, Any]
 """Values of parameters by name; "component." stands for every component, and "scale." for every direction."""
 
@@ -59,121 +47,6 @@ def measured(trial: FrozenTrial) -> Point | None:
     refusals = attributes.get(SUM_KEY, attributes["refusals"])
     point: Point = (refusals, attributes["kl_divergence"])
     return point if len(trial.values) == 2 else (*point, attributes[FALSE_KEY][0])
-
-
-def first_trials(settings: ContrastSettings, model: str) -> list[Values]:
-    """Returns trials to begin with, the fewest refusals first. Raises `ContrastError` when they cannot be read, or do not fit."""
-
-    if settings.warm_start is None:
-        return []
-    source = settings.warm_start
-    place, path = without_password(source), Path(source)
-    is_url = "://" in source
-    if not is_url and path.is_dir():
-        studies = [str(item) for item in sorted(path.rglob("*.jsonl"))]
-        raise ContrastError(
-            f"{path} is a folder: give the file of an earlier study for a warm start, there "
-            f"{'is ' + ', '.join(studies[:3]) if studies else 'is none in it'}."
-        )
-    if not is_url and not path.is_file():
-        raise ContrastError(
-            f"There is no file {path} for a warm start: give the sweep.json of a sweep, or an earlier study (.jsonl, .journal)."
-        )
-    read = _of_study if is_url or path.suffix in (".jsonl", ".journal") else _of_sweep
-    name, found = read(source, settings)
-    if model_name(name) != model_name(model):
-        raise ContrastError(
-            f"{place} was made for {model_name(name)} and not for {model_name(model)}: give one of this model for a warm start."
-        )
-    if not found:
-        raise ContrastError(
-            f"Nothing in {place} refuses less than the unmodified model: leave out the warm start."
-        )
-    return found[:MAX_FIRST_TRIALS]
-
-
-def _of_study(source: str, settings: ContrastSettings) -> tuple[str, list[Values]]:
-    """Returns the model of a study, and the parameters of its front; what classes add to a shared direction is 0 where it had none."""
-
-    try:
-        study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(source))
-        model = json.loads(study.user_attrs["settings"])["model"]
-    except ContrastError:
-        raise
-    except Exception as error:
-        # Database drivers raise errors of their own.
-        raise ContrastError(
-            f"{without_password(source)} holds no study of Heretic's: give one for a warm start, or the sweep.json of a sweep."
-        ) from error
-    found = {trial.number: point for trial in study.trials if (point := measured(trial))}
-    return model, [{"rest": 0.0, **study.trials[number].params} for number in front(found)]
-
-
-def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]:
-    """Returns the model of a sweep, and what makes a trial of each cell on the front of single layers."""
-
-    try:
-        sweep = SweepResult.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ContrastError(
-            f"{path} cannot be read as a sweep: give the sweep.json of heretic-contrast sweep for a warm start."
-        ) from error
-    (configuration,) = settings.configurations()
-    strength = "effective" if settings.equal_effective_weight else "weight"
-    if (configuration, strength) not in sweep.configurations():
-        there = ", ".join(f"{name} ({kind})" for name, kind in sweep.configurations())
-        raise ContrastError(
-            f"The sweep {path} has no configuration {configuration} ({strength}) but {there}: sweep it, or choose one of these for "
-            "the study."
-        )
-    # Also those that only a synergy test has measured.
-    cells = single_cells(sweep.cells, configuration, strength)
-    points = {
-        index: (cell.measurement.refusals, cell.measurement.kl_divergence)
-        for index, cell in enumerate(cells)
-        if cell.measurement.refusals < sweep.baseline.refusals
-    }
-    # Where some are named, the others and the embeddings were left alone.
-    components = sweep.settings.get("components") or []
-    return sweep.model, [
-        {
-            "direction_scope": "per layer",
-            "rest": 1.0,
-            "scale.": 1.0,
-            "component.max_weight": 0.0 if components else cell.weight,
-            **{f"{name}.max_weight": cell.weight for name in components},
-            "embeddings.max_weight": 0.0 if cell.layers[0] or components else cell.weight,
-            "component.max_weight_position": cell.layers[0],
-            "component.min_weight": 0.0,
-            "component.min_weight_distance": 0.0,
-        }
-        for cell in (cells[index] for index in front(points))
-    ]
-
-
-def fitted(
-    values: Values, distributions: Mapping[str, BaseDistribution], shared: Mapping[str, str]
-) -> tuple[Values, bool]:
-    """
-    Returns the values of the parameters that a study has, those beyond their ranges at the nearest end, and whether layers or weights are.
-
-    `shared`: the component whose values one has that the values do not know (see `shared_components`).
-    """
-
-    found, is_moved = {}, False
-    for name, distribution in distributions.items():
-        component, _, parameter = name.rpartition(".")
-        kind = "scale." if name.startswith("scale.") else f"component.{parameter}"
-        keys = (name, f"{shared.get(component)}.{parameter}", kind)
-        key = next((key for key in keys if key in values), None)
-        if key is None:
-            continue
-        found[name] = values[key]
-        if isinstance(distribution, FloatDistribution):
-            found[name] = min(max(float(values[key]), distribution.low), distribution.high)
-            if parameter in ("max_weight", "max_weight_position"):
-                is_moved |= found[name] != values[key]
-    return found, is_moved
 
 
 class GuidedStudy:

@@ -56,8 +56,6 @@ from .guidance import (
     SUM_KEY,
     GuidedStudy,
     Values,
-    first_trials,
-    fitted,
 )
 from .host_model import HostModel
 from .loading import LoadedContext
@@ -71,6 +69,7 @@ from .studies import (
     require_same_identity,
 )
 from .surface import heretic_prompts, log, progress_bar
+from .warm_start import first_trials, fitted
 
 if TYPE_CHECKING:
     from ..modifier import ContrastAbliteration

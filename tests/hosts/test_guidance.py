@@ -1,195 +1,25 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""What a study begins with, and when it ends, on studies without a model."""
+"""In which order a study makes its trials, with whom it shares them, and when it ends, without a model."""
 
-import json
-import re
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from questionary import Choice
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
-from heretic_contrast.builtin import DATA
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult
 from heretic_contrast.hosts.finalists import second_look
-from heretic_contrast.hosts.guidance import GuidedStudy, first_trials, fitted, give_back
+from heretic_contrast.hosts.guidance import GuidedStudy, give_back
 from heretic_contrast.leases import Leases, open_storage
 from heretic_contrast.search.samplers import make_sampler
-from heretic_contrast.settings import ContrastSettings, Sampler
-from tests.made_directions import make_directions, random_tensor
-
-MODEL = str(DATA / "refuser")
-
-
-def measurement(refusals: int, divergence: float) -> Measurement:
-    return Measurement(refusals, 0, 9 - refusals, 0, 9, 0, 2, divergence, None)
-
-
-def sweep(model: str = "builtin:refuser", strength: str = "weight") -> SweepResult:
-    cells = {
-        (3, 0.5): (2, 0.3),
-        (3, 1.0): (0, 0.9),
-        (4, 0.5): (5, 0.1),
-        (4, 1.0): (2, 0.2),
-        (5, 0.5): (9, 0.01),
-    }
-    return SweepResult(
-        model=model,
-        baseline=measurement(9, 0.0),
-        cells=tuple(
-            Cell("unmatched", strength, (layer,), weight, weight, weight, measurement(*found))
-            for (layer, weight), found in cells.items()
-        ),
-    )
-
-
-def write_study(
-    path: Path,
-    model: str,
-    points: list[tuple[int, float]],
-    parameters: dict[str, Any] | None = None,
-) -> None:
-    """A checkpoint as plain Heretic leaves it; its trials have x = 0, 0.1, ..., or these parameters."""
-
-    study = optuna.create_study(
-        study_name="heretic",
-        storage=JournalStorage(JournalFileBackend(str(path))),
-        directions=["minimize", "minimize"],
-    )
-    study.set_user_attr("settings", json.dumps({"model": model}))
-    for number, (refusals, divergence) in enumerate(points):
-        values = {"x": number / 10} if parameters is None else parameters
-        trial = study.ask(
-            {
-                name: CategoricalDistribution([value])
-                if isinstance(value, str)
-                else FloatDistribution(value, value)
-                for name, value in values.items()
-            }
-        )
-        trial.set_user_attr("refusals", refusals)
-        trial.set_user_attr("kl_divergence", divergence)
-        study.tell(trial, [refusals, divergence])
-    study.ask({"x": FloatDistribution(0, 1)})
-
-
-def settings(path: Path, **values: Any) -> ContrastSettings:
-    return ContrastSettings.model_validate({"warm_start": str(path), **values})
-
-
-def test_the_best_cells_of_a_sweep(tmp_path: Path) -> None:
-    path = tmp_path / "sweep.json"
-    path.write_text(sweep().to_json())
-    distributions = {
-        "direction_scope": CategoricalDistribution(["global", "per layer"]),
-        "direction_index": FloatDistribution(2, 6),
-        "attn.o_proj.max_weight": FloatDistribution(0.2, 0.9),
-        "attn.o_proj.max_weight_position": FloatDistribution(3.5, 7),
-        "attn.o_proj.min_weight": FloatDistribution(0, 1),
-        "attn.o_proj.min_weight_distance": FloatDistribution(1, 4),
-        "scale.drugs": FloatDistribution(0, 1),
-    }
-    first = first_trials(settings(path), MODEL)
-    found, moved = zip(*(fitted(values, distributions, {}) for values in first), strict=True)
-    assert moved == (True, True, False)
-    assert [
-        (trial["attn.o_proj.max_weight_position"], trial["attn.o_proj.max_weight"])
-        for trial in found
-    ] == [(3.5, 0.9), (4.0, 0.9), (4.0, 0.5)]
-    for trial in found:
-        assert trial["direction_scope"] == "per layer" and trial["scale.drugs"] == 1.0
-        assert trial["attn.o_proj.min_weight"] == 0.0
-        assert trial["attn.o_proj.min_weight_distance"] == 1.0
-        assert "direction_index" not in trial
-
-
-@pytest.mark.parametrize("lowest", [0.0, 0.2])
-def test_components_that_were_not_swept_are_left_alone(tmp_path: Path, lowest: float) -> None:
-    path = tmp_path / "sweep.json"
-    of_attention = replace(sweep(), settings={"components": ["attn.o_proj"]})
-    path.write_text(of_attention.to_json())
-    distributions = {
-        f"{name}.max_weight": FloatDistribution(lowest, 1.5)
-        for name in ("attn.o_proj", "mlp.down_proj", "embeddings")
-    }
-    whole, found = sweep().single_cells("unmatched", "weight"), first_trials(settings(path), MODEL)
-    for values in found:
-        fit, is_moved = fitted(values, distributions, {})
-        assert fit["attn.o_proj.max_weight"] in {cell.weight for cell in whole}
-        assert fit["mlp.down_proj.max_weight"] == fit["embeddings.max_weight"] == lowest
-        # A range that does not reach down to 0 is said.
-        assert is_moved == (lowest > 0)
-
-
-def test_the_front_of_an_earlier_study(tmp_path: Path) -> None:
-    path = tmp_path / "study.jsonl"
-    write_study(path, MODEL, [(3, 0.2), (4, 0.3), (1, 0.5), (3, 0.2)])
-    found = first_trials(settings(path), MODEL)
-    assert [trial["x"] for trial in found] == [0.2, 0.0]
-    # What its one direction had nothing of.
-    rest = {"rest": FloatDistribution(-1, 1), "scale.drugs": FloatDistribution(0, 1)}
-    assert fitted(found[0], rest, {}) == ({"rest": 0.0}, False)
-
-
-def test_a_component_of_its_own_begins_with_what_it_had_among_others() -> None:
-    kernels = {
-        f"{component}.max_weight": FloatDistribution(0, 1)
-        for component in ("linear_attn.out_proj", "attn.o_proj")
-    }
-    shared = {"linear_attn.out_proj": "attn.o_proj"}
-    together = {"attn.o_proj.max_weight": 0.7}
-    assert set(fitted(together, kernels, shared)[0].values()) == {0.7}
-    alone = {**together, "linear_attn.out_proj.max_weight": 0.2}
-    assert fitted(alone, kernels, shared) == (alone, False)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("sweep.json", None, "There is no file"),
-        ("sweep.json", "{", "cannot be read as a sweep"),
-        ("sweep.json", "[1]", "cannot be read as a sweep"),
-        ("sweep.json", sweep("other").to_json(), "made for other and not for builtin:refuser"),
-        ("sweep.json", sweep(strength="effective").to_json(), "but unmatched [(]effective[)]"),
-        ("study.jsonl", "", "holds no study of Heretic's"),
-    ],
-)
-def test_what_is_no_warm_start(name: str, text: str | None, message: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ContrastError, match=message) as raised:
-        first_trials(settings(path), MODEL)
-    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
-
-
-def test_a_folder_is_no_warm_start_and_its_studies_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ContrastError, match=r"is a folder: .* there is none in it[.]$"):
-        first_trials(settings(tmp_path), MODEL)
-    path = tmp_path / "contrast-0" / "model.jsonl"
-    path.parent.mkdir()
-    path.touch()
-    with pytest.raises(ContrastError, match=rf"there is {re.escape(str(path))}[.]$"):
-        first_trials(settings(tmp_path), MODEL)
-
-
-def test_a_study_of_another_model_is_no_warm_start(tmp_path: Path) -> None:
-    path = tmp_path / "study.jsonl"
-    write_study(path, "some/model", [(3, 0.2)])
-    with pytest.raises(ContrastError, match="made for some/model and not for builtin:refuser"):
-        first_trials(settings(path), MODEL)
+from heretic_contrast.settings import Sampler
 
 
 def guided_study(patience: int | None, first: list[dict[str, Any]]) -> tuple[Any, Any, list[int]]:
@@ -414,23 +244,3 @@ def test_an_error_in_a_shared_trial_ends_the_worker(tmp_path: Path) -> None:
     with pytest.raises(ContrastError, match="does not work"):
         worker.study.optimize(broken, n_trials=0)
     assert [trial.state for trial in worker.study.trials] == [TrialState.FAIL]
-
-
-def test_directions_are_no_warm_start(tmp_path: Path) -> None:
-    path = tmp_path / "directions.safetensors"
-    make_directions(random_tensor(9, 1, 8)).save(path)
-    with pytest.raises(ContrastError, match="cannot be read as a sweep"):
-        first_trials(settings(path), MODEL)
-
-
-def test_an_earlier_study_in_a_database(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    study = optuna.create_study(
-        study_name="heretic", storage=url, directions=["minimize", "minimize"]
-    )
-    study.set_user_attr("settings", json.dumps({"model": MODEL}))
-    trial = study.ask({"x": FloatDistribution(0.5, 0.5)})
-    trial.set_user_attr("refusals", 1)
-    trial.set_user_attr("kl_divergence", 0.5)
-    study.tell(trial, [1, 0.5])
-    assert first_trials(ContrastSettings(warm_start=url), MODEL) == [{"rest": 0.0, "x": 0.5}]
