@@ -35,7 +35,7 @@ def best_candidates(
         # Optuna's own loop writes of every interruption.
         trial = study.ask()
         share, divergence = evaluate(trial)
-        if math.isnan(share) or math.isnan(divergence):
+        if not math.isfinite(share + divergence):
             # It breaks the model.
             study.tell(trial, state=TrialState.FAIL)
             continue

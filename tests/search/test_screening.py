@@ -2,7 +2,7 @@
 
 """Candidates that a study begins with, on functions whose fronts are known."""
 
-from math import nan
+from math import inf, nan
 
 import pytest
 from optuna import Trial
@@ -39,11 +39,21 @@ def test_of_one_candidate_there_is_one() -> None:
 
 
 def test_differences_of_less_than_a_prompt_do_not_count() -> None:
-    values = iter([(0.0, 0.9), (0.04, 0.2), (0.06, 0.1), (0.5, 0.3), (1.0, 0.0), (nan, nan)])
+    values = iter([(0.0, 0.9), (0.04, 0.2), (0.06, 0.1), (0.5, 0.3), (1.0, 0.0)])
 
     def evaluate(trial: Trial) -> tuple[float, float]:
         trial.suggest_float("x", trial.number, trial.number)
         return next(values)
 
-    found = best_candidates(evaluate, 6, 10, 10, RandomSampler(seed=0))
+    found = best_candidates(evaluate, 5, 10, 10, RandomSampler(seed=0))
     assert [item["x"] for item in found] == [1, 2, 4]
+
+
+def test_candidates_that_break_the_model_are_left_out() -> None:
+    values = iter([(0.3, 0.1), (nan, nan), (0.0, inf), (0.2, nan)])
+
+    def evaluate(trial: Trial) -> tuple[float, float]:
+        trial.suggest_float("x", trial.number, trial.number)
+        return next(values)
+
+    assert best_candidates(evaluate, 4, 10, 10, RandomSampler(seed=0)) == [{"x": 0.0}]
