@@ -738,7 +738,6 @@ class ContrastSettings(Table, TextClassifierSettings):
     def apply_preset(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = {str(name).replace("-", "_"): value for name, value in data.items()}
         check_text(data)
         if data.get("directions") is not None:
             # The categories are also those of the prompts that are judged, which the seed chooses.

@@ -94,6 +94,14 @@ PASSING_OF_CONTRAST = {"save_directions", "residual_cache", "patience", "finalis
 
 PLACES = ("bad_prompts", "good_prompts")
 
+SHARED = (
+    "row_normalization",
+    "orthogonalize_direction",
+    "full_normalization_lora_rank",
+    "winsorization_quantile",
+)
+"""Heretic's settings that mean the plugin's of the same name, where these are not given."""
+
 POOLS = (*PLACES, "matched_prompts")
 """The pools that directions are made from."""
 
@@ -199,7 +207,7 @@ class ContrastTomlSource(TomlConfigSettingsSource):
         # As in config.toml for Heretic 2.0, there is one table for the plugin.
         known = {*self.settings_cls.model_fields, "modifiers"} - {"contrast"}
         named = {where: named_plugins(config.get(name)) for where, name in NAMESPACES.items()}
-        unused = Unused(TABLE, ContrastSettings.model_fields, known, named, idle, takes_dashes=True)
+        unused = Unused(TABLE, ContrastSettings.model_fields, known, named, idle)
         unused.require_none(config, read=["contrast"])
         for name in sorted(set(config) - known - set(NAMESPACES)):
             close = nearest(name, known, LIKE)
@@ -208,6 +216,9 @@ class ContrastTomlSource(TomlConfigSettingsSource):
                     f'config.toml has "{name}", which nothing reads: did you mean "{close}"?'
                 )
         kept = {name: config[name] for name in config if name not in ("modifiers", "modifier")}
+        # A flag comes before the file, also where the file has the plugin's setting and the flag is Heretic's for the same.
+        above = {name for name in (*PLACES, *SHARED) if name in self.current_state}
+        table = {name: value for name, value in table.items() if name not in above}
         return {**kept, "contrast": table} if table else kept
 
 
@@ -318,13 +329,7 @@ class HostSettings(Settings):
             specification = getattr(self, name, None)
             if getattr(self.contrast, name) is None and specification is not None:
                 updates[name] = prompt_sources(specification)
-        # Heretic's own flags mean the plugin's settings of the same name.
-        for name in (
-            "row_normalization",
-            "orthogonalize_direction",
-            "full_normalization_lora_rank",
-            "winsorization_quantile",
-        ):
+        for name in SHARED:
             if name in given and name not in self.contrast.model_fields_set:
                 value = getattr(self, name)
                 if value != getattr(self.contrast, name):

@@ -123,8 +123,7 @@ class Unused:
     Finds what stands somewhere for this package and is not read; each method yields a sentence for each such thing.
 
     `settings`: names of the settings of `plugin`. `known`: names of Heretic's own settings. `named`: the plugins that are loaded (see
-    `named_plugins`), by the table that theirs belong into. `idle`: settings that have no effect. `takes_dashes`: whether names in the
-    plugin's table may be written as on the command line.
+    `named_plugins`), by the table that theirs belong into. `idle`: settings that have no effect.
     """
 
     plugin: str
@@ -132,7 +131,6 @@ class Unused:
     known: Collection[str]
     named: Mapping[str, Collection[tuple[str, str | None]]]
     idle: Collection[str]
-    takes_dashes: bool = False
 
     def require_none(self, *configs: Mapping[str, Any], read: Collection[str] = ()) -> None:
         """Raises `ContrastError` with the first sentence. `read`: what Heretic reads of the environment beside its own settings."""
@@ -209,7 +207,7 @@ class Unused:
                 yield _not_read(f"[{where}.{key}]", f"[{where}_{key}]")
             elif name in self.idle:
                 yield _idle(f'The setting "{key}" in [{where}]')
-            elif name not in self.settings or not (self.takes_dashes or name == key):
+            elif key not in self.settings:
                 close = nearest(name, [known for known in self.settings if known not in self.idle])
                 yield f'There is no setting "{key}" in [{where}]: did you mean "{close}"?'
             elif name == "contrast" and isinstance(value, dict):
@@ -219,7 +217,6 @@ class Unused:
                     settings=ContrastSettings.model_fields,
                     named={},
                     idle=ONLY_UNDER_14,
-                    takes_dashes=True,
                 )
                 yield from inner._in_own_table(f"{where}.contrast", value)
 
