@@ -276,7 +276,8 @@ class Evaluator(heretic.main.Evaluator):
         log(f"  * KL divergence: [bold]{self.divergence:.4f}[/]")
         log("  * Counting model refusals...")
         self.count_refusals()
-        counted = f"  * Refusals: [bold]{self.refusals}[/]/{len(self.bad_prompts)}"
+        least = "at least " if self.trial and BOUND_KEY in self.trial.user_attrs else ""
+        counted = f"  * Refusals: {least}[bold]{self.refusals}[/]/{len(self.bad_prompts)}"
         if contrast.judge_model is not None:
             counted += f" (sum of probabilities: [bold]{self.refusal_sum:.2f}[/])"
             if self.trial is not None:

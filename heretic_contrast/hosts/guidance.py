@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -72,12 +72,14 @@ class GuidedStudy:
     ) -> None:
         self.study, self._first, self._ended = study, first, ended
         self._patience, self._n_shared = patience, n_shared
-        self._optimize, self._ask = study.optimize, study.ask
+        self._ask = study.ask
         study.ask = self.ask  # type: ignore[method-assign]
         study.optimize = self.optimize  # type: ignore[method-assign, assignment]
+        study.stop = self.stop  # type: ignore[method-assign]
         self._leases = Leases(study._storage)
         self._beginning: list[Values] = []
         self._held: list[int] = []
+        self._is_stopped = False
         # How many trials the user has seen.
         self._start = 0
 
@@ -94,9 +96,10 @@ class GuidedStudy:
         since = min(trials_since_growth(found), len(found) - self._start)
         return self._patience is not None and since >= self._patience
 
-    def _is_interrupted(self) -> bool:
-        trials = [self.study._storage.get_trial(trial_id) for trial_id in self._held]
-        return any(trial.state is TrialState.PRUNED for trial in trials)
+    def stop(self) -> None:
+        """In place of the study's: what Heretic asks for when a trial is interrupted."""
+
+        self._is_stopped = True
 
     def ask(self, *args: Any, **options: Any) -> Trial:
         """In place of the study's: takes the first values that nobody has tried. Raises `Superfluous` when others make enough trials."""
@@ -126,6 +129,7 @@ class GuidedStudy:
         """In place of the study's: makes trials until there are enough of them, or the front does not grow any more."""
 
         self._held.clear()
+        self._is_stopped = False
         self._beginning[:] = self._first()
         is_shared = self._n_shared is not None
         n_wanted = self._n_shared() if self._n_shared else len(self._begun()) + n_trials
@@ -138,26 +142,20 @@ class GuidedStudy:
             log(f"The study has [bold]{n_there}[/] trials already, and gets no more.")
             self._ended(n_there)
         elif self._is_exhausted():
+            trials = "trial" if self._patience == 1 else "trials"
             log(
-                f"The front has not grown for {self._patience} trials, so that the study ends after [bold]{len(self._points())}[/]."
+                f"The front has not grown for {self._patience} {trials}, so that the study ends after [bold]{len(self._points())}[/]."
             )
             self._ended(n_there)
         self._start = len(self._points())
 
     def _make(self, objective: Any, n_wanted: int) -> None:
         is_shared, waits = self._n_shared is not None, False
-        while not self._is_interrupted():
+        while not self._is_stopped:
             if is_shared:
                 give_back(self.study, self._leases)
             if len(self._begun()) < n_wanted and not self._is_exhausted():
-                try:
-                    self._optimize(objective, n_trials=1)
-                except Superfluous:
-                    continue
-                except Exception:
-                    if GIVEN_UP not in self.study._storage.get_trial(self._held[0]).user_attrs:
-                        raise
-                    log("* Another process has given this trial up, and makes up for it.")
+                self._make_one(objective)
             elif is_shared and len(self._points()) < len(self._begun()):
                 if not waits:
                     log("* Waiting for the trials of other processes...")
@@ -165,6 +163,26 @@ class GuidedStudy:
                 time.sleep(0.5)
             else:
                 return
+
+    def _make_one(self, objective: Any) -> None:
+        try:
+            trial = self.ask()
+        except Superfluous:
+            return
+        try:
+            values = objective(trial)
+        except (Exception, KeyboardInterrupt) as error:
+            # An interrupted trial, which Heretic calls pruned, would teach the sampler something if it had not failed.
+            told = self._tell(trial, state=TrialState.FAIL)
+            if GIVEN_UP not in told.user_attrs and not isinstance(error, TrialPruned):
+                raise
+        else:
+            told = self._tell(trial, values)
+        if GIVEN_UP in told.user_attrs:
+            log("* Another process has given this trial up, and makes up for it.")
+
+    def _tell(self, trial: Trial, values: Any = None, state: TrialState | None = None) -> Any:
+        return self.study.tell(trial, values, state, skip_if_finished=True)
 
 
 class Superfluous(Exception):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from heretic_contrast.directions.directions import Directions
 from tests.command_server import Server
 from tests.conftest import DATA
-from tests.hosts.test_guidance import write_study
+from tests.hosts.test_warm_start import write_study
 from tests.small_runs import COMMON, WholeRuns, pools, study
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")

@@ -198,6 +198,29 @@ def test_a_worker_that_died_loses_nothing(tmp_path: Path) -> None:
     assert late.seen == [] and late.complete() == expected
 
 
+def test_an_interrupted_trial_is_made_up_for_by_the_same_one(tmp_path: Path) -> None:
+    whole = Worker(tmp_path / "whole.journal", 9)
+    whole.run()
+    path = tmp_path / "study.journal"
+    # One that is drawn at random, and two that the sampler chooses by those before it.
+    for number in (2, 6, 9):
+        worker = Worker(path, 9)
+
+        def interrupted(trial: optuna.Trial) -> tuple[float, float]:
+            trial.suggest_float("x", 0, 1)
+            if trial.number == number:  # noqa: B023
+                # As Heretic's own objective on Ctrl+C.
+                trial.study.stop()
+                raise optuna.TrialPruned
+            return worker.objective(trial)  # noqa: B023
+
+        worker.study.optimize(interrupted, n_trials=0)
+        assert len(worker.study.trials) == number + 1
+    last = Worker(path, 9)
+    last.run()
+    assert last.complete() == whole.complete()
+
+
 def test_several_workers_make_as_many_trials_as_were_asked_for(tmp_path: Path) -> None:
     first = [{"x": index / 8, "y": 0.5} for index in range(4)]
     workers = [Worker(tmp_path / "study.journal", 24, first) for _ in range(3)]
