@@ -7,11 +7,18 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
+
+from .errors import ContrastError
+
+LOCK = ".lock"
+"""The file in a folder that says that a process works there."""
 
 
 def this_process() -> str:
@@ -35,6 +42,29 @@ def is_dead(process: str) -> bool:
         return not psutil.pid_exists(int(number))
     except OverflowError:
         return False
+
+
+@contextmanager
+def alone_in(folder: Path, advice: str) -> Iterator[None]:
+    """
+    Keeps a folder to this process for as long as the context lasts; the operating system takes it from a process that died.
+
+    Raises `ContrastError` when another process has it. `advice`: what to do then but wait.
+    """
+
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ContrastError(
+            f"Another process works in {folder}: wait for it to end, or {advice}."
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink()
+        lock.release()
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from typing import ClassVar
 from ..errors import ContrastError
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
+from ..hosts.model_folder import UNFINISHED
 from ..hosts.settings import CommandSettings, load_settings
 from ..outputs import require_writable_directory
+from ..processes import LOCK, alone_in
 from ..settings import PromptSources
 
 
@@ -41,6 +43,14 @@ class RebuildSettings(CommandSettings):
     """Where the matched harmless prompts are now."""
 
 
+def require_new(output: Path) -> None:
+    """Raises `ContrastError` where there is anything but what a process that was killed has left, or that this one works here."""
+
+    found = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
+    if output.exists() and found - {UNFINISHED, LOCK}:
+        raise ContrastError(f"{output} exists, and is not overwritten: give another --output.")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Rebuilds a model. Raises `ContrastError` when the record, what it names, or the output do not work."""
 
@@ -53,8 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     record = read_record(path)
     folder = (path if path.is_dir() else path.parent).resolve()
     output = Path(settings.output or folder.with_name(f"{folder.name}-rebuilt"))
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ContrastError(f"{output} exists, and is not overwritten: give another --output.")
+    require_new(output)
     inside = folder == output.resolve() or folder in output.resolve().parents
     if inside and any(folder.glob("*.safetensors")):
         raise ContrastError(
@@ -67,4 +76,6 @@ def main(arguments: Sequence[str]) -> None:
 
     made_with, sources = prepare(record, settings)
     require_writable_directory(output)
-    rebuild(record, made_with, sources, output, ContrastAbliteration)
+    with alone_in(output, "give another --output"):
+        require_new(output)
+        rebuild(record, made_with, sources, output, ContrastAbliteration)

@@ -110,8 +110,8 @@ def publish_model(source: Path, target: Path) -> None:
             undoing.pop_all()
     except OSError as error:
         raise ContrastError(
-            f"The model was saved to {source} but could not be moved to {target} ({error.strerror or error}): "
-            "give --checkpoint-action continue to try again."
+            f"The model was saved to {source} but could not be moved to {target} ({error.strerror or error}): correct that, and save "
+            "it again."
         ) from error
     for folder in (previous, source):
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 from rich.markup import escape
+from safetensors import SafetensorError
 
 from ..builtin import model_name
 from ..directions.sources import DirectionSources
-from ..errors import ContrastError, warn
+from ..errors import ContrastError, one_line, warn
 from ..identity import OF_THE_MODEL, differences, versions
 from ..prompts import prompts_digest
 from ..settings import EXTRACTION_FIELDS, PromptSource
@@ -155,8 +156,15 @@ def rebuild(
     log("* Abliterating...")
     modifier.modify_model(context, made.parameters)
     unfinished = output / UNFINISHED
+    # What a process that was killed has left.
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        save(model, settings, unfinished)
+        try:
+            save(model, settings, unfinished)
+        except (OSError, SafetensorError) as error:
+            raise ContrastError(
+                f"The model could not be saved to {output} ({one_line(str(error))}): make room, or give another --output."
+            ) from error
         found = replace(made, parameters=record.parameters).record(unfinished)
         found.write(unfinished)
         publish_model(unfinished, output)

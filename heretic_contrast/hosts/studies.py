@@ -11,12 +11,11 @@ first trial.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import Study
 from optuna.trial import TrialState
@@ -26,6 +25,7 @@ from ..errors import ContrastError
 from ..identity import Identity, differences
 from ..journal import CheckedJournal, remove_locks
 from ..leases import open_storage, readable, without_password
+from ..processes import alone_in
 from .settings import HostSettings, deciding
 from .surface import log
 
@@ -47,15 +47,7 @@ def own_checkpoints(settings: HostSettings) -> Iterator[None]:
         yield
         return
     folder, action = Path(settings.study_checkpoint_dir), settings.checkpoint_action
-    # The operating system takes it from a process that died.
-    lock = FileLock(folder / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ContrastError(
-            f"Another process works on the study in {folder}: wait for it to end, or give both the same --contrast.storage."
-        ) from error
-    try:
+    with alone_in(folder, "give both the same --contrast.storage"):
         for path in sorted(folder.glob("*.jsonl")):
             if action == "restart":
                 path.unlink()
@@ -67,11 +59,6 @@ def own_checkpoints(settings: HostSettings) -> Iterator[None]:
                 f"{folder.parent}: a new one begins.[/]"
             )
         yield
-    finally:
-        with suppress(OSError):
-            if [path.name for path in folder.iterdir()] == [".lock"]:
-                (folder / ".lock").unlink()
-        lock.release()
 
 
 def repair_checkpoint(path: Path) -> None:

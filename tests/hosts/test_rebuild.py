@@ -3,7 +3,10 @@
 """The record beside a saved model, and the model that is made from it again."""
 
 import json
+import os
+import resource
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
 from heretic_contrast.commands.rebuild import RebuildSettings
 from heretic_contrast.errors import ContrastError, ContrastWarning
+from heretic_contrast.hosts.model_folder import UNFINISHED
 from heretic_contrast.hosts.rebuilding import prepare
 from heretic_contrast.hosts.record import RECORD, Made, Record, read_record
 from heretic_contrast.hosts.settings import HostSettings
 from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.processes import LOCK
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.search.parameters import Kernel, Parameters
 from heretic_contrast.settings import ContrastSettings, PromptSource
@@ -191,9 +197,16 @@ class TestCommand:
         self, command_server: Server, whole_runs: WholeRuns, tmp_path: Path
     ) -> None:
         saved = self.saved(whole_runs)
+        again = tmp_path / "again"
+        # As a process that was killed while it saved leaves it.
+        unfinished = again / UNFINISHED
+        unfinished.mkdir(parents=True)
+        shutil.copy(saved / "model.safetensors", unfinished / "model-00001-of-00002.safetensors")
+        with FileLock(again / LOCK):
+            code, output = self.rebuild(command_server, saved, tmp_path)
+        assert code == 2 and "Another process works in again: wait for it to end" in output
         code, output = self.rebuild(command_server, saved, tmp_path)
         assert code == 0 and "byte for byte" in output, output
-        again = tmp_path / "again"
         assert {path.name for path in again.iterdir()} == {path.name for path in saved.iterdir()}
         for path in saved.iterdir():
             assert (again / path.name).read_bytes() == path.read_bytes(), path.name
@@ -205,6 +218,22 @@ class TestCommand:
         )
         code, output = self.rebuild(command_server, saved, tmp_path)
         assert code == 2 and "exists, and is not overwritten" in output
+
+    def test_a_full_disk(self, whole_runs: WholeRuns, tmp_path: Path) -> None:
+        arguments = ["rebuild", str(self.saved(whole_runs)), "--output=again"]
+        most = 2**20
+        ran = subprocess.run(
+            [sys.executable, "-c", "from heretic_contrast.cli import main; main()", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 2, ran.stderr
+        message = " ".join(ran.stderr.split())
+        assert "The model could not be saved to again (" in message
+        assert "Traceback" not in message and not (tmp_path / "again").exists()
 
     def test_other_inputs(
         self, command_server: Server, whole_runs: WholeRuns, tmp_path: Path
