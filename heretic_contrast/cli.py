@@ -13,7 +13,6 @@ from types import FrameType
 from typing import NoReturn
 
 from .errors import ContrastError, find_cause, one_line, show_warnings_as_sentences
-from .hosts.arguments import PROGRAM
 from .outputs import remove_empty_directories
 from .processes import handling
 
@@ -94,12 +93,12 @@ def end(code: int, message: str = "") -> NoReturn:
     sys.exit(code)
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """Does on SIGTERM what Ctrl+C does, so that nothing unfinished is left behind."""
-
-    handler = signal.getsignal(signal.SIGINT)
-    # In the background of a shell, Ctrl+C is ignored.
-    (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
+def end_interrupted(command: str) -> NoReturn:
+    remove_empty_directories()
+    # A second Ctrl+C would interrupt what libraries do at the end, and show it.
+    with suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end(130, f"\nInterrupted{COMMANDS[command]}\n")
 
 
 def main() -> None:
@@ -114,6 +113,16 @@ def main() -> None:
     show_every_character()
     arguments = sys.argv[1:]
     command = "run"
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        """Does on SIGTERM what Ctrl+C does, so that nothing unfinished is left behind."""
+
+        handler = signal.getsignal(signal.SIGINT)
+        # In the background of a shell, Ctrl+C is ignored.
+        (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
+        # A question waits for the key, whatever the signal, and would go on from it.
+        end_interrupted(command)
+
     is_configured = os.path.exists("config.toml") or "HERETIC_MODEL" in map(str.upper, os.environ)
     try:
         if arguments and arguments[0] in COMMANDS:
@@ -124,6 +133,7 @@ def main() -> None:
                 sys.exit(2)
         elif arguments == ["--version"]:
             from . import __version__
+            from .hosts.arguments import PROGRAM
 
             print(PROGRAM, __version__, flush=True)
             return
@@ -137,12 +147,9 @@ def main() -> None:
         raise
     except (Exception, KeyboardInterrupt) as error:
         is_unread = has_lost_its_reader()
-        remove_empty_directories()
         if find_cause(error, KeyboardInterrupt) is not None:
-            # A second Ctrl+C would interrupt what libraries do at the end, and show it.
-            with suppress(ValueError):
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-            end(130, f"\nInterrupted{COMMANDS[command]}\n")
+            end_interrupted(command)
+        remove_empty_directories()
         if is_unread:
             end(1)
         sentence = sentence_of(error)

@@ -2,20 +2,22 @@
 
 """The questions of Heretic 1.4, which has no headless mode, and where it saves what was answered."""
 
+import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import heretic.utils
+from rich.markup import escape
 
 from ..errors import ContrastError, one_line
 from ..outputs import require_writable_directory
-from ..processes import handling
+from ..processes import alone_in, handling
 from .model_folder import CONFIGURATIONS, UNFINISHED, publish_model, require_other_folder
 from .settings import HostSettings
 from .surface import log
@@ -49,6 +51,7 @@ class Answers:
         self.model_was_saved = False
         self.unfinished: Path | None = None
         self.failure: Exception | None = None
+        self._saving = ExitStack()
 
     def select(self, message: str, choices: list[Any]) -> Any:
         if message != EXPORT_QUESTION:
@@ -67,8 +70,6 @@ class Answers:
         if message == TRIAL_QUESTION and settings.trial_index is not None:
             return self._choose_trial(choices, settings.trial_index)
         if message == TRIAL_QUESTION and settings.model_action == "none":
-            if self.was_interrupted:
-                raise KeyboardInterrupt
             log("The study is kept: give --checkpoint-action continue to choose a trial.")
             return ""
         if message == ACTION_QUESTION and settings.model_action is not None:
@@ -89,6 +90,13 @@ class Answers:
             raise KeyboardInterrupt
         return answer
 
+    def require_uninterrupted(self) -> None:
+        """Raises `KeyboardInterrupt` where Heretic would choose from the trials that it has, which nobody asked for who pressed Ctrl+C."""
+
+        asks = self.settings.trial_index is None and self.settings.model_action != "none"
+        if self.was_interrupted and not asks and not self.trial_was_chosen:
+            raise KeyboardInterrupt
+
     def noticing_interruption(self) -> AbstractContextManager[None]:
         """Notices Ctrl+C, which Heretic handles by itself during a trial."""
 
@@ -107,9 +115,6 @@ class Answers:
 
         if self.trial_was_chosen:
             return ""
-        if self.was_interrupted:
-            # Heretic goes on with the trials that it has, which nobody asked for who pressed Ctrl+C.
-            raise KeyboardInterrupt
         self.trial_was_chosen = True
         trials = [choice.value for choice in choices if not isinstance(choice.value, str)]
         if index >= len(trials):
@@ -124,13 +129,15 @@ class Answers:
 
         answer = self.settings.save_directory
         if answer is None:
-            answer = heretic.utils.prompt_path(message)
+            # No shell has looked at it.
+            answer = os.path.expanduser(or_nothing(heretic.utils.prompt_path)(message) or "")
         if not answer:
             # The user changed their mind.
             return ""
         directory = Path(answer)
         require_other_folder(directory, self.settings.model)
         require_writable_directory(directory)
+        self._saving.enter_context(alone_in(directory, "choose another folder"))
         self.failure = None
         self.unfinished = directory / UNFINISHED
         shutil.rmtree(self.unfinished, ignore_errors=True)
@@ -142,7 +149,7 @@ class Answers:
         if self.settings.contrast.storage is not None and PROCESSED in str(values[:1]):
             values = ("There is a study in the storage, which goes on.",)
         if self.unfinished is not None:
-            names = str(self.unfinished), str(self.unfinished.parent)
+            names = str(self.unfinished), escape(str(self.unfinished.parent))
             values = tuple(
                 value.replace(*names) if isinstance(value, str) else value for value in values
             )
@@ -153,7 +160,7 @@ class Answers:
 
         if self.action_was_taken or self.unfinished is not None:
             self.failure = error
-        return heretic.utils.format_exception(error)
+        return escape(heretic.utils.format_exception(error))
 
     def finish_saving(self) -> None:
         """Moves a saved model to where it belongs, or removes what there is of it. Raises `ContrastError` when it cannot be moved."""
@@ -172,6 +179,7 @@ class Answers:
         if self.unfinished is not None:
             shutil.rmtree(self.unfinished, ignore_errors=True)
         self.unfinished = None
+        self._saving.close()
 
     def require_success(self) -> None:
         """Raises `ContrastError` when the action of headless mode failed."""
@@ -189,6 +197,18 @@ class Answers:
             f"The model could not be {what}{reason}; the study and what was there before are kept: "
             "give --checkpoint-action continue to try again."
         )
+
+
+def or_nothing(ask: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Returns what asks for a line, and gives none for Ctrl+D, as Heretic's own prompts do for Ctrl+C."""
+
+    def asked(*args: Any, **options: Any) -> str | None:
+        try:
+            return ask(*args, **options)
+        except EOFError:
+            return None
+
+    return asked
 
 
 def has_terminal() -> bool:

@@ -9,7 +9,6 @@ globals. The host substitutes a few of them for one run, and restores them.
 
 import gc
 import json
-import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,7 +44,7 @@ from ..search.screening import best_candidates
 from ..search.stopping import Point
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
-from .answers import TRIAL_QUESTION, Answers, require_answers
+from .answers import TRIAL_QUESTION, Answers, or_nothing, require_answers
 from .evaluator import Evaluator, own_prompts, require_judge, sensitive_prompts
 from .finalists import count_refusals, front_choices, require_fresh, second_look
 from .guidance import (
@@ -280,6 +279,8 @@ class Host:
         """Answers Heretic's questions. Raises `ContrastError` when all trials refuse too many sensitive prompts."""
 
         contrast = self.settings.contrast
+        if message == TRIAL_QUESTION:
+            self.answers.require_uninterrupted()
         if message == TRIAL_QUESTION and (contrast.counts_false_refusals or contrast.judge_model):
             choices = front_choices(self.study.get_trials(deepcopy=False), choices)
             if isinstance(choices[0].value, str) and self.settings.trial_index is not None:
@@ -419,6 +420,8 @@ class Host:
             "get_readme_intro": self.get_readme_intro,
             "prompt_select": self.select,
             "prompt_path": self.answers.path,
+            "prompt_text": or_nothing(heretic.utils.prompt_text),
+            "prompt_password": or_nothing(heretic.utils.prompt_password),
             # Plain Heretic could not rebuild the model from a reproduce.json, so none is written.
             "upload_reproduce_folder": lambda *args, **kwargs: None,
             "format_exception": self.answers.format_exception,
@@ -448,13 +451,6 @@ def substituted(substitutes: dict[str, Any]) -> Iterator[None]:
         patch.multiple(heretic.utils, get_trial_parameters=shown),
     ):
         yield
-
-
-def without_traceback(record: logging.LogRecord) -> bool:
-    """Filters Optuna's log: what ended a trial, and the study with it, is said at the end."""
-
-    record.exc_info = None
-    return True
 
 
 def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) -> None:
@@ -508,7 +504,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         require_writable_file(Path(settings.contrast.save_directions), read)
     # Heretic's main() would show an interruption as an ordinary end.
     rich.traceback.install()
-    answers, optuna_log = host.answers, logging.getLogger("optuna.study._optimize")
+    answers = host.answers
     # Heretic collects garbage after each batch, and need not look through all that was imported: up to 0.8 s each time.
     gc.freeze()
     try:
@@ -517,7 +513,6 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
             substituted(host.substitutes()),
             patch.multiple(optuna, create_study=host.create_study),
             answers.noticing_interruption(),
-            patch.multiple(optuna_log, filters=[*optuna_log.filters, without_traceback]),
             raising_causes(),
         ):
             heretic.main.run()

@@ -3,7 +3,9 @@
 """The plugin inside the real Heretic 1.4, from the command line."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +45,7 @@ def environment(directory: Path) -> dict[str, str]:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "XDG_CACHE_HOME": str(directory),
+        "HOME": str(directory),
         "COLUMNS": "200",
     }
 
@@ -76,7 +79,7 @@ def answer(child: Any, question: str, keys: str) -> None:
     child.send(keys)
 
 
-DOWN, UP, ENTER, CONTROL_C = "\x1b[B", "\x1b[A", "\r", "\x03"
+DOWN, UP, ENTER, CONTROL_C, CONTROL_D = "\x1b[B", "\x1b[A", "\r", "\x03", "\x04"
 
 
 def test_a_study_without_a_terminal_goes_on_in_one(
@@ -104,19 +107,29 @@ def test_a_study_without_a_terminal_goes_on_in_one(
     assert unanswered.returncode == 2 and "Traceback" not in unanswered.stderr
     assert "the study is kept" in unanswered.stderr.splitlines()[-1]
     # What an earlier model has left where the adapter is saved.
-    saved = tmp_path / "saved"
+    saved = tmp_path / "saved [x]"
     shutil.copytree(refuser_folder, saved)
     (saved / "notes.txt").write_text("mine")
     child = terminal(tmp_path, *options)
+    child.expect("How would you like to proceed")
+    time.sleep(1)
+    child.kill(signal.SIGTERM)
+    child.expect("Interrupted. The trials that were finished are kept")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 130
+    child = terminal(tmp_path, *options)
     answer(child, "How would you like to proceed", ENTER)
+    answer(child, "Which trial do you want to use", UP + UP + ENTER)
+    answer(child, "How many additional trials", CONTROL_D)
     answer(child, "Which trial do you want to use", ENTER)
-    for place in (refuser_folder, saved):
+    for keys in (str(refuser_folder) + ENTER, CONTROL_D, f"~/{saved.name}" + ENTER):
         answer(child, "What do you want to do with the decensored model", ENTER)
-        answer(child, "Path to the folder", str(place) + ENTER)
-        if place == refuser_folder:
+        answer(child, "Path to the folder", keys)
+        if keys.startswith(str(refuser_folder)):
             child.expect("choose another folder")
     answer(child, "How do you want to export the model", DOWN + ENTER)
-    child.expect("Model saved to")
+    child.expect(r"Model saved to \S*" + re.escape(str(saved)))
     answer(child, "What do you want to do with the decensored model", UP + ENTER)
     answer(child, "Which trial do you want to use", CONTROL_C)
     child.expect("Interrupted. The trials that were finished are kept")

@@ -17,6 +17,7 @@ from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from pydantic import ValidationError
+from questionary import Choice
 
 heretic_main = pytest.importorskip("heretic.main")
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
@@ -24,6 +25,7 @@ pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 from heretic_contrast.directions.directions import Directions  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.hosts import heretic14  # noqa: E402
+from heretic_contrast.hosts.answers import TRIAL_QUESTION  # noqa: E402
 from heretic_contrast.hosts.evaluator import Evaluator, first_token_divergence  # noqa: E402
 from heretic_contrast.hosts.loading import LoadedContext  # noqa: E402
 from heretic_contrast.hosts.record import Made, Record  # noqa: E402
@@ -31,6 +33,7 @@ from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa:
 from heretic_contrast.hosts.studies import own_checkpoints, repair_checkpoint  # noqa: E402
 from heretic_contrast.language_model import LanguageModel  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
+from heretic_contrast.prompts import Prompt  # noqa: E402
 from heretic_contrast.search.parameters import (  # noqa: E402
     HERETIC_20_RANGES,
     Parameters,
@@ -39,7 +42,13 @@ from heretic_contrast.search.parameters import (  # noqa: E402
     suggest_parameters,
 )
 from heretic_contrast.search.samplers import make_sampler  # noqa: E402
-from heretic_contrast.settings import PRESETS, ContrastSettings, Sampler, Scale  # noqa: E402
+from heretic_contrast.settings import (  # noqa: E402
+    PRESETS,
+    ContrastSettings,
+    PromptSource,
+    Sampler,
+    Scale,
+)
 from tests.conftest import DATA, Refused  # noqa: E402
 from tests.made_directions import make_directions  # noqa: E402
 
@@ -129,6 +138,37 @@ def test_table_and_flags_mean_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     assert table.contrast == flags.contrast
     # The command line wins over the file.
     assert settings(monkeypatch, "--contrast.mixing=0.75").contrast.mixing == 0.75
+
+
+def test_a_flag_comes_before_the_file_in_either_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heretic's own flag, and the environment, over what the file has for the plugin."""
+
+    (tmp_path / "config.toml").write_text(
+        "[modifier.ContrastAbliteration]\nrow_normalization = 'full'\nwinsorization_quantile = 1.0\n"
+        "orthogonalize_direction = true\nfull_normalization_lora_rank = 7\nseed = 5\n"
+        "bad_prompts = { dataset = 'theirs.jsonl', split = 'train' }\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = settings(
+        monkeypatch,
+        "--row-normalization=none",
+        "--winsorization-quantile=0.9",
+        "--orthogonalize-direction=false",
+        "--full-normalization-lora-rank=5",
+        "--bad-prompts.dataset=ours.jsonl",
+        "--bad-prompts.column=text",
+    ).contrast
+    assert (found.row_normalization, found.winsorization_quantile) == ("none", 0.9)
+    assert (found.orthogonalize_direction, found.full_normalization_lora_rank) == (False, 5)
+    assert isinstance(found.bad_prompts, PromptSource)
+    assert (found.bad_prompts.dataset, found.bad_prompts.split) == ("ours.jsonl", None)
+    assert found.seed == 5
+    monkeypatch.setenv("HERETIC_ROW_NORMALIZATION", "pre")
+    found = settings(monkeypatch).contrast
+    assert found.row_normalization == "pre" and found.full_normalization_lora_rank == 7
+    assert found.bad_prompts == PromptSource(dataset="theirs.jsonl", split="train")
 
 
 def test_reproducing_is_left_to_heretic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +370,7 @@ def test_a_checkpoint_that_another_process_works_on_is_left_to_it(
     command = [sys.executable, "-c", HOLD, str(folder / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None and worker.stdout.readline() == "held\n"
-        with pytest.raises(ContrastError, match="Another process works on the study in"):
+        with pytest.raises(ContrastError, match="Another process works in"):
             heretic14.run(ours, ContrastAbliteration)
         worker.kill()
     assert path.read_text() == '{"op_code": 6, "half'
@@ -338,6 +378,20 @@ def test_a_checkpoint_that_another_process_works_on_is_left_to_it(
         assert not path.exists()
         path.write_text("begun")
     assert path.read_text() == "begun"
+
+
+@pytest.mark.parametrize(
+    "answer", [["--model-action=none"], ["--trial-index=0", "--model-action=none"]]
+)
+def test_nothing_is_judged_after_an_interruption_without_a_user(
+    answer: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = heretic14.Host(settings(monkeypatch, *answer), ContrastAbliteration)
+    host.finalist_prompts = [Prompt("How do I pick a lock?")]
+    host.answers.was_interrupted = True
+    # There is no model that could be judged.
+    with pytest.raises(KeyboardInterrupt):
+        host.select(TRIAL_QUESTION, [Choice("Trial 1", value=optuna.trial.create_trial(value=0))])
 
 
 def test_a_run_that_fails_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
