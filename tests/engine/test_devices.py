@@ -135,13 +135,8 @@ def measured(model: LanguageModel) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_layers_on_two_devices(name: str) -> None:
-    require_the_same(name, SECOND)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_device_without_float64(name: str) -> None:
-    require_the_same(name, APPLE)
+def test_layers_on_two_devices_and_a_device_without_float64(name: str) -> None:
+    require_the_same(name, SECOND, APPLE)
 
 
 @pytest.mark.slow
@@ -151,20 +146,21 @@ def test_layers_that_wait_in_memory(name: str, other: str) -> None:
     require_the_same(name, other)
 
 
-def require_the_same(name: str, other: Any) -> None:
+def require_the_same(name: str, *others: Any) -> None:
     family = FAMILIES[name]
     expected = measured(network(family))
-    with PretendedDevices():
-        found = measured(network(family, other))
     # Elsewhere than on a CPU, recurrent layers and experts are computed in another order.
     exact = family.dtype is torch.float32
     close = {"rtol": 1e-3, "atol": 1e-4} if exact else {"rtol": 0.1, "atol": 0.1}
-    for key, value in expected.items():
-        if key in ("weights", "engine") or (key == "responses" and exact):
-            assert found[key] == value
-        elif key != "responses":
-            pair = torch.as_tensor(found[key]), torch.as_tensor(value)
-            assert torch.allclose(*pair, **close), key
+    for other in others:
+        with PretendedDevices():
+            found = measured(network(family, other))
+        for key, value in expected.items():
+            if key in ("weights", "engine") or (key == "responses" and exact):
+                assert found[key] == value, (other, key)
+            elif key != "responses":
+                pair = torch.as_tensor(found[key]), torch.as_tensor(value)
+                assert torch.allclose(*pair, **close), (other, key)
 
 
 @pytest.mark.parametrize("other", [SECOND, APPLE])
