@@ -11,6 +11,7 @@ It looks at what programs call, not at the operations that these consist of.
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -39,6 +40,24 @@ def device_of(tensor: Tensor) -> torch.device:
     """Returns the device that a tensor is on, or pretends to be on."""
 
     return getattr(tensor, "pretended_device", None) or Tensor.device.__get__(tensor)
+
+
+@cache
+def names_of(function: Any) -> tuple[str, str]:
+    """Returns the name of a function of PyTorch, with its place and alone."""
+
+    path = resolve_name(function) or getattr(function, "__qualname__", str(function))
+    return path, path.split(".")[-1]
+
+
+def tensors_in(arguments: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for item in arguments:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, list | tuple | dict):
+            found += [leaf for leaf in tree_leaves(item) if isinstance(leaf, Tensor)]
+    return found
 
 
 class PretendedDevices(TorchFunctionMode):
@@ -84,13 +103,12 @@ class PretendedDevices(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        path = resolve_name(function) or getattr(function, "__qualname__", str(function))
-        name = path.split(".")[-1]
+        path, name = names_of(function)
         if path == "torch.Tensor.device.__get__":
             return device_of(args[0])
         if path == "torch.Tensor.is_cuda.__get__":
             return device_of(args[0]).type == "cuda"
-        tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+        tensors = tensors_in((*args, *kwargs.values()))
         target = self._target(name, args, kwargs)
         if name in ("to", "cuda", "cpu") and isinstance(args[0], Tensor):
             return self._move(name, target, args, kwargs)
@@ -123,6 +141,8 @@ class PretendedDevices(TorchFunctionMode):
             if isinstance(args[1], Tensor) and path.endswith(".data.__set__"):
                 args[0].pretended_device = device_of(args[1])
             return found
+        if isinstance(found, Tensor):
+            return self._on(found, device)
         return tree_map_only(Tensor, lambda item: self._on(item, device), found)
 
     def _wait(self, name: str) -> None:
@@ -222,14 +242,14 @@ def spread(
     lower: Iterable[Module],
     upper: Iterable[Module],
     other: Any = torch.device("cuda", 1),  # noqa: B008
+    first: Any = torch.device("cuda", 0),  # noqa: B008
 ) -> None:
     """
     Puts the lower layers and what comes before them on one device, and the upper ones with what comes after on another.
 
-    As `device_map="auto"` does, by accelerate's own hooks. `other`: the second device; "cpu" offloads to it.
+    As `device_map="auto"` does, by accelerate's own hooks. `first`, `other`: the devices; "cpu" offloads to it.
     """
 
-    first = torch.device("cuda", 0)
     places = dict.fromkeys(lower, first) | dict.fromkeys(upper, other)
     device_map: dict[str, Any] = {}
     tied: dict[int, Any] = {}

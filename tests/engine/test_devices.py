@@ -5,6 +5,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import accelerate
 import pytest
@@ -28,9 +29,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::heretic_contrast.errors.Contras
 
 SAMPLE = ("Llama",)
 
+KINDS = [
+    "Llama",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("Qwen3.5", "Mixtral", "Gemma 3", "LFM2", "Qwen2.5 with vision")
+    ),
+]
+"""Attention, gated linear attention, experts, sliding windows, convolutions, and a model that also sees."""
+
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 
-APPLE = torch.device("mps", 0)
+APPLE, SECOND_APPLE = torch.device("mps", 0), torch.device("mps", 1)
 
 ALL = [
     pytest.param(name, marks=[] if name in SAMPLE else [pytest.mark.slow])
@@ -94,14 +104,22 @@ def network(family: Family, other: Any = None) -> LanguageModel:
             model.to(APPLE)
         elif other == "all":
             accelerate.cpu_offload(model, execution_device=FIRST)
+        elif other == SECOND_APPLE:
+            spread(model, found.layers[:2], found.layers[2:], other, APPLE)
         else:
             spread(model, found.layers[:2], found.layers[2:], other)
         found = wrap(model, found.tokenizer, "tiny", batch_size=3)
         places = {parameter.device for parameter in model.parameters()}
         meta = torch.device("meta")
-        expected = {SECOND: {FIRST, SECOND}, "cpu": {FIRST, meta}, "all": {meta}, APPLE: {APPLE}}
+        expected = {
+            SECOND: {FIRST, SECOND},
+            "cpu": {FIRST, meta},
+            "all": {meta},
+            APPLE: {APPLE},
+            SECOND_APPLE: {APPLE, SECOND_APPLE},
+        }
         assert places == expected[other]
-        assert found.device == (APPLE if other == APPLE else FIRST)
+        assert found.device == (APPLE if other in (APPLE, SECOND_APPLE) else FIRST)
     return found
 
 
@@ -115,12 +133,19 @@ def measured(model: LanguageModel) -> dict[str, Any]:
         layers=layers, weights=(1.0,), max_new_tokens=5, kl_tokens=4, synergy_size=0
     )
     arguments = ({"two": directions}, HARMFUL[:3], CANARIES, REFERENCES, options)
-    result = sweep(model, *arguments, classify=lambda *_: Tier.REFUSE)
+    engines: list[Any] = []
+
+    def checked(*arguments: Any) -> Any:
+        engines.append(checked_engine(*arguments))
+        return engines[-1]
+
+    with patch("heretic_contrast.evaluation.sweep.checked_engine", checked):
+        result = sweep(model, *arguments, classify=lambda *_: Tier.REFUSE)
+    (engine,) = engines
     pairs = [Pair(HARMFUL[0].text, CANARIES[0].text)]
     configurations = {"two": Configuration(directions)}
     _, geometry = measure_directions(model, configurations, pairs, HARMFUL[:3], CANARIES, (1.0,), 4)
     tokens = tuple(model.token_ids(REFERENCES))
-    engine = checked_engine(model, tokens)
     known = Continuations(tokens, tuple(engine.generate(tokens, [5] * len(tokens))))
     return {
         "engine": type(engine),
@@ -135,7 +160,12 @@ def measured(model: LanguageModel) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_layers_on_two_devices_and_a_device_without_float64(name: str) -> None:
+def test_layers_on_two_devices_without_float64(name: str) -> None:
+    require_the_same(name, SECOND_APPLE)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_layers_on_two_devices_and_all_on_one(name: str) -> None:
     require_the_same(name, SECOND, APPLE)
 
 
