@@ -10,6 +10,7 @@ from examples import make_refuser
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_refusal_survives_an_ablation_of_attention_alone_but_not_of_all_writers(
     tmp_path: Path,
 ) -> None:

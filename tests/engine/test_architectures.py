@@ -198,7 +198,7 @@ def logits(model: Any, wrapped: LanguageModel) -> Tensor:
     return model(**inputs).logits[:, -1].float().cpu()
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 
 @pytest.fixture(scope="module", autouse=True)

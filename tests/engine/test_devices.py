@@ -27,26 +27,20 @@ from tests.plain_sweeps import CANARIES, HARMFUL, REFERENCES, random_directions
 
 pytestmark = pytest.mark.filterwarnings("ignore::heretic_contrast.errors.ContrastWarning")
 
-SAMPLE = ("Llama",)
-
-KINDS = [
-    "Llama",
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("Qwen3.5", "Mixtral", "Gemma 3", "LFM2", "Qwen2.5 with vision")
-    ),
-]
+KINDS = ("Llama", "Qwen3.5", "Mixtral", "Gemma 3", "LFM2", "Qwen2.5 with vision")
 """Attention, gated linear attention, experts, sliding windows, convolutions, and a model that also sees."""
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 
 APPLE, SECOND_APPLE = torch.device("mps", 0), torch.device("mps", 1)
 
-ALL = [
-    pytest.param(name, marks=[] if name in SAMPLE else [pytest.mark.slow])
-    for name, family in FAMILIES.items()
-    if not family.quantized
-]
+
+def marked(name: str) -> Any:
+    thorough = [] if name in KINDS else [pytest.mark.thorough]
+    return pytest.param(name, marks=[] if name == "Llama" else [pytest.mark.slow, *thorough])
+
+
+ALL = [marked(name) for name, family in FAMILIES.items() if not family.quantized]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +158,7 @@ def test_layers_on_two_devices_without_float64(name: str) -> None:
     require_the_same(name, SECOND_APPLE)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", map(marked, KINDS))
 def test_layers_on_two_devices_and_all_on_one(name: str) -> None:
     require_the_same(name, SECOND, APPLE)
 
