@@ -59,6 +59,9 @@ def alone_in(folder: Path, advice: str) -> Iterator[None]:
         raise ContrastError(
             f"Another process works in {folder}: wait for it to end, or {advice}."
         ) from error
+    except (OSError, NotImplementedError):
+        # On a file system that knows no locks nobody is noticed.
+        pass
     try:
         yield
     finally:

@@ -9,10 +9,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
 import torch
+from filelock import FileLock
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -33,6 +35,7 @@ from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa:
 from heretic_contrast.hosts.studies import own_checkpoints, repair_checkpoint  # noqa: E402
 from heretic_contrast.language_model import LanguageModel  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
+from heretic_contrast.processes import alone_in  # noqa: E402
 from heretic_contrast.prompts import Prompt  # noqa: E402
 from heretic_contrast.search.parameters import (  # noqa: E402
     HERETIC_20_RANGES,
@@ -378,6 +381,16 @@ def test_a_checkpoint_that_another_process_works_on_is_left_to_it(
         assert not path.exists()
         path.write_text("begun")
     assert path.read_text() == "begun"
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, OSError(95, "Not supported")])
+def test_a_file_system_without_locks(
+    error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=error))
+    with alone_in(tmp_path, "do something else"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
