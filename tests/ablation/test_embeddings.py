@@ -90,10 +90,13 @@ def test_nothing_of_a_direction_is_in_the_stream(name: str, tmp_path: Path) -> N
 
     head = case.host.model.get_output_embeddings().weight.clone()
     before = states(model)
+    # With adapters that change nothing, Mamba adds up in another order.
+    start = logits(case.host.model, model)
+    assert relative(start, base) < 1e-5
     case.modifier.modify_model(case.context, everything(case, *scales))
     assert relative(logits(case.host.model, model), hooked) < 1e-4
     case.modifier.reset_model(case.context)
-    assert relative(logits(case.host.model, model), base) < 1e-6
+    assert torch.equal(logits(case.host.model, model), start)
     assert all(map(torch.equal, states(model), before))
 
     case.modifier.modify_model(case.context, everything(case, *scales))
@@ -111,7 +114,7 @@ def test_nothing_of_a_direction_is_in_the_stream(name: str, tmp_path: Path) -> N
     assert relative(logits(reloaded, model), hooked) < 1e-4
     # Heretic loads the model anew after an export.
     case.modifier.reset_model(case.context)
-    assert relative(logits(case.host.model, model), base) < 1e-6
+    assert torch.equal(logits(case.host.model, model), start)
 
 
 @torch.no_grad()
