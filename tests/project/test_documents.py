@@ -83,6 +83,7 @@ NOT_RUN = {
     'python3 -m venv .venv-test && . .venv-test/bin/activate && pip install -e ".[dev]" && pytest -m "not slow"': CI,
     "pytest": TESTS,
     "pytest -m cuda": "needs a GPU",
+    "pytest -m thorough": "takes many minutes",
     "HERETIC_CONTRAST_WRITE_ARCHITECTURES=1 pytest -m thorough tests/engine/test_architectures.py": TESTS,
     "HERETIC_CONTRAST_REAL_MODEL=FOLDER pytest -m real_model": "takes half an hour on a real model",
     'pip install "heretic-contrast[plot]"': NETWORK,
