@@ -113,9 +113,9 @@ def judge(
         else:
             tiers = classifier.classify_responses(prompts, responses)
             found = [{"tier": tier, "reason": reason} for tier in tiers]
-    coherent = [{"coherent": is_coherent(response)} for response in responses]
-    both = [{**item, **clear} for item, clear in zip(found, coherent, strict=True)]
-    return [{key: item[key] for key in JUDGED if key in item} for item in both]
+    for item, response in zip(found, responses, strict=True):
+        item["coherent"] = is_coherent(response)
+    return [{key: item[key] for key in JUDGED if key in item} for item in found]
 
 
 def show_tiers(judged: Sequence[dict[str, Any]]) -> None:

@@ -111,8 +111,8 @@ class GuidedStudy:
         if untried:
             study.enqueue_trial(untried[0])
         trial = self._ask(*args, **options)
-        self._held[:] = [trial._trial_id]
         if self._n_shared is not None:
+            self._held[:] = [trial._trial_id]
             self._leases.take(trial._trial_id)
             values = study._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
             earlier = [other for other in self._begun() if other.number < trial.number]

@@ -159,15 +159,14 @@ def rebuild(
     # What a process that was killed has left.
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        try:
-            save(model, settings, unfinished)
-        except (OSError, SafetensorError) as error:
-            raise ContrastError(
-                f"The model could not be saved to {output} ({one_line(str(error))}): make room, or give another --output."
-            ) from error
+        save(model, settings, unfinished)
         found = replace(made, parameters=record.parameters).record(unfinished)
         found.write(unfinished)
         publish_model(unfinished, output)
+    except (OSError, SafetensorError) as error:
+        raise ContrastError(
+            f"The model could not be saved to {output} ({one_line(str(error))}): make room, or give another --output."
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     log(f"Model saved to [bold]{escape(str(output))}[/].")

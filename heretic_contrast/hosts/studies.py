@@ -51,6 +51,7 @@ def own_checkpoints(settings: HostSettings) -> Iterator[None]:
         for path in sorted(folder.glob("*.jsonl")):
             if action == "restart":
                 path.unlink()
+                remove_locks(path)
             else:
                 repair_checkpoint(path)
         if action == "continue" and not any(folder.glob("*.jsonl")):

@@ -35,7 +35,7 @@ from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa:
 from heretic_contrast.hosts.studies import own_checkpoints, repair_checkpoint  # noqa: E402
 from heretic_contrast.language_model import LanguageModel  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
-from heretic_contrast.processes import alone_in  # noqa: E402
+from heretic_contrast.processes import LOCK, alone_in  # noqa: E402
 from heretic_contrast.prompts import Prompt  # noqa: E402
 from heretic_contrast.search.parameters import (  # noqa: E402
     HERETIC_20_RANGES,
@@ -377,8 +377,10 @@ def test_a_checkpoint_that_another_process_works_on_is_left_to_it(
             heretic14.run(ours, ContrastAbliteration)
         worker.kill()
     assert path.read_text() == '{"op_code": 6, "half'
+    # As plain Heretic leaves it when it is killed, which would be waited for.
+    (folder / "model.jsonl.lock").write_text("")
     with own_checkpoints(ours):
-        assert not path.exists()
+        assert [item.name for item in folder.iterdir()] == [LOCK]
         path.write_text("begun")
     assert path.read_text() == "begun"
 
