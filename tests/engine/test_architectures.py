@@ -81,7 +81,7 @@ weights, made from its own configuration of transformers, saved, and loaded by H
 tests:
 
 ```sh
-HERETIC_CONTRAST_WRITE_ARCHITECTURES=1 pytest tests/engine/test_architectures.py
+HERETIC_CONTRAST_WRITE_ARCHITECTURES=1 pytest -m thorough tests/engine/test_architectures.py
 ```
 
 - **Residuals**: those that the plugin extracts against Heretic's own, in every layer.
