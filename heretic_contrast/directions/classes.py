@@ -50,10 +50,13 @@ def select_classes(
     Raises `ContrastError` when an excluded category does not exist, a class is too small, or none is left.
     """
 
-    kept = _not_excluded(harmful_classes, settings.exclude_categories)
+    kept = not_excluded(harmful_classes, settings.exclude_categories)
     if settings.classes is Classes.SINGLE:
-        # With one class for everything, the matched pool of that class is all matched prompts.
-        return _selection(kept, ["all"] * len(harmful_classes), ["all"] * len(matched_classes))
+        # With one class for everything, the matched pool of that class is all matched prompts that are not left out, too.
+        matched = [
+            NO_CLASS if name in settings.exclude_categories else "all" for name in matched_classes
+        ]
+        return _selection(kept, ["all"] * len(harmful_classes), matched)
     # A map cannot tell more prompts apart than it has neurons to win them.
     needed = settings.som_rows * settings.som_columns if settings.method is Method.SOM else 1
     counts = Counter(harmful_classes[index] for index in kept)
@@ -95,7 +98,7 @@ def select_classes(
     return _selection(kept, harmful_classes, matched_classes, f"Left out {which}: {_listed(small)}")
 
 
-def _not_excluded(harmful_classes: Sequence[str], excluded: Sequence[str]) -> list[int]:
+def not_excluded(harmful_classes: Sequence[str], excluded: Sequence[str]) -> list[int]:
     """Returns the indices of the harmful prompts that are not left out. Raises `ContrastError` as `select_classes` does."""
 
     unknown = set(excluded) - set(harmful_classes)

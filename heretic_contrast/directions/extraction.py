@@ -27,7 +27,7 @@ from ..prompts import prompts_digest
 from ..settings import EXTRACTION_FIELDS, Classes, ContrastSettings, Control, Method, Scale
 from ..vectors import unit_vectors
 from .baselines import BaselineOptions, Residuals, get_baseline, mean
-from .classes import select_classes
+from .classes import not_excluded, select_classes
 from .directions import Directions, names_of_winners
 from .pools import (
     Log,
@@ -155,13 +155,15 @@ def extract_directions(
     _require_usable(residuals)
     # 1. The classes that get directions.
     selection = select_classes(residuals.harmful_classes, residuals.matched_classes, settings)
+    # Prompts of classes that are too small for a direction of their own are part of Heretic's.
+    everything = not_excluded(residuals.harmful_classes, settings.exclude_categories)
+    bulk_means = _layer_means(residuals.bulk)
+    mean_direction = _layer_means(residuals.harmful, everything) - bulk_means
     residuals, class_names = residuals.of(selection), selection.names
     # 2. Differences from the baseline, and a map (or a mean) of those of each class.
     as_trained, hits = class_directions(residuals, class_names, settings)
     names = direction_names(class_names, settings)
     # 3. What may change or replace them.
-    bulk_means = _layer_means(residuals.bulk)
-    mean_direction = _layer_means(residuals.harmful) - bulk_means
     n_shared = int(settings.shared_direction and len(names) > 1)
     if n_shared:
         as_trained = torch.cat([mean_direction[:, None], as_trained], dim=1)
@@ -204,7 +206,7 @@ def extract_directions(
             "n_prompts": {
                 "harmful": dict(sorted(Counter(residuals.harmful_classes).items())),
                 "harmless": len(residuals.bulk),
-                "matched": len(residuals.matched),
+                "matched": sum(name in class_names for name in residuals.matched_classes),
             },
             "versions": {
                 "heretic-contrast": __version__,
@@ -231,10 +233,10 @@ def _require_usable(residuals: Residuals) -> None:
             raise ContrastError(f"The pool of {what} prompts is empty: give one with prompts.")
 
 
-def _layer_means(residuals: Tensor) -> Tensor:
+def _layer_means(residuals: Tensor, rows: slice | Sequence[int] = slice(None)) -> Tensor:
     """Returns the means over prompts, one layer at a time. Tensor of shape (n_layers + 1, hidden_size), float64."""
 
-    return torch.stack([mean(residuals[:, index]) for index in range(residuals.shape[1])])
+    return torch.stack([mean(residuals[rows, index]) for index in range(residuals.shape[1])])
 
 
 def class_directions(

@@ -13,6 +13,7 @@ from ..prompts.categories import assign
 from ..settings import BASELINES, CategorySource, Classes, ContrastSettings, PromptSources
 from .baselines import NEEDS_MATCHED, require_matched, require_neighbors
 from .classes import ClassSelection, select_classes
+from .transforms import SHARED
 
 Log = Callable[..., None]
 """Prints a line with rich markup; without one, an empty line."""
@@ -132,12 +133,16 @@ def select(pools: Pools, settings: ContrastSettings) -> ClassSelection:
     """
     Returns the classes of the pools that get directions.
 
-    Raises `ContrastError` when a class is too small, none is left, or the baseline lacks prompts.
+    Raises `ContrastError` when a class is too small or called as what all share, none is left, or the baseline lacks prompts.
     """
 
     selection = select_classes(
         class_names_of(pools.harmful), class_names_of(pools.matched), settings
     )
+    if settings.shared_direction and SHARED in selection.names:
+        raise ContrastError(
+            f'The category "{SHARED}" has the name of the direction that all classes share: rename it, or set shared_direction to false.'
+        )
     if settings.baseline in NEEDS_MATCHED:
         require_matched(selection.harmful_classes, selection.matched_classes)
     if settings.baseline == "nearest":

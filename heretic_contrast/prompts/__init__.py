@@ -5,6 +5,7 @@
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from ..errors import ContrastError, one_line
 from ..settings import CATEGORY_COLUMN, PROMPT_COLUMNS, PromptSource, category_name
 from .reading import Setting, read_rows
 from .rows import Rows
+
+TURNS = re.compile(r"\[\{\s*['\"](role|content|from)['\"]\s*:")
+"""How a conversation begins where a table has written it as text."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def _prompts(rows: Rows, source: PromptSource, setting: Setting) -> list[Prompt]
         if text is None or (isinstance(text, str) and not text.strip()):
             raise ContrastError(f'{row.place} has no "{column}": write one, or remove the row.')
         if rows.columns is not None and isinstance(text, str) and text.lstrip().startswith("[{"):
-            text = _written_conversation(text, column)
+            text = _written_conversation(text)
         if isinstance(text, list):
             text, system = _turns(text)
         if not (is_text(text) and is_text(system or "")):
@@ -142,11 +146,11 @@ def _columns(rows: Rows, source: PromptSource, setting: Setting) -> tuple[str, s
     return column, source.category_column or CATEGORY_COLUMN
 
 
-def _written_conversation(text: str, column: str) -> Any:
+def _written_conversation(text: str) -> Any:
     """
     Returns the conversation that a cell of text holds as JSON or, as pandas writes it, as Python; else the text.
 
-    In a column of conversations, a text that looks like one and cannot be read becomes an empty one, so that nobody is asked its brackets.
+    One that cannot be read, such as pandas' of arrays, becomes an empty one, so that nobody is asked its brackets.
     """
 
     for read in (json.loads, ast.literal_eval):
@@ -156,7 +160,7 @@ def _written_conversation(text: str, column: str) -> Any:
                 isinstance(m, Mapping) and "role" in m for m in found
             ):
                 return found
-    return [] if column == "messages" else text
+    return [] if TURNS.match(text.lstrip()) else text
 
 
 def _turns(messages: Sequence[Any]) -> tuple[Any, Any]:

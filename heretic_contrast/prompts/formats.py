@@ -64,7 +64,7 @@ NO_PROMPT = re.compile(
 """A line of a file that is no text with one prompt per line."""
 
 TABLE_RULE = re.compile(r"[\s:-]*-[\s:-]*")
-LIST_MARKER = re.compile(r"([-*•]|\(?\d{1,4}[.)])\s+")
+LIST_MARKER = re.compile(r"([-*•]|\(?\d{1,4}[.)])\s+|([\"']).*\2,?$")
 ONE_PER_LINE = "give text with one prompt per line and nothing else, JSON Lines, CSV or Parquet"
 
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -136,7 +136,7 @@ def _read_text(text: str, path: Path) -> Rows:
     marked = [row.place for row in rows if LIST_MARKER.match(row.cells["text"])]
     if len(marked) > 1 and len(marked) >= 0.9 * len(rows):
         raise ContrastError(
-            f"{marked[0]} begins with the mark of a list, as most lines do, which would be part of the prompts: remove the marks."
+            f"{marked[0]} has the mark of a list before it or quotation marks around it, as most lines do, which would be part of the prompts: remove the marks."
         )
     return Rows(str(path), rows, None)
 
@@ -251,17 +251,21 @@ def _rows_of_columns(
     """
 
     values = {
-        # The turns of one conversation are no column.
         name: list(value.values()) if isinstance(value, dict) else value
         for name, value in table.items()
-        if isinstance(value, dict)
-        or (isinstance(value, list) and not any(isinstance(item, dict) for item in value))
+        if isinstance(value, dict | list)
     }
-    if not (set(columns) - {CATEGORY_COLUMN}).isdisjoint(values):
+    # The turns of one conversation are no column of prompts.
+    turns = {
+        name
+        for name, value in table.items()
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value)
+    }
+    if not (set(columns) - {CATEGORY_COLUMN} - turns).isdisjoint(values):
         rows = {tuple(value) if isinstance(value, dict) else len(value) for value in table.values()}
         if len(values) < len(table) or len(rows) > 1:
             raise ContrastError(
-                f"{path} is an object of columns that differ in length: correct it."
+                f"{path} is an object of columns that differ in length, or are none: correct it."
             )
         return [
             dict(zip(values, cells, strict=True)) for cells in zip(*values.values(), strict=True)
@@ -303,10 +307,14 @@ def _read_csv(
 
     delimiter = _delimiter(text, delimiters)
     header = _csv_header(text, delimiter)
+    # Whoever writes a space after each comma means no text that begins with one.
+    is_spaced = re.match(rf"[^{re.escape(delimiter)}\n]*{re.escape(delimiter)} ", text) is not None
     for name in columns:
         if header.count(name) > 1:
             raise ContrastError(f'{path} has several columns "{name}": rename all but one.')
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=is_spaced, strict=True
+    )
     rows = []
     line = 1
     try:

@@ -10,8 +10,9 @@ _TAG = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis|scra
 # What ends a thought: a closing tag of any family, harmony's final channel with and without its tokens, or a heading.
 _THOUGHT_END = re.compile(
     rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<\|inner_suffix\|>|<\|end_of_thought\|>|<channel\|>|"
-    r"<\|channel\|>\s*final(?:\s?<\|constrain\|>\w+)?<\|message\|>|\bassistant\s?final(?=[A-Z\d\W]|$)|"
-    r"^\W*(?:here is my response|final (?:answer|response|output))\W*:\W*",
+    r"<\|channel\|>\s*final(?:\s?<\|constrain\|>\w+)?<\|message\|>|\bassistant\s?final(?-i:(?=[A-Z\d\W]|$))|"
+    # With nothing behind it, a heading ends no thought, but what was cut off.
+    r"^\W*(?:here is my response|final (?:answer|response|output))\W*:\W*(?=\w)",
     re.IGNORECASE | re.MULTILINE,
 )
 # What begins one: an opening tag, harmony's analysis channel, a heading, or a speech about the user.

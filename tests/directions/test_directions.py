@@ -2,6 +2,7 @@
 
 """Directions: extraction against independent computations, saving and loading."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,52 @@ def test_leaving_a_category_out_changes_no_other_class() -> None:
     without = extract_directions(residuals, settings(exclude_categories=["fraud"]))
     assert without.names == ("drugs", "hacking")
     assert torch.equal(without.tensor, everything.tensor[:, [0, 2]])
+
+
+@pytest.mark.parametrize("baseline", ["matched", "mixed", "residualized"])
+def test_one_direction_sees_nothing_of_a_category_that_is_left_out(baseline: str) -> None:
+    residuals = make_residuals()
+    is_other = torch.tensor([name != "fraud" for name in residuals.matched_classes])
+    found = extract_directions(
+        residuals,
+        settings(classes="single", method="mean", baseline=baseline, exclude_categories=["fraud"]),
+    )
+    harmful = torch.cat([by_class(residuals, name, 2) for name in ("drugs", "hacking")])
+    general = residuals.bulk[:, 2].double().mean(dim=0)
+    subjects = residuals.matched[is_other, 2].double().mean(dim=0)
+    expected = (
+        harmful.mean(dim=0)
+        - {
+            "matched": subjects,
+            "mixed": (subjects + general) / 2,
+            "residualized": general,
+        }[baseline]
+    )
+    if baseline == "residualized":
+        topic = torch.nn.functional.normalize(subjects - general, dim=0)
+        expected -= topic * (topic @ expected)
+    expected = torch.nn.functional.normalize(expected, dim=0)
+    assert torch.allclose(found.tensor[2, 0].double(), expected, atol=1e-5)
+    assert found.provenance["n_prompts"]["matched"] == int(is_other.sum())
+
+
+def test_the_shared_direction_is_of_classes_too_small_for_their_own() -> None:
+    residuals = make_residuals()
+    names = [*residuals.harmful_classes[:-2], "small", "small"]
+    found = extract_directions(
+        replace(residuals, harmful_classes=tuple(names)), settings(shared_direction=True)
+    )
+    assert found.names == ("shared", *CLASSES)
+    expected = residuals.harmful.double().mean(dim=0) - residuals.bulk.double().mean(dim=0)
+    expected = torch.nn.functional.normalize(expected, dim=1)
+    assert torch.allclose(found.tensor[:, 0].double(), expected, atol=1e-5)
+
+
+def test_no_category_has_the_name_of_the_shared_direction() -> None:
+    harmful = [Prompt("a", "shared"), Prompt("b", "fraud")]
+    pools = Pools(tuple(harmful), (Prompt("c"),), ())
+    with pytest.raises(ContrastError, match="rename it"):
+        names_before_extraction(pools, settings(shared_direction=True, method="mean"))
 
 
 @pytest.mark.parametrize(

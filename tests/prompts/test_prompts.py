@@ -252,6 +252,18 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Written]] = {
         )[1],
         [(text, None) for text, _ in ROWS],
     ),
+    "spaces after commas": (
+        file("pool.csv", 'category, text\nfraud, "a, b"\ndrugs, c d\n, e\n'),
+        [("a, b", "fraud"), ("c d", "drugs"), ("e", None)],
+    ),
+    "spaces that are meant": (
+        file("pool.csv", "category,text\nfraud, a\n"),
+        [(" a", "fraud")],
+    ),
+    "columns of JSON, one of objects": (
+        file("pool.json", '{"text": ["a", "b"], "meta": [{"c": 1}, {"c": 2}]}'),
+        [("a", None), ("b", None)],
+    ),
     "conversations in CSV as JSON": (
         lambda directory: (
             pandas.DataFrame(
@@ -662,9 +674,14 @@ REFUSALS: dict[str, tuple[str, str | bytes, str]] = {
     "a numbered list": (
         "pool.txt",
         "1. How?\n2. What?\n",
-        "Line 1 of {} begins with the mark of a list",
+        "Line 1 of {} has the mark of a list",
     ),
-    "a list": ("pool", "\n* How?\n* What?\n", "Line 2 of {} begins with the mark of a list"),
+    "a list": ("pool", "\n* How?\n* What?\n", "Line 2 of {} has the mark of a list"),
+    "a list of a program": (
+        "pool.txt",
+        '"How?",\n"What?"\n',
+        "Line 1 of {} has the mark of a list before it or quotation marks around it",
+    ),
     "a picture in a message": (
         "pool.json",
         '[{"messages": [{"role": "user", "content": [{"type": "image", "text": "a"}]}]}]',
@@ -735,6 +752,11 @@ REFUSALS: dict[str, tuple[str, str | bytes, str]] = {
         "pool.csv",
         "messages\n\"[{'role': 'user', 'content': ...\"\n",
         'has a "messages" that is not text (or holds half a character), and no conversation',
+    ),
+    "arrays of pandas": (
+        "pool.csv",
+        "prompt\n\"[{'role': 'system', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]\"\n",
+        'has a "prompt" that is not text (or holds half a character), and no conversation',
     ),
     "an answer alone": (
         "pool.jsonl",
