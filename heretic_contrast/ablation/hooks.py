@@ -7,6 +7,7 @@ Ablation by forward hooks: of all samples of a batch in one way, or of each in i
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -99,7 +100,8 @@ def ablated(
     biases: dict[Module, Tensor] = {}
     modules = list(modules)
     for module in modules:
-        on(next(module.parameters()).device)
+        # Some quantized projections have buffers alone.
+        on(next(chain(module.parameters(), module.buffers())).device)
         if not with_bias and getattr(module, "bias", None) is not None:
             # An offloaded bias is gone again when the hook runs.
             with loaded(module, None):

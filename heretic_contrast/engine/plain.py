@@ -95,6 +95,8 @@ class PlainEngine:
                         use_cache=False,
                         logits_to_keep=tokens.shape[1] - first,
                     ).logits
+                    # Some models ignore what is asked for, and give the logits of all positions.
+                    logits = logits[:, first - tokens.shape[1] :]
                 return _predictions(logits, first, known, index, part), len(tokens)
 
             for found, n_prompts in sizes.run(len(sequences), read):

@@ -2,6 +2,7 @@
 
 """Checkpoints of experts in FP8 and MXFP4: hooks on them, and what is saved of them, against their values in full precision."""
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -282,6 +283,36 @@ def test_hooks_are_dense_algebra_on_values(kind: str, place: str, tmp_path: Path
         )
         with ablated_samples(model, [whole] * 2):
             assert worst(model, direction.to(model.device)) < tolerance
+
+
+class Buffered(torch.nn.Module):
+    """A projection without parameters, as those of BitNet."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0.5))
+        self.register_buffer("codes", linear.weight.detach() * 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ (self.codes * self.scale).T  # type: ignore[operator]
+
+
+def test_projections_without_parameters_are_ablated(tiny_llama: LanguageModel) -> None:
+    direction = unit_direction(tiny_llama)
+    operator = compose(direction[None], torch.ones(1))
+    with ablated_writers(tiny_llama.writers[1], operator):
+        expected = states(tiny_llama)[-1]
+    network = copy.deepcopy(tiny_llama.model)
+    for layer in network.model.layers:
+        for place in ("self_attn.o_proj", "mlp.down_proj"):
+            layer.set_submodule(place, Buffered(layer.get_submodule(place)))
+    model = wrap(network, tiny_llama.tokenizer, name="buffers")
+    assert model.component_names == tiny_llama.component_names
+    with ablated_writers(model.writers[1], operator):
+        found = states(model)[-1]
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ContrastError, match="Buffered"):
+        require_known_writers(model, is_reloaded=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

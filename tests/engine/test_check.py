@@ -73,6 +73,22 @@ def test_the_plain_engine_equals_changed_weights(model: LanguageModel) -> None:
         )
 
 
+def test_models_that_give_the_logits_of_all_positions_are_read_at_the_same(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tuple(model.token_ids(HARMFUL[:3]))
+    known = Continuations(prompts, tuple(greedy(model, tokens, 4)[0] for tokens in prompts))
+    forward = model.model.forward
+    monkeypatch.setattr(
+        model.model,
+        "forward",
+        lambda *args, logits_to_keep=0, **options: forward(*args, **options),
+    )
+    expected = torch.cat([greedy(model, tokens, 4)[1] for tokens in prompts])
+    found = torch.cat([item.values for item in PlainEngine(model).logits(known)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_fast_engine_is_taken_where_it_is_right(model: LanguageModel) -> None:
     assert type(checked_engine(model, model.token_ids(HARMFUL))) is FastEngine
     assert type(checked_engine(model, model.token_ids(HARMFUL[:1]))) is FastEngine
