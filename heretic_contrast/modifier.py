@@ -124,11 +124,12 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
 
         self.check_tables()
         self.settings.require_single_configuration()
-        if HAS_PLUGIN_SURFACE and self.settings.directions is not None:
-            # The host for Heretic 1.4 has asked this of what was given, and put Heretic's pools among it.
+        is_own = is_builtin(self.heretic_settings.model)
+        if HAS_PLUGIN_SURFACE and self.settings.directions is not None and not is_own:
+            # This package's commands have asked this of what was given, and put pools of Heretic or of the built-in model among it.
             idle = {"bad_prompts", "good_prompts", "category_source"}
             require_effect(sorted(idle & self.settings.model_fields_set))
-        if is_builtin(self.heretic_settings.model):
+        if is_own:
             self.settings = with_refuser_pools(self.settings)
         model = self.model(ctx, self.settings.batch_size).identified()
         self.require_changeable(model)

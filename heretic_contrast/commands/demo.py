@@ -54,11 +54,11 @@ def main(arguments: Sequence[str]) -> None:
         raise ContrastError("The demo needs a place for its results: give --output DIR.")
     output = Path(settings.output)
     require_writable_directory(output)
-    model_directory = output / "model"
-
     # What the user gave comes last and wins.
     flags = [*headless_arguments(settings, output), *arguments]
     settings = load_settings(DemoSettings, PROGRAM, flags)
+    if settings.model_action != "save":
+        raise ContrastError("The demo judges the model that it saves: leave --model-action out.")
     from ..modifier import ContrastAbliteration
 
     if installed_surface() == "2.0":
@@ -68,8 +68,8 @@ def main(arguments: Sequence[str]) -> None:
         from ..hosts.heretic14 import run
     run(settings, ContrastAbliteration)
 
-    summary = judge(settings, model_directory, output / "directions.safetensors", count_refusals)
-    summary["model_directory"] = str(model_directory)
+    summary = judge(settings, count_refusals)
+    summary["model_directory"] = settings.save_directory
     summary["seconds"] = round(time.perf_counter() - started, 1)
     write_text_atomically(output / "summary.json", json_text(summary, sort_keys=False))
     show(summary, output)
@@ -96,8 +96,6 @@ def headless_arguments(settings: DemoSettings, output: Path) -> list[str]:
 
 def judge(
     settings: HostSettings,
-    model_directory: Path,
-    directions_file: Path,
     count_refusals: Callable[[HostSettings, Sequence[Prompt], Sequence[str]], int],
 ) -> dict[str, Any]:
     """Returns refusals and the first token's KL divergence (nats) on held-out prompts, by plain transformers."""
@@ -112,9 +110,12 @@ def judge(
         name: load_pool(refuser_pool(name, "test"), name)
         for name in ("harmful", "matched", "harmless")
     }
+    modified, directions_file = settings.save_directory, settings.contrast.save_directions
+    # The demo's arguments name both, and what the user gave takes their place.
+    assert modified is not None and directions_file is not None
     refusals: dict[str, dict[str, int]] = {}
     first_tokens = {}
-    for name, folder in (("original", settings.model), ("modified", str(model_directory))):
+    for name, folder in (("original", settings.model), ("modified", modified)):
         model = wrap(
             AutoModelForCausalLM.from_pretrained(folder),
             AutoTokenizer.from_pretrained(folder),

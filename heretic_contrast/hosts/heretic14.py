@@ -136,7 +136,7 @@ class Host:
     def load_prompts(self, settings: HostSettings, specification: Any) -> list[Any]:
         """Returns the prompts of a pool as Heretic has them: see `pool`. Heretic has said that it loads its own."""
 
-        name = next(name for name in POOLS if getattr(settings, name) == specification)
+        name = next(name for name in POOLS if getattr(settings, name) is specification)
         if name in settings._replaced_pools:
             for source in listed(getattr(settings.contrast, name)):
                 log(f"* [bold]{escape(one_line(source.dataset))}[/] takes their place")

@@ -86,10 +86,17 @@ PASSING = {
     "max_shard_size",
     "device_map",
     "max_memory",
+    "offload_outputs_to_cpu",
 }
 """Heretic's settings that are decided during the run, or have no influence on trials."""
 
-PASSING_OF_CONTRAST = {"save_directions", "residual_cache", "patience", "finalist_prompts"}
+PASSING_OF_CONTRAST = {
+    "batch_size",
+    "save_directions",
+    "residual_cache",
+    "patience",
+    "finalist_prompts",
+}
 """Those of the plugin that have none."""
 
 PLACES = ("bad_prompts", "good_prompts")

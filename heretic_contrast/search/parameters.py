@@ -152,6 +152,8 @@ def require_ranges(space: Mapping[str, Range], kind: str, known: Sequence[str] |
         else f"but there are {', '.join(known)}: name one of these"
     )
     for name in space:
+        if has_no_scale and name == "scale":
+            raise ContrastError(f"search_space has a range for scale, {reason}.")
         if name.startswith("scale."):
             owner = name.removeprefix("scale.") if kind == "direction" else ""
         else:

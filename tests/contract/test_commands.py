@@ -144,6 +144,8 @@ def test_demo(server: Server, tmp_path: Path) -> None:
         [
             "demo",
             "--output=demo",
+            "--save-directory=mine",
+            "--contrast.save-directions=mine.safetensors",
             "--contrast.classes=category",
             "--n-trials=2",
             "--n-startup-trials=2",
@@ -155,15 +157,15 @@ def test_demo(server: Server, tmp_path: Path) -> None:
     assert summary["base_refusals"] == summary["n_prompts"] == 108
     assert summary["n_directions"] == 9
     assert summary["kl_divergence"] > 0
-    saved = load_file(tmp_path / "demo" / "model" / "model.safetensors")
+    saved = load_file(tmp_path / "mine" / "model.safetensors")
     assert all(bool(weight.isfinite().all()) for weight in saved.values())
-    command = server.run(["rebuild", "demo/model"], tmp_path)
-    assert command.code == 0 and "byte for byte" in command.output(), command.output()
-    first, again = (
-        (tmp_path / "demo" / name / "model.safetensors").read_bytes()
-        for name in ("model", "model-rebuilt")
-    )
-    assert first == again
+    for name, options in (("again", []), ("from-file", ["--directions=mine.safetensors"])):
+        command = server.run(["rebuild", "mine", f"--output={name}", *options], tmp_path)
+        assert command.code == 0 and "byte for byte" in command.output(), command.output()
+        first, again = (
+            (tmp_path / folder / "model.safetensors").read_bytes() for folder in ("mine", name)
+        )
+        assert first == again
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from heretic_contrast.hosts.loading import LoadedContext  # noqa: E402
 from heretic_contrast.hosts.record import Made, Record  # noqa: E402
 from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
 from heretic_contrast.hosts.studies import own_checkpoints, repair_checkpoint  # noqa: E402
+from heretic_contrast.hosts.unused import FORMER_POOLS  # noqa: E402
 from heretic_contrast.language_model import LanguageModel  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
 from heretic_contrast.processes import LOCK, alone_in  # noqa: E402
@@ -68,6 +69,23 @@ def test_seams_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
         assert heretic_main.Model is not before["Model"]
         raise RuntimeError
     assert {name: getattr(heretic_main, name) for name in before} == before
+
+
+def test_a_pool_that_is_given_for_two_uses_is_read_for_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("own", "heretic"):
+        (tmp_path / name).write_text(f"{name}\n")
+    given = settings(
+        monkeypatch,
+        f"--contrast.bad-prompts.dataset={tmp_path / 'own'}",
+        *(f"--{pool.replace('_', '-')}.dataset={tmp_path / 'heretic'}" for pool in FORMER_POOLS),
+    )
+    # What a study judges by may be what Heretic would have taken for something else.
+    given.bad_prompts = given.bad_evaluation_prompts.model_copy()
+    host = heretic14.Host(given, ContrastAbliteration)
+    for pool, text in (("bad_prompts", "own"), *((pool, "heretic") for pool in FORMER_POOLS)):
+        assert [item.user for item in host.load_prompts(given, getattr(given, pool))] == [text]
 
 
 def test_missing_seam_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -764,3 +782,5 @@ def test_ranges_of_what_does_not_exist() -> None:
     require_ranges(space, "direction", ["drug", "fraud"])
     with pytest.raises(ContrastError, match="one direction has no scale of its own"):
         require_ranges(space, "direction", ["drug"])
+    with pytest.raises(ContrastError, match="a range for scale, but one direction has no scale"):
+        require_ranges({"scale": (0.5, 1.0)}, "direction", ["drug"])

@@ -108,7 +108,14 @@ def test_a_response_prefix_that_is_given_makes_a_study_of_its_own(
     monkeypatch.setattr(
         sys,
         "argv",
-        [*sys.argv, "--export-strategy=merge", "--n-trials=7", "--batch-size=2"],
+        [
+            *sys.argv,
+            "--export-strategy=merge",
+            "--n-trials=7",
+            "--batch-size=2",
+            "--contrast.batch-size=2",
+            "--no-offload-outputs-to-cpu",
+        ],
     )
     assert HostSettings().study_checkpoint_dir == before
 
