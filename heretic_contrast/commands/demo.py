@@ -110,12 +110,12 @@ def judge(
         name: load_pool(refuser_pool(name, "test"), name)
         for name in ("harmful", "matched", "harmless")
     }
-    modified, directions_file = settings.save_directory, settings.contrast.save_directions
+    saved, directions_file = settings.save_directory, settings.contrast.save_directions
     # The demo's arguments name both, and what the user gave takes their place.
-    assert modified is not None and directions_file is not None
+    assert saved is not None and directions_file is not None
     refusals: dict[str, dict[str, int]] = {}
     first_tokens = {}
-    for name, folder in (("original", settings.model), ("modified", modified)):
+    for name, folder in (("original", settings.model), ("modified", saved)):
         model = wrap(
             AutoModelForCausalLM.from_pretrained(folder),
             AutoTokenizer.from_pretrained(folder),

@@ -62,8 +62,8 @@ class Column:
     """
     A column: its header, what it shows of an item, how, and whether its values are numbers.
 
-    `value`: the name of an attribute of the item, with dots in it or not, or a function of the item. A column that is not
-    `essential` is left out in the terminal, where room is short.
+    `value`: the name of an attribute of the item, with dots in it or not, or a function of the item. `plain`: what of the value
+    stands in a file. A column that is not `essential` is left out in the terminal, where room is short.
     """
 
     header: str
@@ -71,6 +71,7 @@ class Column:
     form: Formatter = str
     numeric: bool = True
     essential: bool = True
+    plain: Callable[[Any], Any] = lambda value: value
 
     def text(self, value: Any) -> str:
         return MISSING if value is None else self.form(value)

@@ -53,11 +53,10 @@ def write_extraction_report(
     """
 
     report = extraction_report(model, extracted, capture, geometry)
-    tables = (*report.tables(), capture_layers_table(capture))
     texts = {
         "capture.json": json_text(capture.to_dict()),
         "geometry.json": json_text(geometry.to_dict()),
-        **{f"{table.name}.csv": to_csv(table) for table in tables},
+        "capture-layers.csv": to_csv(capture_layers_table(capture)),
     }
     write_report(report, directory, texts)
     log(to_rich(configuration_table(extracted, geometry)))

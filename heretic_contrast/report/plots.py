@@ -49,12 +49,18 @@ def to_png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def literal(text: str) -> str:
+    """Returns a user's text as matplotlib shows it literally: dollars begin mathematics, and an underscore what no legend has."""
+
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def _label_axis(axis: Any, labels: Sequence[str]) -> None:
     """Labels the positions 0, 1, ... of an axis, only some of them where there are many."""
 
     step = -(-len(labels) // MAX_TICKS)
     positions = range(0, len(labels), step)
-    axis.set_ticks(list(positions), [labels[index] for index in positions])
+    axis.set_ticks(list(positions), [literal(labels[index]) for index in positions])
 
 
 def heat_map(
@@ -128,7 +134,7 @@ def lines(
         axes.plot(
             x,
             [np.nan if value is None else value for value in y],
-            label=name,
+            label=literal(name),
             **_style(index),
             # Later lines are thinner, so that those below equal ones stay visible.
             markersize=max(3.0, 8.0 - 1.6 * index),
@@ -172,7 +178,7 @@ def fronts(
             drawstyle="steps-post",
             markersize=5,
             linewidth=1.4,
-            label=name,
+            label=literal(name),
             **style,
         )
     if any(np.isfinite(value) for x, _, _ in series.values() for value in x):
@@ -202,7 +208,7 @@ def hit_maps(hits: NDArray[Any], titles: Sequence[str]) -> bytes:
         axes.imshow(counts, cmap="cividis", vmin=0, vmax=high)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(title, fontsize=9)
+        axes.set_title(literal(title), fontsize=9)
         if counts.size <= 100:
             write_values(axes, counts, 0, high, "{}")
     return to_png(figure)

@@ -80,9 +80,9 @@ def capture_section(capture: CaptureResult) -> Section:
                 "capture-left-out",
                 "Pairs that are left out",
                 text_column("Assumed to be refused", "pair.refused"),
-                text_column("Response", "refused_tier"),
+                text_column("Its tier", "refused_tier"),
                 text_column("Assumed to be answered", "pair.answered"),
-                text_column("Response", "answered_tier"),
+                text_column("Tier of that", "answered_tier"),
                 note="Tiers of the unmodified model's responses.",
             )
         )
@@ -109,16 +109,17 @@ def capture_table(capture: CaptureResult) -> Table:
         (
             CONFIGURATION,
             Column("Subspace, mean over layers", form=percent),
-            Column("Peak", form=percent),
+            Column("Subspace, peak", form=percent),
             Column("± at peak", form=percent, essential=False),
             Column("Peak layer"),
             Column("Maximal cosine, mean", form=percent),
-            Column("Peak", form=percent, essential=False),
+            Column("Maximal cosine, peak", form=percent, essential=False),
             Column("Rank", essential=False),
             Column("Random subspace", form=percent),
         ),
         tuple(map(row, capture.configurations())),
-        f"{capture.n_pairs} pairs. Random subspace: about what as many random directions would capture.",
+        f"{capture.n_pairs} pairs. Peak layer, rank and random subspace are those of the subspace's peak; "
+        "random subspace: about what as many random directions would capture.",
     )
 
 

@@ -3,13 +3,15 @@
 """The report of a sweep: the paper's Tables 1 to 4 for this model, with plots."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import permutations
+from operator import attrgetter
 from pathlib import Path
 
 from rich.markup import escape
 
-from ..evaluation.cells import Cell, Measurement, SweepResult, Synergy
+from ..evaluation.cells import Cell, CellKey, Measurement, SweepResult, Synergy
 from ..evaluation.results import CaptureResult, Geometry
 from ..evaluation.statistics import wilson_interval
 from ..outputs import json_text
@@ -35,7 +37,6 @@ from .sections import (
     capture_section,
     capture_table,
     compounding_section,
-    layer_table,
     magnitude_section,
     perturbation_section,
 )
@@ -64,12 +65,14 @@ def _refusals(cell: Cell) -> str:
     return f"{cell.measurement.refusals} {_interval(cell.measurement)}"
 
 
+REFUSALS = attrgetter("measurement.refusals")
+
 STRENGTH = text_column("Strength", "strength")
 LAYER = Column("Layer", lambda cell: cell.layers[0])
 LAYERS = Column("Layers", "layers", layers_text)
 WEIGHT = Column("Weight", "weight", significant(3))
 # The value is the cell, which the page opens.
-R = Column("R", lambda cell: cell, _refusals)
+R = Column("R", lambda cell: cell, _refusals, plain=REFUSALS)
 DIVERGENCE = (
     Column("KL", "measurement.kl_divergence", significant(3)),
     Column("± KL", "measurement.kl_standard_error", significant(2), essential=False),
@@ -89,7 +92,7 @@ def write_sweep_report(
     geometry: Geometry | None = None,
 ) -> None:
     """
-    Writes `sweep.json`, `sweep.csv`, `responses.jsonl`, plots and `report.html`, and prints the main tables.
+    Writes `sweep.json`, `sweep.csv`, `responses.jsonl`, tables, plots and `report.html`, and prints the main tables.
 
     With `capture` and `geometry`, also their tables. The same sweep gives the same bytes. Raises `ContrastError` when a
     file cannot be written.
@@ -103,10 +106,9 @@ def write_sweep_report(
     }
     if capture is not None:
         texts["capture.json"] = json_text(capture.to_dict())
-        texts["capture.csv"] = to_csv(capture_layers_table(capture))
+        texts["capture-layers.csv"] = to_csv(capture_layers_table(capture))
     if geometry is not None:
         texts["geometry.json"] = json_text(geometry.to_dict())
-        texts["geometry.csv"] = to_csv(layer_table(geometry))
     write_report(report, directory, texts)
 
     tables = [configuration_table(result), minimal_weight_table(result)]
@@ -287,7 +289,10 @@ def refusal_table(result: SweepResult, configuration: str, strength: str) -> Tab
     return Table(
         f"refusals-{slug(configuration, strength)}",
         f"R per layer and weight: {label(configuration, strength)}",
-        (Column("Layer"), *(Column(f"w = {weight:g}", form=_refusals) for weight in weights)),
+        (
+            Column("Layer"),
+            *(Column(f"w = {weight:g}", form=_refusals, plain=REFUSALS) for weight in weights),
+        ),
         tuple((layer, *(by_place.get((layer, weight)) for weight in weights)) for layer in layers),
         f"{_prompts_note(result)} {INTERVAL}",
     )
@@ -417,6 +422,11 @@ def synergy_figures(result: SweepResult) -> Iterable[Figure]:
 
 
 def synergy_section(result: SweepResult) -> Section:
+    cells = {cell.key(): cell for cell in result.cells}
+
+    def cell_of(item: Synergy) -> Cell:
+        return cells[CellKey(item.configuration, item.strength, item.layers, item.weight)]
+
     table = Table.of(
         result.synergies,
         "synergy",
@@ -425,7 +435,7 @@ def synergy_section(result: SweepResult) -> Section:
         STRENGTH,
         LAYERS,
         WEIGHT,
-        Column("R", "refusals"),
+        replace(R, value=cell_of),
         Column("Synergy", "synergy", "{:+d}".format),
         Column("KL", "kl_divergence", significant(3)),
         note=f"{_prompts_note(result)} Each layer of the set at the given weight.",
@@ -445,7 +455,7 @@ def synergy_section(result: SweepResult) -> Section:
 def cells_section(result: SweepResult) -> Section:
     table = Table.of(
         result.cells,
-        "cells",
+        "sweep",
         "Every cell",
         CONFIGURATION,
         STRENGTH,

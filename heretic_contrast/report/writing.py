@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from ..files import write_bytes_atomically, write_text_atomically
 from ..outputs import csv_text
-from .content import Report, Table
+from .content import Column, Report, Table
 from .plots import can_plot
 
 NO_PLOTS = 'Plots are left out, since they need matplotlib: pip install "heretic-contrast[plot]"'
@@ -50,10 +50,12 @@ def to_csv(table: Table) -> str:
     """Returns a table as CSV text with unrounded values; the same table gives the same bytes."""
 
     header = [column.header for column in table.columns]
-    return csv_text([header, *(map(_plain, row) for row in table.rows)])
+    rows = [map(_plain, table.columns, row) for row in table.rows]
+    return csv_text([header, *rows])
 
 
-def _plain(value: Any) -> Any:
+def _plain(column: Column, value: Any) -> Any:
+    value = None if value is None else column.plain(value)
     if isinstance(value, float):
         return f"{value:.8g}"
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
@@ -72,14 +74,15 @@ def to_html(report: Report) -> str:
 
 def write_report(report: Report, directory: Path, texts: Mapping[str, str]) -> None:
     """
-    Writes figures as PNG, the given texts by file name, and last the page, `report.html`.
+    Writes figures as PNG, tables as CSV, the given texts by file name, and last the page, `report.html`.
 
-    Each file is whole or not there. Raises `ContrastError` when a file cannot be written.
+    A text takes the place of the table of the same name. Each file is whole or not there. Raises `ContrastError` when a file cannot be written.
     """
 
     for figure in report.figures():
         write_bytes_atomically(directory / f"{figure.name}.png", figure.png)
-    for name, text in texts.items():
+    tables = {f"{table.name}.csv": to_csv(table) for table in report.tables()}
+    for name, text in {**tables, **texts}.items():
         write_text_atomically(directory / name, text)
     write_text_atomically(directory / "report.html", to_html(report))
 

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rich.console
 import torch
@@ -295,6 +296,19 @@ def test_files_of_a_sweep(written: tuple[Path, list[Any]], tmp_path: Path) -> No
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert SweepResult.from_dict(json.loads(files["sweep.json"])) == result
     assert len(list(csv.DictReader(io.StringIO(files["sweep.csv"].decode())))) == len(result.cells)
+    # Every table of the page is a file, of numbers, and no two of its columns have one name.
+    for table in sweep_report(result, *make_geometry()).tables():
+        header, *rows = csv.reader(io.StringIO(files[f"{table.name}.csv"].decode()))
+        assert len(header) == len(set(header)) and len(rows) == len(table.rows), table.name
+    grid = list(csv.reader(io.StringIO(files["refusals-first-weight.csv"].decode())))
+    for layer, *found in grid[1:]:
+        for weight, count in zip(WEIGHTS, found, strict=True):
+            (cell,) = (
+                cell
+                for cell in result.single_cells("first", "weight")
+                if (cell.layers, cell.weight) == ((int(layer),), weight)
+            )
+            assert int(count) == cell.measurement.refusals
     responses = [json.loads(line) for line in files["responses.jsonl"].decode().splitlines()]
     assert len(responses) == 10 + 14 * len(result.cells)
     assert json.loads(files["capture.json"])["n_pairs"] == 5
@@ -397,6 +411,19 @@ def test_extraction_report(tmp_path: Path) -> None:
     write_report(report, tmp_path, {})
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == [] and "bad.jsonl, good.csv" in page.text
+
+
+@pytest.mark.parametrize("name", ["fraud ($)", "drugs ($$)", "_mine", r"a\$b$"])
+def test_names_of_users_are_no_mathematics(name: str) -> None:
+    for draw in (
+        lambda text: plots.lines({text: ([1, 2], [1, 2])}, "x", "y"),
+        lambda text: plots.fronts({text: ([1, 2], [1, 2], [True, True])}, "x", "y"),
+        lambda text: plots.hit_maps(np.ones((1, 2, 2), dtype=int), [text]),
+        lambda text: plots.heat_map(np.ones((1, 1)), ([text], [text]), ("a", "b", "c"), (0, 1)),
+    ):
+        # What is drawn differs from the same picture with another name, so that none is left out.
+        assert draw(name) != draw("another name")
+        assert draw(name) != draw("")
 
 
 def _shown(report: Any) -> int:
