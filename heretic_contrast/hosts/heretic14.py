@@ -463,10 +463,6 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         )
     if settings.save_directory is not None:
         require_other_folder(Path(settings.save_directory), settings.model)
-    if settings.n_trials < 1:
-        raise ContrastError(
-            f"The number of trials is {settings.n_trials}: give --n-trials 1 or more."
-        )
     host = Host(settings, modifier_class)
     host.first_trials = first_trials(settings.contrast, settings.model)
     host.shared = open_shared(settings)

@@ -99,6 +99,9 @@ PASSING_OF_CONTRAST = {
 }
 """Those of the plugin that have none."""
 
+LEAST = {"n_trials": 1, "max_response_length": 1, "max_batch_size": 1, "batch_size": 0}
+"""Heretic's settings that count something, and from which number on they do."""
+
 PLACES = ("bad_prompts", "good_prompts")
 
 SHARED = (
@@ -310,6 +313,13 @@ class HostSettings(Settings):
 
     @model_validator(mode="after")
     def complete(self) -> "HostSettings":
+        for name, least in LEAST.items():
+            value = getattr(self, name, least)
+            if value < least:
+                raise ContrastError(f"{name} is {value}: give {least} or more.")
+        # Heretic divides by it.
+        if not getattr(self, "kl_divergence_scale", 1) > 0:
+            raise ContrastError("kl_divergence_scale must be more than 0: give another.")
         given = set(self.model_fields_set)
         own = {name for name, value in self.contrast.given().items() if value is not None}
         if self.contrast.directions is not None:
