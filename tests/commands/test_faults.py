@@ -79,7 +79,7 @@ def test_flipped_bits_of_a_journal_change_no_cell(tmp_path: Path) -> None:
     content = storage.read_bytes()
     generator = random.Random(0)
     n_named = 0
-    for position in generator.sample(range(len(content)), 100):
+    for position in generator.sample(range(len(content)), 40):
         damaged = flipped(content, position, generator)
         storage.write_bytes(damaged)
         try:
@@ -94,7 +94,7 @@ def test_flipped_bits_of_a_journal_change_no_cell(tmp_path: Path) -> None:
             storage.write_bytes(b"".join(line + b"\n" for line in kept))
             cells = opened(storage).run(KEYS, Evaluator())
         assert cells == CELLS
-    assert n_named >= 95
+    assert n_named >= 38
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_a_journal_that_was_cut_off_is_completed(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
     opened(storage).run(KEYS, Evaluator())
     content = storage.read_bytes()
-    for position in random.Random(0).sample(range(len(content)), 20):
+    for position in random.Random(0).sample(range(len(content)), 8):
         storage.write_bytes(content[:position])
         assert opened(storage).run(KEYS, Evaluator()) == CELLS
         assert opened(storage).run(KEYS, Evaluator(stop_after=0)) == CELLS
