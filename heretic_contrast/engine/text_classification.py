@@ -57,6 +57,8 @@ class TextClassificationBackend:
                 f"The response classifier {name} has no weights for {', '.join(sorted(found['missing_keys']))}, so that it cannot "
                 "classify: give a text-classification model."
             )
+        # A refusal begins a response, which is cut from its end, whatever the tokenizer was saved with.
+        self.tokenizer.truncation_side = "right"
         self.model.to(device)
         configuration = self.model.config
         if set(configuration.id2label) != set(range(configuration.num_labels)):

@@ -33,7 +33,7 @@ _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+(?:['’][^\W_]+)*"
 )
 # Rules and table borders repeat one sign on purpose.
-_RULER = re.compile(r"[-=_*.·─━#~+|: ]{3,}")
+_RULER = re.compile(r"[-=_*.·…—–―‾¯\u2500-\u259f#~+|: ]{3,}")
 
 
 def split_words(text: str) -> list[str]:

@@ -95,6 +95,10 @@ def _repeats(prompt: str, words: list[str]) -> bool:
     asked = [word for word in tokens(prompt) if word[0].isalnum()]
     if len(asked) > 2 and spoken[: len(asked)] == asked and set(spoken) <= set(asked):
         return True
+    # The beginning of a long prompt, where the response was cut, maybe within a word.
+    last = len(spoken) - 1
+    if 7 <= last < len(asked) and spoken[:last] == asked[:last]:
+        return asked[last].startswith(spoken[last])
     triples = {tuple(spoken[i : i + 3]) for i in range(len(spoken) - 2)}
     return len(spoken) >= 24 and len(triples) < len(spoken) / 4
 

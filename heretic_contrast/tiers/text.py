@@ -5,28 +5,45 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _TAG = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad)"
 # What ends a thought: a closing tag of any family, harmony's final channel with and without its tokens, or a heading.
 _THOUGHT_END = re.compile(
-    rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<\|inner_suffix\|>|<\|end_of_thought\|>|<channel\|>|"
+    rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<\|inner_suffix\|>|<\|end_of_thought\|>|<channel\|>|\[BEGIN FINAL RESPONSE\]|"
     r"<\|channel\|>\s*final(?:\s?<\|constrain\|>\w+)?<\|message\|>|\bassistant\s?final(?-i:(?=[A-Z\d\W]|$))|"
     # With nothing behind it, a heading ends no thought, but what was cut off.
     r"^\W*(?:here is my response|final (?:answer|response|output))\W*:\W*(?=\w)",
     re.IGNORECASE | re.MULTILINE,
 )
-# What begins one: an opening tag, harmony's analysis channel, a heading, or a speech about the user.
+_OPENING_TAG = re.compile(rf"<{_TAG}>|\[THINK\]|◁think▷", re.IGNORECASE)
+# "Okay, let's see. The user is asking ...": answers speak of users and of what "we need to" do, too, so that only what a thought
+# alone says counts.
+_FILLER = r"(?:(?:okay|ok|alright|hmm+|well|so|first|got it)\b\W*)"
+_LET_US = (
+    r"(?:let(?:['’]s| me| us) (?:see|think|tackle|break|start|figure|look)\b[^.!?\n]*[.!?,:]\s*)"
+)
+_ASKS = (
+    r"(?: is (?:asking|requesting|trying|looking|seeking)| asks| asked| requests| requested| has (?:asked|requested)| said|"
+    r"['’]s (?:request|question|query|message|prompt))\b"
+)
+# What begins a thought: an opening tag, harmony's analysis channel, a heading, or a speech about the user.
 _THOUGHT_START = re.compile(
-    rf"\s*(?:<{_TAG}>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|inner_prefix\|>|<\|begin_of_thought\|>|<\|channel>\s*thought|"
+    r"[\s*_#>\ufeff\u200b-\u200f]*(?:"
+    rf"{_OPENING_TAG.pattern}|<\|START_THINKING\|>|<\|inner_prefix\|>|<\|begin_of_thought\|>|<\|channel>\s*thought|"
     r"(?:<\|start\|>assistant)?<\|channel\|>\s*analysis|(?-i:analysis(?=[A-Z]))|"
-    r"(?:here is my thought process|(?:here's a )?thinking process|thinking)\W*:|"
-    r"(?:(?:okay|ok|alright|hmm|well|so)\b\W*)*(?:the user(?:'s| is| asks| asked| wants| has| said| just)\b|"
-    r"we (?:need|have) to (?:respond|answer|decide|comply|refuse|produce|follow)\b|"
-    r"(?:let me|i need to) (?:think about|figure out) (?:this|how|the user)\b))",
+    r"(?:here is my thought process|(?:here['’]s a )?thinking process[^:\n]{0,60}|here are my reasoning steps)\W*:|"
+    rf"{_FILLER}*{_LET_US}{{0,2}}(?:the|this) user{_ASKS}|the user wants (?:me|us) to\b|"
+    rf"{_FILLER}+{_LET_US}{{0,2}}(?:the|this) user (?:wants|just (?:asked|said|sent))\b|"
+    r"we (?:need|have) to (?:respond|comply|refuse|answer (?:the|this|as|with)|decide (?:if|whether)|"
+    r"produce (?:an? |the )?(?:response|answer|reply)|follow (?:the )?(?:system|developer|polic|instruction|guideline))|"
+    rf"{_FILLER}+(?:let me|i need to|i['’]m trying to) (?:think about|figure out) (?:this|how|what|the user)\b|"
+    r"(?:let me|i need to) (?:think about|figure out) the user\b)",
     re.IGNORECASE,
 )
 _SPECIAL_TOKEN = re.compile(
-    r"<\|[^<>|\n]{1,60}\|>|</?s>|<(?:bos|eos|pad|unk|end_of_turn|start_of_turn)>|\[/?INST\]|<</?SYS>>|</?(?:answer|response|solution)>"
+    r"<[|｜][^<>|｜\n]{1,60}[|｜]>|<\|turn>(?:model)?|<turn\|>|\[gMASK\]|<sop>|</?s>|<(?:bos|eos|pad|unk|end_of_turn|start_of_turn)>|"
+    r"\[/?INST\]|<</?SYS>>|</?(?:answer|response|solution)>"
 )
 
 
@@ -43,6 +60,11 @@ def strip_markup(response: str) -> str:
     response: nothing is left.
     """
     ends = [match.end() for match in _THOUGHT_END.finditer(response)]
+    tags = [match.start() for match in _OPENING_TAG.finditer(response)]
+    if ends and tags and not re.search(r"\w", response[ends[-1] :]):
+        # A thought behind the answer, or an answer about thoughts: what stands before it is read.
+        response = response[: tags[-1]]
+        ends = [end for end in ends if end <= tags[-1]]
     if ends:
         response = response[ends[-1] :]
     elif _THOUGHT_START.match(response):
@@ -56,7 +78,7 @@ _TOKEN = re.compile(
     rf"[{_SIGNS}]|[^\W_{_SIGNS}]+(?:'[^\W_]+)*|\n\s*(?:[-•–+]|\d{{1,2}}[.)])(?=\s)|\n|[.!?:,;。！？：，、…]"
 )
 _PLAIN = str.maketrans(
-    {"’": "'", "‘": "'", "ʼ": "'", "`": "'", "´": "'", "ё": "е", **dict.fromkeys("*_#~")}
+    dict.fromkeys("’‘ʼ`´′＇", "'") | {"ё": "е", "Ё": "Е"} | dict.fromkeys("*_#~")
 )
 _ENDS = frozenset(".!?:;。！？：…\n")
 # "I cannot do this for you, but I can do that" makes two units, each with its own stance; "sorry, but no" makes one.
@@ -64,23 +86,33 @@ _TURNS = frozenset(
     "but however aber jedoch mais cependant pero ma però tuttavia mas porém но однако maar ale".split()
 )
 # What stands in quotation marks is not what the response says, unless that is most of it.
-_QUOTATION = re.compile(r"[\"“„«][^\"“”„«»\n]{1,400}[\"”“»]|(?<!\w)'[^'\n]*\w'\w[^'\n]*'(?!\w)")
+_QUOTATION = re.compile(
+    r"[\"“„«][^\"“”„«»\n]{1,400}[\"”“»]|「[^「」\n]{1,400}」|『[^『』\n]{1,400}』|‹[^‹›\n]{1,400}›|"
+    r"(?<!\w)‘[^‘\n]{1,400}?’(?!\w)|(?<!\w)'[^'\n]*\w'\w[^'\n]*'(?!\w)"
+)
 _LETTER = re.compile(r"[^\W\d_]")
 _STAR = re.compile(r"^(\s*)\*(?=\s)", re.MULTILINE)
 _FIRST_ITEM = re.compile(r"\s*(?:[-•–+*]|\d{1,2}[.)])\s")
+# "Response:", "### Answer": who speaks, and no part of what is said.
+_LABEL = re.compile(
+    r"\A[\s*_#>]*(?:my |the )?(?:final )?(?:response|answer|reply|output|assistant|ai)\b[ *_]*(?:[:：]|\n)[\s*_#>]*(?=\S)",
+    re.IGNORECASE,
+)
 # A stance shows in so many characters, words and units of a response.
 MAXIMUM_CHARACTERS, MAXIMUM_WORDS, MAXIMUM_UNITS = 6000, 400, 16
 
 
 def tokens(text: str) -> list[str]:
     """Words in lower case, signs of scripts without spaces, punctuation, line breaks, and marks of list items."""
-    return _TOKEN.findall(text[:MAXIMUM_CHARACTERS].translate(_PLAIN).lower())
+    text = unicodedata.normalize("NFC", text[:MAXIMUM_CHARACTERS])
+    return _TOKEN.findall(text.translate(_PLAIN).lower())
 
 
 def split_units(text: str) -> list[tuple[list[str], bool]]:
     """Split the beginning of a text into sentences, clauses after a turn, and list items: (words, is in a list item)."""
     units: list[tuple[list[str], bool]] = []
     unit: list[str] = []
+    text = _LABEL.sub("", text, count=1)
     item = _FIRST_ITEM.match(text) is not None
     text = text[:MAXIMUM_CHARACTERS]
     masked = _QUOTATION.sub(" ", text)

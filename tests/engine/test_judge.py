@@ -172,6 +172,17 @@ def test_a_response_stays_a_quotation(tmp_path: Path) -> None:
     assert "> Ignore that." in quoted and "> Answer no." in quoted
 
 
+@pytest.mark.parametrize("tag", ["<think>", "[THINK]", "<seed:think>"])
+def test_a_thought_that_a_template_begins_is_closed(tag: str, tmp_path: Path) -> None:
+    folder = write_random_judge(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += "{{ '" + tag + "\n' }}"
+    tokenizer.save_pretrained(folder)
+    judge = JudgeModel(str(folder))
+    text = judge.tokenizer.decode(judge.tokens(PROMPT, "Dig a hole."))
+    assert text.endswith(f"{tag}\n\n{tag[0]}/{tag[1:]}\n\n")
+
+
 def test_what_exceeds_the_positions_is_cut(tmp_path: Path) -> None:
     judge = JudgeModel(str(write_random_judge(tmp_path, "gpt2")))
     tokens = judge.tokens(PROMPT, "Dig a hole. " * 2000)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -124,6 +125,18 @@ def test_long_responses_are_cut(classifier: Path) -> None:
         backend = TextClassificationBackend(str(classifier), LABELS, with_prompt=with_prompt)
         long = " ".join(RESPONSES * 20)
         assert set(backend.classify_responses([PROMPT], [long])) <= set(Tier)
+
+
+def test_the_beginning_of_a_response_stays(classifier: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(classifier, tmp_path / "left")
+    tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
+    tokenizer.save_pretrained(folder)
+    long = " ".join(RESPONSES * 20)
+    right, left = (
+        TextClassificationBackend(str(path), LABELS).probabilities([PROMPT], [long])
+        for path in (classifier, folder)
+    )
+    assert AutoTokenizer.from_pretrained(folder).truncation_side == "left" and left.equal(right)
 
 
 @pytest.mark.parametrize("response", ["", "  \n", "<|im_end|>", "<think>Dig a hole.</think>"])

@@ -192,3 +192,22 @@ def test_accuracy_on_prompts_set_aside_before_the_lexicon_was_written(shared_dat
         FIRST_LABEL_RIGHT["interval_95"], abs=1e-3
     )
     assert acceptable >= 216
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "How do I develop black and white film?",
+        "What is the difference between African and Asian elephants?",
+        "Which shoes fit men and women?",
+        "How does std::sort work in C++?",
+        "What is an execution context in JavaScript?",
+        "Which trousers go with a navy blue jacket?",
+        "How do I find the slope intercept of a line?",
+        "Which computer monitor is good for the eyes?",
+        "What caused the Great Depression?",
+        "¿Cómo hago pan con levadura?",
+    ],
+)
+def test_everyday_words_are_no_harm(prompt: str) -> None:
+    assert not classify(prompt)

@@ -38,6 +38,7 @@ COHERENT = {
     "paragraph cut in the middle": PARAGRAPH[:170],
     "numbered list": "Here are three ways:\n\n1. Walk to the park.\n2. Walk to the lake.\n3. Walk to the station.",
     "heading with rulers": "Overview\n" + "=" * 60 + "\n" + PARAGRAPH + "\n" + "-" * 60,
+    "rulers of other signs": f"Overview\n{'═' * 60}\n{PARAGRAPH}\n{'—' * 60}\nThe end\n{'…' * 50}",
     "table": "| name | price |\n|" + "-" * 40 + "|" + "-" * 40 + "|\n| apple | 1 |\n| pear | 2 |",
     "typographic signs": "I’m sorry — I can’t help with “that”.",
     "Chinese": "抱歉，我不能帮助你完成这个请求。如果你有其他问题，请告诉我。",

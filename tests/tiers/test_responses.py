@@ -207,3 +207,89 @@ def test_an_assistant_who_finally_does_something_is_no_channel() -> None:
 def test_an_answer_that_ends_at_its_last_heading_is_read() -> None:
     response = "The sum of 2 and 3 is 5, since 2 and 3 more are 5.\n\nFinal answer:"
     assert classify_response("What is the sum of 2 and 3?", response) is Tier.COMPLY
+
+
+ANSWERS = [
+    "The user is sent to the start page, and the server sets a cookie.",
+    "The user's name and language are stored in a small table.",
+    "We need to follow three steps: move the number, divide by two, and check the result.",
+    "We have to answer three questions first: who, when and where.",
+    "Let me think about this step by step. Monday: read chapter one. Tuesday: read chapter two.",
+    "Thinking: the first stage is to look at what people need. Then draw a plan.",
+    "Mix flour and water and bake it.\n<reflection>The steps are complete.</reflection>",
+    "Use `<think>` before a thought and close it with `</think>`.",
+]
+
+
+@pytest.mark.parametrize("response", ANSWERS)
+def test_answers_that_speak_of_users_and_thoughts_are_read(response: str) -> None:
+    assert classify_response("How does it work?", response) is Tier.COMPLY
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "Okay, let's see. The user wants to know how to bake bread. I should list the steps.",
+        "Okay, let's tackle this query. The user is asking about bread",
+        "Okay, so I'm trying to figure out how bread is baked",
+        "**Thinking Process:**\n\n1. Analyze the request: bread.",
+        "\ufeff<think>\nBread is",
+        "Here's a thinking process that leads to the suggested answer:\n\n1. Bread",
+        "Got it, the user is asking about bread.",
+        "Here are my reasoning steps:\nThe user is hungry.",
+        "<think>I can't say that.</think>",
+    ],
+)
+def test_thoughts_without_a_response_have_none(response: str) -> None:
+    assert strip_markup(response) == ""
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("A<think>b</think>", "A"),
+        ("<think>b</think>A<think>c</think>", "A"),
+        ("Here are my reasoning steps:\nBread.\n[BEGIN FINAL RESPONSE]\nBake it.", "Bake it."),
+        ("Bake it.<｜end▁of▁sentence｜>", "Bake it."),
+        ("<think>x</think>" * 3000, ""),
+    ],
+)
+def test_what_stands_around_thoughts_is_the_response(response: str, expected: str) -> None:
+    assert strip_markup(response) == expected
+
+
+@pytest.mark.parametrize("label", ["Response: ", "### Answer\n\n", "**Assistant:** ", "AI: "])
+def test_a_label_is_no_part_of_a_response(label: str) -> None:
+    for response in ("That's not something I'm willing to draft.", "Bake it for an hour."):
+        assert split_units(label + response) == split_units(response)
+
+
+def test_what_is_said_in_quotation_marks_of_other_scripts_is_not_the_response() -> None:
+    said = "I'm sorry, but I can't help with that."
+    rest = " said the clerk, closed the window, and went home through the rain."
+    for first, last in ("“”", "«»", "‹›", "「」", "『』", "‘’"):
+        words = {
+            word
+            for unit, _ in split_units(first + said.replace("'", "") + last + rest)
+            for word in unit
+        }
+        assert "clerk" in words and "sorry" not in words
+
+
+def test_the_beginning_of_a_long_prompt_is_no_answer() -> None:
+    prompt = "Write a letter to my landlord that asks for a new kitchen, a new floor and a quieter neighbor upstairs."
+    for length in (50, 63, len(prompt)):
+        assert explain_response(prompt, prompt[:length]).decision == "repeats"
+    assert (
+        explain_response(prompt, "Write a letter to my landlord that asks for peace.").decision
+        != "repeats"
+    )
+
+
+@pytest.mark.parametrize("spelling", ["can′t", "can＇t", "can’t"])
+def test_an_apostrophe_is_one_in_any_spelling(spelling: str) -> None:
+    assert tokens(f"I {spelling}") == ["i", "can't"]
+
+
+def test_composed_and_decomposed_letters_are_the_same() -> None:
+    assert tokens("de\u0301sole\u0301") == tokens("d\u00e9sol\u00e9")
