@@ -187,10 +187,8 @@ class Evaluator(heretic.main.Evaluator):
         return [found[row] for row in range(len(prompts))]
 
     def prepare(self) -> None:
-        """Computes what trials have in common, where the model is the unmodified one: with its adapters, and before it is changed."""
+        """Computes what trials have in common. The model must be the unmodified one now, with its adapters."""
 
-        if self._first_layer != UNCHANGED:
-            return
         model = from_heretic(self.model, self.settings)
         is_known = self._trials is not None and self._trials.knows(model)
         # Adapters of offloaded layers hold nothing before a trial writes them.
@@ -207,6 +205,11 @@ class Evaluator(heretic.main.Evaluator):
         if found is not None:
             # Heretic has obtained them, and these differ by rounding.
             self.base_logprobs = found
+
+    def forget_model(self) -> None:
+        """Lets go of the model that trials have been computed with, so that another one can be loaded in its place."""
+
+        self._trials = None
 
     @property
     def _first_layer(self) -> float:

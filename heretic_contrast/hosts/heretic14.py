@@ -230,7 +230,16 @@ class Host:
                 # Without components, Heretic leaves the search space to the plugin.
                 return []
 
+            def reset_model(self) -> bool:
+                if self.needs_reload:
+                    # Heretic makes space for the new one, which this would take.
+                    host.evaluator.forget_model()
+                return super().reset_model()
+
             def abliterate(self, *args: Any, **kwargs: Any) -> None:
+                if host.evaluator.trial is not None:
+                    # Heretic has just reset the model.
+                    host.evaluator.prepare()
                 host.modifier.modify_model(host.context, host.parameters)
 
         return Model
@@ -246,7 +255,6 @@ class Host:
                 # Heretic counts those that it runs itself.
                 trial.set_user_attr("index", trial.number + 1)
                 log(f"* It is trial [bold]{trial.number + 1}[/] of the shared study")
-            self.evaluator.prepare()
             self.parameters = self.modifier.suggest_parameters(self.context, trial)
             trial.set_user_attr(TRIAL_KEY, self.parameters.to_dict())
         else:
