@@ -18,7 +18,7 @@ from rich.markup import escape
 from ..errors import ContrastError, one_line
 from ..outputs import require_writable_directory
 from ..processes import alone_in, handling
-from .model_folder import CONFIGURATIONS, UNFINISHED, publish_model, require_other_folder
+from .model_folder import UNFINISHED, publish_model, require_other_folder
 from .settings import HostSettings
 from .surface import log
 
@@ -28,6 +28,9 @@ TRIAL_QUESTION = "Which trial do you want to use?"
 ACTION_QUESTION = "What do you want to do with the decensored model?"
 EXPORT_QUESTION = "How do you want to export the model?"
 REPRODUCIBILITY_QUESTION = "Which reproducibility information do you want to add?"
+WRITTEN = ("* Resetting model...", "Model saved to ")
+"""How the line begins that Heretic prints when all files of a merged model are written, or of an adapter."""
+
 ACTIONS = {
     "none": "",
     "save": "Save the model to a local folder",
@@ -48,7 +51,7 @@ class Answers:
         self.trial_was_chosen = False
         self.action_was_taken = False
         self.was_interrupted = False
-        self.model_was_saved = False
+        self.saved: Path | None = None
         self.unfinished: Path | None = None
         self.failure: Exception | None = None
         self._saving = ExitStack()
@@ -56,7 +59,7 @@ class Answers:
     def select(self, message: str, choices: list[Any]) -> Any:
         if message != EXPORT_QUESTION:
             # Whatever else Heretic asks next, it has finished saving, or failed to.
-            self.finish_saving()
+            self.discard_unfinished()
         settings = self.settings
         if message == CHECKPOINT_QUESTION and settings.contrast.storage is not None:
             return "continue"
@@ -138,18 +141,25 @@ class Answers:
         require_other_folder(directory, self.settings.model)
         require_writable_directory(directory)
         self._saving.enter_context(alone_in(directory, "choose another folder"))
-        self.failure = None
-        self.unfinished = directory / UNFINISHED
+        self.saved, self.unfinished = None, directory / UNFINISHED
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return str(self.unfinished)
 
     def show(self, *values: Any, **options: Any) -> None:
-        """Prints what Heretic prints, in which a folder where a model is not yet whole goes by the name it will have."""
+        """
+        Prints what Heretic prints, in which a folder where a model is not yet whole goes by the name it will have.
 
+        Raises `ContrastError` when a model has been saved and cannot be moved to where it belongs.
+        """
+
+        if values and str(values[0]).startswith(WRITTEN):
+            # Before Heretic loads its model again, which may fail, and leaves none to describe.
+            self.finish_saving()
         if self.settings.contrast.storage is not None and PROCESSED in str(values[:1]):
             values = ("There is a study in the storage, which goes on.",)
-        if self.unfinished is not None:
-            names = str(self.unfinished), escape(str(self.unfinished.parent))
+        folder = self.saved if self.unfinished is None else self.unfinished.parent
+        if folder is not None:
+            names = str(folder / UNFINISHED), escape(str(folder))
             values = tuple(
                 value.replace(*names) if isinstance(value, str) else value for value in values
             )
@@ -158,22 +168,21 @@ class Answers:
     def format_exception(self, error: Exception) -> str:
         """Returns the message of an error; Heretic shows it and goes on, so that it is remembered here."""
 
-        if self.action_was_taken or self.unfinished is not None:
+        if self.action_was_taken:
             self.failure = error
         return escape(heretic.utils.format_exception(error))
 
     def finish_saving(self) -> None:
-        """Moves a saved model to where it belongs, or removes what there is of it. Raises `ContrastError` when it cannot be moved."""
+        """Moves a saved model, if there is one, to where it belongs. Raises `ContrastError` when it cannot be moved."""
 
         unfinished = self.unfinished
         if unfinished is None:
             return
-        if self.failure is None and any((unfinished / name).exists() for name in CONFIGURATIONS):
-            self.describe(unfinished)
-            self.unfinished = None
-            publish_model(unfinished, unfinished.parent)
-            self.model_was_saved = True
-        self.discard_unfinished()
+        self.describe(unfinished)
+        # It is whole, and stays there where it cannot be moved.
+        self.unfinished = None
+        publish_model(unfinished, unfinished.parent)
+        self.saved = unfinished.parent
 
     def discard_unfinished(self) -> None:
         if self.unfinished is not None:
@@ -186,13 +195,18 @@ class Answers:
 
         action = self.settings.model_action
         if action in (None, "none") or (
-            self.failure is None and (action != "save" or self.model_was_saved)
+            self.failure is None and (action != "save" or self.saved is not None)
         ):
             return
         what = "uploaded" if action == "upload" else f"saved to {self.settings.save_directory}"
         reason = ""
         if self.failure is not None:
             reason = f" ({type(self.failure).__name__}: {one_line(str(self.failure))[:300]})"
+        if self.saved is not None:
+            raise ContrastError(
+                f"The model was saved to {self.saved} and is whole, but the original could not be loaded again "
+                f"afterwards{reason}: use it, and give --checkpoint-action continue to save another trial."
+            )
         raise ContrastError(
             f"The model could not be {what}{reason}; the study and what was there before are kept: "
             "give --checkpoint-action continue to try again."

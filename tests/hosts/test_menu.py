@@ -2,6 +2,7 @@
 
 """Heretic 1.4's menu after a study: what a saved model leaves behind, and what comes after it."""
 
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,13 @@ heretic_model = pytest.importorskip("heretic.model")
 heretic_utils = pytest.importorskip("heretic.utils")
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
-from heretic_contrast.hosts import answers, heretic14  # noqa: E402
+from heretic_contrast.errors import ContrastError  # noqa: E402
+from heretic_contrast.files import file_digest  # noqa: E402
+from heretic_contrast.hosts import answers as questions  # noqa: E402
+from heretic_contrast.hosts import heretic14  # noqa: E402
+from heretic_contrast.hosts.answers import ACTION_QUESTION, Answers  # noqa: E402
 from heretic_contrast.hosts.evaluator import Evaluator  # noqa: E402
+from heretic_contrast.hosts.record import RECORD, read_record  # noqa: E402
 from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
 from heretic_contrast.hosts.surface import from_heretic  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
@@ -44,13 +50,14 @@ def test_another_trial_after_a_merged_model(
             f"--study-checkpoint-dir={tmp_path / 'checkpoints'}",
         ],
     )
-    chosen = iter([FIRST_TRIAL, SAVE, BACK, MORE, EXIT])
+    # Loading the model again fails once, after which there is none.
+    chosen = iter([FIRST_TRIAL, SAVE, BACK, FIRST_TRIAL, BACK, MORE, EXIT])
 
     def select(message: str, choices: list[Any]) -> Any:
         answer = next(chosen)
         return choices[0].value if answer == FIRST_TRIAL else answer
 
-    monkeypatch.setattr(answers, "has_terminal", lambda: True)
+    monkeypatch.setattr(questions, "has_terminal", lambda: True)
     monkeypatch.setattr(heretic_utils, "prompt_select", select)
     monkeypatch.setattr(heretic_utils, "prompt_path", lambda *_: str(tmp_path / "saved"))
     monkeypatch.setattr(heretic_utils, "prompt_text", lambda *_: "1")
@@ -62,11 +69,15 @@ def test_another_trial_after_a_merged_model(
 
     class Model(heretic14.HostModel):
         def reset_model(self) -> bool:
-            models.append(weakref.ref(self.get_layers()[0]))
+            if self.model is not None:
+                models.append(weakref.ref(self.get_layers()[0]))
             return super().reset_model()
 
     def loading(name: str) -> Any:
-        found.append(sum(model() is not None for model in models))
+        if models:
+            found.append(sum(model() is not None for model in models))
+            if len(found) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
         return get_model_class(name)
 
     monkeypatch.setattr(heretic14, "HostModel", Model)
@@ -84,6 +95,36 @@ def test_another_trial_after_a_merged_model(
     # Heretic turns gradients off, which come back at the end of the context.
     with torch.no_grad():
         heretic14.run(settings, ContrastAbliteration)
-    assert (tmp_path / "saved" / "heretic-contrast.json").exists()
-    assert len(models) > 2 and found[-1] == 0
+    assert found == [0, 0]
     assert fast == [True, True]
+    record = read_record(tmp_path / "saved")
+    assert record.files == {
+        "model.safetensors": file_digest(tmp_path / "saved" / "model.safetensors")
+    }
+    assert record.measured["index"] == 1
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_a_failure_to_go_on_leaves_a_saved_model(
+    is_written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["heretic-contrast"])
+    saved = tmp_path / "saved"
+    answers = Answers(
+        HostSettings(model="builtin:refuser", model_action="save", save_directory=str(saved)),
+        lambda folder: (folder / RECORD).write_text("{}"),
+    )
+    answers.select(ACTION_QUESTION, [])
+    unfinished = Path(answers.path("Path to the folder:"))
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text("{}")
+    answers.show("Saving merged model...")
+    if is_written:
+        answers.show("* Resetting model...")
+    answers.format_exception(torch.OutOfMemoryError("no more"))
+    answers.select(ACTION_QUESTION, [])
+    names = ["config.json", RECORD] if is_written else []
+    assert [path.name for path in sorted(saved.iterdir())] == names
+    expected = "was saved to .* and is whole" if is_written else "could not be saved to"
+    with pytest.raises(ContrastError, match=rf"{expected}.*\(OutOfMemoryError: no more\)"):
+        answers.require_success()
