@@ -31,6 +31,9 @@ REPRODUCIBILITY_QUESTION = "Which reproducibility information do you want to add
 WRITTEN = ("* Resetting model...", "Model saved to ")
 """How the line begins that Heretic prints when all files of a merged model are written, or of an adapter."""
 
+UPLOADED = "Model uploaded to "
+"""How the line begins that Heretic prints when a model is uploaded, with its card."""
+
 ACTIONS = {
     "none": "",
     "save": "Save the model to a local folder",
@@ -52,6 +55,7 @@ class Answers:
         self.action_was_taken = False
         self.was_interrupted = False
         self.saved: Path | None = None
+        self.was_uploaded = False
         self.unfinished: Path | None = None
         self.failure: Exception | None = None
         self._saving = ExitStack()
@@ -152,10 +156,12 @@ class Answers:
         Raises `ContrastError` when a model has been saved and cannot be moved to where it belongs.
         """
 
-        if values and str(values[0]).startswith(WRITTEN):
+        line = str(values[0]) if values else ""
+        self.was_uploaded |= line.startswith(UPLOADED)
+        if line.startswith(WRITTEN):
             # Before Heretic loads its model again, which may fail, and leaves none to describe.
             self.finish_saving()
-        if self.settings.contrast.storage is not None and PROCESSED in str(values[:1]):
+        if self.settings.contrast.storage is not None and PROCESSED in line:
             values = ("There is a study in the storage, which goes on.",)
         folder = self.saved if self.unfinished is None else self.unfinished.parent
         if folder is not None:
@@ -191,15 +197,15 @@ class Answers:
         self._saving.close()
 
     def require_success(self) -> None:
-        """Raises `ContrastError` when the action of headless mode failed."""
+        """Raises `ContrastError` when the action of headless mode failed, or was not taken to its end."""
 
-        action = self.settings.model_action
-        if action in (None, "none") or (
-            self.failure is None and (action != "save" or self.saved is not None)
-        ):
+        action, folder = self.settings.model_action, self.settings.save_directory
+        is_done = self.was_uploaded if action == "upload" else self.saved is not None
+        is_asked = action not in (None, "none") and self.settings.evaluate_model is None
+        if not is_asked or (self.failure is None and is_done):
             return
-        what = "uploaded" if action == "upload" else f"saved to {self.settings.save_directory}"
-        reason = ""
+        what = "uploaded" if action == "upload" else f"saved to {folder}" if folder else "saved"
+        reason = ", since a question about it was not answered"
         if self.failure is not None:
             reason = f" ({type(self.failure).__name__}: {one_line(str(self.failure))[:300]})"
         if self.saved is not None:

@@ -2,6 +2,7 @@
 
 """Heretic 1.4's menu after a study: what a saved model leaves behind, and what comes after it."""
 
+import inspect
 import sys
 import weakref
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+heretic_main = pytest.importorskip("heretic.main")
 heretic_model = pytest.importorskip("heretic.model")
 heretic_utils = pytest.importorskip("heretic.utils")
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
@@ -18,7 +20,12 @@ from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.files import file_digest  # noqa: E402
 from heretic_contrast.hosts import answers as questions  # noqa: E402
 from heretic_contrast.hosts import heretic14  # noqa: E402
-from heretic_contrast.hosts.answers import ACTION_QUESTION, Answers  # noqa: E402
+from heretic_contrast.hosts.answers import (  # noqa: E402
+    ACTION_QUESTION,
+    UPLOADED,
+    WRITTEN,
+    Answers,
+)
 from heretic_contrast.hosts.evaluator import Evaluator  # noqa: E402
 from heretic_contrast.hosts.record import RECORD, read_record  # noqa: E402
 from heretic_contrast.hosts.settings import HostSettings, load_settings  # noqa: E402
@@ -104,17 +111,24 @@ def test_another_trial_after_a_merged_model(
     assert record.measured["index"] == 1
 
 
+def headless(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Answers:
+    """Answers whose action was taken."""
+
+    monkeypatch.setattr(sys, "argv", ["heretic-contrast"])
+    answers = Answers(
+        HostSettings(model="builtin:refuser", **options),
+        lambda folder: (folder / RECORD).write_text("{}"),
+    )
+    assert answers.select(ACTION_QUESTION, [])
+    return answers
+
+
 @pytest.mark.parametrize("is_written", [True, False])
 def test_a_failure_to_go_on_leaves_a_saved_model(
     is_written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["heretic-contrast"])
     saved = tmp_path / "saved"
-    answers = Answers(
-        HostSettings(model="builtin:refuser", model_action="save", save_directory=str(saved)),
-        lambda folder: (folder / RECORD).write_text("{}"),
-    )
-    answers.select(ACTION_QUESTION, [])
+    answers = headless(monkeypatch, model_action="save", save_directory=str(saved))
     unfinished = Path(answers.path("Path to the folder:"))
     unfinished.mkdir()
     (unfinished / "config.json").write_text("{}")
@@ -128,3 +142,22 @@ def test_a_failure_to_go_on_leaves_a_saved_model(
     expected = "was saved to .* and is whole" if is_written else "could not be saved to"
     with pytest.raises(ContrastError, match=rf"{expected}.*\(OutOfMemoryError: no more\)"):
         answers.require_success()
+
+
+@pytest.mark.parametrize("action", ["save", "upload"])
+def test_an_action_that_a_user_gives_up_is_no_success(
+    action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = headless(monkeypatch, model_action=action)
+    # As after an empty line where Heretic asks for a token, or for a folder.
+    assert answers.select(ACTION_QUESTION, []) == ""
+    with pytest.raises(ContrastError, match=rf"could not be {action}\w+, since a question about"):
+        answers.require_success()
+    if action == "upload":
+        answers.show("Model uploaded to [bold]somebody/refuser-heretic[/].")
+        answers.require_success()
+
+
+def test_heretic_prints_what_is_waited_for() -> None:
+    source = inspect.getsource(heretic_main)
+    assert all(f'"{beginning}' in source for beginning in (*WRITTEN, UPLOADED))
