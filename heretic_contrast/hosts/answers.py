@@ -18,7 +18,7 @@ from rich.markup import escape
 from ..errors import ContrastError, one_line
 from ..outputs import require_writable_directory
 from ..processes import alone_in, handling
-from .model_folder import UNFINISHED, publish_model, require_other_folder
+from .model_folder import UNFINISHED, publish_model, require_other_folder, with_final_name
 from .settings import HostSettings
 from .surface import log
 
@@ -165,10 +165,7 @@ class Answers:
             values = ("There is a study in the storage, which goes on.",)
         folder = self.saved if self.unfinished is None else self.unfinished.parent
         if folder is not None:
-            names = str(folder / UNFINISHED), escape(str(folder))
-            values = tuple(
-                value.replace(*names) if isinstance(value, str) else value for value in values
-            )
+            values = with_final_name(values, folder)
         log(*values, **options)
 
     def format_exception(self, error: Exception) -> str:

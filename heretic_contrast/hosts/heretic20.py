@@ -7,6 +7,7 @@ A headless run of Heretic 2.0, which loads the modifier by itself.
 and hands them over where Heretic makes its settings.
 """
 
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import heretic.main
+import heretic.utils
 import rich.traceback
 from heretic.config import Settings, SingleDatasetSpecification
 from heretic.scorers.keyword_rate import KeywordRate
@@ -25,12 +27,14 @@ from heretic.scorers.keyword_rate import KeywordRate
 from ..directions.sources import DirectionSources
 from ..errors import ContrastError, raising_causes
 from ..outputs import require_writable_directory
+from ..processes import alone_in
 from ..prompts import Prompt
 from ..search.parameters import Parameters
 from ..settings import PromptSources
+from .model_folder import UNFINISHED, publish_model, with_final_name
 from .record import Made
 from .settings import PLUGIN, TABLE, HostSettings, listed
-from .surface import Context, heretic_prompts
+from .surface import Context, heretic_prompts, log
 
 if TYPE_CHECKING:
     from ..modifier import ContrastAbliteration
@@ -63,46 +67,74 @@ def specifications(sources: PromptSources) -> list[dict[str, Any]]:
 
 
 def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) -> None:
-    """Runs Heretic 2.0 headless. Raises `ContrastError` when the settings do not work, or the model was not saved."""
+    """
+    Runs Heretic 2.0 headless; the model that it saves replaces another as a whole.
+
+    Raises `ContrastError` when the settings do not work, or the model was not saved.
+    """
 
     settings.contrast.require_single_configuration()
-    for directory in (settings.study_checkpoint_dir, settings.save_directory):
-        if directory is not None:
-            require_writable_directory(Path(directory))
+    # Without a folder to save to, `heretic` itself would do.
+    assert settings.save_directory is not None
+    folder = Path(settings.save_directory)
+    unfinished = folder / UNFINISHED
+    for directory in (Path(settings.study_checkpoint_dir), folder):
+        require_writable_directory(directory)
     rich.traceback.install()
     # Heretic does not tell a modifier what it saves, and modifies the model for the last time before that.
     modified: list[tuple[ContrastAbliteration, Context, Parameters]] = []
+    failures: list[Exception] = []
     modify_model = modifier_class.modify_model
 
     def remember(modifier: "ContrastAbliteration", ctx: Context, parameters: Parameters) -> None:
         modified[:] = [(modifier, ctx, parameters)]
+        failures.clear()
         modify_model(modifier, ctx, parameters)
 
-    with (
-        # What stands on the command line is in the settings already.
-        patch.multiple(sys, argv=["heretic"]),
-        patch.multiple(modifier_class, modify_model=remember),
-        patch.multiple(heretic.main, Settings=partial(Settings, **plugin_settings(settings))),
-        raising_causes(),
-    ):
-        heretic.main.run()
-    if settings.save_directory is None:
-        return
-    folder = Path(settings.save_directory)
-    if not any(folder.glob("*.safetensors")):
-        raise ContrastError(
-            f"Heretic did not save the model to {folder}: its message above says why."
-        )
-    modifier, ctx, parameters = modified[0]
-    made = Made(
-        modifier.heretic_settings,
-        modifier.settings,
-        replace(modifier.model(ctx), known_identity=modifier.identity),
-        modifier.directions,
-        parameters,
-        DirectionSources({"": modifier.settings}, "").named_pools(),
-    )
-    made.record(folder).write(folder)
+    def format_exception(error: Exception) -> str:
+        # Heretic shows an error, and goes on.
+        failures.append(error)
+        return str(heretic.utils.format_exception(error))
+
+    def show(*values: Any, **options: Any) -> None:
+        log(*with_final_name(values, folder), **options)
+
+    given = {**plugin_settings(settings), "save_directory": str(unfinished)}
+    with alone_in(folder, "choose another folder"):
+        # What a process that was killed has left.
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            with (
+                # What stands on the command line is in the settings already.
+                patch.multiple(sys, argv=["heretic"]),
+                patch.multiple(modifier_class, modify_model=remember),
+                patch.multiple(
+                    heretic.main,
+                    Settings=partial(Settings, **given),
+                    format_exception=format_exception,
+                    print=show,
+                ),
+                raising_causes(),
+            ):
+                heretic.main.run()
+            if failures or not any(unfinished.glob("*.safetensors")):
+                raise ContrastError(
+                    f"Heretic did not save the model to {folder}: its message above says why, and what was there before is kept."
+                )
+            modifier, ctx, parameters = modified[0]
+            made = Made(
+                modifier.heretic_settings,
+                modifier.settings,
+                replace(modifier.model(ctx), known_identity=modifier.identity),
+                modifier.directions,
+                parameters,
+                DirectionSources({"": modifier.settings}, "").named_pools(),
+            )
+            made.record(unfinished).write(unfinished)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        publish_model(unfinished, folder)
 
 
 def count_refusals(

@@ -12,6 +12,9 @@ import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
 
 from ..errors import ContrastError
 from ..files import usual_mode
@@ -72,6 +75,13 @@ def require_other_folder(folder: Path, model: str) -> None:
         raise ContrastError(
             f"{folder} holds the model that is abliterated, which saving there would overwrite: choose another folder."
         )
+
+
+def with_final_name(values: tuple[Any, ...], folder: Path) -> tuple[Any, ...]:
+    """Returns what Heretic prints, in which the place in a folder where a model is not yet whole goes by the name it will have."""
+
+    names = str(folder / UNFINISHED), escape(str(folder))
+    return tuple(value.replace(*names) if isinstance(value, str) else value for value in values)
 
 
 def publish_model(source: Path, target: Path) -> None:

@@ -140,6 +140,10 @@ def test_sweep(
 
 @pytest.mark.slow
 def test_demo(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    # The adapter of an earlier model would be loaded with the new one.
+    (folder / "adapter_config.json").write_text("{}")
     command = server.run(
         [
             "demo",
@@ -157,19 +161,25 @@ def test_demo(server: Server, tmp_path: Path) -> None:
     assert summary["base_refusals"] == summary["n_prompts"] == 108
     assert summary["n_directions"] == 9
     assert summary["kl_divergence"] > 0
-    saved = load_file(tmp_path / "mine" / "model.safetensors")
+    assert {"adapter_config.json", ".unfinished"}.isdisjoint(path.name for path in folder.iterdir())
+    saved = load_file(folder / "model.safetensors")
     assert all(bool(weight.isfinite().all()) for weight in saved.values())
     for name, options in (("again", []), ("from-file", ["--directions=mine.safetensors"])):
         command = server.run(["rebuild", "mine", f"--output={name}", *options], tmp_path)
         assert command.code == 0 and "byte for byte" in command.output(), command.output()
         first, again = (
-            (tmp_path / folder / "model.safetensors").read_bytes() for folder in ("mine", name)
+            (tmp_path / place / "model.safetensors").read_bytes() for place in ("mine", name)
         )
         assert first == again
 
 
 @pytest.mark.slow
 def test_demo_that_cannot_save_says_so(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "demo" / "model"
+    folder.mkdir(parents=True)
+    earlier = {"config.json": "{}", "model.safetensors": "of an earlier model"}
+    for name, text in earlier.items():
+        (folder / name).write_text(text)
     command = server.run(
         [
             "demo",
@@ -185,6 +195,7 @@ def test_demo_that_cannot_save_says_so(server: Server, tmp_path: Path) -> None:
     assert command.code == 2
     assert command.output().splitlines()[-1].startswith("Error: Heretic did not save the model")
     assert "Traceback" not in command.output()
+    assert {path.name: path.read_text() for path in folder.iterdir()} == earlier
 
 
 @pytest.mark.slow
