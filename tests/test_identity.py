@@ -24,6 +24,7 @@ from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract
 from heretic_contrast.directions.pools import Pools
 from heretic_contrast.directions.residuals import cached_residuals
+from heretic_contrast.engine.judge import JudgeModel
 from heretic_contrast.errors import ContrastError, ContrastWarning
 from heretic_contrast.evaluation import storage as storage_module
 from heretic_contrast.evaluation.plan import Configuration, SweepOptions, plan_sweep
@@ -35,6 +36,7 @@ from heretic_contrast.leases import open_storage
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.settings import ContrastSettings
 from heretic_contrast.tiers.responses import Tier
+from tests.engine.test_judge import write_keyword_judge
 from tests.made_directions import make_directions, random_tensor
 from tests.tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer
 
@@ -399,6 +401,29 @@ def test_cells_of_another_sweep_are_not_taken(
     again = evaluator(model, classify=classifier("B"))
     monkeypatch.setattr(again, "evaluate", never)
     assert run_cells(again, storage, None) == cells
+
+
+@pytest.mark.parametrize("part", ["configuration", "template"])
+def test_a_judge_model_belongs_to_a_sweep(part: str, original: Path, tmp_path: Path) -> None:
+    write_keyword_judge(tmp_path, ("Break",))
+    edit_json(tmp_path / "tokenizer_config.json", pad_token="[UNK]")
+    model = load(original).identified()
+
+    def judged() -> tuple[list[float], Any]:
+        judge = JudgeModel(str(tmp_path))
+        probabilities = judge.probabilities(["Break it"], ["Gladly, this is how"])
+        return probabilities, evaluator(model, classify=judge).identity()
+
+    before = judged()
+    assert judged() == before
+    if part == "configuration":
+        edit_json(tmp_path / "config.json", rms_norm_eps=0.5)
+    else:
+        template = "{% for message in messages %}{{ message.content }} Break{% endfor %}"
+        (tmp_path / "chat_template.jinja").write_text(template)
+    after = judged()
+    assert after[0] != before[0]
+    assert differences(before[1], after[1]) == "rules for tiers"
 
 
 def test_generation_configuration_belongs_to_a_sweep(folder: Path) -> None:

@@ -151,7 +151,9 @@ def _loaded(
     return TextClassificationBackend(name, tiers, with_prompt=reads_prompt, device=gpu_or_cpu())
 
 
-Classifier = Callable[[str, str], Tier] | TextClassificationBackend | JudgeModel
+ModelClassifier = TextClassificationBackend | JudgeModel
+
+Classifier = Callable[[str, str], Tier] | ModelClassifier
 """What gives a response to a prompt its tier."""
 
 
@@ -160,12 +162,12 @@ def classify_all(
 ) -> list[Tier]:
     """Tiers of responses. Raises what the classifier raises."""
 
-    if isinstance(classify, TextClassificationBackend | JudgeModel):
+    if isinstance(classify, ModelClassifier):
         return classify.classify_responses(prompts, responses)
     return list(map(classify, prompts, responses))
 
 
-def classifier_of(settings: TextClassifierSettings) -> TextClassificationBackend | JudgeModel:
+def classifier_of(settings: TextClassifierSettings) -> ModelClassifier:
     """Returns the text classifier or judge model that settings name, loaded once. Raises `ContrastError` as these do."""
 
     if settings.judge_model is not None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ from ..directions.sources import ShowProgress
 from ..engine.check import checked_engine
 from ..engine.interface import Continuations
 from ..engine.plain import PlainEngine
-from ..engine.text_classification import Classifier, classifier_of, classify_all
+from ..engine.text_classification import Classifier, ModelClassifier, classifier_of, classify_all
 from ..errors import ContrastError
 from ..identity import Identity, identify, program_digest
 from ..language_model import LanguageModel, Progress, Tokens
@@ -262,6 +262,9 @@ class SweepEvaluator:
             "canaries": self.plan.canaries,
             "references": self.plan.references,
         }
+        judge: Any = self._classify
+        if isinstance(judge, ModelClassifier):
+            judge = judge.identity()
         return identify(
             self.model,
             pools,
@@ -269,7 +272,7 @@ class SweepEvaluator:
             texts={name: prompts_digest(pool) for name, pool in pools.items()},
             options=asdict(self.options),
             directions={name: item.key() for name, item in self.configurations.items()},
-            rules=f"{program_digest(RULES, self._classify)} {linear.numbers_digest()}",
+            rules=f"{program_digest(RULES, judge)} {linear.numbers_digest()}",
             writers=writers_digest(self.model),
         )
 
