@@ -371,6 +371,14 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         {"configurations": {"one": Configuration(DIRECTIONS, Composition.SEQUENTIAL)}},
         "directions",
     ),
+    "the mean direction": (
+        {
+            "configurations": {
+                "one": replace(DIRECTIONS, mean_direction=DIRECTIONS.mean_direction.roll(1, 1))
+            }
+        },
+        "directions",
+    ),
     "what rules were made with": ({"classify": classifier("Bre")}, "rules for tiers"),
     "options": (
         {"options": SweepOptions(layers=(1,), weights=(1.0,), max_new_tokens=3, kl_tokens=2)},

@@ -7,6 +7,7 @@ Whoever sweeps makes a `SweepPlan`: the command and Heretic's scorer from settin
 wrong before a model is loaded, and whoever has directions and prompts already by `plan_sweep`.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,8 +72,11 @@ class Configuration:
     def key(self) -> dict[str, Any]:
         """Returns what decides the configuration's cells as JSON values."""
 
+        mean = self.directions.mean_direction.contiguous().numpy()
         return {
             "digest": self.directions.digest(),
+            # Cells say the weight along it.
+            "mean_direction": hashlib.sha256(mean.tobytes()).hexdigest(),
             "composition": Composition(self.composition).value,
             "equal_effective_weight": self.equal_effective_weight,
             # Cells of earlier versions have no embeddings.
