@@ -401,8 +401,10 @@ def run_cells(
 ) -> list[Cell]:
     state = SweepState(storage, evaluator.identity())
     single = state.run(evaluator.grid(), evaluator.evaluate, progress)
-    sets = state.run(evaluator.synergy_grid(single), evaluator.evaluate, progress)
-    return list({cell.key(): cell for cell in [*single, *sets]}.values())
+    # Cells that are asked for together are measured together, also those that are known.
+    done = {cell.key() for cell in single}
+    rest = [key for key in evaluator.synergy_grid(single) if key not in done]
+    return [*single, *state.run(rest, evaluator.evaluate, progress)]
 
 
 def run_prepared(

@@ -5,16 +5,18 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from heretic_contrast.ablation.operator import compose, effective_weight
 from heretic_contrast.engine.judge import JudgeModel
-from heretic_contrast.evaluation.cells import SweepResult, efficiency
+from heretic_contrast.evaluation.cells import Cell, CellKey, SweepResult, efficiency
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.sweep import SweepEvaluator, sweep
 from heretic_contrast.hosts.surface import wrap
@@ -142,7 +144,15 @@ def test_an_ablation_of_nothing_changes_no_response(dtype: torch.dtype) -> None:
             assert cell.responses == evaluator.base_responses
 
 
-def test_synergy_of_pairs(tiny_llama: LanguageModel) -> None:
+def test_synergy_of_pairs(tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[CellKey] = []
+    evaluate = SweepEvaluator.evaluate
+
+    def counting(self: SweepEvaluator, keys: Sequence[CellKey], *args: Any) -> list[Cell]:
+        measured.extend(keys)
+        return evaluate(self, keys, *args)
+
+    monkeypatch.setattr(SweepEvaluator, "evaluate", counting)
     directions = random_directions(tiny_llama, 2, 3)
     options = SweepOptions(
         weights=(1.0, 2.0), max_new_tokens=12, kl_tokens=4, synergy_weight=1.0, n_synergy_layers=3
@@ -152,6 +162,9 @@ def test_synergy_of_pairs(tiny_llama: LanguageModel) -> None:
         tiny_llama, {"one": directions}, HARMFUL, CANARIES, REFERENCES, options, classify=classify
     )
     assert len(result.synergies) == 3
+    # Each cell once.
+    assert sorted(measured) == sorted(cell.key() for cell in result.cells)
+    assert len(measured) == 2 * tiny_llama.n_layers + 3
     by_key = {(cell.layers, cell.weight): cell for cell in result.cells}
     for synergy in result.synergies:
         reductions = [
