@@ -192,6 +192,12 @@ def _tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
         else:
             # Quantized modules keep their scales elsewhere.
             module._save_to_state_dict(own, "", True)
+    if any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope")):
+        # Its frequencies are those of the longest prompt of the last pass, and beside them those that it begins with.
+        own = {
+            name: own.get(name.replace("inv_freq", "original_inv_freq"), tensor)
+            for name, tensor in own.items()
+        }
     for name, tensor in own.items():
         if isinstance(tensor, Tensor):
             yield from _plain_tensors(name, tensor)

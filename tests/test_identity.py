@@ -16,7 +16,7 @@ import pytest
 import torch
 from optuna.trial import create_trial
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from heretic_contrast import cli, identity
 from heretic_contrast.ablation.operator import Composition
@@ -38,7 +38,7 @@ from heretic_contrast.settings import ContrastSettings
 from heretic_contrast.tiers.responses import Tier
 from tests.engine.test_judge import write_keyword_judge
 from tests.made_directions import make_directions, random_tensor
-from tests.tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer
+from tests.tiny_models import CHAT_TEMPLATE, SIZES, build, make_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -204,6 +204,24 @@ def test_every_bit_and_every_buffer_belongs_to_the_weights() -> None:
     network.model.rotary_emb.inv_freq[3] *= 2
     digests.append(weights_digest(network))
     assert len(set(digests)) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_what_was_read_last_is_no_property_of_the_model(rope_type: str) -> None:
+    rope: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 10_000.0, "factor": 4.0}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        rope["original_max_position_embeddings"] = 8
+    sizes = {**SIZES, "max_position_embeddings": 8}
+    network = build("LlamaForCausalLM", LlamaConfig(**sizes, rope_parameters=rope))
+    plain = build("LlamaForCausalLM", LlamaConfig(**sizes))
+    frequencies = network.model.rotary_emb.inv_freq.clone()
+    before = weights_digest(network)
+    network(torch.arange(12)[None])
+    assert not network.model.rotary_emb.inv_freq.equal(frequencies)
+    # The configuration tells how they grow.
+    assert weights_digest(network) == before == weights_digest(plain)
 
 
 def test_shape_and_type_belong_to_the_weights() -> None:
