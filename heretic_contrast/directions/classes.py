@@ -51,11 +51,13 @@ def select_classes(
     """
 
     kept = not_excluded(harmful_classes, settings.exclude_categories)
+    # The matched prompts of an excluded category are none of another class, even where that gets its name.
+    matched_classes = [
+        NO_CLASS if name in settings.exclude_categories else name for name in matched_classes
+    ]
     if settings.classes is Classes.SINGLE:
-        # With one class for everything, the matched pool of that class is all matched prompts that are not left out, too.
-        matched = [
-            NO_CLASS if name in settings.exclude_categories else "all" for name in matched_classes
-        ]
+        # With one class for everything, the matched pool of that class is all that is left of it.
+        matched = [name if name == NO_CLASS else "all" for name in matched_classes]
         return _selection(kept, ["all"] * len(harmful_classes), matched)
     # A map cannot tell more prompts apart than it has neurons to win them.
     needed = settings.som_rows * settings.som_columns if settings.method is Method.SOM else 1
@@ -75,12 +77,10 @@ def select_classes(
         if merged >= needed:
             rest = {name: count for name, count in small.items() if name != FALLBACK_CLASS}
             names = dict.fromkeys(small, FALLBACK_CLASS)
-            # The matched prompts of an excluded category are none of the merged class, even where they have its name.
-            others = names | dict.fromkeys(settings.exclude_categories, NO_CLASS)
             return _selection(
                 kept,
                 [names.get(name, name) for name in harmful_classes],
-                [others.get(name, name) for name in matched_classes],
+                [names.get(name, name) for name in matched_classes],
                 f"Merged {which} into {FALLBACK_CLASS} ({merged} prompts): {_listed(rest)}",
             )
         if len(small) == len(counts):

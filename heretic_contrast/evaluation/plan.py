@@ -7,7 +7,6 @@ Whoever sweeps makes a `SweepPlan`: the command and Heretic's scorer from settin
 wrong before a model is loaded, and whoever has directions and prompts already by `plan_sweep`.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from ..ablation.operator import Composition, Operator, compose, equalize
 from ..builtin import pool_name
 from ..directions.directions import Directions
+from ..directions.file import content_digest
 from ..directions.pools import Log, assign_categories, require_apart
 from ..directions.sources import DirectionSources, ShowProgress, UsedPrompts
 from ..errors import ContrastError
@@ -72,11 +72,10 @@ class Configuration:
     def key(self) -> dict[str, Any]:
         """Returns what decides the configuration's cells as JSON values."""
 
-        mean = self.directions.mean_direction.contiguous().numpy()
         return {
             "digest": self.directions.digest(),
             # Cells say the weight along it.
-            "mean_direction": hashlib.sha256(mean.tobytes()).hexdigest(),
+            "mean_direction": content_digest({"": self.directions.mean_direction}),
             "composition": Composition(self.composition).value,
             "equal_effective_weight": self.equal_effective_weight,
             # Cells of earlier versions have no embeddings.

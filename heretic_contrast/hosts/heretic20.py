@@ -7,7 +7,6 @@ A headless run of Heretic 2.0, which loads the modifier by itself.
 and hands them over where Heretic makes its settings.
 """
 
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -31,7 +30,7 @@ from ..processes import alone_in
 from ..prompts import Prompt
 from ..search.parameters import Parameters
 from ..settings import PromptSources
-from .model_folder import UNFINISHED, publish_model, with_final_name
+from .model_folder import replaced_as_a_whole, with_final_name
 from .record import Made
 from .settings import PLUGIN, TABLE, HostSettings, listed
 from .surface import Context, heretic_prompts, log
@@ -77,7 +76,6 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     # Without a folder to save to, `heretic` itself would do.
     assert settings.save_directory is not None
     folder = Path(settings.save_directory)
-    unfinished = folder / UNFINISHED
     for directory in (Path(settings.study_checkpoint_dir), folder):
         require_writable_directory(directory)
     rich.traceback.install()
@@ -99,42 +97,35 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     def show(*values: Any, **options: Any) -> None:
         log(*with_final_name(values, folder), **options)
 
-    given = {**plugin_settings(settings), "save_directory": str(unfinished)}
-    with alone_in(folder, "choose another folder"):
-        # What a process that was killed has left.
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            with (
-                # What stands on the command line is in the settings already.
-                patch.multiple(sys, argv=["heretic"]),
-                patch.multiple(modifier_class, modify_model=remember),
-                patch.multiple(
-                    heretic.main,
-                    Settings=partial(Settings, **given),
-                    format_exception=format_exception,
-                    print=show,
-                ),
-                raising_causes(),
-            ):
-                heretic.main.run()
-            if failures or not any(unfinished.glob("*.safetensors")):
-                raise ContrastError(
-                    f"Heretic did not save the model to {folder}: its message above says why, and what was there before is kept."
-                )
-            modifier, ctx, parameters = modified[0]
-            made = Made(
-                modifier.heretic_settings,
-                modifier.settings,
-                replace(modifier.model(ctx), known_identity=modifier.identity),
-                modifier.directions,
-                parameters,
-                DirectionSources({"": modifier.settings}, "").named_pools(),
+    with alone_in(folder, "choose another folder"), replaced_as_a_whole(folder) as unfinished:
+        given = {**plugin_settings(settings), "save_directory": str(unfinished)}
+        with (
+            # What stands on the command line is in the settings already.
+            patch.multiple(sys, argv=["heretic"]),
+            patch.multiple(modifier_class, modify_model=remember),
+            patch.multiple(
+                heretic.main,
+                Settings=partial(Settings, **given),
+                format_exception=format_exception,
+                print=show,
+            ),
+            raising_causes(),
+        ):
+            heretic.main.run()
+        if failures or not any(unfinished.glob("*.safetensors")):
+            raise ContrastError(
+                f"Heretic did not save the model to {folder}: its message above says why, and what was there before is kept."
             )
-            made.record(unfinished).write(unfinished)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        publish_model(unfinished, folder)
+        modifier, ctx, parameters = modified[0]
+        made = Made(
+            modifier.heretic_settings,
+            modifier.settings,
+            replace(modifier.model(ctx), known_identity=modifier.identity),
+            modifier.directions,
+            parameters,
+            DirectionSources({"": modifier.settings}, "").named_pools(),
+        )
+        made.record(unfinished).write(unfinished)
 
 
 def count_refusals(

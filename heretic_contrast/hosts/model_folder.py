@@ -10,7 +10,8 @@ save left would become part of the new model, so that it goes when the new one c
 import os
 import re
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,25 @@ def with_final_name(values: tuple[Any, ...], folder: Path) -> tuple[Any, ...]:
 
     names = str(folder / UNFINISHED), escape(str(folder))
     return tuple(value.replace(*names) if isinstance(value, str) else value for value in values)
+
+
+@contextmanager
+def replaced_as_a_whole(folder: Path) -> Iterator[Path]:
+    """
+    Gives a place inside a folder to save a model to, which takes the place of the folder's own where nothing was raised.
+
+    Else nothing is left of it. Raises `ContrastError` as `publish_model`, after which the new one still lies there.
+    """
+
+    unfinished = folder / UNFINISHED
+    # What a process that was killed has left.
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    publish_model(unfinished, folder)
 
 
 def publish_model(source: Path, target: Path) -> None:

@@ -3,7 +3,6 @@
 """Making a model again from its record: the same inputs are asked for, and what is another one is named."""
 
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from ..identity import OF_THE_MODEL, differences, versions
 from ..prompts import prompts_digest
 from ..settings import EXTRACTION_FIELDS, PromptSource
 from .loading import ChatModel, LoadedContext, open_model
-from .model_folder import UNFINISHED, publish_model
+from .model_folder import replaced_as_a_whole
 from .record import COMPUTING, OF_HERETIC, OF_THE_SEARCH, Made, Record
 from .settings import POOLS, HostSettings
 from .surface import HAS_PLUGIN_SURFACE, log
@@ -155,20 +154,15 @@ def rebuild(
     )
     log("* Abliterating...")
     modifier.modify_model(context, made.parameters)
-    unfinished = output / UNFINISHED
-    # What a process that was killed has left.
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        save(model, settings, unfinished)
-        found = replace(made, parameters=record.parameters).record(unfinished)
-        found.write(unfinished)
-        publish_model(unfinished, output)
+        with replaced_as_a_whole(output) as unfinished:
+            save(model, settings, unfinished)
+            found = replace(made, parameters=record.parameters).record(unfinished)
+            found.write(unfinished)
     except (OSError, SafetensorError) as error:
         raise ContrastError(
             f"The model could not be saved to {output} ({one_line(str(error))}): make room, or give another --output."
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     log(f"Model saved to [bold]{escape(str(output))}[/].")
     if not record.files:
         log("* The record does not say which bytes its weights had.")
