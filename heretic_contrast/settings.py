@@ -705,7 +705,7 @@ class ContrastSettings(Table, TextClassifierSettings):
     finalist_prompts: PromptSources | None = None
     """
     Dataset of harmful prompts that the search never sees. Before the menu, the trials of the Pareto front are judged on them, with
-    responses of 150 tokens; unset to leave that out (Heretic 1.4).
+    responses of 150 tokens, or as long as the search's where these are longer; unset to leave that out (Heretic 1.4).
     """
 
     sensitive_prompts: PromptSources | None = None

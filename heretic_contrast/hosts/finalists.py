@@ -17,7 +17,7 @@ from .evaluator import Evaluator, count
 from .guidance import FALSE_KEY, SUM_KEY, measured
 
 LENGTHS = (30, 50, 100, 150)
-"""Tokens of a response after which refusals are counted: how many there are depends on it."""
+"""Tokens of a response after which refusals are counted, beside the length of the first look: how many there are depends on it."""
 
 
 def require_fresh(prompts: Sequence[Prompt], seen: Collection[str]) -> None:
@@ -31,14 +31,17 @@ def require_fresh(prompts: Sequence[Prompt], seen: Collection[str]) -> None:
         )
 
 
-def count_refusals(evaluator: Evaluator, prompts: Sequence[Any]) -> list[int]:
-    """Returns how many responses are refusals after each number of `LENGTHS`, from one generation of the longest."""
+def count_refusals(evaluator: Evaluator, prompts: Sequence[Any]) -> dict[int, int]:
+    """Returns how many responses are refusals after each number of tokens, ascending, from one generation of the longest."""
 
-    responses = evaluator.respond(prompts, max(LENGTHS))
-    return [
-        count(evaluator.judge(prompts, evaluator.decode([tokens[:length] for tokens in responses])))
-        for length in LENGTHS
-    ]
+    lengths = sorted({*LENGTHS, evaluator.settings.max_response_length})
+    responses = evaluator.respond(prompts, lengths[-1])
+    return {
+        length: count(
+            evaluator.judge(prompts, evaluator.decode([tokens[:length] for tokens in responses]))
+        )
+        for length in lengths
+    }
 
 
 def front_choices(trials: Sequence[FrozenTrial], choices: Sequence[Any]) -> list[Any]:
@@ -59,12 +62,22 @@ def front_choices(trials: Sequence[FrozenTrial], choices: Sequence[Any]) -> list
 
 
 def second_look(
-    choices: Sequence[Any], counts: dict[int, list[int]], n_prompts: int
+    choices: Sequence[Any], counts: dict[int, dict[int, int]], n_prompts: int, first_length: int
 ) -> tuple[list[Any], Table]:
-    """Returns Heretic's choices with the second look, compared with the first by Wilson intervals, and a table of all lengths."""
+    """
+    Returns Heretic's choices with the second look, and a table of all lengths.
 
+    Wilson intervals say whether it agrees with the first look, which judged responses of `first_length` tokens.
+    """
+
+    lengths = sorted({*LENGTHS, first_length})
     table = Table(title=f"Refusals of {n_prompts} fresh prompts")
-    for heading in ("Trial", *(f"{length} tokens" for length in LENGTHS), "95 %", "First look"):
+    for heading in (
+        "Trial",
+        *(f"{length} tokens" for length in lengths),
+        "95 %",
+        f"First look, {first_length} tokens",
+    ):
         table.add_column(heading, justify="right")
     found = []
     for choice in choices:
@@ -73,12 +86,13 @@ def second_look(
             found.append(choice)
             continue
         counted = counts[trial.number]
-        low, high = wilson_interval(counted[-1], n_prompts)
+        interval = "{:.0%} to {:.0%}".format(*wilson_interval(counted[lengths[-1]], n_prompts))
+        low, high = wilson_interval(counted[first_length], n_prompts)
         first = trial.user_attrs["refusals"] / trial.user_attrs["n_bad_prompts"]
-        interval = f"{low:.0%} to {high:.0%}"
-        title = f"{choice.title}, fresh prompts: {counted[-1]:>2}/{n_prompts} ({interval})"
+        title = f"{choice.title}, fresh prompts: {counted[lengths[-1]]:>2}/{n_prompts} ({interval})"
         if not low <= first <= high:
             title += ", which the first look does not agree with"
         found.append(Choice(title=title, value=trial))
-        table.add_row(str(trial.user_attrs["index"]), *map(str, counted), interval, f"{first:.0%}")
+        cells = (str(counted[length]) for length in lengths)
+        table.add_row(str(trial.user_attrs["index"]), *cells, interval, f"{first:.0%}")
     return found, table

@@ -107,7 +107,7 @@ class Host:
         self.identity: Identity = {}
         self.pools: dict[tuple[str, str], list[Prompt]] = {}
         self.finalist_prompts: list[Prompt] = []
-        self.second_look: dict[int, list[int]] = {}
+        self.second_look: dict[int, dict[int, int]] = {}
         self.first_trials: list[Values] = []
         self.shared: BaseStorage | None = None
 
@@ -309,7 +309,9 @@ class Host:
                 model.reset_model()
                 model.abliterate()
                 self.second_look[trial.number] = count_refusals(self.evaluator, prompts)
-            choices, table = second_look(choices, self.second_look, len(prompts))
+            choices, table = second_look(
+                choices, self.second_look, len(prompts), self.settings.max_response_length
+            )
             if len(self.second_look) > n_known:
                 log()
                 log(table)

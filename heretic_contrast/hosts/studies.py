@@ -26,6 +26,7 @@ from ..identity import Identity, differences
 from ..journal import CheckedJournal, remove_locks
 from ..leases import open_storage, readable, without_password
 from ..processes import alone_in
+from .guidance import SCREENED_KEY
 from .settings import HostSettings, deciding
 from .surface import log
 
@@ -83,7 +84,7 @@ def repair_checkpoint(path: Path) -> None:
             f"The checkpoint {path} is damaged and cannot be resumed: move it away to start from scratch."
         ) from error
     complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-    if study is None or not complete:
+    if study is None or not (complete or SCREENED_KEY in study.user_attrs):
         # Nothing is lost, and Heretic expects a study that was set up to its end.
         path.unlink()
         return

@@ -98,14 +98,21 @@ def test_the_menu_tells_of_the_second_look() -> None:
 
     others = [Choice(title="Exit program", value="")]
     trials = [choice(0, 1), choice(3, 1)]
-    counts = {0: [0, 0, 1, 2], 3: [9, 9, 9, 30]}
-    found, table = second_look([*trials, *others], counts, 40)
-    # Wilson's intervals as statsmodels has them: proportion_confint(2, 40, method="wilson"), and of 30.
+    counts = {
+        # After 24 tokens, as many as the first look judged, 4 of 40 do not differ from 1 of 20, whatever longer responses are.
+        0: {24: 4, 30: 5, 50: 5, 100: 9, 150: 30},
+        3: {24: 30, 30: 9, 50: 9, 100: 9, 150: 2},
+    }
+    found, table = second_look([*trials, *others], counts, 40, 24)
+    # Wilson's intervals as statsmodels has them: proportion_confint(30, 40, method="wilson"), and of 2.
     assert [item.title for item in found] == [
-        "Trial 1, fresh prompts:  2/40 (1% to 17%)",
-        "Trial 4, fresh prompts: 30/40 (60% to 86%), which the first look does not agree with",
+        "Trial 1, fresh prompts: 30/40 (60% to 86%)",
+        "Trial 4, fresh prompts:  2/40 (1% to 17%), which the first look does not agree with",
         "Exit program",
     ]
+    headings = [str(column.header) for column in table.columns]
+    assert headings[1:3] == ["24 tokens", "30 tokens"]
+    assert headings[-1] == "First look, 24 tokens"
     assert [item.value for item in found[:2]] == [item.value for item in trials]
     assert table.row_count == 2
 

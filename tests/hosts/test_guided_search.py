@@ -220,7 +220,7 @@ def test_the_front_is_judged_on_fresh_prompts(command_server: Server, tmp_path: 
     rows = {
         cells[0]: cells[1:]
         for line in command.output().splitlines()
-        if len(cells := [cell.strip() for cell in line.strip("│ ").split("│")]) == 7
+        if len(cells := [cell.strip() for cell in line.strip("│ ").split("│")]) == 8
     }
     assert len(rows) == len(best)
 
@@ -240,14 +240,15 @@ def test_the_front_is_judged_on_fresh_prompts(command_server: Server, tmp_path: 
         )
         output = loaded.generate(**tokens, max_new_tokens=150, do_sample=False)
         responses.append(output[0, tokens["input_ids"].shape[1] :])
-    for length in (30, 50, 100, 150):
+    # The first look judged responses of 8 tokens.
+    for length in (8, 30, 50, 100, 150):
         texts = [
             tokenizer.decode(response[:length], skip_special_tokens=True) for response in responses
         ]
         expected.append(str(count_refusals(settings, [], texts)))
     index = next(trial["attributes"]["index"] for trial in trials if measured(trial) == best[0])
     found = rows[str(index)]
-    assert found[:4] == expected and found[5] == f"{best[0][0] / 18:.0%}"
+    assert found[:5] == expected and found[6] == f"{best[0][0] / 18:.0%}"
 
     # What the search has seen is not fresh.
     seen = next(word for word in shared if word.startswith("--contrast.bad-prompts")).split("=")[1]

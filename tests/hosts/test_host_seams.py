@@ -363,6 +363,27 @@ def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.lock"))
 
 
+@pytest.mark.parametrize("is_screened", [True, False])
+def test_what_was_screened_before_the_first_trial_is_kept(
+    is_screened: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.jsonl"
+    study = optuna.create_study(
+        study_name="heretic",
+        storage=JournalStorage(JournalFileBackend(str(path))),
+        directions=["minimize", "minimize"],
+    )
+    if is_screened:
+        study.set_user_attr("screened", [{"x": 0.5}])
+    study.ask()
+    repair_checkpoint(path)
+    assert path.exists() == is_screened
+    if is_screened:
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        repaired = optuna.load_study(study_name="heretic", storage=storage)
+        assert repaired.user_attrs == {"screened": [{"x": 0.5}]} and not repaired.trials
+
+
 HOLD = """
 import sys, time
 from filelock import FileLock
