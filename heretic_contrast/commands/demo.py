@@ -118,7 +118,8 @@ def judge(
     for name, folder in (("original", settings.model), ("modified", saved)):
         model = wrap(
             AutoModelForCausalLM.from_pretrained(folder),
-            AutoTokenizer.from_pretrained(folder),
+            # None is saved with an adapter.
+            AutoTokenizer.from_pretrained(settings.model),
             name=name,
             batch_size=64,
         )

@@ -62,7 +62,7 @@ def prepare(record: Record, given: Any) -> tuple[RecordedSettings, DirectionSour
     # A record may come from a stranger: it decides neither what is written elsewhere nor what else is loaded.
     file, without_effect = places["directions"], OF_THE_SEARCH
     if file is not None:
-        if not os.path.isfile(file):
+        if not isinstance(file, str) or not os.path.isfile(file):
             raise ContrastError(
                 f"The directions file {file} is gone: give its place with --directions."
             )

@@ -31,7 +31,6 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from ..builtin import (
@@ -61,6 +60,7 @@ from .unused import (
     LIKE,
     NAMESPACES,
     ONLY_UNDER_14,
+    TomlSource,
     Unused,
     config_file,
     named_plugins,
@@ -190,17 +190,8 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return {**below, **above, **inner}
 
 
-class ContrastTomlSource(TomlConfigSettingsSource):
-    """Reads `config.toml` as Heretic does, with Heretic 2.0's table for the plugin."""
-
-    def __init__(self, settings_cls: type[BaseSettings]) -> None:
-        try:
-            super().__init__(settings_cls, toml_file="config.toml")
-        except (ValueError, OSError, RecursionError) as error:
-            reason = one_line(str(error))
-            raise ContrastError(
-                f"config.toml in the current directory cannot be read ({reason}): correct or remove it."
-            ) from error
+class ContrastTomlSource(TomlSource):
+    """Reads `config.toml` with Heretic 2.0's table for the plugin."""
 
     def __call__(self) -> dict[str, Any]:
         config = dict(super().__call__())

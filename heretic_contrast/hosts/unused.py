@@ -17,7 +17,7 @@ from typing import Any
 from pydantic_settings import BaseSettings, TomlConfigSettingsSource
 
 from ..builtin import harmful_pool, harmless_pool
-from ..errors import ContrastError
+from ..errors import ContrastError, one_line
 from ..settings import ContrastSettings, nearest
 
 SCORERS = ("RefusalTiers", "TeacherForcedDivergence", "FalseRefusals", "FixedWeightSweep")
@@ -54,8 +54,21 @@ SHIPPED = {
 """What stands in the configuration that Heretic 2.0 ships, although nothing there reads it any more."""
 
 
+class TomlSource(TomlConfigSettingsSource):
+    """Reads `config.toml` as Heretic does. Raises `ContrastError` when it cannot be read."""
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        try:
+            super().__init__(settings_cls, toml_file="config.toml")
+        except (ValueError, OSError, RecursionError) as error:
+            reason = one_line(str(error))
+            raise ContrastError(
+                f"config.toml in the current directory cannot be read ({reason}): correct or remove it."
+            ) from error
+
+
 def config_file() -> dict[str, Any]:
-    return TomlConfigSettingsSource(BaseSettings, toml_file="config.toml").toml_data
+    return TomlSource(BaseSettings).toml_data
 
 
 def without_shipped(

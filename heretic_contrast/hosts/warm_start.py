@@ -57,8 +57,12 @@ def _of_study(source: str, settings: ContrastSettings) -> tuple[str, list[Values
     """Returns the model of a study, and the parameters of its front; what classes add to a shared direction is 0 where it had none."""
 
     try:
+        if source.startswith("sqlite:///") and not Path(source[10:].split("?")[0]).is_file():
+            # It would be made.
+            raise FileNotFoundError
         study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(source))
-        model = json.loads(study.user_attrs["settings"])["model"]
+        model = str(json.loads(study.user_attrs["settings"])["model"])
+        points = {trial.number: point for trial in study.trials if (point := measured(trial))}
     except ContrastError:
         raise
     except Exception as error:
@@ -66,8 +70,7 @@ def _of_study(source: str, settings: ContrastSettings) -> tuple[str, list[Values
         raise ContrastError(
             f"{without_password(source)} holds no study of Heretic's: give one for a warm start, or the sweep.json of a sweep."
         ) from error
-    found = {trial.number: point for trial in study.trials if (point := measured(trial))}
-    return model, [{"rest": 0.0, **study.trials[number].params} for number in front(found)]
+    return model, [{"rest": 0.0, **study.trials[number].params} for number in front(points)]
 
 
 def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]:

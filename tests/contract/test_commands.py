@@ -174,6 +174,24 @@ def test_demo(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_demo_that_saves_an_adapter(server: Server, tmp_path: Path) -> None:
+    options = ["--output=demo", "--n-trials=1", "--n-startup-trials=1", "--export-strategy=adapter"]
+    command = server.run(["demo", *options], tmp_path)
+    assert command.code == 0, command.output()
+    assert (tmp_path / "demo" / "model" / "adapter_model.safetensors").exists()
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert summary["base_refusals"] == 108 and summary["kl_divergence"] > 0
+
+
+def test_demo_beside_a_broken_configuration(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[unclosed")
+    command = server.run(["demo", "--output=demo"], tmp_path)
+    assert command.code == 2
+    assert command.output().startswith("Error: config.toml in the current directory cannot be read")
+    assert len(command.output().splitlines()) == 1
+
+
+@pytest.mark.slow
 def test_demo_that_cannot_save_says_so(server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "demo" / "model"
     folder.mkdir(parents=True)

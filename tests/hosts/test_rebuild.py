@@ -160,11 +160,11 @@ def test_a_record_of_a_stranger_decides_nothing_else(made: Made, tmp_path: Path)
     assert elsewhere not in settings.study_checkpoint_dir
     assert settings.max_response_length == 7 and found.composition == "sum"
 
-    gone = record.model_copy(update={"places": {**record.places, "directions": "gone.safetensors"}})
-    with pytest.raises(
-        ContrastError, match=r"gone\.safetensors is gone: give its place with --dir"
-    ):
-        prepare(gone, given)
+    # Places may be edited.
+    for place in ("gone.safetensors", 7, [], {"dataset": "gone.safetensors"}):
+        gone = record.model_copy(update={"places": {**record.places, "directions": place}})
+        with pytest.raises(ContrastError, match=r"is gone: give its place with --directions"):
+            prepare(gone, given)
     pools = given.model_copy(update={"bad_prompts": PromptSource(dataset=elsewhere)})
     with pytest.raises(ContrastError, match="leave --bad-prompts out"):
         prepare(record, pools)

@@ -192,6 +192,26 @@ def test_directions_are_no_warm_start(tmp_path: Path) -> None:
         first_trials(settings(path), MODEL)
 
 
+def test_a_database_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    with pytest.raises(ContrastError, match="holds no study of Heretic's"):
+        first_trials(ContrastSettings(warm_start=f"sqlite:///{path}"), MODEL)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("model", [MODEL, 7])
+def test_a_study_of_another_program_is_no_warm_start(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    study = optuna.create_study(
+        study_name="heretic", storage=storage, directions=["minimize", "minimize"]
+    )
+    study.set_user_attr("settings", json.dumps({"model": model}))
+    study.tell(study.ask(), [1, 0.5])
+    with pytest.raises(ContrastError, match="holds no study of Heretic's"):
+        first_trials(settings(path), MODEL)
+
+
 def test_an_earlier_study_in_a_database(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     study = optuna.create_study(
