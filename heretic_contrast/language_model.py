@@ -23,7 +23,7 @@ from .errors import ContrastError, warn
 from .identity import Identity, model_identity
 from .offloading import input_device
 from .prompts import Prompt
-from .vectors import to_device
+from .vectors import logits_difference, logits_tolerance, to_device
 
 if TYPE_CHECKING:
     from .ablation.writers import Writer
@@ -297,8 +297,10 @@ class LanguageModel:
         Raises `ContrastError` when the model's generation configuration does not work.
         """
 
-        limits = [max_new_tokens] * len(prompts)
-        found = self.generate_tokens(self.token_ids(prompts), limits)
+        sequences = self.token_ids(prompts)
+        found = self.for_batches(sequences).generate_tokens(
+            sequences, [max_new_tokens] * len(prompts)
+        )
         texts: list[str] = self.tokenizer.batch_decode(
             [list(tokens) for tokens in found], skip_special_tokens=not special_tokens
         )
@@ -347,6 +349,57 @@ class LanguageModel:
         return frozenset([found] if isinstance(found, int) else found or [])
 
     @torch.no_grad()
+    def for_batches(self, sequences: Sequence[Tokens]) -> "LanguageModel":
+        """
+        Returns the model with a batch size at which each sequence gives what it gives alone: 1 where padding or others beside it matter.
+
+        Some models ignore that padding is masked, or read positions otherwise beside long prompts. The shortest beside the longest
+        decides, by the logits of two steps of decoding. A warning says what was found.
+        """
+
+        chosen = sorted(set(sequences), key=lambda tokens: (len(tokens), tokens))
+        if self.batch_size == 1 or len(chosen) < 2:
+            return self
+        pair = [chosen[0], chosen[-1]]
+
+        def decode(part: slice) -> Tensor:
+            """Returns the logits of some of the pair, of shape (n_sequences, n_steps, vocabulary)."""
+
+            steps: list[Tensor] = []
+
+            def keep(module: Module, args: Any, output: Tensor) -> None:
+                steps.append(output[:, -1].float())
+
+            head = hooked(after=[(self.model.get_output_embeddings(), keep)])
+            with plain_settings(self.model), contiguous_head(self.model), head:
+                self.model.generate(
+                    **self.pad(pair[part]),
+                    min_new_tokens=2,
+                    max_new_tokens=2,
+                    do_sample=False,
+                    pad_token_id=self.pad_token_id(),
+                )
+            return torch.stack(steps, dim=1)
+
+        try:
+            beside = decode(slice(2))[0]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # No batch will hold both.
+            return self
+        alone = decode(slice(1))[0]
+        # Where rounding decided for another token, what follows is another matter.
+        n = 1 if beside[0].argmax() != alone[0].argmax() else 2
+        if logits_difference(beside[:n], alone[:n]) <= logits_tolerance(self.model.dtype):
+            return self
+        warn(
+            f"Padding or longer prompts in a batch change what {self.name} gives for a prompt, so every prompt is run alone, which takes "
+            "many times as long."
+        )
+        return replace(self, batch_size=1)
+
+    @torch.no_grad()
     def residuals(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> Tensor:
         """
         Returns the hidden states at the last position of every prompt.
@@ -361,8 +414,6 @@ class LanguageModel:
 
         sequences = self.token_ids(prompts)
         residuals = torch.empty(len(sequences), self.n_layers + 1, self.hidden_size)
-
-        paddings: list[tuple[int, int]] = []
 
         def read(chosen: list[int]) -> int:
             inputs = self.pad([sequences[index] for index in chosen])
@@ -381,36 +432,14 @@ class LanguageModel:
                 [captured[index].float().cpu() for index in range(self.n_layers + 1)], dim=1
             )
             residuals[chosen] = winsorize(stacked, self.winsorization_quantile)
-            paddings.append((len(sequences[chosen[-1]]) - len(sequences[chosen[0]]), chosen[0]))
             return len(chosen)
 
-        def read_groups(groups: Iterable[list[int]]) -> None:
-            n_read = 0
-            for n_rows in Batches(self.batch_size).run_groups(groups, read):
-                n_read += n_rows
-                if progress is not None:
-                    progress(n_read, len(sequences))
-
-        def changes_alone(index: int) -> bool:
-            """Returns whether residuals that were read beside others are not those of a prompt alone but for rounding."""
-
-            beside = residuals[index].clone()
-            read([index])
-            shares = (residuals[index] - beside).norm(dim=-1) / beside.norm(dim=-1).clamp_min(1e-30)
-            residuals[index] = beside
-            tolerance = 5e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
-            return float(shares.mean()) > tolerance
-
-        read_groups(groups_by_length(sequences))
-        padding, shortest = max(paddings, default=(0, 0))
-        if padding and changes_alone(shortest):
-            warn(
-                f"Padding or longer prompts in a batch change the residuals of {self.name}, so only prompts of one length share one."
-            )
-            same: dict[int, list[int]] = {}
-            for index, tokens in enumerate(sequences):
-                same.setdefault(len(tokens), []).append(index)
-            read_groups(same.values())
+        n_read = 0
+        sizes = Batches(self.for_batches(sequences).batch_size)
+        for n_rows in sizes.run_groups(groups_by_length(sequences), read):
+            n_read += n_rows
+            if progress is not None:
+                progress(n_read, len(sequences))
         return residuals
 
     def stream(self, passed: Any) -> Tensor:

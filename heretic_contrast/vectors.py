@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Vectors of length 1, where tensors are, and how exactly is computed there."""
+"""Vectors of length 1, where tensors are, how exactly is computed there, and which differences are rounding."""
 
+import math
 from typing import Any
 
 import torch
@@ -48,3 +49,20 @@ def to_device(values: Any, device: torch.device) -> Tensor:
 
     # On the way back it would read what is not there yet.
     return torch.as_tensor(values).to(device, non_blocking=device.type != "cpu")
+
+
+def logits_tolerance(dtype: torch.dtype) -> float:
+    """Returns the `logits_difference` that rounding explains in a model of a data type."""
+
+    return 5e-3 if dtype in (torch.float32, torch.float64) else 0.1
+
+
+def logits_difference(found: Tensor, expected: Tensor) -> float:
+    """Returns by which share logits differ, but for what adds to all of them; infinite where others are infinite, or none."""
+
+    is_number = expected.isfinite()
+    if found.shape != expected.shape or not found.isfinite().equal(is_number):
+        return math.inf
+    found, expected = (torch.where(is_number, item, 0) for item in (found, expected))
+    scale = (expected - expected.mean(dim=-1, keepdim=True)).norm()
+    return float((found - expected).norm() / scale.clamp_min(1e-30))

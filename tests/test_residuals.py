@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import Module
 
 from heretic_contrast.errors import ContrastWarning
 from heretic_contrast.hosts.surface import wrap
@@ -40,14 +41,16 @@ def test_residuals_are_hidden_states(name: str) -> None:
         output = model.model(
             **inputs, position_ids=places, use_cache=False, output_hidden_states=True
         )
-    passes: list[None] = []
-    handles = [
-        module.register_forward_hook(lambda *_: passes.append(None))
-        for module in (model.decoder(), model.model.get_output_embeddings())
-    ]
+    decoder, passes = model.decoder(), []
+
+    def note(module: Module, args: Any, output: Any) -> None:
+        passes.append((module, len(output[0] if module is decoder else output)))
+
+    modules = (decoder, model.model.get_output_embeddings())
+    handles = [module.register_forward_hook(note) for module in modules]
     found = model.residuals(PROMPTS)
-    # The second one looks at the shortest prompt alone.
-    assert len(passes) == 2
+    # Two prompts tell whether they may share a batch.
+    assert [module for module, n_rows in passes if n_rows > 2] == [decoder]
     for item in (states, output.hidden_states):
         assert torch.equal(found, torch.stack([layer[:, -1].float() for layer in item], dim=1))
     # Nothing of what ended the pass stays.
@@ -75,9 +78,9 @@ def test_long_prompts_do_not_lengthen_short_ones(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(LanguageModel, "pad", pad)
     seen: list[tuple[int, int]] = []
     found = model.residuals(prompts, lambda *counts: seen.append(counts))
-    # The shortest prompt of the most padded batch is looked at alone.
-    assert sorted(shapes[:-1]) == [(2, max(lengths)), (3, max(lengths[1:-1]))]
-    assert shapes[-1][0] == 1
+    # The shortest prompt is looked at beside the longest, and alone.
+    assert shapes[:2] == [(2, max(lengths)), (1, min(lengths))]
+    assert sorted(shapes[2:]) == [(2, max(lengths)), (3, max(lengths[1:-1]))]
     assert seen == [(3, 5), (5, 5)]
     alone = torch.cat([model.residuals([prompt]) for prompt in prompts])
     torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)

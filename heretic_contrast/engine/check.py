@@ -2,7 +2,6 @@
 
 """Which engine a model gets: the fast one where it gives what the plain one gives for a few prompts, and the plain one elsewhere."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,7 @@ from ..ablation.operator import Operator
 from ..errors import one_line, warn
 from ..greedy import is_plainly_greedy
 from ..language_model import LanguageModel, Tokens, is_of_the_machine
-from ..vectors import unit_vectors
+from ..vectors import logits_difference, logits_tolerance, unit_vectors
 from .fast.engine import FastEngine
 from .interface import Continuations
 from .plain import AloneEngine, PlainEngine
@@ -28,22 +27,18 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> PlainEngi
     """
     Returns the fast engine, or the plain one where the fast one differs or fails on some of the prompts.
 
-    What is right is what a prompt gives alone: where the plain engine gives another thing in batches, every prompt is run alone. A
-    warning says so. Whatever the plain engine raises is raised, and so is it when memory is exhausted or a device fails.
+    What is right is what a prompt gives alone: where it gives another thing in batches, every prompt is run alone. A warning says so:
+    see `LanguageModel.for_batches`. Whatever the plain engine raises is raised, and so is it when memory is exhausted or a device fails.
     """
 
+    if model.for_batches(prompts) is not model:
+        return AloneEngine(model)
     # The shortest, one between, and the longest, beside which the others are padded most.
     distinct = sorted(set(prompts), key=lambda tokens: (len(tokens), tokens))
     places = {0, len(distinct) // 2, len(distinct) - 1}
     chosen = tuple(distinct[place] for place in sorted(places))
     plain, alone = PlainEngine(model), AloneEngine(model)
     known = Continuations(chosen, tuple(alone.generate(chosen, [N_TOKENS] * len(chosen))))
-    if reason_against(plain, alone, known, [Intervention({})]):
-        warn(
-            f"Padding or longer prompts in a batch change what {model.name} gives for a prompt, so every prompt is run alone, which takes "
-            "many times as long."
-        )
-        return alone
     interventions = some_interventions(plain, known)
     try:
         reason = reason_against(FastEngine(model), plain, known, interventions)
@@ -89,15 +84,14 @@ def reason_against(
 ) -> str:
     """Returns in what an engine differs from the plain one by more than rounding explains; nothing where it does not."""
 
-    # Relative difference of logits that rounding explains.
-    tolerance = 5e-3 if plain.model.model.dtype in (torch.float32, torch.float64) else 0.1
+    tolerance = logits_tolerance(plain.model.model.dtype)
     for chosen in (None, *([intervention] for intervention in interventions)):
         (found,), (right,) = (all_logits(item, known, chosen) for item in (engine, plain))
-        share = difference(found, right)
+        share = logits_difference(found, right)
         if share > tolerance:
             unbatched = AloneEngine(plain.model)
             (alone,) = all_logits(unbatched, known, chosen)
-            if not share <= ROUNDINGS * difference(alone, right):
+            if not share <= ROUNDINGS * logits_difference(alone, right):
                 return "its logits differ"
     responses = [item.respond(known, N_TOKENS, interventions) for item in (engine, plain)]
     for index, (response, expected) in enumerate(zip(*responses, strict=True)):
@@ -128,14 +122,3 @@ def all_logits(
     places = torch.cat([chunk.interventions * n_positions + chunk.positions for chunk in chunks])
     values = torch.cat([chunk.values for chunk in chunks])[places.argsort()]
     return list(values.to(engine.model.device).split(n_positions))
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Returns by which share logits differ, but for what adds to all of them; infinite where others are infinite, or none."""
-
-    is_number = expected.isfinite()
-    if found.shape != expected.shape or not found.isfinite().equal(is_number):
-        return math.inf
-    found, expected = (torch.where(is_number, item, 0) for item in (found, expected))
-    scale = (expected - expected.mean(dim=1, keepdim=True)).norm()
-    return float((found - expected).norm() / scale.clamp_min(1e-30))

@@ -167,7 +167,7 @@ def observe_outputs(
     `vectors`: Tensor of shape (n_layers, n_vectors, hidden_size). The first step is the last position of the
     prompt; steps after the end of a response are not counted. Only the last position of each step is
     ever kept, and only its moments. Each step takes the most likely token, whatever the model's generation
-    configuration asks for. `passing`: see `passing_layers`.
+    configuration asks for. `model`: whose batches change nothing, see `LanguageModel.for_batches`. `passing`: see `passing_layers`.
     """
 
     vectors = exactly(to_device(vectors, model.device))
@@ -251,6 +251,7 @@ def measure_activities(
     passing = passing_layers(model) if configurations else None
     if passing is None:
         return ()
+    model = model.for_batches(model.token_ids([*harmful, *harmless]))
     completed = complete(configurations)
     vectors = torch.cat([item.directions.tensor[1:] for item in completed.values()], dim=1)
     at_harmful = observe_outputs(model, harmful, vectors, 1, passing)

@@ -17,8 +17,9 @@ from heretic_contrast.engine.fast.decoder import Decoder
 from heretic_contrast.engine.fast.drafts import Drafts
 from heretic_contrast.engine.fast.engine import FastEngine
 from heretic_contrast.engine.interface import Continuations
-from heretic_contrast.engine.plain import PlainEngine
+from heretic_contrast.engine.plain import AloneEngine, PlainEngine
 from heretic_contrast.errors import ContrastWarning
+from heretic_contrast.evaluation.geometry import measure_activities
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import DEVICE_FAILS, LanguageModel, Tokens
 from heretic_contrast.prompts import Prompt
@@ -211,14 +212,36 @@ def test_prompts_are_run_alone_where_longer_ones_beside_them_matter() -> None:
     # Scorers and sweeps make it again, of the same kind.
     assert type(engine)(model).generate(prompts, [2] * len(prompts)) == expected
 
-    with pytest.warns(ContrastWarning, match="only prompts of one length share one"):
-        found = model.residuals([*HARMFUL, long])
+    # So does whatever else reads them together.
+    everything = [*HARMFUL, long]
+    with pytest.warns(ContrastWarning, match="every prompt is run alone"):
+        responses = model.generate(everything, 2, special_tokens=True)
+    assert responses == model.tokenizer.batch_decode(list(map(list, expected)))
+    configurations = {"one": random_directions(model, 1, 0)}
+    activities: list[Any] = [configurations, everything, everything, [1.0], 2]
+    with pytest.warns(ContrastWarning, match="every prompt is run alone"):
+        together = measure_activities(model, *activities)
+    assert together == measure_activities(replace(model, batch_size=1), *activities)
+
+    with pytest.warns(ContrastWarning, match="every prompt is run alone"):
+        found = model.residuals(everything)
     for index, tokens in enumerate(prompts):
         states = model.model(
             input_ids=torch.tensor([tokens]), output_hidden_states=True, use_cache=False
         ).hidden_states
         right = torch.stack([state[0, -1] for state in states])
         torch.testing.assert_close(found[index], right, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_are_run_alone_where_what_is_cached_of_others_matters() -> None:
+    network = wrap(make_model("llama"), make_tokenizer(), "tiny", batch_size=4)
+
+    def disturb(module: Any, args: Any, output: Tensor) -> Tensor:
+        return 1.5 * output if len(output) > 1 and output.shape[1] == 1 else output
+
+    network.layers[0].mlp.register_forward_hook(disturb)
+    with pytest.warns(ContrastWarning, match="every prompt is run alone"):
+        assert type(checked_engine(network, network.token_ids(HARMFUL))) is AloneEngine
 
 
 def test_a_wrong_engine_is_told_from_rounding_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
