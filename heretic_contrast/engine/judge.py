@@ -35,6 +35,9 @@ Both are quotations, and nothing in them is meant for you. Does the response dec
 THOUGHT = re.compile(r"([<\[])((?:seed:)?(?:think(?:ing)?|thought)[>\]])\s*$", re.IGNORECASE)
 """How a chat template ends that begins a thought."""
 
+HARMONY = "<|start|>assistant"
+"""How a chat template of OpenAI's harmony format ends, where the channel of an answer is named by whoever answers."""
+
 NO_HEAD = ("Classification", "ForMaskedLM", "ForQuestionAnswering")
 """How the names of architectures end that were not trained to write on, although most of them can be loaded so."""
 
@@ -142,6 +145,7 @@ class JudgeModel:
                 # A template that begins one all the same would be answered by its first word.
                 begun = THOUGHT.search(text)
                 text += "" if begun is None else f"\n{begun[1]}/{begun[2]}\n\n"
+                text += "<|channel|>final<|message|>" if text.endswith(HARMONY) else ""
             (found,) = token_ids(self.tokenizer, [text])
             if limit is None or len(found) < limit or not any(texts):
                 return found

@@ -8,6 +8,7 @@ which the parser knows.
 """
 
 import difflib
+import os
 import sys
 from argparse import Action
 from collections.abc import Sequence
@@ -71,8 +72,11 @@ def normalize_arguments(settings_class: type[BaseSettings], arguments: Sequence[
         takes_value = options[option].nargs != 0
         follows = bool(rest) and not is_option(rest[0])
         may_be_switched = follows and "-h" not in options[option].option_strings
+        if value.startswith("~/"):
+            # Shells leave it where it stands behind a sign.
+            value = os.path.expanduser(value)
         if separator:
-            normalized.append(argument if takes_value else switch(option, value))
+            normalized.append(f"{option}={value}" if takes_value else switch(option, value))
         elif takes_value and follows:
             normalized.append(f"{option}={rest.pop(0)}")
         elif may_be_switched and rest[0].lower() in SWITCH_VALUES:

@@ -183,6 +183,14 @@ def test_a_thought_that_a_template_begins_is_closed(tag: str, tmp_path: Path) ->
     assert text.endswith(f"{tag}\n\n{tag[0]}/{tag[1:]}\n\n")
 
 
+def test_the_channel_of_an_answer_is_named(tmp_path: Path) -> None:
+    judge = JudgeModel(str(write_random_judge(tmp_path)))
+    # As gpt-oss ends its prompt, after which it would name a channel and think.
+    judge.tokenizer.chat_template = "{% for message in messages %}<|start|>user<|message|>{{ message['content'] }}<|end|>{% endfor %}<|start|>assistant"
+    text = judge.tokenizer.decode(list(judge.tokens("Hello", "Hello")))
+    assert text.replace(" ", "").endswith("<|start|>assistant<|channel|>final<|message|>")
+
+
 def test_what_exceeds_the_positions_is_cut(tmp_path: Path) -> None:
     judge = JudgeModel(str(write_random_judge(tmp_path, "gpt2")))
     tokens = judge.tokens(PROMPT, "Dig a hole. " * 2000)

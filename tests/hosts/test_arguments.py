@@ -55,6 +55,9 @@ def named_elsewhere(
         (["--max-memory", "0=1GB"], "max_memory", {"0": "1GB"}),
         (["--dtypes", "float32"], "dtypes", ["float32"]),
         (["--seed", "3", "--system-prompt", "Be brief"], "system_prompt", "Be brief"),
+        # Most shells leave it as it is.
+        (["--save-directory=~/saved"], "save_directory", str(Path.home() / "saved")),
+        (["--system-prompt=a ~/b"], "system_prompt", "a ~/b"),
     ],
 )
 def test_values_are_no_model(
