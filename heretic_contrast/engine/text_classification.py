@@ -93,7 +93,8 @@ class TextClassificationBackend:
         self.batch_size = batch_size if None not in padding else 1
         # A tokenizer that knows no limit states an absurd one. The model's own counts two positions too many in the
         # RoBERTa family, which numbers positions from 2.
-        positions = getattr(configuration, "max_position_embeddings", None)
+        # Where there is no limit, it is negative in XLNet.
+        positions = max(0, getattr(configuration, "max_position_embeddings", None) or 0)
         limit = min(self.tokenizer.model_max_length, 2**20)
         self.max_length = min(limit, positions - 2) if positions else limit
 

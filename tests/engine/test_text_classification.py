@@ -16,6 +16,8 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from heretic_contrast.engine.text_classification import (
@@ -125,6 +127,23 @@ def test_long_responses_are_cut(classifier: Path) -> None:
         backend = TextClassificationBackend(str(classifier), LABELS, with_prompt=with_prompt)
         long = " ".join(RESPONSES * 20)
         assert set(backend.classify_responses([PROMPT], [long])) <= set(Tier)
+
+
+def test_a_model_without_a_limit_reads_all(classifier: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(classifier, tmp_path / "unlimited")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = XLNetConfig(
+        vocab_size=len(tokenizer), d_model=16, n_layer=1, n_head=2, d_inner=32, num_labels=2
+    )
+    model = XLNetForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    text = " ".join(RESPONSES * 20)
+    with torch.no_grad():
+        logits = model(**tokenizer(text, return_tensors="pt")).logits
+    labels = {"LABEL_0": Tier.REFUSE, "LABEL_1": Tier.COMPLY}
+    found = TextClassificationBackend(str(folder), labels).probabilities([PROMPT], [text])
+    torch.testing.assert_close(found, logits.softmax(dim=1))
 
 
 def test_the_beginning_of_a_response_stays(classifier: Path, tmp_path: Path) -> None:
