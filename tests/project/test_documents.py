@@ -547,6 +547,7 @@ def readings(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("documents", GROUPS, ids=lambda documents: documents[0])
 def test_commands_run_as_printed(
