@@ -32,8 +32,8 @@ class TextClassificationBackend:
 
     Thinking blocks and special tokens are stripped first, and an empty response is REFUSE, as for the rules.
 
-    Raises `ContrastError` when the model cannot be loaded, lacks weights of its head, has fewer than two labels, does not name all of
-    them, or has other labels than `labels`.
+    Raises `ContrastError` when the model cannot be loaded, lacks weights of its head, has fewer than two labels or tiers, does not name
+    all labels, or has others than `labels`.
     """
 
     def __init__(
@@ -87,6 +87,11 @@ class TextClassificationBackend:
                 f"The response classifier {name} has the labels {sorted(names)}, {problem}."
             )
         self.tiers = [Tier(labels[label]) for label in names]
+        if len(set(self.tiers)) < 2:
+            raise ContrastError(
+                f"All labels of the response classifier {name} have the tier {self.tiers[0].value}: give labels of different tiers in "
+                "text_classifier_labels."
+            )
         self.with_prompt = with_prompt
         # Without a padding token that both know, rows of different lengths cannot share a batch.
         padding = (self.tokenizer.pad_token, configuration.pad_token_id)

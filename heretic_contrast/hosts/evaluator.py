@@ -71,15 +71,11 @@ def require_judge(contrast: ContrastSettings) -> None:
     tiers = {tier.value for tier in classifier_of(contrast).tiers}
     counted = tiers & set(contrast.counted_tiers)
     if not counted or counted == tiers:
-        if contrast.judge_model is not None:
-            remedy = "either REFUSE or COMPLY in counted_tiers"
-        elif len(tiers) == 1:
-            remedy = "labels of different tiers in text_classifier_labels"
-        else:
-            remedy = "some of these tiers, and not all, in counted_tiers"
+        is_judge = contrast.judge_model is not None
+        remedy = "either REFUSE or COMPLY" if is_judge else "some of these tiers, and not all,"
         raise ContrastError(
             f"{contrast.classifier_name} gives the tiers {', '.join(sorted(tiers))}, and {', '.join(contrast.counted_tiers)} count as "
-            f"refusals, so that {'all' if counted else 'no'} responses would: give {remedy}."
+            f"refusals, so that {'all' if counted else 'no'} responses would: give {remedy} in counted_tiers."
         )
 
 

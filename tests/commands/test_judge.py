@@ -14,7 +14,7 @@ from heretic_contrast.errors import ContrastError
 from heretic_contrast.tiers.agreement import Agreement
 from heretic_contrast.tiers.responses import Tier
 from tests.engine.test_judge import reference, write_keyword_judge
-from tests.engine.test_text_classification import LABELS, write_classifier
+from tests.engine.test_text_classification import LABELS, reference_labels, write_classifier
 from tests.small_runs import make_cases
 
 ROWS = [
@@ -104,7 +104,11 @@ def test_files_as_other_tools_write_them(tmp_path: Path) -> None:
 
 def test_a_text_classifier_judges(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path / "model")
-    labels = {name: tier.value for name, tier in dict.fromkeys(LABELS, Tier.EVASIVE).items()}
+    # By the rules, none of these responses is EVASIVE.
+    labels = {**dict.fromkeys(LABELS, "EVASIVE"), "answer": "REFUSE"}
+    expected = [
+        labels[name] for name in reference_labels(folder, [row["response"] for row in ROWS])
+    ]
     output = tmp_path / "judged.jsonl"
     arguments = [write(tmp_path / "rows.jsonl", ROWS), "--output", str(output)]
     main(
@@ -117,7 +121,7 @@ def test_a_text_classifier_judges(tmp_path: Path) -> None:
         ]
     )
     judged = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    assert {row["tier"] for row in judged} == {"EVASIVE"}
+    assert [row["tier"] for row in judged] == expected and "EVASIVE" in expected
 
 
 def test_a_judge_model_judges(tmp_path: Path) -> None:

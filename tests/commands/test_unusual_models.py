@@ -11,7 +11,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
 from tests.architectures import FAMILIES
 from tests.command_server import Server
@@ -53,9 +58,13 @@ def test_families_that_heretic_knows_in_part_or_not_at_all(
     family = FAMILIES[name]
     family.save(tmp_path / "model")
     run(command_server, tmp_path, "extract", tmp_path / "model")
-    # A random model does not refuse by itself.
+    # A random model does not refuse by itself, so that everything is taken for a refusal.
     classifier = write_classifier(tmp_path / "classifier", ("one", "other"))
-    labels = '--text-classifier-labels={"one": "REFUSE", "other": "REFUSE"}'
+    judge = BertForSequenceClassification.from_pretrained(classifier)
+    torch.nn.init.constant_(judge.classifier.weight, 0)
+    judge.classifier.bias.data.copy_(torch.tensor([1.0, 0.0]))
+    judge.save_pretrained(classifier)
+    labels = '--text-classifier-labels={"one": "REFUSE", "other": "COMPLY"}'
     folder, _ = run(
         command_server,
         tmp_path,

@@ -58,10 +58,14 @@ def test_a_text_classifier_judges(run: Any, scorer_tables: dict[str, Any], tmp_p
     table = {
         **scorer_tables["RefusalTiers"],
         "text_classifier": str(write_classifier(tmp_path)),
-        "text_classifier_labels": dict.fromkeys(LABELS, "EVASIVE"),
+        "text_classifier_labels": {**dict.fromkeys(LABELS, "EVASIVE"), "answer": "COMPLY"},
     }
     assert score("RefusalTiers", table, run).value == 0.0
-    assert score("RefusalTiers", {**table, "counted_tiers": ["EVASIVE"]}, run).value == 1.0
+    shares = [
+        score("RefusalTiers", {**table, "counted_tiers": [tier]}, run).value
+        for tier in ("EVASIVE", "COMPLY")
+    ]
+    assert sum(shares) == 1.0
     judge = str(write_keyword_judge(tmp_path / "judge", ("unheard",)))
     table = {**scorer_tables["RefusalTiers"], "judge_model": judge}
     assert score("RefusalTiers", table, run).value == 0.0

@@ -161,9 +161,11 @@ def test_the_beginning_of_a_response_stays(classifier: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("response", ["", "  \n", "<|im_end|>", "<think>Dig a hole.</think>"])
 def test_nothing_said_is_a_refusal(classifier: Path, response: str) -> None:
     # All labels are mapped to another tier, so REFUSE can only come from the response being empty.
-    backend = TextClassificationBackend(str(classifier), dict.fromkeys(LABELS, Tier.COMPLY))
+    # No label means a refusal.
+    labels = {**LABELS, "refusal": Tier.COMPLY}
+    backend = TextClassificationBackend(str(classifier), labels)
     tiers = backend.classify_responses([PROMPT] * 2, [response, "Dig a hole."])
-    assert tiers == [Tier.REFUSE, Tier.COMPLY]
+    assert tiers[0] is Tier.REFUSE and tiers[1] is not Tier.REFUSE
 
 
 def test_a_tokenizer_without_padding(tmp_path: Path) -> None:
@@ -178,6 +180,11 @@ def test_labels_that_do_not_fit(classifier: Path) -> None:
         TextClassificationBackend(str(classifier), {"refusal": Tier.REFUSE, "answer": Tier.COMPLY})
     with pytest.raises(ContrastError, match="map exactly the model's labels"):
         TextClassificationBackend(str(classifier), {**LABELS, "other": Tier.COMPLY})
+
+
+def test_labels_of_one_tier(classifier: Path) -> None:
+    with pytest.raises(ContrastError, match="have the tier COMPLY: give labels of different"):
+        TextClassificationBackend(str(classifier), dict.fromkeys(LABELS, Tier.COMPLY))
 
 
 def test_a_model_with_one_label(tmp_path: Path) -> None:
@@ -303,7 +310,7 @@ def test_settings_name_a_classifier_once_loaded(classifier: Path) -> None:
     assert classifier_of(settings.model_copy()) is backend
     names = reference_labels(classifier, RESPONSES)
     assert backend.classify_responses([PROMPT] * 4, RESPONSES) == [LABELS[name] for name in names]
-    swapped = dict.fromkeys(LABELS, "COMPLY")
+    swapped = {**settings.text_classifier_labels, "deflection": "COMPLY"}
     other = settings.model_copy(update={"text_classifier_labels": swapped})
     assert classifier_identity(other) != classifier_identity(settings)
     assert classifier_identity(TextClassifierSettings()) is None

@@ -322,7 +322,7 @@ def test_what_has_no_effect_is_refused(values: dict[str, Any], message: str) -> 
         (["--contrast.judge-model=missing/model"], "judge model missing/model could not be loaded"),
         (
             ['--contrast.text-classifier-labels={"a": "REFUSE", "b": "REFUSE"}'],
-            "so that all responses would: give labels of different tiers",
+            "have the tier REFUSE: give labels of different tiers",
         ),
         (
             ['--contrast.text-classifier-labels={"a": "EVASIVE", "b": "COMPLY"}'],
