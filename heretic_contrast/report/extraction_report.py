@@ -16,20 +16,19 @@ from ..evaluation.results import (
     Geometry,
     LayerGeometry,
 )
-from ..outputs import json_text
 from . import plots
 from .content import Column, Figure, Report, Section, Table, number, slug, text_column
 from .sections import (
-    capture_layers_table,
     capture_section,
     capture_table,
     comparison_section,
     compounding_section,
     magnitude_section,
+    measured_texts,
     perturbation_section,
     shown_layer,
 )
-from .writing import say_what_is_missing, to_csv, to_rich, write_report
+from .writing import say_what_is_missing, to_rich, write_report
 
 if TYPE_CHECKING:
     from ..directions.directions import Directions
@@ -53,12 +52,7 @@ def write_extraction_report(
     """
 
     report = extraction_report(model, extracted, capture, geometry)
-    texts = {
-        "capture.json": json_text(capture.to_dict()),
-        "geometry.json": json_text(geometry.to_dict()),
-        "capture-layers.csv": to_csv(capture_layers_table(capture)),
-    }
-    write_report(report, directory, texts)
+    write_report(report, directory, measured_texts(capture, geometry))
     log(to_rich(configuration_table(extracted, geometry)))
     if capture.layers:
         log()

@@ -9,8 +9,10 @@ from statistics import fmean
 from typing import Any
 
 from ..evaluation.results import Activity, CaptureResult, Geometry, LayerCapture
+from ..outputs import json_text
 from . import plots
 from .content import Column, Figure, Section, Table, number, percent, significant, text_column
+from .writing import to_csv
 
 CONFIGURATION = text_column("Configuration", "configuration")
 LAYER = Column("Layer", "layer")
@@ -123,9 +125,16 @@ def capture_table(capture: CaptureResult) -> Table:
     )
 
 
-def capture_layers_table(capture: CaptureResult) -> Table:
+def measured_texts(capture: CaptureResult, geometry: Geometry) -> dict[str, str]:
+    """Returns what is written of both beside the tables of the page, by file name."""
+
     columns = [Column(name, name) for name in LayerCapture.__dataclass_fields__]
-    return Table.of(capture.layers, "capture-layers", "Capture per layer", *columns, n_keys=2)
+    layers = Table.of(capture.layers, "capture-layers", "Capture per layer", *columns)
+    return {
+        "capture.json": json_text(capture.to_dict()),
+        "geometry.json": json_text(geometry.to_dict()),
+        "capture-layers.csv": to_csv(layers),
+    }
 
 
 def magnitude_section(geometry: Geometry) -> Section:

@@ -14,7 +14,6 @@ from rich.markup import escape
 from ..evaluation.cells import Cell, CellKey, Measurement, SweepResult, Synergy
 from ..evaluation.results import CaptureResult, Geometry
 from ..evaluation.statistics import wilson_interval
-from ..outputs import json_text
 from ..search.stopping import front
 from . import plots
 from .content import (
@@ -33,14 +32,14 @@ from .content import (
 from .opened import opened_cells
 from .sections import (
     CONFIGURATION,
-    capture_layers_table,
     capture_section,
     capture_table,
     compounding_section,
     magnitude_section,
+    measured_texts,
     perturbation_section,
 )
-from .writing import say_what_is_missing, to_csv, to_rich, write_report
+from .writing import say_what_is_missing, to_rich, write_report
 
 STRENGTHS = {"weight": "equal weight", "effective": "equal effective weight"}
 MEANINGS = {
@@ -88,13 +87,13 @@ def write_sweep_report(
     result: SweepResult,
     directory: Path,
     log: Callable[..., None],
-    capture: CaptureResult | None = None,
-    geometry: Geometry | None = None,
+    capture: CaptureResult,
+    geometry: Geometry,
 ) -> None:
     """
     Writes `sweep.json`, `sweep.csv`, `responses.jsonl`, tables, plots and `report.html`, and prints the main tables.
 
-    With `capture` and `geometry`, also their tables. The same sweep gives the same bytes. Raises `ContrastError` when a
+    The same sweep gives the same bytes. Raises `ContrastError` when a
     file cannot be written.
     """
 
@@ -103,17 +102,13 @@ def write_sweep_report(
         "sweep.json": result.to_json(),
         "sweep.csv": result.to_csv(),
         "responses.jsonl": result.responses_json_lines(),
+        **measured_texts(capture, geometry),
     }
-    if capture is not None:
-        texts["capture.json"] = json_text(capture.to_dict())
-        texts["capture-layers.csv"] = to_csv(capture_layers_table(capture))
-    if geometry is not None:
-        texts["geometry.json"] = json_text(geometry.to_dict())
     write_report(report, directory, texts)
 
     tables = [configuration_table(result), minimal_weight_table(result)]
     tables += [refusal_table(result, *pair) for pair in result.configurations()]
-    if capture is not None and capture.layers:
+    if capture.layers:
         tables.append(capture_table(capture))
     for table in tables:
         if table.rows:
@@ -125,21 +120,20 @@ def write_sweep_report(
     say_what_is_missing(log)
 
 
-def sweep_report(
-    result: SweepResult, capture: CaptureResult | None = None, geometry: Geometry | None = None
-) -> Report:
+def sweep_report(result: SweepResult, capture: CaptureResult, geometry: Geometry) -> Report:
     sections = [overview_section(result), *refusal_sections(result), divergence_section(result)]
     if result.synergies:
         sections.append(synergy_section(result))
-    if capture is not None:
-        sections.append(capture_section(capture))
-    if geometry is not None:
-        sections += [magnitude_section(geometry), compounding_section(geometry)]
-        if geometry.activities:
-            note = "Prompts of the evaluation pools"
-            if not result.pools.get("extraction", {}).get("notes"):
-                note += ", never used for extraction"
-            sections.append(perturbation_section(geometry, f"{note}."))
+    sections += [
+        capture_section(capture),
+        magnitude_section(geometry),
+        compounding_section(geometry),
+    ]
+    if geometry.activities:
+        note = "Prompts of the evaluation pools"
+        if not result.pools.get("extraction", {}).get("notes"):
+            note += ", never used for extraction"
+        sections.append(perturbation_section(geometry, f"{note}."))
     sections += [cells_section(result), reading_section(result)]
     base = result.baseline
     anchors, opened = opened_cells(result)

@@ -25,6 +25,7 @@ from heretic_contrast.evaluation.plan import (
     plan_sweep,
 )
 from heretic_contrast.evaluation.plan_settings import SweepPlanSettings
+from heretic_contrast.evaluation.results import CaptureResult, Geometry
 from heretic_contrast.evaluation.sweep import SweepEvaluator, run_prepared, sweep
 from heretic_contrast.hosts.loading import with_common_prefix
 from heretic_contrast.hosts.surface import progress_bar
@@ -478,8 +479,10 @@ def test_a_directions_file_is_swept_as_the_extraction_that_made_it(
         "unknown": ["unmatched"],
         "source": source,
     }
-    page = to_html(sweep_report(older))
-    assert "cannot be known" in page and "cannot be known" not in to_html(sweep_report(found))
+    measured = CaptureResult(0, ()), Geometry(())
+    page = to_html(sweep_report(older, *measured))
+    assert "cannot be known" in page
+    assert "cannot be known" not in to_html(sweep_report(found, *measured))
     for name in (source, ">harmful-test.jsonl<", ">harmless-test.jsonl<"):
         assert name in page
     assert str(tmp_path) not in page

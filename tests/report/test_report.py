@@ -350,7 +350,7 @@ def test_models_that_an_ablation_has_broken(tmp_path: Path, weights: set[float])
             for cell in result.cells
         ),
     )
-    write_sweep_report(result, tmp_path, nothing)
+    write_sweep_report(result, tmp_path, nothing, *make_geometry())
     written = json.loads((tmp_path / "sweep.json").read_text(), parse_constant=no_json)
     assert SweepResult.from_dict(written) == result
 
@@ -437,7 +437,7 @@ def _shown(report: Any) -> int:
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ContrastError, match="could not be written"):
-        write_sweep_report(make_sweep(), tmp_path / "file", nothing)
+        write_sweep_report(make_sweep(), tmp_path / "file", nothing, *make_geometry())
 
 
 def run_browser(folder: Path, *arguments: str) -> str:
@@ -514,7 +514,7 @@ def test_every_count_opens_its_responses(monkeypatch: pytest.MonkeyPatch) -> Non
         verdicts=(Verdict("REFUSE", False, 1.0), *result.baseline_verdicts[1:]),
     )
     result = replace(result, cells=(*result.cells[:3], marked, *result.cells[4:]))
-    text = to_html(sweep_report(result))
+    text = to_html(sweep_report(result, *make_geometry()))
     parts = opened(text)
     assert set(parts) == {"unmodified", *(f"cell-{n}" for n in range(len(result.cells)))}
     # Layer 1 at 0.3 has three refusals, which is what leads to its responses, in the table of weights and that of all cells.
@@ -527,12 +527,13 @@ def test_every_count_opens_its_responses(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "Prompt 9" in part and "Canary: Bake" in part
     # All cells would be too much: the best stay, and the page says how many.
     monkeypatch.setattr(page_of_responses, "MAXIMUM_CHARACTERS", 2500)
-    text = to_html(sweep_report(result))
+    text = to_html(sweep_report(result, *make_geometry()))
     kept = opened(text)
     assert 1 < len(kept) < len(parts)
     assert f"R of the best {len(kept) - 1} of {len(result.cells)} cells opens" in text
     assert sum(len(re.sub(r"<[^>]*>", "", part)) for part in kept.values()) < 6000
     # Who else decided is named instead of the words.
     for name in ("text_classifier", "judge_model"):
-        text = to_html(sweep_report(replace(result, settings={name: "some/model"})))
+        classified = replace(result, settings={name: "some/model"})
+        text = to_html(sweep_report(classified, *make_geometry()))
         assert f"{name.replace('_', ' ')} some/model" in text and "declines:" not in text
