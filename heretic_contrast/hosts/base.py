@@ -11,21 +11,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel
-
 Parameters = TypeVar("Parameters")
 
 
 class Plugin:
-    settings: Any
-    heretic_settings: Any
-
-    def __init__(self, *, heretic_settings: Any, settings: BaseModel | None = None) -> None:
+    def __init__(self, *, heretic_settings: Any, settings: Any = None) -> None:
         self.heretic_settings = heretic_settings
         self.settings = settings
-
-    def init(self, ctx: Any) -> None:
-        """Runs once, before anything else."""
 
 
 class Modifier(Plugin, Generic[Parameters]):
