@@ -34,13 +34,10 @@ def can_plot() -> bool:
 def new_figure(width: float, height: float) -> Any:
     """Returns an empty figure of matplotlib. `width`, `height`: in inches."""
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Made without pyplot, so that no window system and no global state is involved.
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def to_png(figure: Any) -> bytes:
@@ -55,12 +52,12 @@ def literal(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def _label_axis(axis: Any, labels: Sequence[str]) -> None:
-    """Labels the positions 0, 1, ... of an axis, only some of them where there are many."""
+def _label_axis(axis: Any, labels: Sequence[str], **options: Any) -> None:
+    """Labels the positions 0, 1, ... of an axis, only some of them where there are many. `options`: those of matplotlib's texts."""
 
     step = -(-len(labels) // MAX_TICKS)
     positions = range(0, len(labels), step)
-    axis.set_ticks(list(positions), [literal(labels[index]) for index in positions])
+    axis.set_ticks(list(positions), [literal(labels[index]) for index in positions], **options)
 
 
 def heat_map(
@@ -88,13 +85,9 @@ def heat_map(
     image = axes.imshow(
         np.ma.masked_invalid(values), aspect="auto", cmap="cividis", vmin=low, vmax=high
     )
-    _label_axis(axes.xaxis, columns)
+    tilted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    _label_axis(axes.xaxis, columns, **(tilted if max(map(len, columns)) > 4 else {}))
     _label_axis(axes.yaxis, rows)
-    if max(map(len, columns)) > 4:
-        axes.tick_params(axis="x", labelrotation=40)
-        for label in axes.get_xticklabels():
-            label.set_horizontalalignment("right")
-            label.set_rotation_mode("anchor")
     axes.set_xlabel(column_title)
     axes.set_ylabel(row_title)
     if n_columns <= 32 and n_rows <= 64:
