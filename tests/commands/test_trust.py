@@ -341,7 +341,7 @@ def test_no_setting_imports_what_it_names(tmp_path: Path, monkeypatch: pytest.Mo
         accepted.add(name)
     assert "directions" in accepted and not {"baseline", "modifiers", "scorers"} & accepted
     for name in (value, "evil_module", "evil_module.attack", "os:system"):
-        with pytest.raises(ContrastError, match="no contrast baseline"):
+        with pytest.raises(KeyError):
             get_baseline(name)
         with pytest.raises(ValueError, match="no contrast baseline"):
             ContrastSettings(baseline=name)

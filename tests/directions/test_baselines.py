@@ -178,7 +178,7 @@ def test_only_baselines_that_use_matched_prompts_read_them() -> None:
 
 
 def test_another_package_can_add_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib.metadata import EntryPoint
+    from importlib.metadata import EntryPoint, EntryPoints
 
     from heretic_contrast import settings
     from heretic_contrast.directions import baselines
@@ -188,7 +188,7 @@ def test_another_package_can_add_a_baseline(monkeypatch: pytest.MonkeyPatch) -> 
         "heretic_contrast.directions.baselines:matched",
         "heretic_contrast.baselines",
     )
-    monkeypatch.setattr(settings, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(settings, "entry_points", lambda group: EntryPoints([entry]))
     assert get_baseline("theirs") is baselines.matched
     assert ContrastSettings(baseline="theirs").baseline == "theirs"
     assert load_pools(with_refuser_pools(ContrastSettings(baseline="theirs"))).matched
