@@ -49,8 +49,7 @@ def direction_names(class_names: Sequence[str], settings: ContrastSettings) -> t
     n_winners = 1 if settings.method is Method.MEAN else settings.winners
     names = names_of_winners(class_names, n_winners)
     if settings.svd:
-        count = min(settings.svd_rank or len(names), len(names))
-        return tuple(f"svd {index + 1}" for index in range(count))
+        return tuple(f"svd {rank}" for rank, _ in enumerate(names[: settings.svd_rank], 1))
     return (SHARED, *names) if settings.shared_direction and len(names) > 1 else names
 
 
@@ -314,5 +313,4 @@ def _unmatched_norms(
             unmatched = without_harmless(unmatched, bulk_means)
     if not settings.svd:
         return unmatched.norm(dim=-1)
-    singular_values = torch.linalg.svdvals(unmatched)
-    return singular_values[:, : settings.svd_rank]
+    return torch.linalg.svdvals(unmatched)[:, : settings.svd_rank]

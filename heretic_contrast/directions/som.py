@@ -224,21 +224,15 @@ def _rates(settings: SomSettings) -> tuple[NDArray[np.float64], NDArray[np.int64
     decay = 1 + iteration / (settings.iterations / 2)
     learning_rate, sigma = settings.learning_rate / decay, settings.sigma / decay
 
-    row, column = (
-        axis.reshape(-1).astype(np.float64)
-        for axis in np.meshgrid(
-            np.arange(settings.rows), np.arange(settings.columns), indexing="ij"
-        )
-    )
+    row, column = np.indices((settings.rows, settings.columns), np.float64).reshape(2, -1)
     if settings.topology == "hexagonal" and settings.neighborhood in ("gaussian", "mexican_hat"):
         from minisom import MiniSom
 
         # Every second column is shifted, counted from the last.
         row = np.where((settings.columns - 1 - column) % 2 == 0, row - 0.5, row)
         column = column * MiniSom.Y_HEX_CONV_FACTOR
-    offsets = np.stack(
-        [np.abs(row - row[:, None]), np.abs(column - column[:, None])], axis=-1
-    ).reshape(-1, 2)
+    places = np.stack([row, column], axis=-1)
+    offsets = np.abs(places - places[:, None]).reshape(-1, 2)
     distinct, rate_columns = np.unique(offsets, axis=0, return_inverse=True)
     x, y = distinct.T
 

@@ -27,11 +27,9 @@ def orthogonalize(
     """
 
     _, singular_values, rows = torch.linalg.svd(vectors, full_matrices=False)
-    n_rows = min(rank or rows.shape[1], rows.shape[1])
-    singular_values, rows = singular_values[:, :n_rows], rows[:, :n_rows]
+    singular_values, rows = singular_values[:, :rank], rows[:, :rank]
     # Directions below rounding are arbitrary: an ablation along them would be noise.
-    relative = 1e-6 * singular_values[:, :1]
-    meaningful = (singular_values > relative) & (singular_values > 0)
+    meaningful = singular_values > 1e-6 * singular_values[:, :1]
     signs = torch.where((rows * mean_direction[:, None]).sum(-1) < 0, -1.0, 1.0)
     rows = rows * (signs * meaningful)[..., None]
     return rows, singular_values * meaningful
