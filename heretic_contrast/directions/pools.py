@@ -39,16 +39,12 @@ class Pools:
         return {text_digest(prompt.text) for pool in self.named().values() for prompt in pool}
 
 
-def shared_texts(first: Sequence[Prompt], second: Sequence[Prompt]) -> set[str]:
-    return {prompt.text for prompt in first} & {prompt.text for prompt in second}
-
-
 def require_apart(
     harmful: Sequence[Prompt], harmless: Sequence[Prompt], name: str, consequence: str
 ) -> None:
     """Raises `ContrastError` when a prompt is called both harmful and harmless."""
 
-    shared = shared_texts(harmful, harmless)
+    shared = {prompt.text for prompt in harmful} & {prompt.text for prompt in harmless}
     if shared:
         raise ContrastError(
             f'The prompt "{min(shared)}" stands both in the harmful and in the {name} pool, so it would be {consequence}: '

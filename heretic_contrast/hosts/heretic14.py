@@ -30,7 +30,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from ..ablation.writers import shared_components, writers_digest
-from ..directions.pools import require_apart, shared_texts
+from ..directions.pools import require_apart
 from ..directions.sources import DirectionSources
 from ..engine.text_classification import classifier_identity
 from ..errors import ContrastError, find_cause, one_line, raising_causes
@@ -486,7 +486,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         pool = load_pool(source, "finalist", "--contrast.finalist_prompts.")
         # A repeated prompt would make intervals too narrow.
         host.finalist_prompts = list(dict.fromkeys(pool))
-        require_fresh(host.finalist_prompts, shared_texts(host.finalist_prompts, harmful))
+        require_fresh(host.finalist_prompts, {prompt.text for prompt in harmful})
     if settings.evaluate_model is None:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
         host.sources = DirectionSources({"": settings.contrast}, "")
