@@ -11,6 +11,7 @@ from pydantic import Field
 from rich.table import Column, Table
 
 from ..errors import ContrastError
+from ..evaluation.statistics import wilson_interval
 from ..files import write_text_atomically
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
@@ -119,7 +120,6 @@ def judge(
 
 
 def show_tiers(judged: Sequence[dict[str, Any]]) -> None:
-    from ..evaluation.statistics import wilson_interval
     from ..hosts.surface import log
 
     counts = Counter(item["tier"] for item in judged)
@@ -139,7 +139,6 @@ def show_tiers(judged: Sequence[dict[str, Any]]) -> None:
 def show_agreement(pairs: Sequence[tuple[Tier, Tier]]) -> None:
     """Shows how far the tiers of people, first in each pair, and those given here agree."""
 
-    from ..evaluation.statistics import wilson_interval
     from ..hosts.surface import log
 
     agreement = Agreement(pairs)

@@ -173,16 +173,13 @@ class GuidedStudy:
             values = objective(trial)
         except (Exception, KeyboardInterrupt) as error:
             # An interrupted trial, which Heretic calls pruned, would teach the sampler something if it had not failed.
-            told = self._tell(trial, state=TrialState.FAIL)
+            told = self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             if GIVEN_UP not in told.user_attrs and not isinstance(error, TrialPruned):
                 raise
         else:
-            told = self._tell(trial, values)
+            told = self.study.tell(trial, values, skip_if_finished=True)
         if GIVEN_UP in told.user_attrs:
             log("* Another process has given this trial up, and makes up for it.")
-
-    def _tell(self, trial: Trial, values: Any = None, state: TrialState | None = None) -> Any:
-        return self.study.tell(trial, values, state, skip_if_finished=True)
 
 
 class Superfluous(Exception):
