@@ -27,24 +27,6 @@ def trial_seed(seed: int, *of: Any) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
-class FixedSampler(PartialFixedSampler):
-    """Leaves parameters out of the search, which have the given values; and may be asked about more than one study, as Optuna's own may not."""
-
-    def __init__(self, fixed: dict[str, Any], sampler: BaseSampler) -> None:
-        super().__init__(fixed, sampler)
-        self.fixed = fixed
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        space = intersection_search_space(study.get_trials(deepcopy=False), include_pruned=True)
-        return {
-            name: distribution
-            for name, distribution in space.items()
-            if name not in self.fixed and not distribution.single()
-        }
-
-
 def stream_of(trial: FrozenTrial, earlier: Sequence[FrozenTrial]) -> int:
     """
     Returns the number of a trial's own stream of random numbers: the first that no earlier trial has.
@@ -69,21 +51,34 @@ def stream_of(trial: FrozenTrial, earlier: Sequence[FrozenTrial]) -> int:
     return streams[trial.number]
 
 
-class StudySampler(BaseSampler):
+class StudySampler(PartialFixedSampler):
     """
     Goes on in a resumed study as in an uninterrupted one, also where trials were lost in between.
 
-    `make` returns a sampler for a seed. With `heretic` it draws what Heretic's own sampler draws, which lives through a study with one stream
-    of random numbers: finished trials of other processes are drawn once more, to no other end than that the stream moves on. A trial beside one
-    that runs elsewhere, and every trial without `heretic`, has a stream of its own.
+    `make` returns a sampler for a seed. `fixed`: values of parameters that have no meaning in this configuration, and take no part in the
+    search. With `heretic` it draws what Heretic's own sampler draws, which lives through a study with one stream of random numbers: finished
+    trials of other processes are drawn once more, to no other end than that the stream moves on. A trial beside one that runs elsewhere, and
+    every trial without `heretic`, has a stream of its own.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], seed: int, heretic: bool) -> None:
+    def __init__(
+        self, make: Callable[[int], BaseSampler], seed: int, fixed: dict[str, Any], heretic: bool
+    ) -> None:
         self._make = make
         self._seed = seed
+        self._fixed = fixed
         self._heretic = heretic
-        self._sampler = make(seed)
-        self._drawn: list[int] | None = []
+        self._drawn: list[int] | None = None
+        self._begin(seed)
+
+    def _begin(self, seed: int) -> None:
+        """Samples by a sampler of this seed from now on, which has drawn nothing."""
+
+        with warnings.catch_warnings():
+            # Optuna 5 warns of `constraints_func`, for which the versions before have nothing else, and all of them of `PartialFixedSampler`.
+            warnings.filterwarnings("ignore", ".*constraints_func", FutureWarning)
+            warnings.filterwarnings("ignore", category=ExperimentalWarning)
+            super().__init__(self._fixed, self._make(seed))
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         earlier = [
@@ -91,17 +86,18 @@ class StudySampler(BaseSampler):
         ]
         finished = [other for other in earlier if other.state is TrialState.COMPLETE]
         if not self._heretic or any(other.state is TrialState.RUNNING for other in earlier):
-            self._sampler = self._make(trial_seed(self._seed, stream_of(trial, earlier)))
+            self._begin(trial_seed(self._seed, stream_of(trial, earlier)))
             self._drawn = None
         else:
             if self._drawn != [other.number for other in finished]:
-                self._sampler = self._make(self._seed)
+                self._begin(self._seed)
+                self._drawn = []
                 self._draw_again(study, finished)
             self._drawn = [*(other.number for other in finished), trial.number]
-        self._sampler.before_trial(study, trial)
+        super().before_trial(study, trial)
 
     def _draw_again(self, study: Study, finished: Sequence[FrozenTrial]) -> None:
-        again = create_study(sampler=self._sampler, directions=study.directions)
+        again = create_study(sampler=self, directions=study.directions)
         for earlier in finished:
             if "fixed_params" in earlier.system_attrs:
                 again.enqueue_trial(earlier.system_attrs["fixed_params"])
@@ -114,26 +110,14 @@ class StudySampler(BaseSampler):
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        return self._sampler.infer_relative_search_space(study, trial)
+        """As Optuna's own, which may be asked about one study only."""
 
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self._sampler.sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
-
-    def after_trial(
-        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
-        self._sampler.after_trial(study, trial, state, values)
+        space = intersection_search_space(study.get_trials(deepcopy=False), include_pruned=True)
+        return {
+            name: distribution
+            for name, distribution in space.items()
+            if name not in self._fixed and not distribution.single()
+        }
 
 
 def make_sampler(
@@ -146,29 +130,21 @@ def make_sampler(
     """
     Returns Heretic's multivariate TPE with Heretic's random numbers, or NSGA-II, seeded per trial.
 
-    `fixed`: values of parameters that have no meaning in this configuration, and take no part in the search.
-    `constraints`: values of a trial, one of which above 0 makes it worse than any other, whatever it has reached.
+    `fixed`: as in `StudySampler`. `constraints`: values of a trial, one of which above 0 makes it worse than any other, whatever it
+    has reached.
     """
 
     def make(trial: int) -> BaseSampler:
-        with warnings.catch_warnings():
-            # Optuna 5 warns of `constraints_func`, for which the versions before have nothing else, and all of them of `PartialFixedSampler`.
-            warnings.filterwarnings("ignore", ".*constraints_func", FutureWarning)
-            warnings.filterwarnings("ignore", category=ExperimentalWarning)
-            if kind is Sampler.NSGA2:
-                # A generation as large as Heretic's random start-up keeps both samplers comparable.
-                size = max(2, min(n_startup_trials, 50))
-                own: BaseSampler = NSGAIISampler(
-                    population_size=size, seed=trial, constraints_func=constraints
-                )
-            else:
-                own = TPESampler(
-                    n_startup_trials=n_startup_trials,
-                    n_ei_candidates=128,
-                    multivariate=True,
-                    seed=trial,
-                    constraints_func=constraints,
-                )
-            return FixedSampler(fixed, own)
+        if kind is Sampler.NSGA2:
+            # A generation as large as Heretic's random start-up keeps both samplers comparable.
+            size = max(2, min(n_startup_trials, 50))
+            return NSGAIISampler(population_size=size, seed=trial, constraints_func=constraints)
+        return TPESampler(
+            n_startup_trials=n_startup_trials,
+            n_ei_candidates=128,
+            multivariate=True,
+            seed=trial,
+            constraints_func=constraints,
+        )
 
-    return StudySampler(make, seed, kind is Sampler.TPE)
+    return StudySampler(make, seed, fixed, kind is Sampler.TPE)
