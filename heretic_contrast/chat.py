@@ -104,12 +104,14 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
     return [ids if ids[:1] == before[:1] else before + ids for ids in plain]
 
 
-def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Returns tokens and mask, integer tensors of shape (n, length), padded on the left."""
+def padded(
+    sequences: Sequence[Sequence[int]], pad: int, side: str = "left"
+) -> tuple[Tensor, Tensor]:
+    """Returns tokens and mask, integer tensors of shape (n, length), padded on one side."""
 
     rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     tokens, mask = (
-        pad_sequence(part, batch_first=True, padding_value=filling, padding_side="left")
+        pad_sequence(part, batch_first=True, padding_value=filling, padding_side=side)
         for part, filling in ((rows, pad), ([torch.ones_like(row) for row in rows], 0))
     )
     return tokens, mask

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 from transformers import GenerationConfig
 
-from .chat import chat_texts, pad_left, token_ids
+from .chat import chat_texts, padded, token_ids
 from .errors import ContrastError, warn
 from .identity import Identity, model_identity
 from .offloading import input_device
@@ -274,10 +274,10 @@ class LanguageModel:
 
         return self.pad(self.token_ids(prompts))
 
-    def pad(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """As `tokenize`, for known tokens."""
+    def pad(self, sequences: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
+        """As `tokenize`, for known tokens; `side`: where they are padded."""
 
-        tokens, mask = pad_left(sequences, self.pad_token_id())
+        tokens, mask = padded(sequences, self.pad_token_id(), side)
         tokens, mask = (to_device(item, self.device) for item in (tokens, mask))
         return {"input_ids": tokens, "attention_mask": mask}
 

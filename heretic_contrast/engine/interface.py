@@ -2,11 +2,10 @@
 
 """What engines are given, and what they give."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from ..language_model import Tokens
@@ -57,17 +56,3 @@ class Logits:
     interventions: Tensor
     positions: Tensor
     values: Tensor
-
-
-def pad_right(
-    sequences: Sequence[Tokens], filler: int, width: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns tokens and attention mask, integer Tensors of shape (n_sequences, width) on the CPU."""
-
-    width = width or max(map(len, sequences))
-    tokens = torch.full((len(sequences), width), filler)
-    mask = torch.zeros_like(tokens)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, : len(sequence)] = 1
-    return tokens, mask

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..chat import chat_texts, pad_left, require_chat, token_ids
+from ..chat import chat_texts, padded, require_chat, token_ids
 from ..errors import ContrastError, one_line
 from ..identity import reading_digest
 from ..language_model import Batches, Tokens, contiguous_head, plain_settings
@@ -171,7 +171,7 @@ class JudgeModel:
         rows = sorted(read, key=lambda row: len(read[row]))
 
         def judge(part: slice) -> list[float]:
-            tokens, mask = pad_left([read[row] for row in rows[part]], 0)
+            tokens, mask = padded([read[row] for row in rows[part]], 0)
             with torch.inference_mode(), plain_settings(self.model), contiguous_head(self.model):
                 output = self.model.generate(
                     tokens.to(self.model.device),

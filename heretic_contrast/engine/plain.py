@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ablation.hooks import Intervention, ablated_samples
 from ..language_model import Batches, LanguageModel, Tokens
 from .compat import forget_images
-from .interface import Continuations, Count, Logits, no_count, pad_right
+from .interface import Continuations, Count, Logits, no_count
 
 ELEMENTS = 2**24
 """Logits of one pass, 64 MiB, that are allowed where it holds more than one sequence."""
@@ -85,19 +85,17 @@ class PlainEngine:
             def read(
                 part: slice, index: int = index, intervention: Intervention | None = intervention
             ) -> tuple[Logits, int]:
-                tokens, mask = pad_right(sequences[part], self.model.pad_token_id())
+                inputs = self.model.pad(sequences[part], "right")
+                n_sequences, width = inputs["input_ids"].shape
                 first = min(map(len, known.prompts[part])) - 1
                 forget_images(self.model.model)
                 with torch.no_grad(), self._ablated(intervention):
                     logits = self.model.model(
-                        input_ids=tokens.to(self.model.device),
-                        attention_mask=mask.to(self.model.device),
-                        use_cache=False,
-                        logits_to_keep=tokens.shape[1] - first,
+                        **inputs, use_cache=False, logits_to_keep=width - first
                     ).logits
                     # Some models ignore what is asked for, and give the logits of all positions.
-                    logits = logits[:, first - tokens.shape[1] :]
-                return _predictions(logits, first, known, index, part), len(tokens)
+                    logits = logits[:, first - width :]
+                return _predictions(logits, first, known, index, part), n_sequences
 
             for found, n_prompts in sizes.run(len(sequences), read):
                 yield found

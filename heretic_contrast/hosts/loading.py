@@ -21,7 +21,7 @@ from rich.markup import escape
 from torch.nn import Module
 
 from ..builtin import model_name
-from ..chat import chat_texts, note_on_system_role, pad_left, require_chat, token_ids
+from ..chat import chat_texts, note_on_system_role, padded, require_chat, token_ids
 from ..directions.sources import DirectionSources
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel, contiguous_head
@@ -57,7 +57,7 @@ class ChatTokenizer:
 
     def __call__(self, text: str | list[str], **options: Any) -> Inputs:
         texts = [text] if isinstance(text, str) else text
-        tokens, mask = pad_left(token_ids(self._tokenizer, texts), self._tokenizer.pad_token_id)
+        tokens, mask = padded(token_ids(self._tokenizer, texts), self._tokenizer.pad_token_id)
         return Inputs(input_ids=tokens, attention_mask=mask)
 
 

@@ -19,7 +19,7 @@ from ...ablation.hooks import Intervention, ablated_samples
 from ...language_model import Batches, Tokens, until_end
 from ...vectors import to_device
 from ..compat import Cache, concatenate, join, keeps_every_token, new_cache, select_rows
-from ..interface import Count, pad_right
+from ..interface import Count
 from ..strides import Watch, generate_together, has_ended, staying
 from .teacher_forcing import Pass, TeacherForcing
 
@@ -158,10 +158,7 @@ class Drafts:
             inputs = self._model.pad(sequences)
             return inputs["input_ids"], inputs["attention_mask"]
         # What the cache holds of the draft after the departure is masked; the last token is not read yet.
-        read = [sequence[:-1] for sequence in sequences]
-        tokens, mask = pad_right(read, self._model.pad_token_id(), cache.get_seq_length())
-        last = torch.tensor([[sequence[-1]] for sequence in sequences])
-        return (
-            to_device(torch.cat([tokens, last], dim=1), self._model.device),
-            to_device(torch.cat([mask, torch.ones_like(last)], dim=1), self._model.device),
-        )
+        read = [*(sequence[:-1] for sequence in sequences), (0,) * cache.get_seq_length()]
+        tokens, mask = (item[:-1] for item in self._model.pad(read, "right").values())
+        last = to_device([[sequence[-1]] for sequence in sequences], self._model.device)
+        return torch.cat([tokens, last], dim=1), torch.cat([mask, torch.ones_like(last)], dim=1)

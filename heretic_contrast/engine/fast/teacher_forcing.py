@@ -20,7 +20,7 @@ from ...ablation.hooks import Intervention, ablated_samples, carries_samples
 from ...language_model import Batches, Tokens
 from ...vectors import to_device
 from ..compat import Cache, join, new_cache, select_rows
-from ..interface import Continuations, pad_right
+from ..interface import Continuations
 from .decoder import Decoder, LayerInput, TokenBatch
 
 CPU_ELEMENTS_PER_PASS = 2**19
@@ -224,9 +224,7 @@ class TeacherForcing:
     def _batch(self, sequences: Sequence[Tokens]) -> TokenBatch:
         """Returns sequences as a batch, padded on the right no further than they need."""
 
-        model = self.decoder.model
-        tokens, mask = pad_right(sequences, model.pad_token_id())
-        return TokenBatch(to_device(tokens, model.device), to_device(mask, model.device))
+        return TokenBatch(**self.decoder.model.pad(sequences, "right"))
 
 
 def common_prefix(prompts: Sequence[Tokens]) -> Tokens:
