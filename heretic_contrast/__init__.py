@@ -8,25 +8,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .directions.directions import Directions
-    from .directions.extraction import extract_directions
-    from .evaluation.sweep import sweep
-    from .hosts.surface import wrap
-    from .modifier import ContrastAbliteration
-    from .response_scorers import FalseRefusals, RefusalTiers
-    from .scorers import FixedWeightSweep, TeacherForcedDivergence
-
-__all__ = [
-    "ContrastAbliteration",
-    "Directions",
-    "FalseRefusals",
-    "FixedWeightSweep",
-    "RefusalTiers",
-    "TeacherForcedDivergence",
-    "extract_directions",
-    "sweep",
-    "wrap",
-]
+    from .directions.directions import Directions as Directions
+    from .directions.extraction import extract_directions as extract_directions
+    from .evaluation.sweep import sweep as sweep
+    from .hosts.surface import wrap as wrap
+    from .modifier import ContrastAbliteration as ContrastAbliteration
+    from .response_scorers import FalseRefusals as FalseRefusals
+    from .response_scorers import RefusalTiers as RefusalTiers
+    from .scorers import FixedWeightSweep as FixedWeightSweep
+    from .scorers import TeacherForcedDivergence as TeacherForcedDivergence
 
 # Names are imported on first use, since PyTorch and Heretic take seconds and --help needs neither. Heretic 2.0 can load this
 # file by its path, outside of any package, so that theirs are absolute.
@@ -41,6 +31,8 @@ _HOMES = {
     "sweep": "heretic_contrast.evaluation.sweep",
     "wrap": "heretic_contrast.hosts.surface",
 }
+
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
