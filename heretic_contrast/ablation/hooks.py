@@ -52,8 +52,6 @@ class BatchOperator:
         return BatchOperator(self.vectors[indices], self.mixed_vectors[indices])
 
     def to(self, device: torch.device) -> "BatchOperator":
-        if self.vectors.device == device:
-            return self
         return BatchOperator(to_device(self.vectors, device), to_device(self.mixed_vectors, device))
 
     def apply(self, output: Tensor) -> Tensor:

@@ -102,13 +102,19 @@ def lora_factors(
         return rows_times(vectors, weight), factor_b
 
     norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    safe_norms = norms.clamp_min(1e-12)
+    # The rows are scaled on the small side: Vᵀ Ŵ = (Vᵀ diag(1 / ρ)) W.
+    factor_a = rows_times(vectors / safe_norms.T, weight)
     if row_normalization is RowNormalization.PRE:
-        # The rows are scaled on the small side: Vᵀ Ŵ = (Vᵀ diag(1 / ρ)) W.
-        return rows_times(vectors / norms.clamp_min(1e-12).T, weight), factor_b * norms
+        return factor_a, factor_b * norms
 
-    if rank is None:
-        rank = len(operator.vectors) + 2
-    return RenormalizedChange.build(operator, weight, norms).truncate(rank, seed)
+    # Row lengths from Gram terms: ‖ŵ + b A‖² = ‖ŵ‖² + 2 b (A ŵ) + b (A Aᵀ) bᵀ.
+    cross, gram = (weight @ factor_a.T) / safe_norms, factor_a @ factor_a.T
+    added = ((2 * cross + factor_b @ gram) * factor_b).sum(dim=1, keepdim=True)
+    squares = (norms / safe_norms).square() + added
+    lengths = squares.clamp_min(0).sqrt().clamp_min(1e-12)
+    change = RenormalizedChange(weight, 1 / lengths - 1, factor_b * norms / lengths, factor_a)
+    return change.truncate(len(operator.vectors) + 2 if rank is None else rank, seed)
 
 
 @dataclass(frozen=True)
@@ -127,28 +133,6 @@ class RenormalizedChange:
     left: Tensor
     right: Tensor
     factor_a: Tensor
-
-    @classmethod
-    def build(cls, operator: Operator, weight: Tensor, norms: Tensor) -> "RenormalizedChange":
-        """Computes row lengths from Gram terms: ‖ŵ + b A‖² = ‖ŵ‖² + 2 b (A ŵ) + b (A Aᵀ) bᵀ."""
-
-        vectors = operator.vectors.to(weight.device)
-        safe_norms = norms.clamp_min(1e-12)
-        factor_a = rows_times(vectors / safe_norms.T, weight)
-        factor_b = -operator.mixed_vectors.T.to(weight.device)
-        normalized_lengths = (norms / safe_norms).square()
-        cross = (weight @ factor_a.T) / safe_norms
-        gram = factor_a @ factor_a.T
-        squares = normalized_lengths + ((2 * cross + factor_b @ gram) * factor_b).sum(
-            dim=1, keepdim=True
-        )
-        lengths = squares.clamp_min(0).sqrt().clamp_min(1e-12)
-        return cls(
-            weight=weight,
-            left=1 / lengths - 1,
-            right=factor_b * norms / lengths,
-            factor_a=factor_a,
-        )
 
     def apply(self, right: Tensor) -> Tensor:
         """Returns the change times a matrix of shape (in_features, n)."""
