@@ -187,7 +187,8 @@ class Contrast:
 
     `level`: the divergence at which the reference refuses half, or a third condition. `share`: of the condition there; `difference`: minus that of
     the reference. `ratio`: divergence that the condition needs to refuse half, over the reference's. `beyond`: whether
-    the level lies beyond what the condition was measured at, so that its share there is an upper bound. `below`: whether it lies below what
+    the level lies beyond what the condition was measured at, so that its share there is an upper bound; `reference_beyond`: the same
+    of the reference. `below`: whether it lies below what
     either was measured at, so that its share there is a line from the unmodified model, whatever lies between.
     """
 
@@ -196,13 +197,15 @@ class Contrast:
     difference: Interval
     ratio: Interval
     beyond: bool
+    reference_beyond: bool
     below: bool
 
     @property
     def unreached(self) -> bool:
-        """Whether more weight could still make the condition as good, since it was not measured up to the level."""
+        """Whether more weight could still make the one that leaves more as good, since it was not measured up to the level."""
 
-        return self.beyond and self.difference.value > 0
+        difference = self.difference.value
+        return (self.beyond and difference > 0) or (self.reference_beyond and difference < 0)
 
     @property
     def verdict(self) -> str:
@@ -238,6 +241,8 @@ def contrast(
     if not np.isfinite(level):
         return None
     own = share_at(own_kl, own_share, level)
+    # In √KL, as the level is read, so that rounding puts none beyond the weight at which it was found.
+    root, own_roots, base_roots = np.sqrt(level), np.sqrt(own_kl[0]), np.sqrt(base_kl[0])
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = kl_at(own_kl, own_share, 0.5) / kl_at(base_kl, base_share, 0.5)
     return Contrast(
@@ -245,8 +250,9 @@ def contrast(
         share=interval(own),
         difference=interval(own - share_at(base_kl, base_share, level)),
         ratio=interval(ratio),
-        beyond=level > float(own_kl[0].max()),
-        below=level < max(float(own_kl[0].min()), float(base_kl[0].min())),
+        beyond=bool(root > own_roots.max()),
+        reference_beyond=bool(root > base_roots.max()),
+        below=bool(root < max(own_roots.min(), base_roots.min())),
     )
 
 

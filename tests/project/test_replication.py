@@ -52,6 +52,7 @@ from examples.replication.report import (
 from examples.replication.statistics import (
     Draws,
     Interval,
+    Outcomes,
     contrast,
     divergences,
     interval,
@@ -478,6 +479,42 @@ def test_contrast_beyond_what_was_measured_is_not_called_worse() -> None:
     found = contrast(stopped, reference, study.draws)
     assert found is not None and found.beyond and found.difference.low > 0
     assert found.verdict == "undecided"
+
+
+def test_contrast_beyond_what_the_reference_was_measured_at_is_not_called_better() -> None:
+    """At the divergence at which a third condition leaves half, of which the reference has seen a hundredth or all."""
+
+    study = Study(made_up_study(everything_works))
+    condition = study.outcomes("som unmatched")
+    assert condition is not None
+    for share_seen, verdict in ((0.01, "undecided"), (1.0, "better")):
+        reference = type(condition)(
+            **{
+                **condition.__dict__,
+                "kl": condition.kl * share_seen,
+                "refused": np.ones_like(condition.refused),
+            }
+        )
+        found = contrast(condition, reference, study.draws, at=condition)
+        # Half is left of what the reference leaves whole.
+        assert found is not None and found.difference.value == pytest.approx(-0.5)
+        assert found.verdict == verdict and found.unreached == (verdict == "undecided")
+        assert ("not measured that far" in reading(found)) == found.unreached
+
+
+def test_what_halves_refusals_at_its_last_weight_was_measured_that_far() -> None:
+    kl = 0.22
+    assert math.sqrt(kl) ** 2 > kl
+
+    def stacked(letters: str) -> Outcomes:
+        row = {"weights": [1.0], "effective": [1.0], "kl": [kl], "floor": 0.0, "seed": 0}
+        judged = dict.fromkeys(range(40), True)
+        return stack_outcomes([{**row, "outcomes": [letters], "judged": judged}], 40)
+
+    for letters, difference, verdict in (("C" * 40, -0.5, "better"), ("R" * 40, 0.5, "worse")):
+        found = contrast(stacked(letters), stacked("RC" * 20), Draws.make(1, 40))
+        assert found is not None and found.difference.value == pytest.approx(difference)
+        assert found.verdict == verdict
 
 
 def test_contrast_below_what_was_measured_decides_nothing() -> None:
