@@ -5,8 +5,8 @@ Times the collection of residuals against Heretic's own, on the built-in refuser
 
     python benchmarks/residuals.py [--prompts 256] [--repeats 3]
 
-Both ways run on the same loaded model and the same prompts, of varying length, in one process; the best of
-several repeats counts. The cache is not used.
+Both ways run on the same loaded model and the same prompts, of varying length, in one process, in turns; the
+best of several repeats counts. The cache is not used.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import sys
 
 import torch
-from measuring import best_time
+from measuring import best_times_in_turns
 
 from heretic_contrast.builtin import DATA, refuser_pool
 from heretic_contrast.hosts.loading import open_model
@@ -48,13 +48,11 @@ def main() -> None:
     theirs = [HereticPrompt(system=settings.system_prompt, user=text) for text in texts]
 
     difference = (model.residuals(ours) - heretic.get_residuals_batched(theirs)).abs().max()
-    seconds = {
-        "Heretic": best_time(lambda: heretic.get_residuals_batched(theirs), arguments.repeats),
-        "ours": best_time(lambda: model.residuals(ours), arguments.repeats),
-    }
+    ways = (lambda: heretic.get_residuals_batched(theirs), lambda: model.residuals(ours))
+    their_seconds, our_seconds = best_times_in_turns(ways, arguments.repeats)
     result = {
-        "seconds": seconds,
-        "Heretic / ours": seconds["Heretic"] / seconds["ours"],
+        "seconds": {"Heretic": their_seconds, "ours": our_seconds},
+        "Heretic / ours": their_seconds / our_seconds,
         "largest difference": float(difference),
         "threads": torch.get_num_threads(),
     }
