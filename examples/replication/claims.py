@@ -4,7 +4,7 @@
 The paper's claims (section 7), its tables, and hints from earlier trials, each with a rule that decides it.
 
 Layers and weights are chosen on the paper's sweep (10 prompts, one set of directions) and then judged with other
-directions and prompts drawn anew, so that choosing the best of many cells does not flatter it. What a claim says and its rule
+directions, and prompts drawn anew that the sweep did not judge, so that choosing the best of many cells does not flatter it. What a claim says and its rule
 stand in the documentation of the function that decides it, and are printed in the report.
 """
 

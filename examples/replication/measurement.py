@@ -9,7 +9,7 @@ geometry; no prompts and no responses.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, astuple, replace
 from importlib.metadata import version
 from itertools import chain
@@ -100,13 +100,17 @@ def measure_study(
     }
     log("Looking at what the unmodified model refuses...")
     refused = _refused(model, pools, options.tokens)
-    candidates = [index for index, value in enumerate(refused["judged"]) if value]
+    candidates = fresh_prompts(
+        pools.judged, refused["judged"], filter(None, (swept, swept_in_16_bits))
+    )
     if len(candidates) < 3:
         raise ContrastError(
-            f"{model.name} refuses {len(candidates)} of {len(pools.judged)} harmful prompts, too few to measure: "
-            "use other prompts, or a model that refuses."
+            f"Of {len(pools.judged)} harmful prompts {model.name} refuses {len(candidates)} that its sweep did not judge, too few "
+            "to measure: use other prompts, or a model that refuses."
         )
-    log(f"* It refuses {len(candidates)} of the {len(pools.judged)} prompts that may be judged.")
+    log(
+        f"* Of the {len(pools.judged)} prompts that may be judged it refuses {len(candidates)} that its sweep did not judge."
+    )
     log("Obtaining residuals...")
     residuals = {
         key: cached_residuals(model, prompts, None, show) for key, prompts in pools.fitted().items()
@@ -142,6 +146,7 @@ def measure_study(
         "n_parameters": sum(parameter.numel() for parameter in model.model.parameters()),
         "n_prompts": {key: len(prompts) for key, prompts in all_pools.items()},
         "n_refused": {key: sum(values) for key, values in refused.items()},
+        "n_fresh": len(candidates),
         "judged_categories": [prompt.category for prompt in pools.judged],
         "n_pairs": [len(pairs), len(pools.pairs)],
         "single_layers": layers,
@@ -149,6 +154,19 @@ def measure_study(
         "sweep_16_bits": compact_sweep(swept_in_16_bits) if swept_in_16_bits else None,
         "seeds": seeds,
     }
+
+
+def fresh_prompts(
+    judged: Sequence[Prompt], refused: Sequence[bool], sweeps: Iterable[SweepResult]
+) -> list[int]:
+    """Returns the indices of the prompts that are refused, without those of the sweeps on which cells are chosen."""
+
+    swept = {text for sweep in sweeps for text in sweep.prompts}
+    return [
+        index
+        for index, (prompt, value) in enumerate(zip(judged, refused, strict=True))
+        if value and prompt.text not in swept
+    ]
 
 
 def _refused(model: LanguageModel, pools: StudyPools, tokens: int) -> dict[str, list[bool]]:

@@ -30,7 +30,7 @@ from examples.replication.claims import (
 from examples.replication.cli import main
 from examples.replication.conditions import all_layer_conditions, single_layer_conditions
 from examples.replication.evidence import Study, load_studies
-from examples.replication.measurement import FORMAT, outcomes
+from examples.replication.measurement import FORMAT, fresh_prompts, outcomes
 from examples.replication.pools import (
     SENSITIVE,
     StudyOptions,
@@ -814,6 +814,25 @@ def test_prompts_file_makes_pools_without_overlap(tmp_path: Path) -> None:
         file_pools(path)
 
 
+def test_prompts_on_which_cells_were_chosen_are_not_fresh() -> None:
+    swept = [
+        SweepResult("m", Measurement(9, 0, 0, 0, 9, 0, 2, 0.1, None), (), prompts=texts)
+        for texts in (("b", "elsewhere"), ("e",))
+    ]
+    judged = [Prompt(text) for text in "abcdef"]
+    refused = [True, True, False, True, True, True]
+    assert fresh_prompts(judged, refused, swept) == [0, 3, 5]
+
+
+def test_the_report_says_whether_fresh_prompts_are_fresh() -> None:
+    data = made_up_study(everything_works, n_seeds=1)
+    said = ("some of which the sweep had judged, too", "Some of the fresh prompts were not fresh")
+    text = render([Study(data)], {})
+    assert all(words in text for words in said) and "pools of 60 (refuser)" in text
+    text = render([Study({**data, "n_fresh": 50})], {})
+    assert not any(words in text for words in said) and "pools of 50 (refuser)" in text
+
+
 def test_outcomes_are_letters() -> None:
     verdicts = [
         Verdict("REFUSE", True, 0.9),
@@ -851,6 +870,11 @@ def test_measurement_of_the_built_in_refuser_resumes_with_the_same_bytes(tmp_pat
     first = measure()
     assert measure() == first
     data = json.loads(first)
+    # None of the ten prompts on which the sweep chose its cells is judged again.
+    swept = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["prompts"]
+    pool = builtin_pools().judged
+    assert len(swept) == 10 and data["n_fresh"] == len(pool) - 10
+    assert not {pool[index].text for index in data["seeds"][0]["judged"]} & set(swept)
     curves = data["seeds"][0]["curves"]
     assert {curve["scope"] for curve in curves} == {"all", str(data["single_layers"][0])}
     strong = next(c for c in curves if (c["scope"], c["condition"]) == ("all", "som unmatched"))
