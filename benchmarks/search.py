@@ -7,7 +7,8 @@ Compares searches: plain Heretic 1.4 and configurations of the plugin, on one mo
 
 A front is worth the share of a box that it dominates: refusals from 0 to the unmodified model's count, KL from 0 to a limit that is
 stated. It is given as it grows by trial and by second, with 95 % intervals over seeds, and once more for the front judged on prompts
-that the search never saw. Studies that are finished are not run again, and one that was interrupted goes on.
+that the search never saw. Studies that are finished are not run again, and one that was interrupted goes on; what was begun with other
+settings is refused.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +37,7 @@ from optuna.storages import JournalStorage
 from scipy.stats import t as student
 
 from heretic_contrast.builtin import REFUSER, refuser_pool, resolve_model
+from heretic_contrast.errors import ContrastError
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.hosts import answers, heretic14
 from heretic_contrast.hosts.settings import HostSettings, load_settings
@@ -42,7 +45,7 @@ from heretic_contrast.hosts.studies import STUDY_NAME, repair_checkpoint
 from heretic_contrast.journal import CheckedJournal
 from heretic_contrast.modifier import ContrastAbliteration
 from heretic_contrast.outputs import json_text
-from heretic_contrast.prompts import Prompt, load_pool
+from heretic_contrast.prompts import Prompt, load_pool, prompts_digest
 from heretic_contrast.report.plots import can_plot, lines
 from heretic_contrast.settings import PRESETS, PromptSource
 
@@ -127,17 +130,65 @@ def write_prompts(
     return paths
 
 
+def folder_name(configuration: str) -> str:
+    """Returns what the folders of a configuration's studies are called, before their seeds."""
+
+    return configuration.replace(", ", "-")
+
+
 class Study:
     """One study of one configuration: runs it through Heretic's own menus, and judges its front on fresh prompts there."""
 
     def __init__(self, name: str, seed: int, arguments: argparse.Namespace) -> None:
         self.name, self.seed, self.arguments = name, seed, arguments
-        self.folder = Path(arguments.output) / "studies" / f"{name.replace(', ', '-')}-{seed}"
+        self.folder = Path(arguments.output) / "studies" / f"{folder_name(name)}-{seed}"
         self.result = self.folder / "result.json"
+        self.record = self.folder / "settings.json"
+        self.screening = self.folder / "screening.json"
         self.fresh: dict[int, tuple[int, float]] = {}
         self.base: dict[str, int] = {}
-        self.screening_seconds = 0.0
         self._waiting: Iterator[Any] | None = None
+
+    @property
+    def screening_seconds(self) -> float:
+        """Seconds of screening, which outlive an interruption as the screened candidates do."""
+
+        return (
+            float(json.loads(self.screening.read_text("utf-8"))) if self.screening.exists() else 0.0
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what decides the study, beside its seed."""
+
+        arguments = self.arguments
+        names = ("trials", "startup_trials", "tokens", "judged", "fresh", "batch_size", "prompts")
+        path = Path(arguments.model)
+        return {
+            "configuration": self.name,
+            "its options": shlex.split(arguments.all_configurations[self.name]),
+            "--options": shlex.split(arguments.options),
+            "model": str(path.resolve()) if path.exists() else arguments.model,
+            **{name: getattr(arguments, name) for name in names},
+        }
+
+    def require_same_settings(self) -> None:
+        """Raises `ContrastError` when the folder holds a study, or a part of one, that other settings decided."""
+
+        if self.record.exists():
+            known = json.loads(self.record.read_text("utf-8"))
+            differences = [
+                f"{name} {known.get(name)} instead of {value}"
+                for name, value in self.settings().items()
+                if known.get(name) != value
+            ]
+        elif self.folder.exists():
+            differences = ["settings that an earlier version did not record"]
+        else:
+            differences = []
+        if differences:
+            raise ContrastError(
+                f"{self.folder} holds a study with {', '.join(differences)}: give another --output, or delete this folder."
+            )
 
     def flags(self, paths: dict[str, dict[str, str]]) -> list[str]:
         """Returns the command line."""
@@ -167,7 +218,7 @@ class Study:
 
         if self.result.exists():
             return dict(json.loads(self.result.read_text("utf-8")))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(self.record, json_text(self.settings()))
         self._waiting = None
         study = self
         is_plain = self.name.startswith(PLAIN)
@@ -197,7 +248,8 @@ class Study:
         def screened(host: heretic14.Host, *arguments: Any) -> Any:
             start = time.perf_counter()
             found = choose(host, *arguments)
-            study.screening_seconds += time.perf_counter() - start
+            seconds = study.screening_seconds + time.perf_counter() - start
+            write_text_atomically(study.screening, json_text(seconds))
             return found
 
         with ExitStack() as stack:
@@ -432,25 +484,39 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument("--options", default="", help="options of Heretic for all studies")
     parser.add_argument("--add", action="append", default=[], metavar="NAME=OPTIONS")
     arguments = parser.parse_args(command_line)
-    added = dict(item.split("=", 1) for item in arguments.add)
-    arguments.all_configurations = {**CONFIGURATIONS, **added}
-    names = [*arguments.configurations, *added]
+    added = [item.split("=", 1) for item in arguments.add]
+    arguments.all_configurations = {**CONFIGURATIONS, **dict(added)}
+    names = [*arguments.configurations, *(name for name, _ in added)]
     unknown = set(names) - set(arguments.all_configurations)
     if unknown:
         parser.error(f"no configuration {min(unknown)}: there are {', '.join(CONFIGURATIONS)}")
-    output = Path(arguments.output)
-    paths = write_prompts(split_prompts(arguments), output / "prompts")
-    studies = []
-    # Seed by seed, so that an unfinished benchmark compares all configurations.
-    for seed in range(arguments.seeds):
-        for name in names:
-            start = time.perf_counter()
-            studies.append(Study(name, seed, arguments).run(paths))
-            taken = time.perf_counter() - start
-            print(
-                f"{name}, seed {seed}: {shares(studies[-1], arguments.kl_limit)[-1]:.3f} ({taken:.0f} s)",
-                flush=True,
+    for first, second in combinations(names, 2):
+        if folder_name(first) == folder_name(second):
+            parser.error(
+                f'the configurations "{first}" and "{second}" would share folders: name each once, and differently'
             )
+    output = Path(arguments.output)
+    prompts = split_prompts(arguments)
+    arguments.prompts = prompts_digest(
+        [prompt for pools in prompts.values() for found in pools.values() for prompt in found]
+    )
+    # Seed by seed, so that an unfinished benchmark compares all configurations.
+    planned = [Study(name, seed, arguments) for seed in range(arguments.seeds) for name in names]
+    try:
+        for study in planned:
+            study.require_same_settings()
+    except ContrastError as error:
+        parser.exit(2, f"{error}\n")
+    paths = write_prompts(prompts, output / "prompts")
+    studies = []
+    for study in planned:
+        start = time.perf_counter()
+        studies.append(study.run(paths))
+        taken = time.perf_counter() - start
+        print(
+            f"{study.name}, seed {study.seed}: {shares(studies[-1], arguments.kl_limit)[-1]:.3f} ({taken:.0f} s)",
+            flush=True,
+        )
     summary = summarize(studies, arguments.kl_limit)
     kept = {
         name: value

@@ -4,6 +4,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,139 @@ def test_times_until_a_share() -> None:
         [2.0, pytest.approx(0.25)],
         [3.0, pytest.approx(0.5)],
     ]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Studies that run no model; their names, in the order in which they ran."""
+
+    names: list[str] = []
+
+    def flags(study: Any, paths: Any) -> list[str]:
+        study.evaluator = None
+        names.append(study.name)
+        return []
+
+    def collected(study: Any) -> dict[str, Any]:
+        made = made_study([(3, 0.01), (1, 0.06)])
+        screening = study.screening_seconds
+        found = {"configuration": study.name, "seed": study.seed, "screening_seconds": screening}
+        return {**made, **found}
+
+    monkeypatch.setattr(search.Study, "flags", flags)
+    monkeypatch.setattr(search.Study, "collected", collected)
+    monkeypatch.setattr(search, "load_settings", lambda *_: None)
+    monkeypatch.setattr(search.heretic.main, "run", lambda: None)
+    monkeypatch.setattr(search.heretic14, "run", lambda *_: None)
+    monkeypatch.setattr(search, "can_plot", lambda: False)
+    return names
+
+
+SMALL = (
+    "--seeds 1 --judged 8 --fresh 8 --trials 2 --startup-trials 1 --configurations heretic default"
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--trials=3"], "trials 2 instead of 3"),
+        (["--startup-trials=2"], "startup_trials 1 instead of 2"),
+        (["--tokens=9"], "tokens 24 instead of 9"),
+        (["--judged=9"], "judged 8 instead of 9"),
+        (["--batch-size=9"], "batch_size 64 instead of 9"),
+        (["--options=--kl-divergence-target=1"], "--options [] instead of ['--kl-d"),
+        (["--model=other"], "model builtin:refuser instead of other"),
+        (["--harmful=prompts.txt"], "with prompts "),
+        (["--add=x=--b"], "its options ['--a'] instead of ['--b']"),
+    ],
+)
+def test_results_are_not_taken_for_those_of_other_settings(
+    changed: list[str],
+    said: str,
+    ran: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("\n".join(f"Steal {number}." for number in range(40)))
+    small = ["--output=out", *SMALL.split()]
+    search.main([*small, "--add=x=--a"])
+    search.main([*small, "--add=x=--a"])
+    assert ran == ["heretic", "default", "x"]
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    # A study that was interrupted counts as well as one that is finished.
+    lost = Path("out/studies/x-0/result.json")
+    del before[lost]
+    lost.unlink()
+    with pytest.raises(SystemExit) as stopped:
+        search.main([*small, *([] if "--add=x=--b" in changed else ["--add=x=--a"]), *changed])
+    error = capsys.readouterr().err
+    folder = "x-0" if "--add=x=--b" in changed else "heretic-0"
+    assert stopped.value.code == 2 and len(ran) == 3 and said in error
+    assert f"studies/{folder} holds" in error and error.endswith("or delete this folder.\n")
+    assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+def test_results_of_an_earlier_version_are_not_taken_for_those_of_any_settings(
+    ran: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [f"--output={tmp_path}", *SMALL.split()]
+    folder = tmp_path / "studies" / "default-0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(made_study([(0, 0.01)])))
+    with pytest.raises(SystemExit) as stopped:
+        search.main(small)
+    assert stopped.value.code == 2 and not ran
+    assert "that an earlier version did not record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--configurations", "default", "default"],
+        ["--configurations", "default", "--add=default=--a"],
+        ["--configurations", "default", "--add=x=--a", "--add=x=--b"],
+        ["--configurations", "default", "--add=a, x=--a", "--add=a-x=--b"],
+    ],
+)
+def test_each_configuration_has_studies_of_its_own(
+    words: list[str], ran: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        search.main([f"--output={tmp_path}", *SMALL.split()[:-3], *words])
+    assert stopped.value.code == 2 and not ran
+    assert "would share folders" in capsys.readouterr().err
+
+
+def test_seconds_of_screening_outlive_an_interruption(
+    ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Screening takes 7 s, and a quarter of a second to be read again."""
+
+    times = iter([10.0, 17.0, 20.0, 20.25])
+    interruptions = iter([True, False])
+
+    def run(*_: Any) -> None:
+        search.heretic14.Host.screened(None)  # type: ignore[arg-type, call-arg]
+        if next(interruptions):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(search.heretic14, "run", run)
+    monkeypatch.setattr(search.heretic14.Host, "screened", lambda host: [])
+    monkeypatch.setattr(search, "time", Namespace(perf_counter=lambda: next(times)))
+    arguments = Namespace(
+        output=tmp_path,
+        model="m",
+        options="",
+        all_configurations=search.CONFIGURATIONS,
+        prompts="",
+        **dict.fromkeys(("trials", "startup_trials", "tokens", "judged", "fresh", "batch_size"), 1),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        search.Study("screened", 0, arguments).run({})
+    assert search.Study("screened", 0, arguments).run({})["screening_seconds"] == 7.25
 
 
 @pytest.mark.slow
