@@ -270,7 +270,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
                 if component not in operators:
                     weights = scales * parameters.kernels[component].weight(layer_index)
                     if self.settings.equal_effective_weight:
-                        weights = equalize(vectors, weights)
+                        weights = equalize(vectors, weights, self.settings.composition)
                     operator = compose(vectors, weights, self.settings.composition)
                     operators[component] = operator if bool(weights.any()) else None
                 self._change(layer_index, writer, operators[component])

@@ -13,6 +13,7 @@ from torch import Tensor
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.evaluation.capture import max_cosine, subspace_capture
 from heretic_contrast.evaluation.geometry import compare, measure_activities, measure_layer
+from heretic_contrast.evaluation.plan import Configuration
 from heretic_contrast.evaluation.plan_settings import WEIGHTS
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt
@@ -47,7 +48,8 @@ def describe_shape(configurations: Mapping[str, Directions], differences: Tensor
             "norm_ratio": _rounded(item.norm_ratio for item in comparisons),
             "cosine": _rounded(np.cos(np.radians(of)).mean() if of else None for of in angles),
             "parallel": _rounded(
-                measure_layer(name, directions, layer).effective_weight for layer in layers
+                measure_layer(name, Configuration(directions), layer).effective_weight
+                for layer in layers
             ),
             "capture": _rounded(subspace.nanmean(dim=1).tolist()),
             "max_cosine": _rounded(cosines.nanmean(dim=1).tolist()),

@@ -236,13 +236,34 @@ def weight_along(operator: Operator, direction: Tensor) -> float:
     return float(projections @ operator.kernel.to(torch.float64).cpu() @ projections)
 
 
-def equalize(vectors: Tensor, weights: Tensor) -> Tensor:
+def equalize(
+    vectors: Tensor, weights: Tensor, composition: Composition | str = Composition.SUM
+) -> Tensor:
     """
-    Rescales weights so that the spectral norm of Σ_k w_k v_k v_kᵀ is the largest of their absolute values (paper, section 5.2).
+    Rescales weights so that the spectral norm of C is the largest of their absolute values (paper, section 5.2).
 
-    The control for compounding: parallel directions then remove no more than a single one would.
+    The control for compounding: parallel directions then remove no more than a single one would. Under `sequential` less is removed
+    where even the weights of single directions remove less: one that follows may bring back what an overshoot has turned around.
     `vectors`: Tensor of shape (n_directions, hidden_size). `weights`: Tensor of shape (n_directions,).
     """
 
-    largest = effective_weight(compose(vectors, weights, Composition.SUM))
-    return weights if largest == 0 else weights * (float(weights.abs().max()) / largest)
+    largest = float(weights.abs().max())
+    removed = effective_weight(compose(vectors, weights, Composition.SUM))
+    if removed == 0:
+        return weights
+    if composition == Composition.SUM:
+        return weights * (largest / removed)
+    if composition == Composition.CAPPED:
+        # What is capped does not compound, and only falls short of its cap where directions are short.
+        return weights * max(1.0, largest / removed)
+    # The factor at which the longest direction alone removes its weight, and the others add to it.
+    low, high = 0.0, 1 / float(vectors.to(torch.float64).norm(dim=1).max() ** 2)
+    if effective_weight(compose(vectors, weights * high, composition)) <= largest:
+        return weights * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        if effective_weight(compose(vectors, weights * middle, composition)) < largest:
+            low = middle
+        else:
+            high = middle
+    return weights * high

@@ -16,7 +16,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..ablation.operator import Operator, compose, effective_weight, weight_along
+from ..ablation.operator import Operator, effective_weight, weight_along
 from ..directions.directions import Directions
 from ..engine.observation import Passing, observe_decoding, passing_layers
 from ..engine.text_classification import Classifier
@@ -66,17 +66,17 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(cosines**2 < 0.5, cosines.arccos(), sines.arcsin()).rad2deg()
 
 
-def measure_layer(name: str, directions: Directions, layer: int) -> LayerGeometry:
+def measure_layer(name: str, configuration: Configuration, layer: int) -> LayerGeometry:
     """Returns the geometry of one configuration at one decoder layer (paper, section 5.2)."""
 
-    index = layer + 1
+    directions, index = configuration.directions, layer + 1
     trained = directions.class_directions[index].to(torch.float64)
     unit, _ = unit_vectors(trained)
     cosines = unit @ unit.T
     n = len(trained)
     singular_values = torch.linalg.svdvals(trained)
     energy = float((singular_values**2).sum())
-    operator = compose(directions.tensor[index], torch.ones(directions.n_directions))
+    operator = configuration.operator(layer, 1.0)
     return LayerGeometry(
         configuration=name,
         layer=layer,
@@ -119,21 +119,23 @@ def compare(
 
 
 def measure_geometry(
-    configurations: Mapping[str, Directions], activities: Sequence[Activity] = ()
+    configurations: Configurations, activities: Sequence[Activity] = ()
 ) -> Geometry:
     """Returns the geometry of every configuration and decoder layer, and all configurations compared in pairs."""
 
+    completed = complete(configurations)
+    directions = {name: item.directions for name, item in completed.items()}
     layers = [
-        measure_layer(name, directions, layer)
-        for name, directions in configurations.items()
-        for layer in range(directions.tensor.shape[0] - 1)
+        measure_layer(name, configuration, layer)
+        for name, configuration in completed.items()
+        for layer in range(configuration.directions.tensor.shape[0] - 1)
     ]
     comparisons = [
-        compare(first, configurations[first], second, configurations[second], layer)
-        for first, second in combinations(configurations, 2)
-        for layer in range(configurations[first].tensor.shape[0] - 1)
+        compare(first, directions[first], second, directions[second], layer)
+        for first, second in combinations(directions, 2)
+        for layer in range(directions[first].tensor.shape[0] - 1)
     ]
-    names = tuple((name, item.class_direction_names) for name, item in configurations.items())
+    names = tuple((name, item.class_direction_names) for name, item in directions.items())
     return Geometry(tuple(layers), tuple(comparisons), tuple(activities), names)
 
 
@@ -302,4 +304,4 @@ def measure_directions(
     activities = measure_activities(
         model, configurations, harmful, harmless, weights, max_new_tokens
     )
-    return capture, measure_geometry(directions, activities)
+    return capture, measure_geometry(configurations, activities)

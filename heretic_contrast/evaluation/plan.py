@@ -66,7 +66,7 @@ class Configuration:
         vectors = self.directions.tensor[layer + 1]
         weights = torch.full((len(vectors),), float(weight), dtype=torch.float64)
         if strength == "effective" or self.equal_effective_weight:
-            weights = equalize(vectors, weights)
+            weights = equalize(vectors, weights, self.composition)
         return compose(vectors, weights, self.composition)
 
     def key(self) -> dict[str, Any]:
@@ -78,8 +78,9 @@ class Configuration:
             "mean_direction": content_digest({"": self.directions.mean_direction}),
             "composition": Composition(self.composition).value,
             "equal_effective_weight": self.equal_effective_weight,
-            # Cells of earlier versions have no embeddings.
+            # Cells of earlier versions have no embeddings, and all were equalized as a sum.
             **({"embeddings": True} if self.embeddings else {}),
+            **({"equalized": 2} if self.composition != Composition.SUM else {}),
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -88,9 +88,9 @@ class LayerGeometry(AtLayer):
     The directions of one configuration at one decoder layer.
 
     `norms`, `cosines`, `mean_cosine`, `singular_values` and `first_share` are of the class directions as trained, before
-    SVD and scale. `mean_cosine` is over pairs of different classes, None for a single one. `first_share` is
-    σ₁² / Σ σ², None where all directions are zero. `effective_weight` is λ_max(Σ v vᵀ) of the directions as ablated, at
-    weight 1; `weight_along_mean` is r̂ᵀ (Σ v vᵀ) r̂ for the mean direction r̂.
+    SVD and scale. `mean_cosine` is over pairs of them, also of one class, None for a single one. `first_share` is
+    σ₁² / Σ σ², None where all directions are zero. `effective_weight` is the spectral norm of C, as the configuration composes it at
+    weight 1, λ_max(Σ v vᵀ) of a sum; `weight_along_mean` is r̂ᵀ C r̂ for the mean direction r̂.
     """
 
     norms: tuple[float, ...]

@@ -33,7 +33,7 @@ def significant(digits: int) -> Formatter:
 
 
 def thousands(value: float) -> str:
-    return f"{value:,.0f}"
+    return f"{value:,.0f}" if abs(value) >= 10 or not value else f"{value:.2g}"
 
 
 def percent(value: float) -> str:

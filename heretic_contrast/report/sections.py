@@ -176,17 +176,17 @@ def layer_table(geometry: Geometry) -> Table:
         Column("Effective weight", "effective_weight", number(3)),
         Column("Along mean", "weight_along_mean", number(3)),
         note="Norms, mean pairwise cosine and share of the first squared singular value: of the class directions as trained. "
-        "Effective weight: the largest eigenvalue of Σ v vᵀ of the directions as ablated, at weight 1; along mean: the part "
-        "of the mean direction that is removed at weight 1.",
+        "Effective weight: the largest share of any direction that is removed at weight 1, as the configuration composes its "
+        "directions (of a sum, the largest eigenvalue of Σ v vᵀ); along mean: the share of the mean direction.",
         n_keys=2,
     )
 
 
 def compounding_section(geometry: Geometry) -> Section:
     figures = []
-    eigenvalue = "Largest eigenvalue of Σ v vᵀ at weight 1"
+    eigenvalue = "Effective weight at weight 1"
     for name, title, attribute, axis in (
-        ("cosines", "Cosine between classes", "mean_cosine", "Mean pairwise cosine"),
+        ("cosines", "Cosine between class directions", "mean_cosine", "Mean pairwise cosine"),
         ("effective-weight", "Effective weight", "effective_weight", eigenvalue),
     ):
         value = attrgetter(attribute)
@@ -229,7 +229,7 @@ def perturbation_section(geometry: Geometry, pools: str) -> Section:
             for index, weight in enumerate(weights)
         ),
         note=f"{pools} Occupancy: the largest over directions. Columns of weights: the perturbation, as a multiple of the natural "
-        "variation.",
+        "variation, by all components and directions, each at this weight, whatever else was swept.",
         n_keys=2,
     )
     weight = 1.0 if 1.0 in weights else weights[-1]

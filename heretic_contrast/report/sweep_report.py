@@ -2,7 +2,7 @@
 
 """The report of a sweep: the paper's Tables 1 to 4 for this model, with plots."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
@@ -56,8 +56,13 @@ INTERVAL = "In parentheses the Wilson interval (95 %) of the share."
 
 
 def _interval(measurement: Measurement) -> str:
-    low, high = measurement.refusal_interval()
-    return f"({100 * low:.0f}–{100 * high:.0f}%)"
+    return f"({_percents(*measurement.refusal_interval())}%)"
+
+
+def _percents(low: float, high: float) -> str:
+    # What is near 0 or 100 % is not said to be that.
+    digits = 2 if high < 0.01 or low > 0.99 else 0
+    return f"{100 * low:.{digits}f}–{100 * high:.{digits}f}"
 
 
 def _refusals(cell: Cell) -> str:
@@ -192,6 +197,18 @@ def _prompts_note(result: SweepResult) -> str:
     return f"{result.baseline.n_harmful} harmful prompts{spread}, unmodified R = {result.baseline.refusals}."
 
 
+def _parts(result: SweepResult) -> Iterator[str]:
+    """Yields what else than all components of a layer was ablated."""
+
+    components = result.settings.get("components")
+    directions = result.settings.get("directions", {})
+    embedded = [name for name, settings in directions.items() if settings.get("embeddings")]
+    if components:
+        yield f"Of its components, only these were ablated: {', '.join(components)}."
+    elif embedded:
+        yield f"With layer 0 of {', '.join(embedded)}, the embeddings were ablated as well."
+
+
 def overview_section(result: SweepResult) -> Section:
     """Returns what was swept, the best of each configuration, and which prompts were used for what."""
 
@@ -212,6 +229,7 @@ def overview_section(result: SweepResult) -> Section:
             "Each layer was ablated alone, all its directions at the same weight. "
             "R is the number of harmful prompts that are refused. Strength: with weight, every direction has the weight; with "
             "effective, all directions of a layer together remove no more than one of that weight.",
+            *_parts(result),
             *result.pools.get("extraction", {}).get("notes", ()),
         ),
         tables=(configuration_table(result), minimal_weight_table(result), pools),
@@ -242,7 +260,7 @@ def configuration_table(result: SweepResult) -> Table:
 def minimal_weight_table(result: SweepResult) -> Table:
     """Returns the layers that reach R = 0, with the smallest weight, as the paper's Table 1."""
 
-    _, high = wilson_interval(0, result.baseline.n_harmful)
+    interval = _percents(*wilson_interval(0, result.baseline.n_harmful))
     return Table.of(
         (
             cell
@@ -259,7 +277,7 @@ def minimal_weight_table(result: SweepResult) -> Table:
         Column("Effective weight", "effective_weight", number(2), essential=False),
         *DIVERGENCE,
         _efficiency(result),
-        note=f"{_prompts_note(result)} R = 0 of {result.baseline.n_harmful} has the Wilson interval (95 %) 0–{100 * high:.0f} %. "
+        note=f"{_prompts_note(result)} R = 0 of {result.baseline.n_harmful} has the Wilson interval (95 %) {interval} %. "
         f"Efficiency: refusals fewer per unit of KL divergence above the floor of {result.floor:.2g}.",
         n_keys=3,
     )
@@ -380,8 +398,9 @@ def divergence_section(result: SweepResult) -> Section:
     return Section(
         "Refusals and divergence",
         (
-            f"KL divergence from the unmodified model on {result.pools['references']['count']} harmless reference prompts, over "
-            f"{result.settings.get('kl_tokens', 'the')} teacher-forced tokens each; points are cells, lines their Pareto fronts.",
+            f"KL divergence from the unmodified model on {result.pools['references']['count']} harmless reference prompts, over the "
+            f"tokens of its own responses, teacher-forced, at most {result.settings.get('kl_tokens', 'those of responses')} each; points "
+            f"are cells, lines their Pareto fronts. Cells below {SMALLEST_DIVERGENCE:g} are drawn there, those of infinite KL not at all.",
         ),
         tuple(figures),
         (table,),
@@ -474,15 +493,18 @@ def cells_section(result: SweepResult) -> Section:
 def reading_section(result: SweepResult) -> Section:
     identity = result.identity
     versions = ", ".join(f"{name} {version}" for name, version in identity["versions"].items())
+    judges = [result.settings.get(name) for name in ("judge_model", "text_classifier")]
+    judged = next((f"as {name} has judged it" for name in judges if name), "from its form")
     return Section(
         "How to read this",
         (
-            "Refused, evasive, complied: the tier of a response, from its form. Incoherent: a response that loops or repeats "
+            f"Refused, evasive, complied: the tier of a response, {judged}. Incoherent: a response that loops or repeats "
             "itself, whatever its tier. Canaries: harmless prompts, whose refusals are false ones.",
             f"The KL divergence keeps the unmodified model's {result.settings.get('top_k', 'most likely')} most likely tokens at "
             "each position and one bucket for the rest, so it is a lower bound of the divergence over the whole vocabulary.",
             "Intervals are those of one cell. Whoever picks the best of many cells picks luck with it: confirm it with other "
-            "prompts and seeds. Random directions of the same lengths and cosines, where they were swept, are the floor.",
+            "prompts and seeds. Random directions, where they were swept, have the lengths and cosines of the first configuration, and are "
+            "the floor of what compounds as it does.",
             f"Measured with weights of digest {identity['weights'][:16]} in {identity['dtype']} on {identity['device'][0]}: {versions}.",
         ),
     )

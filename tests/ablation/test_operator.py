@@ -108,6 +108,26 @@ def test_equalized_weights_remove_or_add_no_more_than_the_largest_weight(
     assert factor > 0 and torch.allclose(equal, weights * factor)
 
 
+@pytest.mark.parametrize("composition", ["capped", "sequential"])
+@pytest.mark.parametrize("length", [1.0, 0.25, 3.0])
+def test_equalized_directions_remove_the_largest_weight_however_they_are_composed(
+    length: float, composition: str
+) -> None:
+    vectors, weights = length * random_unit(), torch.tensor([0.5, 0.2, 0.9, 0.4, 0.5])
+    equal = equalize(vectors, weights, composition)
+    assert torch.allclose(equal / weights, equal[:1] / weights[:1])
+    removed = dense(vectors, equal, composition)
+    assert float(torch.linalg.matrix_norm(removed, ord=2)) == pytest.approx(0.9, rel=1e-5)
+
+
+def test_directions_that_undo_each_other_remove_less() -> None:
+    # Twice the same at 1.2: 1 − (1 − 1.2)² = 0.96, which no factor brings to 1.2.
+    vectors = torch.nn.functional.normalize(torch.ones(2, HIDDEN), dim=1)
+    equal = equalize(vectors, torch.tensor([1.2, 1.2]), "sequential")
+    assert torch.allclose(equal, torch.tensor([1.2, 1.2]))
+    assert effective_weight(compose(vectors, equal, "sequential")) == pytest.approx(0.96)
+
+
 def test_capped_caps_at_the_largest_weight() -> None:
     operator = compose(random_unit(), torch.full((N,), 0.8), "capped")
     assert effective_weight(operator) == pytest.approx(0.8, rel=1e-5)

@@ -11,7 +11,7 @@ import torch
 from scipy.linalg import subspace_angles
 
 from heretic_contrast.ablation.hooks import output_projections
-from heretic_contrast.ablation.operator import compose
+from heretic_contrast.ablation.operator import Composition, compose
 from heretic_contrast.engine.observation import observe_decoding, passing_layers
 from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.evaluation.geometry import (
@@ -24,6 +24,7 @@ from heretic_contrast.evaluation.geometry import (
     perturbation,
     principal_angles,
 )
+from heretic_contrast.evaluation.plan import Configuration
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel, hooked
 from heretic_contrast.prompts import Prompt
@@ -36,7 +37,7 @@ PROMPTS = [Prompt("Bake a cake"), Prompt("Tell me about trains in the snow"), Pr
 def test_layer_geometry_equals_dense_formulas() -> None:
     trained = random_tensor(3, 4, 12) + 1
     tensor = torch.nn.functional.normalize(trained, dim=-1)
-    measured = measure_layer("a", make_directions(tensor, trained), 1)
+    measured = measure_layer("a", Configuration(make_directions(tensor, trained)), 1)
     rows = trained[2].double().numpy()
     norms = np.linalg.norm(rows, axis=1)
     cosines = (rows @ rows.T) / np.outer(norms, norms)
@@ -52,12 +53,46 @@ def test_layer_geometry_equals_dense_formulas() -> None:
     assert measured.weight_along_mean == pytest.approx(mean @ dense @ mean)
 
 
+@pytest.mark.parametrize("composition", ["sum", "capped", "sequential"])
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_effective_weight_is_that_of_the_configuration(composition: str, is_equal: bool) -> None:
+    trained = random_tensor(3, 4, 12) + 1
+    tensor = torch.nn.functional.normalize(trained, dim=-1)
+    configuration = Configuration(
+        make_directions(tensor, trained), Composition(composition), is_equal
+    )
+    measured = measure_layer("a", configuration, 1)
+    unit = tensor[2].double().numpy()
+    largest = np.linalg.eigvalsh(unit.T @ unit)[-1]
+    if is_equal and composition == "sequential":
+        # There is no formula of the weight.
+        assert measured.effective_weight == pytest.approx(1, rel=1e-5)
+        return
+    weight = 1 / largest if is_equal and composition == "sum" else 1.0
+    if composition == "sequential":
+        kept = np.eye(12)
+        for v in unit:
+            kept = kept @ (np.eye(12) - weight * np.outer(v, v))
+        dense = np.eye(12) - kept
+    else:
+        values, basis = np.linalg.eigh(weight * unit.T @ unit)
+        cap = 1.0 if composition == "capped" else np.inf
+        dense = basis @ np.diag(values.clip(max=cap)) @ basis.T
+    assert measured.effective_weight == pytest.approx(np.linalg.norm(dense, ord=2), rel=1e-5)
+    rows = trained[2].double().numpy()
+    mean = rows.mean(axis=0) / np.linalg.norm(rows.mean(axis=0))
+    assert measured.weight_along_mean == pytest.approx(mean @ dense @ mean, rel=1e-5)
+
+
 def test_zero_directions_have_no_geometry() -> None:
-    measured = measure_layer("a", make_directions(torch.zeros(2, 3, 5)), 0)
+    measured = measure_layer("a", Configuration(make_directions(torch.zeros(2, 3, 5))), 0)
     assert measured.first_share is None
     assert measured.effective_weight == 0
     assert measured.mean_cosine == 0
-    assert measure_layer("a", make_directions(torch.ones(2, 1, 5)), 0).mean_cosine is None
+    assert (
+        measure_layer("a", Configuration(make_directions(torch.ones(2, 1, 5))), 0).mean_cosine
+        is None
+    )
     assert measured.cosines == ((0.0, 0.0, 0.0),) * 3
 
 

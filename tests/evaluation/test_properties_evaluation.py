@@ -31,6 +31,7 @@ from heretic_contrast.evaluation.geometry import (
     perturbation,
     principal_angles,
 )
+from heretic_contrast.evaluation.plan import Configuration
 from heretic_contrast.evaluation.plan_settings import parse_layers
 from heretic_contrast.evaluation.statistics import wilson_interval
 from heretic_contrast.prompts import Prompt
@@ -203,7 +204,9 @@ def cosine_matrix(vectors: Tensor) -> Tensor:
     directions = make_directions(
         torch.ones(2, 1, vectors.shape[1]), vectors.expand(2, *vectors.shape)
     )
-    return torch.tensor(measure_layer("a", directions, 0).cosines, dtype=torch.float64)
+    return torch.tensor(
+        measure_layer("a", Configuration(directions), 0).cosines, dtype=torch.float64
+    )
 
 
 @given(direction_sets(lowest=-30, highest=30, most=12))

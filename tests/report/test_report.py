@@ -36,7 +36,14 @@ from heretic_contrast.evaluation.results import (
 from heretic_contrast.evaluation.statistics import wilson_interval
 from heretic_contrast.report import opened as page_of_responses
 from heretic_contrast.report import plots, write_sweep_report
-from heretic_contrast.report.content import Column, Table, layers_text, significant, text_column
+from heretic_contrast.report.content import (
+    Column,
+    Table,
+    layers_text,
+    significant,
+    text_column,
+    thousands,
+)
 from heretic_contrast.report.extraction_report import extraction_report
 from heretic_contrast.report.sections import capture_table
 from heretic_contrast.report.sweep_report import (
@@ -44,6 +51,7 @@ from heretic_contrast.report.sweep_report import (
     minimal_weight_table,
     pareto_front,
     refusal_table,
+    summary,
     sweep_report,
 )
 from heretic_contrast.report.writing import to_csv, to_html, to_rich, write_report
@@ -222,6 +230,35 @@ def test_terminal_tables_fit_into_eighty_columns() -> None:
         text = console.export_text()
         for value in (cell for row in table.rows for cell in row[: table.n_keys]):
             assert str(value) in text
+
+
+def test_figures_that_are_not_zero_are_not_shown_as_that() -> None:
+    assert [thousands(value) for value in (0, 4 / 9, -0.04, 12345.6)] == [
+        "0",
+        "0.44",
+        "-0.04",
+        "12,346",
+    ]
+    result = make_sweep()
+    # Wilson's upper end for 0 of 1,000 is 3.8416 / 1003.8416.
+    base = replace(result.baseline, refusals=1000, evasive=0, complied=0, n_harmful=1000)
+    many = replace(result, baseline=base)
+    assert "(95 %) 0.00–0.38 %" in minimal_weight_table(many).note
+    assert "1000 of 1000 harmful prompts (99.62–100.00%)" in summary(many)[0]
+
+
+def test_the_page_says_what_was_ablated_and_who_judged() -> None:
+    result = make_sweep()
+    measured = make_geometry()
+    page = to_html(sweep_report(result, *measured))
+    assert "from its form" in page and "only these were ablated" not in page
+    settings = {"components": ["attn.o_proj"], "judge_model": "org/judge"}
+    page = to_html(sweep_report(replace(result, settings=settings), *measured))
+    assert "only these were ablated: attn.o_proj." in page
+    assert "as org/judge has judged it" in page and "from its form" not in page
+    embedded = {"directions": {"first": {"embeddings": True}, "second": {}}}
+    page = to_html(sweep_report(replace(result, settings=embedded), *measured))
+    assert "With layer 0 of first, the embeddings were ablated as well." in page
 
 
 def test_minimal_weights_are_the_first_that_reach_zero() -> None:
