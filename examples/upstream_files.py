@@ -53,6 +53,7 @@ OPTIONAL = {
     "hosts/base.py": "the bases of plugins, where Heretic 1.4 has none",
     "prompts/formats.py": "the formats that files of prompts come in",
     "directions/file.py": "directions on disk, where they are loaded or saved",
+    "outputs.py": "places that can be written to, where directions are saved",
     "directions/model_categories.py": "harm categories, by the model itself",
     "greedy.py": "responses under a model's own generation settings, for `drop_misbehaving`",
     "tiers/responses.py": "the tiers of a response, for `drop_misbehaving`",

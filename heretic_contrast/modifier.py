@@ -9,6 +9,7 @@ Imports are absolute in files of plugins, since Heretic can load one by its path
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from optuna import Trial
@@ -62,6 +63,7 @@ from heretic_contrast.settings import (
     ABLATION_FIELDS,
     ContrastSettings,
     RowNormalization,
+    datasets_of,
     require_effect,
 )
 from heretic_contrast.weights import base_weight
@@ -131,6 +133,13 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             require_effect(sorted(idle & self.settings.model_fields_set))
         if is_own:
             self.settings = with_refuser_pools(self.settings)
+        if self.settings.save_directions is not None:
+            # Directions that are not kept need no file.
+            from heretic_contrast.outputs import require_writable_file
+
+            # Beside its own prompts, Heretic's settings name those of its scorers.
+            read = [item.model_dump(mode="json") for item in (self.settings, self.heretic_settings)]
+            require_writable_file(Path(self.settings.save_directions), datasets_of(read))
         model = self.model(ctx, self.settings.batch_size).identified()
         self.require_changeable(model)
         self.identity = model.identity()

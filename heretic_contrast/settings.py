@@ -296,6 +296,19 @@ else:
     PromptSources = Annotated[PromptSource, WrapValidator(_validate_sources), SerializeAsAny()]
 
 
+def datasets_of(content: Any) -> list[str]:
+    """Returns the names of all datasets in settings as JSON values, however deep."""
+
+    found: set[str] = set()
+    if isinstance(content, dict):
+        if isinstance(content.get("dataset"), str):
+            found.add(content["dataset"])
+        content = list(content.values())
+    if isinstance(content, list):
+        found.update(name for value in content for name in datasets_of(value))
+    return sorted(found)
+
+
 PAPER: dict[str, Any] = {"method": "som", "classes": "category", "svd": False}
 """What the configurations of arXiv:2603.22061 have in common: one SOM per harm class."""
 

@@ -14,8 +14,9 @@ from ..errors import ContrastError
 from ..evaluation.plan_settings import PairsSettings
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
-from ..hosts.settings import HostSettings, datasets_of, load_settings
+from ..hosts.settings import HostSettings, load_settings
 from ..outputs import require_writable_directory, require_writable_file
+from ..settings import datasets_of
 
 
 class ExtractSettings(HostSettings, PairsSettings):  # type: ignore[misc]

@@ -42,6 +42,7 @@ from ..search.parameters import Parameters, require_ranges
 from ..search.samplers import make_sampler, trial_seed
 from ..search.screening import best_candidates
 from ..search.stopping import Point
+from ..settings import datasets_of
 from ..tiers import linear, responses, text
 from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, or_nothing, require_answers
@@ -60,7 +61,7 @@ from .host_model import HostModel
 from .loading import LoadedContext
 from .model_folder import require_other_folder
 from .record import Made, with_plugin
-from .settings import HostSettings, datasets_of, listed, prompt_sources
+from .settings import HostSettings, listed, prompt_sources
 from .studies import (
     IDENTITY_KEY,
     open_shared,

@@ -25,9 +25,9 @@ from ..language_model import LanguageModel
 from ..outputs import json_text
 from ..prompts import Prompt, prompts_digest
 from ..search.parameters import Parameters
-from ..settings import EXTRACTION_FIELDS, ContrastSettings
+from ..settings import EXTRACTION_FIELDS, ContrastSettings, datasets_of
 from .model_folder import RECORD
-from .settings import POOLS, datasets_of
+from .settings import POOLS
 from .unused import ONLY_UNDER_14
 
 if TYPE_CHECKING:

@@ -50,6 +50,7 @@ from ..settings import (
     check_dataset_name,
     check_names,
     check_text,
+    datasets_of,
     nearest,
     require_effect,
     validation_error,
@@ -402,17 +403,6 @@ def deciding(content: dict[str, Any]) -> dict[str, Any]:
     passing = (*PASSING_OF_CONTRAST, *POOLS, "sensitive_prompts")
     kept_out |= {f"contrast.{name}" for name in (*passing, "directions", "warm_start")}
     return {name: value for name, value in {**content, **own}.items() if name not in kept_out}
-
-
-def datasets_of(content: Any) -> list[str]:
-    found: set[str] = set()
-    if isinstance(content, dict):
-        if isinstance(content.get("dataset"), str):
-            found.add(content["dataset"])
-        content = list(content.values())
-    if isinstance(content, list):
-        found.update(name for value in content for name in datasets_of(value))
-    return sorted(found)
 
 
 class CommandSettings(BaseSettings):

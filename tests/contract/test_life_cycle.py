@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from heretic_contrast import ContrastAbliteration
 from heretic_contrast.errors import ContrastError
-from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE, checkpointed_trials
+from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE, Modifier, checkpointed_trials
 from heretic_contrast.search.parameters import Parameters
 from heretic_contrast.settings import ContrastSettings
 from tests.contract.conftest import MODEL
@@ -233,14 +233,40 @@ def test_other_settings_are_refused_before_the_study_is_touched(run: Any, tmp_pa
 def test_bad_tables_are_one_sentence(tables: dict[str, Any], message: str, run: Any) -> None:
     settings = make_settings(MODEL, tables)
     with pytest.raises(ContrastError) as error:
-        from heretic_contrast.hosts.surface import Modifier
-
         plugin = load_plugin(
             "heretic_contrast.ContrastAbliteration", Modifier, "modifier", settings
         )
         plugin.init(run.context())
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["bad_prompts", "scorer", "directory"])
+def test_directions_are_not_saved_over_what_is_read(
+    place: str, modifier_table: dict[str, Any], run: Any, tmp_path: Path
+) -> None:
+    """The host for Heretic 1.4 looks at the place before it loads a model, and Heretic 2.0 looks at none."""
+
+    pool = tmp_path / "pool.jsonl"
+    pool.write_bytes(Path(modifier_table["bad_prompts"]["dataset"]).read_bytes())
+    path = tmp_path if place == "directory" else pool
+    table = {**modifier_table, "save_directions": str(path)}
+    scorer = {}
+    if place == "bad_prompts":
+        table[place] = {"dataset": os.path.relpath(pool)}
+    else:
+        scorer = {"RefusalTiers": {"prompts": {"dataset": str(pool)}}}
+    tables = {"modifier": {"ContrastAbliteration": table}, "scorer": scorer}
+    plugin = load_plugin(
+        "heretic_contrast.ContrastAbliteration", Modifier, "modifier", make_settings(MODEL, tables)
+    )
+    before = pool.read_bytes()
+    # Nothing is computed.
+    plugin.model = None
+    message = "is a directory: give" if place == "directory" else "is read, so it cannot be written"
+    with pytest.raises(ContrastError, match=message):
+        plugin.init(run.context())
+    assert pool.read_bytes() == before
 
 
 @pytest.mark.slow
