@@ -31,7 +31,7 @@ from heretic_contrast.hosts.surface import (
 )
 from heretic_contrast.hosts.unused import class_name
 from heretic_contrast.response_scorers import DEFAULT_POOL, ContrastScorer
-from heretic_contrast.settings import ContrastSettings, PromptSources, Table
+from heretic_contrast.settings import ContrastSettings, PromptSources, Table, require_effect
 
 
 class TeacherForcedDivergenceSettings(Table):
@@ -132,19 +132,40 @@ class FixedWeightSweep(ContrastScorer):
         Reads the prompts and directions files.
 
         Raises `ContrastError` when they or the settings do not work, the model lacks what is to be swept, the score is to be
-        optimized, the output cannot be written, or this Heretic keeps the model to itself.
+        optimized or of another model, the output cannot be written or is that of another sweep, or this Heretic keeps the model to
+        itself.
         """
 
         super().init(ctx)
-        require_model_access(ctx, type(self).__name__)
+        name = type(self).__name__
+        require_model_access(ctx, name)
+        if self.heretic_settings.evaluate_model is not None:
+            raise ContrastError(
+                f"The fixed-weight sweep is measured on {model_name(self.heretic_settings.model)} before Heretic loads what "
+                f"evaluate_model names, and would be shown as that model's score: leave {name} out of scorers, or evaluate_model."
+            )
+        tables = (self.heretic_settings.model_extra or {}).get("scorer", {})
+        outputs = []
         for entry in getattr(self.heretic_settings, "scorers", []):
-            is_own = class_name(entry.plugin) == type(self).__name__
-            if is_own and entry.optimization != "none":
+            if class_name(entry.plugin) != name:
+                continue
+            table = {**tables.get(name, {}), **tables.get(f"{name}_{entry.instance_name}", {})}
+            default = FixedWeightSweepSettings.model_fields["output"].default
+            outputs.append(Path(table.get("output", default)).resolve())
+            if entry.optimization != "none":
                 raise ContrastError(
                     "The fixed-weight sweep is measured once, on the unmodified model, so that every trial has the same score "
                     f'and there is nothing to {entry.optimization}: set optimization = "none" for FixedWeightSweep in scorers.'
                 )
+        if outputs.count(Path(self.settings.output).resolve()) > 1:
+            raise ContrastError(
+                f"Several fixed-weight sweeps have the output {self.settings.output}, which holds one: give each instance of {name} an "
+                f"output of its own, in [scorer.{name}_INSTANCE]."
+            )
         contrast = self.settings.contrast
+        if contrast.directions is not None:
+            # Heretic has looked for the response prefix, which pools are needed for otherwise.
+            require_effect(sorted({"bad_prompts", "good_prompts"} & contrast.model_fields_set))
         if is_builtin(self.heretic_settings.model):
             contrast = with_refuser_pools(contrast)
         where = self.place()

@@ -224,12 +224,12 @@ class Unused:
                 close = nearest(name, [known for known in self.settings if known not in self.idle])
                 yield f'There is no setting "{key}" in [{where}]: did you mean "{close}"?'
             elif name == "contrast" and isinstance(value, dict):
-                # The directions that a scorer sweeps.
+                # The directions that a scorer sweeps, which it neither saves nor searches weights for.
                 inner = replace(
                     self,
                     settings=ContrastSettings.model_fields,
                     named={},
-                    idle=ONLY_UNDER_14,
+                    idle=ONLY_UNDER_14 | {"save_directions", "search_space"},
                 )
                 yield from inner._in_own_table(f"{where}.contrast", value)
 

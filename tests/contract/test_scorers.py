@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from heretic_contrast import cli
+from heretic_contrast import FixedWeightSweep, cli
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation import sweep
 from heretic_contrast.evaluation.cells import SweepResult
@@ -154,6 +154,54 @@ def test_sweep_cannot_be_optimized(
     table["components"] = ["attn.q_proj"]
     with pytest.raises(ContrastError, match=r'has no component "attn\.q_proj"'):
         scorer("FixedWeightSweep", table, scorers=entries).init(run.context())
+
+
+def test_a_sweep_says_nothing_of_another_model(run: Any, tmp_path: Path) -> None:
+    """Heretic evaluates another model after baselines are taken of its own, and the sweep's score is its baseline."""
+
+    table = {"output": str(tmp_path / "sweep")}
+    with pytest.raises(ContrastError) as error:
+        scorer("FixedWeightSweep", table, evaluate_model="some/other").init(run.context())
+    assert str(error.value).endswith(
+        "would be shown as that model's score: leave FixedWeightSweep out of scorers, or evaluate_model."
+    )
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("outputs", [{"a": "sweep", "b": "./sweep"}, {"a": "sweep"}, {}])
+def test_sweeps_have_outputs_of_their_own(
+    outputs: dict[str, str], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry = {"plugin": "heretic_contrast.FixedWeightSweep", "optimization": "none"}
+    entries = [{**entry, "instance_name": name} for name in ("a", "b")]
+
+    def start(outputs: dict[str, str]) -> None:
+        tables = {"FixedWeightSweep": {}} | {
+            f"FixedWeightSweep_{name}": {"output": output} for name, output in outputs.items()
+        }
+        settings = make_settings(MODEL, {"scorer": tables}, scorers=entries)
+        table = {"output": outputs.get("a", "sweep")}
+        FixedWeightSweep(
+            heretic_settings=settings, settings=FixedWeightSweep.validate_settings(table)
+        ).init(run.context())
+
+    with pytest.raises(ContrastError, match="Several fixed-weight sweeps have the output sweep"):
+        start(outputs)
+    assert not list(tmp_path.iterdir())
+    start({**outputs, "b": "another"})
+
+
+def test_directions_of_a_sweep_need_no_pools(run: Any, tmp_path: Path) -> None:
+    run.loaded_modifier.directions.save(tmp_path / "directions.safetensors")
+    contrast: dict[str, Any] = {"directions": str(tmp_path / "directions.safetensors")}
+    table = {"output": str(tmp_path / "sweep"), "contrast": contrast}
+    # Prompts that are judged are chosen by their categories.
+    contrast["category_source"] = "lexicon"
+    scorer("FixedWeightSweep", table).init(run.context())
+    contrast["bad_prompts"] = {"dataset": "nowhere"}
+    with pytest.raises(ContrastError, match="these settings have no effect: bad_prompts;"):
+        scorer("FixedWeightSweep", table).init(run.context())
 
 
 def test_incoherent_responses_can_count(

@@ -252,11 +252,12 @@ def test_a_loaded_plugin_has_no_table_in_the_other_namespace(namespace: str, fol
 
 def test_directions_to_sweep_take_no_settings_of_the_host(folder: Path) -> None:
     own = {"scorers": [{"plugin": "heretic_contrast.FixedWeightSweep", "optimization": "none"}]}
-    assert refused(
-        '[scorer.FixedWeightSweep.contrast]\nsampler = "tpe"', FixedWeightSweep, **own
-    ).startswith(
-        'The setting "sampler" in [scorer.FixedWeightSweep.contrast] has no effect under Heretic 2.0'
-    )
+    for name in ("sampler", "save_directions", "search_space"):
+        assert refused(
+            f"[scorer.FixedWeightSweep.contrast]\n{name} = 'x'", FixedWeightSweep, **own
+        ).startswith(
+            f'The setting "{name}" in [scorer.FixedWeightSweep.contrast] has no effect under Heretic 2.0'
+        )
 
 
 AS_SHIPPED = """
