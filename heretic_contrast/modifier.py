@@ -131,6 +131,8 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             # This package's commands have asked this of what was given, and put pools of Heretic or of the built-in model among it.
             idle = {"bad_prompts", "good_prompts", "category_source"}
             require_effect(sorted(idle & self.settings.model_fields_set))
+        if self.settings.directions is None:
+            self.settings.require_categories()
         if is_own:
             self.settings = with_refuser_pools(self.settings)
         if self.settings.save_directions is not None:
@@ -165,7 +167,9 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
                 )
         if self.settings.save_directions is not None:
             self.directions.save(self.settings.save_directions)
-        require_ranges(space, "direction", self.directions.names)
+        # The scale of a shared direction is 1.
+        scaled = self.directions.names[int(self.directions.has_shared) :]
+        require_ranges(space, "direction", scaled)
         if not bool(self.directions.tensor.any()):
             raise ContrastError(
                 "All directions are zero, so there is nothing to ablate: the harmful and the harmless prompts do not differ."

@@ -795,8 +795,16 @@ class ContrastSettings(Table, TextClassifierSettings):
     def check_search_space(cls, value: dict[str, Range]) -> dict[str, Range]:
         for name, (low, high) in value.items():
             parameter = general_parameter(name)
+            close = None
             if parameter not in HERETIC_RANGES:
                 close = nearest(parameter, HERETIC_RANGES)
+            elif name.startswith("embeddings.") and parameter != "max_weight":
+                # They have a weight instead of a kernel.
+                close = "embeddings.max_weight"
+            elif parameter in ("scale", "rest") and not name.startswith(("scale", "rest")):
+                # Directions have these, and no component.
+                close = parameter
+            if close is not None:
                 raise ContrastError(
                     f'There is no parameter "{name}" for search_space: did you mean "{close}"?'
                 )
@@ -871,6 +879,10 @@ class ContrastSettings(Table, TextClassifierSettings):
                 alone and "rest" in self.search_space and not self.shared_direction,
                 'The range of "rest" in search_space has no effect without shared_direction: give that as well, or leave it out.',
             ),
+            (
+                self.shared_direction and "scale.shared" in self.search_space,
+                'The range of "scale.shared" in search_space has no effect, since the scale of the shared direction is 1: leave it out.',
+            ),
         ):
             if is_wrong:
                 raise ContrastError(sentence)
@@ -941,6 +953,17 @@ class ContrastSettings(Table, TextClassifierSettings):
             raise ContrastError(
                 f"Several presets are given ({', '.join(self.preset)}), but a model can only be made with one: "
                 "give one, or compare them with heretic-contrast sweep."
+            )
+
+    def require_categories(self) -> None:
+        """Raises `ContrastError` when it is said where categories come from, and no direction that is extracted needs any."""
+
+        if self.category_source is not CategorySource.AUTO and not any(
+            item.classes is Classes.CATEGORY or item.exclude_categories
+            for item in self.configurations().values()
+        ):
+            raise ContrastError(
+                "The setting category_source has no effect on one direction: give the classes category as well, or leave it out."
             )
 
 

@@ -316,17 +316,8 @@ class HostSettings(Settings):
         own = {name for name, value in self.contrast.given().items() if value is not None}
         if self.contrast.directions is not None:
             require_effect(sorted(own & self.idle_beside_directions))
-        elif (
-            "category_source" in own & self.idle_beside_directions
-            and self.contrast.category_source != "auto"
-            and not any(
-                item.classes == "category" or item.exclude_categories
-                for item in self.contrast.configurations().values()
-            )
-        ):
-            raise ContrastError(
-                "The setting category_source has no effect on one direction: give the classes category as well, or leave it out."
-            )
+        elif "category_source" in self.idle_beside_directions:
+            self.contrast.require_categories()
         self._own_pools = own & set(PLACES)
         self._replaced_pools = self._own_pools - given
         self.model = resolve_model(self.model)  # type: ignore[has-type]

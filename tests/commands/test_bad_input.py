@@ -247,6 +247,11 @@ MAPS = "--contrast.preset paper-unmatched"
         ({}, '--contrast.search-space {"rest":[0,1]}', '"rest" in search_space has no effect'),
         (
             {},
+            '--contrast.classes category --contrast.shared-direction --contrast.search-space {"scale.shared":[0,1]}',
+            '"scale.shared" in search_space has no effect',
+        ),
+        (
+            {},
             '--contrast.judge-model x --contrast.text-classifier-labels {"a":"REFUSE"}',
             "text_classifier_labels has no effect without a text classifier",
         ),

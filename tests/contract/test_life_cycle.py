@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,6 +229,22 @@ def test_other_settings_are_refused_before_the_study_is_touched(run: Any, tmp_pa
             {"modifier": {"ContrastAbliteration": {"som_rows": 0}}},
             'The setting "som_rows" in [modifier.ContrastAbliteration] does not work',
         ),
+        (
+            {"modifier": {"ContrastAbliteration": {"category_source": "lexicon"}}},
+            "The setting category_source has no effect on one direction",
+        ),
+        (
+            {
+                "modifier": {
+                    "ContrastAbliteration": {
+                        "classes": "category",
+                        "shared_direction": True,
+                        "search_space": {"scale.shared": [0, 1]},
+                    }
+                }
+            },
+            'The range of "scale.shared" in search_space has no effect',
+        ),
     ],
 )
 def test_bad_tables_are_one_sentence(tables: dict[str, Any], message: str, run: Any) -> None:
@@ -239,6 +256,33 @@ def test_bad_tables_are_one_sentence(tables: dict[str, Any], message: str, run: 
         plugin.init(run.context())
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_a_shared_direction_of_a_file_has_no_scale(run: Any, tmp_path: Path) -> None:
+    own = run.loaded_modifier.directions
+    names = ("shared", *own.names[1:])
+    provenance = {**own.provenance, "settings": {**own.settings, "shared_direction": True}}
+    replace(own, names=names, provenance=provenance).save(tmp_path / "shared.safetensors")
+    table = {"directions": str(tmp_path / "shared.safetensors")}
+    standins = {
+        name: StandIn(
+            make_settings(
+                MODEL,
+                {
+                    "modifier": {
+                        "ContrastAbliteration": {
+                            **table,
+                            "search_space": {f"scale.{name}": [0.0, 0.5]},
+                        }
+                    }
+                },
+            )
+        )
+        for name in ("shared", names[1])
+    }
+    with pytest.raises(ContrastError, match='range for the direction "shared", but there are'):
+        standins["shared"].start()
+    standins[names[1]].start()
 
 
 @pytest.mark.parametrize("place", ["bad_prompts", "scorer", "directory"])

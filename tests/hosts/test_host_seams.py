@@ -730,6 +730,18 @@ def test_several_directions_reach_down_to_the_strength_of_one() -> None:
             {"max_weight_position": [5, 20]},
             'The range of "max_weight_position" in search_space goes from 5 to 20: it is a fraction',
         ),
+        *(
+            (
+                {name: [0, 1]},
+                f'There is no parameter "{name}" for search_space: did you mean "{near}"?',
+            )
+            for name, near in (
+                ("embeddings.min_weight", "embeddings.max_weight"),
+                ("embeddings.max_weight_position", "embeddings.max_weight"),
+                ("mlp.down_proj.scale", "scale"),
+                ("mlp.down_proj.rest", "rest"),
+            )
+        ),
     ],
 )
 def test_bad_ranges_are_one_sentence(space: dict[str, Any], message: str) -> None:
