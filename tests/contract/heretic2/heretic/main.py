@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""A headless run: scorers and their baselines first, then the modifier, trials, and the model of one of them saved."""
+"""
+A headless run: scorers and their baselines first, then the modifier, trials, and the model of one of them saved.
+
+It asks nothing, looks for no batch size and no response prefix, and neither uploads nor reproduces a model.
+"""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
 import transformers
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from .config import Settings
 from .model import Model
@@ -31,6 +38,19 @@ def run() -> None:
         settings.seed = random.randint(0, 2**32 - 1)
     transformers.set_seed(settings.seed)
     torch.set_grad_enabled(False)
+    name = "".join(sign if sign.isalnum() or sign in "_-" else "--" for sign in settings.model)
+    checkpoint = Path(settings.study_checkpoint_dir) / f"{name}.jsonl"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    storage = JournalStorage(JournalFileBackend(str(checkpoint)))
+    earlier = storage.get_all_studies()[:1]
+    if earlier and settings.evaluate_model is None:
+        if settings.checkpoint_action == "continue":
+            # Those that are stored come before all others; some are not stored.
+            settings = Settings.model_validate_json(earlier[0].user_attrs["settings"])
+        else:
+            assert settings.checkpoint_action == "restart", "the stand-in asks nothing"
+            checkpoint.unlink()
+            storage = JournalStorage(JournalFileBackend(str(checkpoint)))
     model = Model(settings)
     assert settings.batch_size and settings.response_prefix is not None, (
         "the stand-in finds neither"
@@ -43,6 +63,13 @@ def run() -> None:
         scorer.init(Context(settings, model))
     for _, scorer in scorers:
         print(f"* Baseline {scorer.get_baseline_score(Context(settings, model)).rich_display}")
+    if settings.evaluate_model is not None:
+        settings.model = settings.evaluate_model
+        model.reset_model()
+        for _, scorer in scorers:
+            score = scorer.get_score(Context(settings, model))
+            print(f"* {scorer.score_name}: {score.rich_display}")
+        return
     (entry,) = settings.modifiers
     modifier = start_plugin(settings, "modifier", entry, Modifier)
     modifier.init(Context(settings, model))
@@ -65,16 +92,24 @@ def run() -> None:
             seed=settings.seed, n_startup_trials=settings.n_startup_trials, multivariate=True
         ),
         directions=[entry.optimization for entry, _ in scorers if entry.optimization != "none"],
+        storage=storage,
+        study_name="heretic",
+        load_if_exists=True,
     )
-    study.optimize(objective, n_trials=settings.n_trials)
+    study.set_user_attr("settings", settings.model_dump_json())
+    study.optimize(objective, n_trials=settings.n_trials - len(study.trials))
 
     trial = sorted(study.best_trials, key=lambda trial: trial.values)[settings.trial_index]
+
+    def restore() -> None:
+        context = Context(settings, model)
+        modifier.reset_model(context)
+        modifier.modify_model(
+            context, modifier.parameters_class.from_dict(trial.user_attrs["parameters"])
+        )
+
     print("Restoring model from trial...")
-    context = Context(settings, model)
-    modifier.reset_model(context)
-    modifier.modify_model(
-        context, modifier.parameters_class.from_dict(trial.user_attrs["parameters"])
-    )
+    restore()
     # An error is shown, and the run ends as if there had been none, as in Heretic.
     try:
         if settings.export_strategy == "adapter":
@@ -84,6 +119,8 @@ def run() -> None:
                 settings.save_directory, max_shard_size=settings.max_shard_size
             )
             model.tokenizer.save_pretrained(settings.save_directory)
+            # A model that was merged has lost its adapters.
+            restore()
     except Exception as error:
         print(f"[red]Error: {format_exception(error)}[/]")
 

@@ -69,14 +69,26 @@ def load_plugin(name: str, base_class: type) -> Any:
 def raw_settings(
     plugin: type, tables: dict[str, Any] | None, namespace: str, instance_name: str | None
 ) -> dict[str, Any]:
-    """Returns a plugin's tables, the instance's over the class's; what its schema does not know is dropped without a word."""
+    """
+    Returns a plugin's tables, the instance's over the class's and into tables inside it.
+
+    What the plugin's schema does not know is dropped without a word.
+    """
 
     merged: dict[str, Any] = {}
     known = get_type_hints(plugin)["settings"].model_fields
     names = [plugin.__name__, *([f"{plugin.__name__}_{instance_name}"] if instance_name else [])]
     for name in names:
         table = ((tables or {}).get(namespace) or {}).get(name) or {}
-        merged |= {key: value for key, value in table.items() if key in known}
+        merged = merge(merged, {key: value for key, value in table.items() if key in known})
+    return merged
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = merge(below[key], above[key])
     return merged
 
 
