@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,13 +98,19 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
 
     with alone_in(folder, "choose another folder"), replaced_as_a_whole(folder) as unfinished:
         given = {**plugin_settings(settings), "save_directory": str(unfinished)}
+
+        class GivenSettings(Settings):
+            def __init__(self, **stored: Any) -> None:
+                # A study of other settings has another checkpoint, so that what is stored of one decides nothing else.
+                super().__init__(**{**stored, **given})
+
         with (
             # What stands on the command line is in the settings already.
             patch.multiple(sys, argv=["heretic"]),
             patch.multiple(modifier_class, modify_model=remember),
             patch.multiple(
                 heretic.main,
-                Settings=partial(Settings, **given),
+                Settings=GivenSettings,
                 format_exception=format_exception,
                 print=show,
             ),

@@ -3,23 +3,32 @@
 """Every command under Heretic 2.0: the installed one, or the stand-in for it."""
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from os.path import commonprefix
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from safetensors.torch import load_file
 
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.hosts.loading import with_common_prefix
+from heretic_contrast.hosts.record import read_record
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt, PromptSource, load_pool
-from tests.command_server import Server
+from tests.command_server import Server, environment
+from tests.contract.conftest import MODEL
 from tests.contract.standin import make_settings
+from tests.upstream.checkout import toml
 
 STANDIN = Path(__file__).parent / "heretic2"
 
@@ -189,6 +198,75 @@ def test_demo_beside_a_broken_configuration(server: Server, tmp_path: Path) -> N
     assert command.code == 2
     assert command.output().startswith("Error: config.toml in the current directory cannot be read")
     assert len(command.output().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_demo_goes_on_with_its_study(server: Server, tmp_path: Path) -> None:
+    """With the flags of the command that goes on, as under Heretic 1.4."""
+
+    found = []
+    for n_trials, others in (
+        (1, []),
+        (2, ["--checkpoint-action=continue", "--contrast.save-directions=again.safetensors"]),
+    ):
+        command = server.run(
+            [
+                "demo",
+                "--output=demo",
+                "--contrast.classes=category",
+                "--contrast.method=mean",
+                f"--n-trials={n_trials}",
+                "--n-startup-trials=2",
+                *others,
+            ],
+            tmp_path,
+        )
+        assert command.code == 0, command.output()
+        (journal,) = (tmp_path / "demo" / "checkpoints").rglob("*.jsonl")
+        study = optuna.load_study(
+            study_name="heretic", storage=JournalStorage(JournalFileBackend(str(journal)))
+        )
+        found.append([(trial.params, trial.values) for trial in study.trials])
+        assert len(found[-1]) == n_trials
+    assert found[1][:1] == found[0]
+    # Made in the same way.
+    first, again = (
+        Directions.load(tmp_path / name)
+        for name in ("demo/directions.safetensors", "again.safetensors")
+    )
+    assert first.digest() == again.digest()
+    assert read_record(tmp_path / "demo" / "model").parameters.to_dict() in [
+        trial.user_attrs["parameters"] for trial in study.trials
+    ]
+
+
+@pytest.mark.slow
+def test_heretic_evaluates_another_model(scorer_tables: dict[str, Any], tmp_path: Path) -> None:
+    names = ("RefusalTiers", "TeacherForcedDivergence")
+    scorers = [{"plugin": f"heretic_contrast.{name}", "optimization": "none"} for name in names]
+    tables = {name: scorer_tables[name] for name in names}
+    (tmp_path / "config.toml").write_text(toml({"scorers": scorers, "scorer": tables}))
+    shutil.copytree(MODEL, tmp_path / "other")
+    finished = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from heretic.main import main; main()",
+            f"--model={MODEL}",
+            "--evaluate-model=other",
+            "--batch-size=64",
+            "--response-prefix=",
+            "--max-response-length=12",
+        ],
+        cwd=tmp_path,
+        env=environment() if HAS_PLUGIN_SURFACE else environment(STANDIN),
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    # After the baselines, the same scores of the same weights.
+    shown = finished.stdout.splitlines()
+    assert "18/18 (REFUSE 18" in " ".join(shown[-2:]) and "0.0000" in shown[-1], finished.stdout
 
 
 @pytest.mark.slow
