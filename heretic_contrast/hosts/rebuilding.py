@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from rich.markup import escape
 from safetensors import SafetensorError
 
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
 class RecordedSettings(HostSettings):
     """Settings that come from a record alone: no command line, environment or `config.toml` has a say in them."""
+
+    # Heretic 2.0 keeps tables of plugins among what it does not know, and a plugin looks at `config.toml` where it does.
+    model_config = SettingsConfigDict(extra="forbid")
+
+    @property
+    def contrast_setting(self) -> str:
+        return "--"
 
     @classmethod
     def settings_customise_sources(
@@ -88,7 +95,7 @@ def prepare(record: Record, given: Any) -> tuple[RecordedSettings, DirectionSour
         raise ContrastError(
             f'The record holds a setting that does not work here ("{name}"): take that of the model again.'
         ) from error
-    sources = DirectionSources({"": settings.contrast}, "", "--")
+    sources = DirectionSources({"": settings.contrast}, "", settings.contrast_setting)
     for directions in sources.loaded.values():
         if directions.digest() != record.directions:
             raise ContrastError(

@@ -173,6 +173,10 @@ def test_demo(server: Server, tmp_path: Path) -> None:
     assert {"adapter_config.json", ".unfinished"}.isdisjoint(path.name for path in folder.iterdir())
     saved = load_file(folder / "model.safetensors")
     assert all(bool(weight.isfinite().all()) for weight in saved.values())
+    # A rebuild is none of its business.
+    (tmp_path / "config.toml").write_text(
+        'modifiers = [{ plugin = "another.Modifier" }]\n[contrast]\n'
+    )
     for name, options in (("again", []), ("from-file", ["--directions=mine.safetensors"])):
         command = server.run(["rebuild", "mine", f"--output={name}", *options], tmp_path)
         assert command.code == 0 and "byte for byte" in command.output(), command.output()

@@ -139,6 +139,24 @@ def test_what_decides_weights_is_in_the_digest(made: Made) -> None:
     assert replace(made, settings=elsewhere).record().digest == first
 
 
+def test_a_record_reads_no_configuration(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.directions.save(tmp_path / "directions.safetensors")
+    made.record().write(tmp_path)
+    (tmp_path / "config.toml").write_text(
+        'modifiers = [{ plugin = "another.Modifier" }]\n[contrast]\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    settings, _ = prepare(
+        read_record(tmp_path),
+        RebuildSettings.model_construct(directions="directions.safetensors"),
+    )
+    assert settings.contrast_setting == "--"
+    # Heretic 2.0 keeps what it does not know, which plugins then look at together with the file.
+    assert settings.model_extra is None
+
+
 def test_a_record_of_a_stranger_decides_nothing_else(made: Made, tmp_path: Path) -> None:
     made.directions.save(tmp_path / "directions.safetensors")
     content = json.loads(made.record().to_json())
