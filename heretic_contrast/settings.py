@@ -123,6 +123,14 @@ def validation_error(
     return ContrastError(f"The setting {subject} does not work ({message}): {remedy}.")
 
 
+def error_path(error: ValidationError) -> tuple[str | int, ...]:
+    """Returns where the first complaint of a validation error is; the name of an unknown setting comes last."""
+
+    details = error.errors()[0]
+    key = details.get("ctx", {}).get("key")
+    return (*details["loc"], *([] if key is None else [key]))
+
+
 def check_text(settings: Any) -> None:
     """
     Raises `ContrastError` when a text in raw settings, however deep, holds a null character.

@@ -51,6 +51,7 @@ from ..settings import (
     check_names,
     check_text,
     datasets_of,
+    error_path,
     nearest,
     require_effect,
     validation_error,
@@ -422,10 +423,18 @@ def file_table(*path: str) -> str | None:
     flag = f"--{'.'.join(path)}".replace("_", "-")
     if any(word.startswith(flag) for word in sys.argv):
         return None
-    is_own = path[0] == "contrast"
-    config = contrast_table(config_file()) if is_own else config_file()
-    table = f"[modifier.{TABLE}]" if is_own else "config.toml"
-    return table if {path[-1], path[-1].replace("_", "-")} & set(config) else None
+    config = config_file()
+    tables = {"config.toml": config}
+    if path[0] == "contrast":
+        names = [
+            TABLE,
+            *(f"{TABLE}_{instance}" for _, instance in named_plugins(config.get("modifiers"))),
+        ]
+        own = config.get("modifier", {})
+        # The table of an instance comes before the one that all have.
+        tables = {f"[modifier.{name}]": own.get(name, {}) for name in reversed(names)}
+    keys = {path[-1], path[-1].replace("_", "-")}
+    return next((table for table, values in tables.items() if keys & set(values)), None)
 
 
 def _complaint(error: ValidationError, settings_class: type[BaseSettings]) -> ContrastError:
@@ -433,9 +442,7 @@ def _complaint(error: ValidationError, settings_class: type[BaseSettings]) -> Co
 
     if not issubclass(settings_class, HostSettings):
         return validation_error(error, where="on the command line")
-    details = error.errors()[0]
-    # A name that is not known is none of the path.
-    path = [str(part) for part in (*details["loc"], details.get("ctx", {}).get("key", ""))]
+    path = [str(part) for part in error_path(error)] or [""]
     is_own = path[0] == "contrast"
     table = file_table(*path[: 1 + is_own])
     return validation_error(error, table, skip=int(is_own and table is not None))

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 
 from ..errors import ContrastError, one_line, show_warnings_as_sentences
-from ..settings import validation_error
+from ..settings import error_path, validation_error
 from .surface import log
 from .unused import (
     NAMESPACES,
@@ -20,6 +20,7 @@ from .unused import (
     PLUGINS,
     Unused,
     config_file,
+    holds,
     named_plugins,
     own_place,
     without_shipped,
@@ -40,7 +41,12 @@ class PluginTables:
     def get_settings_raw(
         cls, model_extra: dict[str, Any] | None, top_namespace: str, instance_name: str | None
     ) -> Any:
-        """Returns what Heretic 2.0 reads. Raises `ContrastError` when a table is none, which Heretic meets with a traceback."""
+        """
+        Returns what Heretic 2.0 reads.
+
+        Raises `ContrastError` when a table is none, which Heretic meets with a traceback, or a value in that of the instance does
+        not work: whoever validates what both hold together knows no instance.
+        """
 
         below = (model_extra or {}).get(top_namespace)
         for name in (cls.__name__, f"{cls.__name__}_{instance_name}"):
@@ -52,7 +58,15 @@ class PluginTables:
                 )
         # The bases for Heretic 1.4 have none.
         base: Any = super()
-        return base.get_settings_raw(model_extra, top_namespace, instance_name)
+        raw = base.get_settings_raw(model_extra, top_namespace, instance_name)
+        own = f"{cls.__name__}_{instance_name}"
+        try:
+            cls.settings_class.model_validate(raw)
+        except ValidationError as error:
+            if holds((below or {}).get(own, {}), error_path(error)):
+                show_errors_as_sentences()
+                raise validation_error(error, f"[{top_namespace}.{own}]") from error
+        return raw
 
     @classmethod
     def validate_settings(cls, raw_namespace: dict[str, Any] | None) -> Any:

@@ -10,7 +10,7 @@ tables of other plugins are nobody's business here.
 import difflib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,6 +100,18 @@ def named_plugins(entries: Any) -> set[tuple[str, str | None]]:
         instance = values.get("instance_name")
         found.add((class_name(values.get("plugin")), None if instance is None else str(instance)))
     return found
+
+
+def holds(table: Any, path: Sequence[str | int]) -> bool:
+    """Returns whether a table has a value at a path, or one that takes the place of a table there."""
+
+    for name in path:
+        if not isinstance(table, dict):
+            return True
+        if name not in table:
+            return False
+        table = table[name]
+    return True
 
 
 def class_name(plugin: Any) -> str:

@@ -23,11 +23,13 @@ if HAS_PLUGIN_SURFACE:
     from heretic.config import Settings
     from heretic.model import Model
     from heretic.plugin import Context
+    from heretic.plugin import Plugin as Plugin
     from heretic.plugin import load_plugin as load_class
 else:
     from tests.contract.heretic2.heretic.config import Settings
     from tests.contract.heretic2.heretic.model import Model
     from tests.contract.heretic2.heretic.plugin import Context, raw_settings
+    from tests.contract.heretic2.heretic.plugin import Plugin as Plugin
     from tests.contract.heretic2.heretic.plugin import load_plugin as load_class
 
 

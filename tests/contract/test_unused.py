@@ -15,11 +15,12 @@ from heretic_contrast import ContrastAbliteration, FalseRefusals, FixedWeightSwe
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
-from heretic_contrast.hosts.tables import notice
+from heretic_contrast.hosts.tables import PluginTables, notice
 from heretic_contrast.hosts.unused import ONLY_UNDER_14, config_file
+from heretic_contrast.response_scorers import RefusalTiersSettings
 from heretic_contrast.settings import ContrastSettings
 from tests.contract.conftest import MODEL
-from tests.contract.standin import make_settings
+from tests.contract.standin import Plugin, make_settings
 
 PLUGIN = "heretic_contrast.ContrastAbliteration"
 TABLE = "[modifier.ContrastAbliteration]"
@@ -321,6 +322,30 @@ def test_instances(folder: Path) -> None:
     )
 
 
+INSTANCE = [
+    ({"count_incoherent": True}, {"count_incoherent": "x"}, "count_incoherent", "_a"),
+    ({"count_incoherent": "x"}, {}, "count_incoherent", ""),
+    ({"prompts": {"dataset": "a"}}, {"prompts": {"split": 1}}, "prompts.split", "_a"),
+    ({"prompts": {"split": 1}}, {"prompts": {"dataset": "a"}}, "prompts.split", ""),
+]
+"""The table that all instances have, that of one, and the setting that does not work in which of them."""
+
+
+@pytest.mark.parametrize(("shared", "own", "name", "table"), INSTANCE)
+def test_a_bad_value_is_named_in_the_table_that_holds_it(
+    shared: dict[str, Any], own: dict[str, Any], name: str, table: str
+) -> None:
+    class RefusalTiers(PluginTables, Plugin):
+        settings_class = RefusalTiersSettings
+        settings: RefusalTiersSettings
+
+    tables = {"scorer": {"RefusalTiers": shared, "RefusalTiers_a": own}}
+    with pytest.raises(ContrastError) as error:
+        RefusalTiers.validate_settings(RefusalTiers.get_settings_raw(tables, "scorer", "a"))
+    place = f"[scorer.RefusalTiers{table}]"
+    assert str(error.value).startswith(f'The setting "{name}" in {place} does not work (')
+
+
 def test_a_table_inside_that_of_the_plugin_is_not_one_of_an_instance(folder: Path) -> None:
     named = [{"plugin": PLUGIN, "instance_name": "a"}]
     assert refused("[modifier.ContrastAbliteration.a]\nscale = 'raw'", modifiers=named) == (
@@ -351,6 +376,12 @@ def test_a_pool_that_cannot_be_loaded_is_named(folder: Path) -> None:
             f'The setting "bad_prompts.0.dataset" in {TABLE} is required',
         ),
         ("[contrast]\nscale = 'raw'", [], "config.toml has [contrast], which nothing reads"),
+        (
+            f"modifiers = [{{ plugin = '{PLUGIN}', instance_name = 'a' }}]\n{TABLE}\nscale = 'raw'\n"
+            "[modifier.ContrastAbliteration_a]\nscale = 'x'",
+            [],
+            'The setting "scale" in [modifier.ContrastAbliteration_a] does not work (',
+        ),
     ],
 )
 def test_values_are_named_where_they_stand(
