@@ -61,9 +61,10 @@ class PluginTables:
         raw = base.get_settings_raw(model_extra, top_namespace, instance_name)
         own = f"{cls.__name__}_{instance_name}"
         try:
-            cls.settings_class.model_validate(raw)
+            cls.settings_class.model_validate(raw or {})
         except ValidationError as error:
-            if holds((below or {}).get(own, {}), error_path(error)):
+            path = error_path(error)
+            if path and holds((below or {}).get(own, {}), path):
                 show_errors_as_sentences()
                 raise validation_error(error, f"[{top_namespace}.{own}]") from error
         return raw
