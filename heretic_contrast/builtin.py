@@ -55,7 +55,8 @@ def pool_name(source: PromptSources) -> str:
         if path.is_relative_to(DATA):
             name = path.relative_to(DATA).as_posix()
         names.append(" ".join(filter(None, (name, item.split))))
-    return ", ".join(names)
+    # A file name that is no UTF-8 has halves of characters, which no stored result can hold.
+    return ", ".join(names).encode("utf-8", "replace").decode()
 
 
 def refuser_pool(pool: str, split: str) -> PromptSource:

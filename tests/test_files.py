@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from heretic_contrast.builtin import pool_name
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.outputs import require_writable_directory, require_writable_file
+from heretic_contrast.settings import PromptSource
 
 
 @contextmanager
@@ -70,3 +72,9 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     link.symlink_to(target)
     write_text_atomically(link, "after")
     assert link.is_symlink() and target.read_text(encoding="utf-8") == "after"
+
+
+def test_a_name_that_is_no_utf_8_is_stored_as_text(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"b\xe8d.jsonl")
+    path.write_text("")
+    assert pool_name(PromptSource(dataset=str(path))).encode() == b"b?d.jsonl"

@@ -112,7 +112,8 @@ def lora_factors(
     cross, gram = (weight @ factor_a.T) / safe_norms, factor_a @ factor_a.T
     added = ((2 * cross + factor_b @ gram) * factor_b).sum(dim=1, keepdim=True)
     squares = (norms / safe_norms).square() + added
-    lengths = squares.clamp_min(0).sqrt().clamp_min(1e-12)
+    # Of a row of which less than a thousandth is left, rounding says no length: it gets shorter, and never longer.
+    lengths = squares.clamp_min(1e-6).sqrt()
     change = RenormalizedChange(weight, 1 / lengths - 1, factor_b * norms / lengths, factor_a)
     return change.truncate(len(operator.vectors) + 2 if rank is None else rank, seed)
 

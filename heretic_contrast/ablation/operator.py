@@ -88,7 +88,9 @@ class Operator:
         _, sizes, basis = torch.linalg.svd(unit_vectors(vectors[used])[0], full_matrices=False)
         basis = basis[sizes > 1e-6]
         inverse = gain / (gain.square() + DAMPING)
-        damped = torch.linalg.solve((basis * (gain * inverse)) @ basis.T, basis * inverse)
+        # Nothing is written along a coordinate whose gain is 0, so that there is nothing to solve for.
+        gram = (basis * (gain * inverse)) @ basis.T
+        damped = torch.linalg.pinv(gram, hermitian=True) @ (basis * inverse)
         return Operator(
             (vectors * gain).to(self.vectors),
             self.kernel,

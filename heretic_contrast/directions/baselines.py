@@ -131,10 +131,8 @@ def mixed(layer: Residuals, options: BaselineOptions) -> Tensor:
     bulk = mean(layer.bulk)
     means = class_means(layer)
     references = torch.stack(
-        [
-            (1 - options.mixing) * bulk + options.mixing * means[name]
-            for name in layer.harmful_classes
-        ]
+        # Exact where both are equal, as at the embedding of a token that all prompts end with.
+        [torch.lerp(bulk, means[name], options.mixing) for name in layer.harmful_classes]
     )
     return (layer.harmful.to(torch.float64) - references).float()
 

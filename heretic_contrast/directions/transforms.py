@@ -50,13 +50,20 @@ def around_shared(vectors: Tensor) -> Tensor:
     Tensor of shape (n_layers + 1, n_directions, hidden_size), to one of the same shape, float64.
     """
 
-    unit, _ = unit_vectors(vectors)
-    shared, others = unit[:, :1], unit[:, 1:]
-    left, sizes, rows = torch.linalg.svd(
-        others - others @ shared.transpose(1, 2) * shared, full_matrices=False
-    )
+    return with_orthonormal_rest(unit_vectors(vectors)[0])
+
+
+def with_orthonormal_rest(vectors: Tensor) -> Tensor:
+    """
+    Returns the first direction at length 1, and orthonormal ones, as `around_shared` does, of what the others, as long as they are, add.
+
+    Tensor of shape (..., n_directions, hidden_size), to one of the same shape, float64.
+    """
+
+    shared, others = unit_vectors(vectors[..., :1, :])[0], vectors[..., 1:, :].to(torch.float64)
+    left, sizes, rows = torch.linalg.svd(others - others @ shared.mT * shared, full_matrices=False)
     # What is below rounding has no direction.
-    return torch.cat([shared, (left * (sizes > 1e-6)[:, None]) @ rows], dim=1)
+    return torch.cat([shared, (left * (sizes > 1e-6)[..., None, :]) @ rows], dim=-2)
 
 
 def without_harmless(vectors: Tensor, harmless_means: Tensor) -> Tensor:

@@ -366,8 +366,9 @@ class Evaluator(heretic.main.Evaluator):
             return
         self.trial.set_user_attr(FALSE_KEY, [self.false_refusals, total])
         limit = self.settings.contrast.max_false_refusals
-        if limit is not None and self.false_refusals > limit * total:
-            self.trial.set_user_attr(EXCLUDED_KEY, self.false_refusals / total - limit)
+        excess = 0.0 if limit is None else self.false_refusals / total - limit
+        if excess > 0:
+            self.trial.set_user_attr(EXCLUDED_KEY, excess)
             log("  * Ended, since more than may be are refused")
             raise Dominated
 

@@ -2,6 +2,7 @@
 
 """What guides the study of Heretic 1.4 beside its sampler: the trials that it begins with, and when it has found enough."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -39,12 +40,14 @@ Values = dict[str, Any]
 
 
 def measured(trial: FrozenTrial) -> Point | None:
-    """Returns what is minimized of a trial that was judged to its end, and None for any other."""
+    """Returns what is minimized of a trial that was judged to its end, and None for any other, or one that Heretic found no number for."""
 
     attributes = trial.user_attrs
     if trial.state is not TrialState.COMPLETE or {BOUND_KEY, EXCLUDED_KEY} & set(attributes):
         return None
     refusals = attributes.get(SUM_KEY, attributes["refusals"])
+    if math.isnan(attributes["kl_divergence"]):
+        return None
     point: Point = (refusals, attributes["kl_divergence"])
     return point if len(trial.values) == 2 else (*point, attributes[FALSE_KEY][0])
 

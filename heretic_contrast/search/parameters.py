@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ablation.writers import EMBEDDINGS
 from ..directions.directions import Directions
+from ..directions.transforms import with_orthonormal_rest
 from ..errors import ContrastError
 from ..settings import HERETIC_RANGES, Range, Scale, general_parameter
 
@@ -246,7 +247,8 @@ def layer_vectors(
     Returns the directions that are ablated at a decoder layer.
 
     Tensor of shape (n_directions, hidden_size). The index is shifted by 1, because index 0 of the tensor is the
-    embedding. Directions interpolated between layers have length 1 again under `scale = "unit"`.
+    embedding. Directions interpolated between layers have length 1 again under `scale = "unit"`, and those around a shared one are
+    orthonormal again.
     """
 
     if direction_index is None:
@@ -255,4 +257,6 @@ def layer_vectors(
     lower = directions.tensor[int(index)]
     upper = directions.tensor[min(int(index) + 1, len(directions.tensor) - 1)]
     vectors = torch.lerp(lower, upper, fraction)
+    if directions.has_shared:
+        return with_orthonormal_rest(vectors).float()
     return F.normalize(vectors, dim=1) if scale is Scale.UNIT else vectors

@@ -18,6 +18,7 @@ from heretic_contrast.ablation.operator import (
     weight_along,
 )
 from heretic_contrast.errors import ContrastError
+from heretic_contrast.settings import RowNormalization
 
 N, HIDDEN, INPUTS = 5, 16, 24
 
@@ -131,6 +132,30 @@ def test_directions_that_undo_each_other_remove_less() -> None:
 def test_capped_caps_at_the_largest_weight() -> None:
     operator = compose(random_unit(), torch.full((N,), 0.8), "capped")
     assert effective_weight(operator) == pytest.approx(0.8, rel=1e-5)
+
+
+@pytest.mark.parametrize("rest", [1e-2, 1e-5, 3e-6, 1e-7, 0.0])
+def test_a_row_that_is_all_but_removed_does_not_grow(rest: float) -> None:
+    """Its length after the ablation is noise, which nothing may be divided by."""
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 32, generator=generator)
+    direction = rest * torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
+    direction[7] = 1
+    operator = compose(torch.nn.functional.normalize(direction, dim=0)[None], torch.ones(1))
+    factor_a, factor_b = lora_factors(operator, weight, RowNormalization.FULL, 3)
+    lengths = (weight + factor_b @ factor_a).norm(dim=1) / weight.norm(dim=1)
+    assert float(lengths[7]) < 1.01
+    kept = torch.arange(64) != 7
+    assert torch.allclose(lengths[kept], torch.ones(63), atol=1e-2)
+
+
+def test_a_direction_where_a_norm_writes_nothing() -> None:
+    gain = torch.ones(8)
+    gain[3] = 0
+    direction = torch.nn.functional.one_hot(torch.tensor([3]), 8).float()
+    behind = compose(direction, torch.ones(1)).behind(gain)
+    assert not behind.apply(torch.randn(4, 8)).any()
 
 
 def test_zero_and_duplicate_directions() -> None:

@@ -2,6 +2,8 @@
 
 """Every baseline against its formula, written out a second time, one prompt after the other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,20 @@ def test_subjects_that_span_everything_are_refused() -> None:
 def test_numbers_out_of_range(name: str, options: BaselineOptions, message: str) -> None:
     with pytest.raises(ContrastError, match=message):
         get_baseline(name)(make_layer(), options)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("mixing", [0.1, 0.3, 0.7])
+def test_equal_residuals_have_no_direction(name: str, mixing: float) -> None:
+    """As at the embedding of a token that all prompts end with."""
+
+    layer = make_layer()
+    same = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0))
+    pools = {
+        pool: same.repeat(len(getattr(layer, pool)), 1) for pool in ("harmful", "bulk", "matched")
+    }
+    found = get_baseline(name)(replace(layer, **pools), BaselineOptions(mixing=mixing))
+    assert not found.any()
 
 
 def test_names_of_built_in_baselines_stand_in_the_settings() -> None:

@@ -4,7 +4,9 @@
 
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -15,11 +17,12 @@ from questionary import Choice
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
 from heretic_contrast.errors import ContrastError
+from heretic_contrast.hosts.evaluator import Dominated, Evaluator
 from heretic_contrast.hosts.finalists import second_look
-from heretic_contrast.hosts.guidance import GuidedStudy, give_back
+from heretic_contrast.hosts.guidance import GuidedStudy, give_back, measured
 from heretic_contrast.leases import Leases, open_storage
 from heretic_contrast.search.samplers import make_sampler
-from heretic_contrast.settings import Sampler
+from heretic_contrast.settings import ContrastSettings, Sampler
 
 
 def guided_study(patience: int | None, first: list[dict[str, Any]]) -> tuple[Any, Any, list[int]]:
@@ -115,6 +118,40 @@ def test_the_menu_tells_of_the_second_look() -> None:
     assert headings[-1] == "First look, 24 tokens"
     assert [item.value for item in found[:2]] == [item.value for item in trials]
     assert table.row_count == 2
+
+
+def test_what_broke_the_model_is_on_no_front() -> None:
+    """Plain Heretic gives a divergence that is no number a finite score."""
+
+    attributes = {"refusals": 0, "kl_divergence": float("nan")}
+    assert measured(optuna.trial.create_trial(values=[0, 0], user_attrs=attributes)) is None
+    attributes["kl_divergence"] = 0.5
+    assert measured(optuna.trial.create_trial(values=[0, 0], user_attrs=attributes)) == (0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("n_refused", "n", "limit", "is_excluded"),
+    [
+        (29, 100, 0.29, False),
+        (30, 100, 0.29, True),
+        (57, 100, 0.57, False),
+        (29, 50, 0.58, False),
+        (30, 50, 0.58, True),
+        (1, 3, 0.33, True),
+    ],
+)
+def test_as_many_false_refusals_as_may_be_are_not_too_many(
+    n_refused: int, n: int, limit: float, is_excluded: bool
+) -> None:
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator.settings = SimpleNamespace(contrast=ContrastSettings(max_false_refusals=limit))
+    evaluator.sensitive_prompts = [None] * n
+    evaluator.false_refusals = n_refused
+    evaluator.trial = optuna.create_study().ask()
+    with pytest.raises(Dominated) if is_excluded else nullcontext():
+        evaluator._keep_false_refusals()
+    excess = evaluator.trial.user_attrs.get("excluded")
+    assert (excess > 0) if is_excluded else (excess is None)
 
 
 class Worker:

@@ -337,6 +337,29 @@ def test_interpolated_directions_have_unit_length() -> None:
     assert torch.equal(layer_vectors(directions, None, 2, Scale.UNIT), directions.tensor[3])
 
 
+@pytest.mark.parametrize("index", [None, 1.0, 1.5, 2.3])
+def test_directions_around_a_shared_one_stay_orthonormal(index: float | None) -> None:
+    # Two rows of rank 1 beside the shared one: as near to orthonormal as their span allows.
+    axes = torch.linalg.qr(torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0)))[0]
+    shares = torch.tensor([0.6, 0.8])[:, None]
+    tensor = torch.stack([torch.cat([layer[:1], shares * layer[1:2]]) for layer in axes])
+    directions = make_directions(
+        tensor,
+        class_directions=tensor[:, 1:],
+        names=("shared", "a", "b"),
+        provenance={"settings": {"shared_direction": True}},
+    )
+    assert directions.has_shared
+    vectors = layer_vectors(directions, index, 1, Scale.UNIT).double()
+    shared, rest = vectors[0], vectors[1:]
+    assert float(shared.norm()) == pytest.approx(1, rel=1e-5)
+    assert float((rest @ shared).abs().max()) < 1e-6
+    # No combination removes more than all of anything.
+    assert float(torch.linalg.matrix_norm(vectors, ord=2)) == pytest.approx(1, rel=1e-5)
+    if index in (None, 1.0):
+        assert torch.allclose(vectors.float(), tensor[2], atol=1e-6)
+
+
 def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "model.jsonl"
     study = optuna.create_study(
