@@ -58,7 +58,14 @@ def main(arguments: Sequence[str]) -> None:
     for path in paths.values():
         require_writable_file(path, datasets_of(settings.model_dump(mode="json")))
     if settings.report is not None:
-        require_writable_directory(Path(settings.report))
+        report = Path(settings.report)
+        require_writable_directory(report)
+        for name in ("sweep.json", "sweep.journal"):
+            if (report / name).exists():
+                # Most files of both reports have the same names.
+                raise ContrastError(
+                    f"{report} holds the report of a sweep ({name}), part of which would be replaced: give another --report."
+                )
 
     # Heavy imports come last, so that bad settings are answered at once.
     from ..directions.directions import Directions

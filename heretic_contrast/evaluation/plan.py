@@ -236,6 +236,14 @@ class PreparedSweep:
         log: Log,
     ) -> None:
         require_writable_directory(output)
+        extracted, *swept = (
+            (output / name).exists() for name in ("classes.csv", "sweep.json", "sweep.journal")
+        )
+        if extracted and not any(swept):
+            # Most files of both reports have the same names.
+            raise ContrastError(
+                f"{output} holds the report of an extraction (classes.csv), part of which would be replaced: give another output."
+            )
         self.settings = settings
         self.contrast = contrast
         self.options = SweepOptions.of(settings)

@@ -412,3 +412,28 @@ def test_folders_that_were_made_for_nothing_are_removed(refused: Refused, tmp_pa
         sentence = refused(["sweep", "builtin:refuser", f"--output={output}", "--pairs=missing"])
         assert "missing" in sentence
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "kept"]
+
+
+def test_the_reports_of_a_sweep_and_of_an_extraction_stay_apart(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their files have the same names: each would replace half of the other."""
+
+    monkeypatch.setattr("heretic_contrast.hosts.loading.open_model", None)
+    for name in ("sweep.json", "sweep.journal"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        sentence = refused(["extract", "builtin:refuser", f"--report={name}"])
+        assert f"{name} holds the report of a sweep ({name})" in sentence
+        assert sentence.endswith("give another --report.")
+    extracted = tmp_path / "extracted"
+    extracted.mkdir()
+    (extracted / "classes.csv").touch()
+    arguments = ["sweep", "builtin:refuser", "--output=extracted"]
+    sentence = refused([*arguments, "--pairs=missing"])
+    assert "extracted holds the report of an extraction (classes.csv)" in sentence
+    assert sentence.endswith("give another output.")
+    assert [path.name for path in extracted.iterdir()] == ["classes.csv"]
+    # Earlier versions wrote both, and a sweep goes on where it has begun.
+    (extracted / "sweep.json").touch()
+    assert "missing" in refused([*arguments, "--pairs=missing"])
