@@ -373,6 +373,44 @@ def test_files_of_a_sweep(written: tuple[Path, list[Any]], tmp_path: Path) -> No
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
+def test_nothing_of_an_earlier_sweep_stays_among_the_files_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, capture_and_geometry = make_sweep(), make_geometry()
+    write_sweep_report(first, tmp_path, nothing, *capture_and_geometry)
+    mine = ["refusals-of-mine.csv", "synergy-first.png", "sweep.journal", "notes.csv"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    second = replace(
+        first,
+        cells=tuple(
+            replace(cell, configuration="second")
+            for cell in first.cells
+            if (cell.configuration, cell.strength, len(cell.layers)) == ("first", "weight", 1)
+        ),
+        synergies=(),
+    )
+    write_sweep_report(second, tmp_path, nothing, *capture_and_geometry)
+    alone = tmp_path / "alone"
+    write_sweep_report(second, alone, nothing, *capture_and_geometry)
+    expected = {path.name for path in alone.iterdir()}
+    assert {"refusals-second-weight.csv", "refusals-second-weight.png"} <= expected
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == expected | set(mine)
+    # What is no report of a sweep tells nothing.
+    for text in ("", "{}", '{"cells": [{}]}', "[]", '{"cells": [3]}', "\udce4"):
+        (alone / "sweep.json").write_text(text, errors="surrogateescape")
+        write_sweep_report(second, alone, nothing, *capture_and_geometry)
+        assert {path.name for path in alone.iterdir()} == expected
+    # Whoever has lost matplotlib keeps no old plots, and who sweeps nothing that can be captured no old numbers.
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    _, geometry = capture_and_geometry
+    less = CaptureResult(0, ()), replace(geometry, activities=())
+    write_sweep_report(second, tmp_path, nothing, *less)
+    write_sweep_report(second, tmp_path / "less", nothing, *less)
+    kept = {path.name for path in (tmp_path / "less").iterdir()}
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == kept | set(mine)
+
+
 def no_json(constant: str) -> None:
     raise AssertionError(f"{constant} is no JSON.")
 
