@@ -12,7 +12,7 @@ from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
-from .errors import ContrastError, find_cause, one_line, show_warnings_as_sentences
+from .errors import ContrastError, is_interruption, one_line, show_warnings_as_sentences
 from .outputs import remove_empty_directories
 from .processes import handling
 
@@ -147,7 +147,7 @@ def main() -> None:
         raise
     except (Exception, KeyboardInterrupt) as error:
         is_unread = has_lost_its_reader()
-        if find_cause(error, KeyboardInterrupt) is not None:
+        if is_interruption(error):
             end_interrupted(command)
         remove_empty_directories()
         if is_unread:

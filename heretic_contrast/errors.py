@@ -80,6 +80,15 @@ def find_cause(error: BaseException | None, kind: type[ErrorType]) -> ErrorType 
     return None
 
 
+def is_interruption(error: BaseException) -> bool:
+    """Returns whether an error comes from Ctrl+C."""
+
+    mistyped = find_cause(error, TypeError)
+    # What CPython raises, and nothing else, when the key is pressed while it words why a name cannot be imported.
+    is_lost = mistyped is not None and str(mistyped) == "expected a message argument"
+    return is_lost or find_cause(error, KeyboardInterrupt) is not None
+
+
 @contextmanager
 def raising_causes() -> Iterator[None]:
     """Raises, instead of an error of a library, the interruption or the `ContrastError` that it came from."""

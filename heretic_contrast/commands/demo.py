@@ -17,7 +17,7 @@ from ..hosts.arguments import PROGRAM
 from ..hosts.installed import installed_surface, require_heretic
 from ..hosts.settings import HostSettings, contrast_table, load_settings
 from ..hosts.unused import config_file
-from ..outputs import json_text, require_writable_directory
+from ..outputs import json_text, require_writable_file
 from ..prompts import Prompt, load_pool
 
 MAX_RESPONSE_LENGTH = 24
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str]) -> None:
     if not settings.output:
         raise ContrastError("The demo needs a place for its results: give --output DIR.")
     output = Path(settings.output)
-    require_writable_directory(output)
+    written = output / "summary.json"
+    require_writable_file(written)
     # What the user gave comes last and wins.
     flags = [*headless_arguments(settings, output), *arguments]
     settings = load_settings(DemoSettings, PROGRAM, flags)
@@ -66,12 +67,14 @@ def main(arguments: Sequence[str]) -> None:
     else:
         from ..hosts.evaluator import count_refusals
         from ..hosts.heretic14 import run
+    # That of an earlier model says nothing about the one that is saved now.
+    written.unlink(missing_ok=True)
     run(settings, ContrastAbliteration)
 
     summary = judge(settings, count_refusals)
     summary["model_directory"] = settings.save_directory
     summary["seconds"] = round(time.perf_counter() - started, 1)
-    write_text_atomically(output / "summary.json", json_text(summary, sort_keys=False))
+    write_text_atomically(written, json_text(summary, sort_keys=False))
     show(summary, output)
 
 

@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -19,7 +21,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from heretic_contrast import leases
+from heretic_contrast import cli, leases
 from heretic_contrast.directions import residuals as residual_cache
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.errors import ContrastError, find_cause
@@ -496,14 +498,16 @@ def test_unwritable_places_are_named_before_anything_is_computed(
         ["extract", "builtin:refuser", "--output=folder"],
         ["sweep", "builtin:refuser", "--output=out", "--storage=folder"],
         ["--contrast.save-directions=folder", "--model=builtin:refuser", "--model-action=none"],
+        ["demo", "--output=."],
     ],
 )
 def test_a_folder_where_a_file_should_be_is_named(
     refused: Refused, arguments: list[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "folder").mkdir()
+    for name in ("folder", "summary.json"):
+        (tmp_path / name).mkdir()
     error = refused(arguments)
-    assert "folder is a directory" in error
+    assert "folder is a directory" in error or "summary.json is a directory" in error
 
 
 def test_output_to_a_full_disk_is_a_sentence() -> None:
@@ -620,3 +624,33 @@ def test_a_saved_model_survives_a_failure_to_replace_it(
         assert (tmp_path / "output" / name).read_bytes() == content
     small_disk(tmp_path / "output", 100_000_000)
     assert command_server.run(other, tmp_path).code == 0
+
+
+class InterruptedName(str):
+    """The name of a module, in whose wording the user presses Ctrl+C."""
+
+    def __repr__(self) -> str:
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_that_python_loses_is_none_of_a_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `datasets` tries to import what need not be there, while prompts are read."""
+
+    module = ModuleType("optional")
+    monkeypatch.setattr(module, "__name__", InterruptedName("optional"))
+    monkeypatch.setitem(sys.modules, "optional", module)
+
+    def read(*arguments: Any) -> None:
+        exec("from optional import missing")
+
+    monkeypatch.setattr("heretic_contrast.prompts.read_rows", read)
+    ended = Mock(side_effect=SystemExit(130))
+    monkeypatch.setattr("heretic_contrast.cli.end_interrupted", ended)
+    words = ["heretic-contrast", "audit", "--dataset=prompts.txt", f"--output={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as information:
+        cli.main()
+    assert information.value.code == 130
+    ended.assert_called_once_with("audit")

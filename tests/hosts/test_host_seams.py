@@ -580,6 +580,24 @@ def test_model_card_names_the_plugin(
     assert card.index("heretic-contrast v") < card.index("## Performance")
 
 
+def test_a_summary_is_never_that_of_an_earlier_demo(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from heretic_contrast.commands.demo import main
+
+    summary = tmp_path / "demo" / "summary.json"
+    summary.parent.mkdir()
+    summary.write_text("{}")
+    # What is refused at once has changed nothing.
+    assert "leave --model-action out" in refused(["demo", "--output=demo", "--model-action=none"])
+    assert summary.exists()
+    monkeypatch.setattr(heretic14, "run", Mock(side_effect=KeyboardInterrupt))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            main(["--output=demo"])
+        assert not summary.exists()
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     from heretic_contrast.commands.doctor import findings, main
 
