@@ -100,6 +100,10 @@ def repair_checkpoint(path: Path) -> None:
     )
     for name, value in study.user_attrs.items():
         repaired.set_user_attr(name, value)
+    for number, trial in enumerate(complete, start=1):
+        # Heretic counts on from how many there are, and would give the number of a later one once more.
+        if "index" in trial.user_attrs:
+            trial.set_user_attr("index", number)
     repaired.add_trials(complete)
     os.replace(temporary, path)
 

@@ -386,6 +386,32 @@ def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.lock"))
 
 
+def test_no_two_trials_get_one_number(tmp_path: Path) -> None:
+    """Heretic goes on counting from how many trials there are, and an interrupted one may have others after it."""
+
+    path = tmp_path / "model.jsonl"
+    study = optuna.create_study(
+        study_name="heretic",
+        storage=JournalStorage(JournalFileBackend(str(path))),
+        directions=["minimize", "minimize"],
+    )
+    for number in range(1, 7):
+        trial = study.ask()
+        if number != 2:
+            # One that another program has added has none.
+            trial.set_user_attr("index", number)
+        if number == 3:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(trial, [number, number])
+    repair_checkpoint(path)
+    repaired = optuna.load_study(
+        study_name="heretic", storage=JournalStorage(JournalFileBackend(str(path)))
+    )
+    numbers = [(trial.values[0], trial.user_attrs.get("index")) for trial in repaired.trials]
+    assert numbers == [(1, 1), (2, None), (4, 3), (5, 4), (6, 5)]
+
+
 @pytest.mark.parametrize("is_screened", [True, False])
 def test_what_was_screened_before_the_first_trial_is_kept(
     is_screened: bool, tmp_path: Path
