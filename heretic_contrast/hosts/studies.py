@@ -19,6 +19,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import Study
 from optuna.trial import TrialState
+from rich.markup import escape
 
 from ..builtin import model_name
 from ..errors import ContrastError
@@ -126,6 +127,11 @@ def open_shared(settings: HostSettings) -> BaseStorage | None:
                     "leave --checkpoint-action restart out."
                 )
             require_same_settings(study.user_attrs, settings)
+    if settings.checkpoint_action == "continue" and not any(
+        study.study_name == STUDY_NAME for study in studies
+    ):
+        shown = escape(without_password(source))
+        log(f"[yellow]* There is no study in {shown}: a new one begins.[/]")
 
     def own_studies() -> list[Any]:
         # Heretic looks at the first, and at what it has written to it itself.

@@ -196,6 +196,23 @@ def test_a_new_storage_needs_no_restart(
     assert storage is not None and storage.get_all_studies() == []
 
 
+def test_whoever_goes_on_hears_that_there_is_no_study(
+    begun: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as who has mistyped its name."""
+
+    for storage, action, is_said in (
+        (f"sqlite:///{tmp_path / 'stduy.db'}", "continue", True),
+        (f"{tmp_path / 'stduy[1].journal'}", "continue", True),
+        (f"sqlite:///{tmp_path / 'new.db'}", "restart", False),
+        (begun, "continue", False),
+    ):
+        arguments = [*BEGUN, f"--checkpoint-action={action}"]
+        open_shared(shared_settings(monkeypatch, storage, *arguments))
+        said = "".join(capsys.readouterr().out.split())
+        assert (f"*Thereisnostudyin{storage}:anewonebegins." in said) == is_said, storage
+
+
 def test_what_is_no_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for storage in ("nosuchdatabase://user:secret@host/name", f"sqlite:///{tmp_path}/no/study.db"):
         with pytest.raises(ContrastError, match=r"The storage .* cannot be read") as raised:
