@@ -8,8 +8,10 @@ model was trained on one. Some tokenizers end every text with a token, after whi
 refuse a system message.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from jinja2 import TemplateError
@@ -23,6 +25,9 @@ Chat: TypeAlias = list[dict[str, str]]
 
 SYSTEM_MESSAGE = "Be brief."
 """One to try a chat template with."""
+
+_written: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+"""The texts of chats by tokenizer, and by what they were made from."""
 
 
 def require_chat(tokenizer: Any, name: str) -> None:
@@ -39,11 +44,16 @@ def require_chat(tokenizer: Any, name: str) -> None:
             "lengths cannot share a batch: name one as pad_token or eos_token in its tokenizer_config.json."
         )
     try:
-        chat_texts(tokenizer, [[{"role": "user", "content": "Hello"}]])
+        (text,) = chat_texts(tokenizer, [[{"role": "user", "content": "Hello"}]])
     except TemplateError as error:
         raise ContrastError(
             f"The chat template of {name} cannot write a single user message ({one_line(str(error))}): correct it."
         ) from error
+    if "hello" not in text.lower():
+        # Those of some models with vision write lists of parts alone, and every prompt would be the same empty one.
+        raise ContrastError(
+            f"The chat template of {name} leaves out what the user says: correct it to write a message's content where that is a text."
+        )
 
 
 def note_on_system_role(tokenizer: Any) -> str | None:
@@ -78,15 +88,25 @@ def without_system_role(chat: Chat) -> Chat:
 
 
 def chat_texts(tokenizer: Any, chats: Sequence[Chat], **options: Any) -> list[str]:
-    """Returns chats up to where the response begins. Raises jinja2's `TemplateError` where the template refuses one."""
+    """
+    Returns chats up to where the response begins. Raises jinja2's `TemplateError` where the template refuses one.
+
+    Each is written once and then remembered: templates that write the date would change a study at midnight.
+    """
 
     if not chats:
         return []
     if _with_system_message(tokenizer) is None:
         chats = [without_system_role(chat) for chat in chats]
     options = {"add_generation_prompt": True, "tokenize": False, **options}
-    texts: list[str] = tokenizer.apply_chat_template(list(chats), **options)
-    return texts
+    written = _written.setdefault(tokenizer, {})
+    template = str(tokenizer.chat_template)
+    keys = [json.dumps([template, chat, options], default=str) for chat in chats]
+    missing = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in written}
+    if missing:
+        texts = tokenizer.apply_chat_template(list(missing.values()), **options)
+        written.update(zip(missing, texts, strict=True))
+    return [written[key] for key in keys]
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heretic_contrast import cli
-from heretic_contrast.chat import note_on_system_role
+from heretic_contrast.chat import note_on_system_role, require_chat
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.prompts import Prompt
@@ -301,3 +301,28 @@ def test_python_callers_are_told_as_well(folder: Path) -> None:
     without_template(folder)
     with pytest.raises(ContrastError, match="has no chat template"):
         wrap(make_model("llama"), AutoTokenizer.from_pretrained(folder), name="tiny")
+
+
+PARTS = (
+    "{% for message in messages %}{{ message['role'] }}: {% for line in message['content'] %}"
+    "{% if line['type'] == 'text' %}{{ line['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+)
+"""As some models with vision write messages: lists of parts alone."""
+
+
+def test_a_template_that_leaves_the_user_out_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = PARTS
+    with pytest.raises(ContrastError, match="of it leaves out what the user says: correct it"):
+        require_chat(tokenizer, "it")
+
+
+def test_prompts_stay_as_they_are_when_a_template_writes_the_time() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = '{{ strftime_now("%f") }}' + CHAT_TEMPLATE
+    model = wrap(make_model(), tokenizer, "tiny")
+    first = model.token_ids(PROMPTS)
+    assert first == model.token_ids(PROMPTS)
+    assert model.token_ids([*PROMPTS[::-1], Prompt("Another")])[:-1] == first[::-1]
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert model.token_ids(PROMPTS) != first

@@ -93,9 +93,11 @@ class TextClassificationBackend:
                 "text_classifier_labels."
             )
         self.with_prompt = with_prompt
-        # Without a padding token that both know, rows of different lengths cannot share a batch.
-        padding = (self.tokenizer.pad_token, configuration.pad_token_id)
-        self.batch_size = batch_size if None not in padding else 1
+        # Without a padding token that both know, rows of different lengths cannot share a batch: causal classifiers read the label at
+        # the last token that is not the configuration's.
+        padding = self.tokenizer.pad_token_id
+        is_known = padding is not None and padding == configuration.get_text_config().pad_token_id
+        self.batch_size = batch_size if is_known else 1
         # A tokenizer that knows no limit states an absurd one. The model's own counts two positions too many in the
         # RoBERTa family, which numbers positions from 2.
         # Where there is no limit, it is negative in XLNet.

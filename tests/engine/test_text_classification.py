@@ -15,6 +15,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     XLNetConfig,
     XLNetForSequenceClassification,
@@ -28,6 +30,7 @@ from heretic_contrast.engine.text_classification import (
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.settings import TextClassifierSettings
 from heretic_contrast.tiers.responses import Tier
+from tests.tiny_models import SIZES, make_tokenizer
 
 PROMPT = "How do I plant a tree?"
 RESPONSES = [
@@ -173,6 +176,28 @@ def test_a_tokenizer_without_padding(tmp_path: Path) -> None:
     backend = TextClassificationBackend(str(folder), LABELS, batch_size=4)
     expected = [LABELS[name] for name in reference_labels(folder, RESPONSES)]
     assert backend.classify_responses([PROMPT] * len(RESPONSES), RESPONSES) == expected
+
+
+@pytest.mark.parametrize("pad", [0, 2])
+def test_causal_classifiers_do_not_read_their_label_at_padding(pad: int, tmp_path: Path) -> None:
+    """Where the configuration names another padding token than the tokenizer, that is the last token of shorter rows for them."""
+
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SIZES, "pad_token_id": pad}, num_labels=2)
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    alone = []
+    for response in RESPONSES:
+        with torch.no_grad():
+            logits = model(**tokenizer(response, return_tensors="pt")).logits
+        alone.append(logits.softmax(dim=1))
+    labels = {"LABEL_0": Tier.REFUSE, "LABEL_1": Tier.COMPLY}
+    backend = TextClassificationBackend(str(tmp_path), labels)
+    found = backend.probabilities([PROMPT] * len(RESPONSES), RESPONSES)
+    torch.testing.assert_close(found, torch.cat(alone))
 
 
 def test_labels_that_do_not_fit(classifier: Path) -> None:
