@@ -35,7 +35,7 @@ from heretic_contrast.ablation.writers import EMBEDDINGS, Writer, with_embedding
 from heretic_contrast.builtin import is_builtin, with_refuser_pools
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract, names_before_extraction
-from heretic_contrast.directions.pools import load_pools
+from heretic_contrast.directions.pools import Pools, load_pools
 from heretic_contrast.errors import ContrastError, one_line
 from heretic_contrast.hosts.lora_targets import adapters_on_writers
 from heretic_contrast.hosts.surface import (
@@ -80,6 +80,9 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
     settings: ContrastSettings
     directions: Directions
     identity: Identity
+
+    known_pools: Pools | None = None
+    """The prompts that directions are extracted from, which a host may have read before; read once, since files change."""
 
     @cached_property
     def changes(self) -> Changes:
@@ -153,7 +156,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             # The host for Heretic 1.4 has a command line, too.
             table = f"{own_place('ContrastAbliteration')} "
             where = getattr(self.heretic_settings, "contrast_setting", table)
-            pools = load_pools(self.settings, where)
+            pools = self.known_pools = self.known_pools or load_pools(self.settings, where)
             names = names_before_extraction(pools, self.settings)
             require_ranges(space, "direction", names)
             with progress_bar() as progress:

@@ -214,6 +214,8 @@ class Host:
                     heretic_settings=settings, settings=settings.contrast
                 )
                 if settings.evaluate_model is None:
+                    # Those that the record names, whatever the files hold by now.
+                    host.modifier.known_pools = host.sources.pools.get("")
                     # Before anything is asked of the model.
                     host.modifier.require_changeable(host.modifier.model(host.context))
 

@@ -22,7 +22,6 @@ import rich.traceback
 from heretic.config import Settings, SingleDatasetSpecification
 from heretic.scorers.keyword_rate import KeywordRate
 
-from ..directions.sources import DirectionSources
 from ..errors import ContrastError, raising_causes
 from ..outputs import require_writable_directory
 from ..processes import alone_in
@@ -128,7 +127,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
             replace(modifier.model(ctx), known_identity=modifier.identity),
             modifier.directions,
             parameters,
-            DirectionSources({"": modifier.settings}, "").named_pools(),
+            {} if modifier.known_pools is None else modifier.known_pools.named(),
         )
         made.record(unfinished).write(unfinished)
 

@@ -141,6 +141,8 @@ def rebuild(
     model = open_model(settings, model_class)
     context = LoadedContext(model)
     modifier = modifier_class(heretic_settings=settings, settings=settings.contrast)
+    # Those that were compared, whatever the files hold by now.
+    modifier.known_pools = sources.pools.get("")
     original = modifier.model(context, settings.contrast.batch_size).identified()
     different = differences(record.identity, original.identity(), OF_THE_MODEL)
     if different:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from heretic_contrast import ContrastAbliteration
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE, Modifier, checkpointed_trials
+from heretic_contrast.prompts import prompts_digest
 from heretic_contrast.search.parameters import Parameters
 from heretic_contrast.settings import ContrastSettings
 from tests.contract.conftest import MODEL
@@ -39,6 +40,14 @@ def test_baselines_are_those_of_the_unmodified_model(run: Any) -> None:
     assert tiers.rich_display == "[bold]18[/]/18 (REFUSE 18, EVASIVE 0, COMPLY 0, incoherent 0)"
     assert abs(divergence.value) < 1e-5
     assert canaries.value == 0.0
+
+
+def test_the_prompts_of_the_directions_are_known_without_their_files(run: Any) -> None:
+    modifier = run.loaded_modifier
+    assert modifier.known_pools is not None
+    pools = modifier.known_pools.named()
+    found = {name: prompts_digest(pool) for name, pool in pools.items()}
+    assert found == modifier.directions.provenance["prompts"]
 
 
 def test_factors_are_exact_and_restored_bit_for_bit(run: Any) -> None:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""What others change on the disk while a run goes on."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+
+from heretic_contrast.commands.rebuild import RebuildSettings
+from heretic_contrast.directions.sources import DirectionSources
+from heretic_contrast.hosts import heretic14, rebuilding
+from heretic_contrast.hosts.record import Made
+from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.modifier import ContrastAbliteration
+from heretic_contrast.prompts import prompts_digest
+from heretic_contrast.search.parameters import Kernel, Parameters
+from tests.conftest import DATA, small_pool
+
+MakeHost = Callable[..., heretic14.Host]
+
+
+@pytest.fixture
+def make_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeHost:
+    """Makes a host for a model in a folder of its own, which has looked at all inputs and loads the model next."""
+
+    shutil.copytree(DATA / "refuser", tmp_path / "model")
+
+    def make(*options: str) -> heretic14.Host:
+        monkeypatch.setattr(sys, "argv", [])
+        arguments = [
+            f"--model={tmp_path / 'model'}",
+            "--seed=1",
+            "--batch-size=32",
+            "--max-response-length=4",
+            f"--contrast.bad-prompts.dataset={small_pool(tmp_path, 'harmful', 'train', 2)}",
+            f"--contrast.good-prompts.dataset={small_pool(tmp_path, 'harmless', 'train', 8)}",
+            "--contrast.classes=single",
+            "--contrast.method=mean",
+            *options,
+        ]
+        settings = load_settings(HostSettings, "heretic-contrast", arguments)
+        host = heretic14.Host(settings, ContrastAbliteration)
+        host.sources = DirectionSources({"": settings.contrast}, "")
+        return host
+
+    return make
+
+
+def load(host: heretic14.Host) -> Any:
+    """Loads the model, as Heretic does."""
+
+    return host.model_class()(host.settings)
+
+
+def use_other_prompts(folder: Path) -> None:
+    path = folder / "harmful-train.jsonl"
+    path.write_text(path.read_text().replace("a", "e"))
+
+
+def test_a_search_uses_the_prompts_that_its_record_names(
+    make_host: MakeHost, tmp_path: Path
+) -> None:
+    host = make_host("--response-prefix=")
+    use_other_prompts(tmp_path)
+    load(host)
+    host.modifier.init(host.context)
+    assert host.modifier.directions.provenance["prompts"] == {
+        name: prompts_digest(pool) for name, pool in host.sources.named_pools().items()
+    }
+
+
+def test_a_rebuild_uses_the_prompts_that_it_has_compared(
+    make_host: MakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_host("--response-prefix=")
+    load(host)
+    host.modifier.init(host.context)
+    kernels = {name: Kernel(1.0, 3.0, 0.5, 2.0) for name in ("attn.o_proj", "mlp.down_proj")}
+    parameters = Parameters(None, kernels, {"all": 1.0}, host.modifier.configuration)
+    record = Made(
+        host.settings,
+        host.settings.contrast,
+        host.modifier.model(host.context),
+        host.modifier.directions,
+        parameters,
+        host.sources.named_pools(),
+    ).record()
+    given = RebuildSettings.model_construct(record="")
+    settings, sources = rebuilding.prepare(record, given)
+    use_other_prompts(tmp_path)
+    found: list[ContrastAbliteration] = []
+    init = ContrastAbliteration.init
+
+    def remember(modifier: ContrastAbliteration, context: Any) -> None:
+        init(modifier, context)
+        found.append(modifier)
+
+    monkeypatch.setattr(ContrastAbliteration, "init", remember)
+    rebuilding.rebuild(record, settings, sources, tmp_path / "again", ContrastAbliteration)
+    assert found[0].directions.digest() == record.directions
