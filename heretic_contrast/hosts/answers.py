@@ -205,6 +205,9 @@ class Answers:
         reason = ", since a question about it was not answered"
         if self.failure is not None:
             reason = f" ({type(self.failure).__name__}: {one_line(str(self.failure))[:300]})"
+        if self.saved is not None and isinstance(self.failure, ContrastError):
+            # It says by itself what to do.
+            raise ContrastError(f"The model was saved to {self.saved}, but {self.failure}")
         if self.saved is not None:
             raise ContrastError(
                 f"The model was saved to {self.saved} and is whole, but the original could not be loaded again "

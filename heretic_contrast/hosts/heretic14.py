@@ -34,7 +34,7 @@ from ..directions.pools import require_apart
 from ..directions.sources import DirectionSources
 from ..engine.text_classification import classifier_identity
 from ..errors import ContrastError, find_cause, one_line, raising_causes
-from ..identity import Identity, differences, identify, program_digest
+from ..identity import OF_THE_MODEL, Identity, differences, identify, program_digest
 from ..journal import CheckedJournal
 from ..outputs import remove_empty_directories, require_writable_directory, require_writable_file
 from ..prompts import Prompt, load_pool
@@ -234,10 +234,21 @@ class Host:
                 return []
 
             def reset_model(self) -> bool:
-                if self.needs_reload:
-                    # Heretic makes space for the new one, which this would take.
-                    host.evaluator.forget_model()
-                return super().reset_model()
+                if not self.needs_reload:
+                    return super().reset_model()
+                # Heretic makes space for the new one, which this would take.
+                host.evaluator.forget_model()
+                super().reset_model()
+                found = host.modifier.model(host.context)
+                different = differences(host.modifier.identity, found.identity(), OF_THE_MODEL)
+                if different:
+                    # Whatever Heretic is asked for next, nothing is made of it.
+                    self.model, self.needs_reload = None, True
+                    raise ContrastError(
+                        f"{found.name} has become another model since it was loaded (other {different}): what was saved before is "
+                        "whole; start again for the new one."
+                    )
+                return True
 
             def abliterate(self, *args: Any, **kwargs: Any) -> None:
                 if host.evaluator.trial is not None:

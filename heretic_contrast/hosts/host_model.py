@@ -13,6 +13,7 @@ from .loading import ChatModel
 
 
 class HostModel(ChatModel):
+    needs_reload: bool
     lora_rank: int | None = None
     changes: Changes | None = None
     adapting: Callable[[], AbstractContextManager[None]]

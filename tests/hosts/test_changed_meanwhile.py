@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
 from heretic_contrast.commands.rebuild import RebuildSettings
 from heretic_contrast.directions.sources import DirectionSources
+from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts import heretic14, rebuilding
+from heretic_contrast.hosts.answers import ACTION_QUESTION
+from heretic_contrast.hosts.evaluator import Evaluator
 from heretic_contrast.hosts.record import Made
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.modifier import ContrastAbliteration
@@ -104,3 +108,51 @@ def test_a_rebuild_uses_the_prompts_that_it_has_compared(
     monkeypatch.setattr(ContrastAbliteration, "init", remember)
     rebuilding.rebuild(record, settings, sources, tmp_path / "again", ContrastAbliteration)
     assert found[0].directions.digest() == record.directions
+
+
+def replace_weights(folder: Path) -> None:
+    """As another training saves its next state."""
+
+    path = folder / "model" / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in sorted(weights) if "down_proj" in name)
+    save_file({**weights, name: weights[name] * 0.5}, path, {"format": "pt"})
+
+
+def save_merged(host: heretic14.Host, model: Any) -> None:
+    """Saves a merged model, as Heretic does in headless mode, and loads the original again."""
+
+    assert host.answers.select(ACTION_QUESTION, [])
+    place = host.answers.path("Path to the folder:")
+    model.get_merged_model().save_pretrained(place)
+    host.answers.show("* Resetting model...")
+    model.reset_model()
+
+
+def test_another_model_in_the_folder_is_noticed_when_it_is_loaded_again(
+    make_host: MakeHost, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    host = make_host("--response-prefix=", "--model-action=save", f"--save-directory={saved}")
+    model = load(host)
+    host.evaluator = Evaluator.__new__(Evaluator)
+    host.modifier.init(host.context)
+    host.answers.describe = lambda folder: None
+    # The same one is the same, with the adapters that it has now.
+    save_merged(host, model)
+    assert host.modifier.model(host.context).own_adapter is not None
+    before = (saved / "model.safetensors").read_bytes()
+    replace_weights(tmp_path)
+    host.answers.action_was_taken = False
+    with pytest.raises(ContrastError, match=r"another model since .* \(other weights\)") as error:
+        save_merged(host, model)
+    # Heretic shows it, and asks what to do next.
+    host.answers.format_exception(error.value)
+    assert host.answers.select(ACTION_QUESTION, []) == ""
+    assert (saved / "model.safetensors").read_bytes() == before
+    with pytest.raises(ContrastError, match=f"saved to {saved}, but") as error:
+        host.answers.require_success()
+    assert "--checkpoint-action" not in str(error.value)
+    # Nothing can be done with the other one.
+    with pytest.raises(ContrastError, match="another model since"):
+        model.reset_model()
