@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
 
 from ..errors import ContrastError
-from ..identity import Identity, differences
+from ..identity import Identity, differences, digest
 from ..language_model import Progress
 from ..leases import Leases, open_storage, readable, without_password
 from .cells import Cell, CellKey
@@ -89,6 +89,7 @@ class SweepState:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # As a storage gives it back.
         identity = json.loads(json.dumps(identity))
+        self._place, self._owner = without_password(storage), digest(identity)
         self._choices: list[list[str]] = []
         with readable(storage, "away to start anew"):
             self._study = optuna.create_study(
@@ -111,7 +112,7 @@ class SweepState:
             stored = self._study.user_attrs.get("identity", {})
         different = differences(stored, identity)
         if different:
-            raise ContrastError(OTHER_SWEEP.format(without_password(storage), different))
+            raise ContrastError(OTHER_SWEEP.format(self._place, different))
 
     def run(
         self, keys: Sequence[CellKey], evaluate: Evaluate, progress: Progress | None = None
@@ -175,23 +176,32 @@ class SweepState:
             return False
 
     def _enqueue(self, keys: Sequence[CellKey]) -> None:
-        present = {
-            _key(trial)
-            for trial in self._study.get_trials(deepcopy=False)
-            if trial.state is not TrialState.FAIL
-        }
+        present = {_key(trial) for trial in self._trials() if trial.state is not TrialState.FAIL}
         for key in keys:
             if key not in present:
                 layers = " ".join(map(str, key.layers))
-                self._study.enqueue_trial({**key._asdict(), "layers": layers})
+                self._study.enqueue_trial(
+                    {**key._asdict(), "layers": layers}, user_attrs={"identity": self._owner}
+                )
+
+    def _trials(self) -> list[FrozenTrial]:
+        """
+        Returns all trials. Raises `ContrastError` when one is another sweep's.
+
+        Two that begin on a new storage at once may both find it their own.
+        """
+
+        trials = self._study.get_trials(deepcopy=False)
+        # Older journals do not say whose a trial is.
+        if {trial.user_attrs.get("identity", self._owner) for trial in trials} - {self._owner}:
+            raise ContrastError(OTHER_SWEEP.format(self._place, "model, prompts or options"))
+        return trials
 
     def _done(self) -> dict[CellKey, Cell]:
         return {
             _key(trial): _CELL.validate_python(trial.user_attrs["cell"])
-            for trial in reversed(
-                self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            )
-            if "cell" in trial.user_attrs
+            for trial in reversed(self._trials())
+            if trial.state is TrialState.COMPLETE and "cell" in trial.user_attrs
         }
 
     def _claim(
@@ -201,7 +211,7 @@ class SweepState:
 
         # Processes that begin at once each enqueue every cell: the first trial of a cell is the one that counts.
         first: dict[CellKey, FrozenTrial] = {}
-        for trial in self._study.get_trials(deepcopy=False):
+        for trial in self._trials():
             if trial.state is not TrialState.FAIL:
                 first.setdefault(_key(trial), trial)
         waiting = {key: trial for key, trial in first.items() if trial.state is TrialState.WAITING}
@@ -246,8 +256,10 @@ class SweepState:
 
         abandoned = [
             trial
-            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if _key(trial) in missing and self._leases.is_abandoned(trial)
+            for trial in self._trials()
+            if trial.state is TrialState.RUNNING
+            and _key(trial) in missing
+            and self._leases.is_abandoned(trial)
         ]
         self._give_back(abandoned)
         self._enqueue(sorted(missing))

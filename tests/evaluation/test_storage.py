@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.study import Study
 from optuna.trial import TrialState
 
 from heretic_contrast import leases
@@ -224,6 +225,87 @@ def test_processes_that_begin_at_once_share_the_cells(
         found = list(threads.map(lambda state: state.run(KEYS, evaluate), states))
     assert found == [[make_cell(key) for key in KEYS]] * 2
     assert sorted(both.computed) == sorted(KEYS)
+
+
+def test_two_sweeps_that_begin_at_once_share_no_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each finds a storage without a sweep, and its own one when it looks again."""
+
+    together, claim, storage = threading.Barrier(2), Study.set_user_attr, tmp_path / "sweep.journal"
+
+    def set_identity(study: Study, name: str, value: Any) -> None:
+        # Which of them is the last to write is for the test to say.
+        together.wait(timeout=60)
+        if value["weights"] == "second":
+            second_may_write.wait(timeout=60)
+        claim(study, name, value)
+
+    second_may_write = threading.Event()
+    monkeypatch.setattr(Study, "set_user_attr", set_identity)
+    with ThreadPoolExecutor(2) as threads:
+        opened = [
+            threads.submit(SweepState, str(storage), {"weights": name})
+            for name in ("first", "second")
+        ]
+        first = opened[0].result(timeout=60)
+        second_may_write.set()
+        second = opened[1].result(timeout=60)
+    evaluator = Evaluator(stop_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(KEYS, evaluator)
+    other = Evaluator()
+    for state in (second, SweepState(str(storage), {"weights": "second"})):
+        with pytest.raises(ContrastError, match=r"holds another sweep \(other"):
+            state.run(KEYS, other)
+    assert not other.computed
+    assert first.run(KEYS, Evaluator()) == [make_cell(key) for key in KEYS]
+    with pytest.raises(ContrastError, match=r"holds another sweep \(other weights"):
+        SweepState(str(storage), {"weights": "first"})
+
+
+@pytest.mark.parametrize("state", [TrialState.WAITING, TrialState.COMPLETE])
+def test_cells_of_another_sweep_are_neither_computed_nor_counted(
+    state: TrialState, tmp_path: Path
+) -> None:
+    """Also where both have put theirs there before either has looked."""
+
+    storage = str(tmp_path / "sweep.journal")
+    ours = SweepState(storage, {"weights": "ours"})
+    ours._enqueue(KEYS[:3])
+    theirs = SweepState(storage, {"weights": "ours"})
+    theirs._owner = "theirs"
+    with pytest.raises(ContrastError, match="holds another sweep"):
+        theirs._enqueue(KEYS)
+    ours._study.enqueue_trial(
+        {**KEYS[3]._asdict(), "layers": str(KEYS[3].layers[0])}, user_attrs={"identity": "theirs"}
+    )
+    if state is TrialState.COMPLETE:
+        trial = ours._study.get_trials(deepcopy=False)[-1]
+        assert ours._set_state(trial, TrialState.RUNNING)
+        ours._store(trial, make_cell(KEYS[3]))
+    evaluator = Evaluator()
+    for attempt in (
+        lambda: ours.run(KEYS, evaluator),
+        lambda: ours._done(),
+        lambda: ours._claim(group_cells(KEYS), set(KEYS)),
+    ):
+        with pytest.raises(ContrastError, match="holds another sweep"):
+            attempt()
+    assert not evaluator.computed
+    states = [trial.state for trial in ours._study.get_trials(deepcopy=False)]
+    assert states == [TrialState.WAITING] * 3 + [state]
+
+
+def test_a_journal_whose_cells_do_not_say_whose_they_are_goes_on(tmp_path: Path) -> None:
+    storage = str(tmp_path / "sweep.journal")
+    state = SweepState(storage, {"options": "f"})
+    for key in KEYS[:2]:
+        layers = " ".join(map(str, key.layers))
+        state._study.enqueue_trial({**key._asdict(), "layers": layers})
+    evaluator = Evaluator()
+    assert state.run(KEYS, evaluator) == [make_cell(key) for key in KEYS]
+    assert sorted(evaluator.computed) == sorted(KEYS)
 
 
 def test_study_shows_cells_as_trials(tmp_path: Path) -> None:
