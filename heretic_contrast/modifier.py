@@ -152,6 +152,8 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         if self.settings.directions is not None:
             self.directions = Directions.load(self.settings.directions)
             self.directions.require_model(model, self.settings.directions)
+            for note in self.directions.asked_otherwise(model, self.settings.directions):
+                log(f"* [yellow]{escape(one_line(note))}[/]")
         else:
             # The host for Heretic 1.4 has a command line, too.
             table = f"{own_place('ContrastAbliteration')} "

@@ -156,3 +156,13 @@ class Directions:
                 f"The directions in {source} were made with another {different}, so that extracting them here would give other "
                 "last digits."
             )
+
+    def asked_otherwise(self, model: LanguageModel, source: str) -> list[str]:
+        """Returns sentences on what the model is asked with otherwise than it was when residuals were taken, where that is said."""
+
+        asked = {"response prefix": model.response_prefix, "system prompt": model.system_prompt}
+        return [
+            f"The directions in {source} were extracted with the {name} {made_with!r}, and are evaluated with {now!r}."
+            for name, now in asked.items()
+            if (made_with := self.provenance.get(name.replace(" ", "_"), now)) != now
+        ]

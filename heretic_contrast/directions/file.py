@@ -107,6 +107,7 @@ class _Provenance(BaseModel):
     prompt_digests: list[str] = []
     sources: list[str] = []
     response_prefix: str = ""
+    system_prompt: str = ""
 
 
 class _Metadata(BaseModel):

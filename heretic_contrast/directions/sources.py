@@ -163,12 +163,8 @@ class DirectionSources:
                     f"Taking directions of [bold]{escape(name)}[/] from {escape(str(settings.directions))}..."
                 )
                 found[name] = self.loaded[name]
-                prefix = found[name].provenance.get("response_prefix", model.response_prefix)
-                if prefix != model.response_prefix:
-                    log(
-                        f"* [yellow]They were extracted with the response prefix {escape(one_line(repr(prefix)))}, and are "
-                        f"evaluated with {escape(one_line(repr(model.response_prefix)))}.[/]"
-                    )
+                for note in found[name].asked_otherwise(model, str(settings.directions)):
+                    log(f"* [yellow]{escape(one_line(note))}[/]")
             else:
                 log(f"Extracting directions of [bold]{escape(name)}[/]...")
                 with show_progress() as progress:

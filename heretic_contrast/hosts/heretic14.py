@@ -58,7 +58,7 @@ from .guidance import (
     Values,
 )
 from .host_model import HostModel
-from .loading import LoadedContext
+from .loading import LoadedContext, take_prefix
 from .model_folder import require_other_folder
 from .record import Made, with_plugin
 from .settings import HostSettings, listed, prompt_sources
@@ -208,6 +208,9 @@ class Host:
     def model_class(host) -> type[HostModel]:
         class Model(HostModel):
             def __init__(self, settings: HostSettings) -> None:
+                if settings.evaluate_model is None:
+                    # Before Heretic looks for one.
+                    take_prefix(settings, host.sources)
                 super().__init__(settings)
                 host.context = LoadedContext(self)
                 host.modifier = host.modifier_class(

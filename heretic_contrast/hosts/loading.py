@@ -175,6 +175,15 @@ def open_model(settings: Any, model_class: type[ChatModel] = PlainModel) -> Chat
     return model_class(settings)
 
 
+def take_prefix(settings: Any, sources: DirectionSources) -> None:
+    """Sets the response prefix that a directions file says, where none is given."""
+
+    found = sources.response_prefix
+    if settings.response_prefix is None and found is not None:
+        settings.response_prefix = found
+        log(f"* Response prefix of the directions file: [bold]{escape(one_line(repr(found)))}[/]")
+
+
 def with_common_prefix(
     model: LanguageModel, settings: Any, sources: DirectionSources
 ) -> LanguageModel:
@@ -186,10 +195,7 @@ def with_common_prefix(
     starts. Prompts to look for a prefix with, which Heretic 2.0 has a setting for, are used where they are given.
     """
 
-    found = sources.response_prefix
-    if settings.response_prefix is None and found is not None:
-        settings.response_prefix = found
-        log(f"* Response prefix of the directions file: [bold]{escape(one_line(repr(found)))}[/]")
+    take_prefix(settings, sources)
     if settings.response_prefix is None:
         prompts = [*sources.bulk[:100], *sources.harmful[:100]]
         if "response_prefix_test_prompts" in settings.model_fields_set:

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+
+"""Directions of a file are searched with as they were extracted, or it is said where they are not."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+
+from heretic_contrast.directions.sources import DirectionSources
+from heretic_contrast.hosts import heretic14
+from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.modifier import ContrastAbliteration
+from tests.made_directions import make_directions, random_tensor
+
+
+@pytest.mark.parametrize(
+    ("made_with", "given", "used", "said"),
+    [
+        ({"response_prefix": "Well"}, [], "Well", "Response prefix of the directions file: 'Well'"),
+        ({"response_prefix": ""}, [], "", "Response prefix of the directions file: ''"),
+        (
+            {"response_prefix": "Well"},
+            ["--response-prefix=No"],
+            "No",
+            "were extracted with the response prefix 'Well', and are evaluated with 'No'.",
+        ),
+        (
+            {"response_prefix": "", "system_prompt": "Be [b]rief."},
+            ["--system-prompt=Be kind."],
+            "",
+            "were extracted with the system prompt 'Be [b]rief.', and are evaluated with 'Be kind.'.",
+        ),
+        ({}, [], None, None),
+        ({}, ["--response-prefix=No"], "No", None),
+    ],
+)
+def test_a_search_asks_as_its_directions_were_extracted(
+    made_with: dict[str, Any],
+    given: list[str],
+    used: str | None,
+    said: str | None,
+    refuser: LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "directions.safetensors"
+    provenance = {"identity": refuser.identity(), **made_with}
+    make_directions(random_tensor(9, 1, refuser.hidden_size), provenance=provenance).save(path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("COLUMNS", "500")
+    settings = load_settings(
+        HostSettings,
+        "heretic-contrast",
+        ["--model=builtin:refuser", f"--contrast.directions={path}", "--batch-size=2", *given],
+    )
+    host = heretic14.Host(settings, ContrastAbliteration)
+    host.sources = DirectionSources({"": settings.contrast}, "")
+    # Heretic looks for a prefix where there is none by then.
+    assert host.model_class()(settings).settings.response_prefix == used
+    host.modifier.init(host.context)
+    output = " ".join(capsys.readouterr().out.split())
+    if said is not None:
+        assert output.count(said) == 1
+    assert output.count("were extracted with") == int(said is not None and "were" in said)
