@@ -2,8 +2,10 @@
 
 """`heretic-contrast demo`: the whole way on the built-in model, headless."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from rich.markup import escape
 from ..builtin import REFUSER, refuser_pool
 from ..errors import ContrastError
 from ..files import write_text_atomically
-from ..hosts.arguments import PROGRAM
+from ..hosts.arguments import PROGRAM, normalize_arguments
 from ..hosts.installed import installed_surface, require_heretic
 from ..hosts.settings import HostSettings, contrast_table, load_settings
 from ..hosts.unused import config_file
@@ -46,8 +48,15 @@ def main(arguments: Sequence[str]) -> None:
     require_heretic("demo", arguments)
     started = time.perf_counter()
     arguments = ["--model", REFUSER, *arguments]
-    given = (*arguments, *(f"--contrast.{name}" for name in contrast_table(config_file())))
-    if not any(word.startswith(("--contrast.preset", "--contrast.directions")) for word in given):
+    given = set(contrast_table(config_file()))
+    for word in normalize_arguments(DemoSettings, arguments):
+        option, _, value = word.partition("=")
+        given.add(option.removeprefix("--contrast."))
+        if option == "--contrast":
+            # What is no JSON is complained of with all other settings.
+            with suppress(ValueError):
+                given.update(json.loads(value))
+    if not given & {"preset", "directions"}:
         arguments = ["--contrast.preset", "paper-unmatched", *arguments]
     settings = load_settings(DemoSettings, f"{PROGRAM} demo", arguments)
     if not settings.output:
@@ -144,7 +153,8 @@ def judge(
         "false_refusals": refusals["modified"]["matched"] + refusals["modified"]["harmless"],
         "n_harmless_prompts": len(pools["matched"]) + len(pools["harmless"]),
         "kl_divergence": float(divergence),
-        "baseline": settings.contrast.baseline,
+        # As the file says, where they were taken from one.
+        "baseline": directions.settings.get("baseline", settings.contrast.baseline),
         "n_directions": directions.n_directions,
     }
 

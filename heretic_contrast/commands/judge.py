@@ -176,7 +176,9 @@ def main(arguments: Sequence[str]) -> None:
     prompts = [str(row.get(settings.prompt_key) or "") for row in rows]
     judged = judge(settings, prompts, [row[settings.response_key] for row in rows])
     if settings.output is not None:
-        lines = ({**row, **item} for row, item in zip(rows, judged, strict=True))
+        # What was found before, by another judge perhaps, is not kept in part.
+        kept = ({key: row[key] for key in row if key not in JUDGED} for row in rows)
+        lines = ({**row, **item} for row, item in zip(kept, judged, strict=True))
         write_text_atomically(Path(settings.output), json_lines(lines))
     show_tiers(judged)
     both = zip(people, judged, strict=True)

@@ -10,7 +10,7 @@ from pydantic import Field
 from rich.markup import escape
 
 from ..builtin import model_name
-from ..errors import ContrastError
+from ..errors import ContrastError, warn
 from ..evaluation.plan_settings import SweepPlanSettings
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
@@ -36,6 +36,10 @@ def main(arguments: Sequence[str]) -> None:
     if not settings.output:
         raise ContrastError("The sweep needs a place for its report: give --output DIR.")
     output = Path(settings.output)
+    for name in ("text_classifier", "judge_model"):
+        if getattr(settings.contrast, name) is not None and settings.classifier_name is None:
+            flag = name.replace("_", "-")
+            warn(f"--contrast.{flag} judges a search, and no sweep: give --{flag} for that.")
 
     # Heavy imports come last, so that bad settings are answered at once.
     from ..evaluation.plan import PreparedSweep, SweepSources

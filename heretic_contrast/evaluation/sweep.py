@@ -338,7 +338,7 @@ def check_plan(model: LanguageModel, plan: SweepPlan) -> None:
 
 
 def check_places(model: LanguageModel, options: SweepOptions) -> None:
-    """Raises `ContrastError` when a model lacks layers or components that are asked for."""
+    """Raises `ContrastError` when a model lacks layers or components that are asked for, or too few are to make sets of."""
 
     for component in options.components or ():
         if not any(
@@ -350,6 +350,12 @@ def check_places(model: LanguageModel, options: SweepOptions) -> None:
     layers = swept_layers(model, options)
     if not layers:
         raise ContrastError("No layer is given to sweep: leave the layers out for all of them.")
+    n_combined = min(len(layers), options.n_synergy_layers)
+    if options.synergy_size > max(2, n_combined):
+        raise ContrastError(
+            f"Sets of {options.synergy_size} layers are asked for, and there are {n_combined} to make them of: give a smaller synergy_size, "
+            "or more layers and synergy_layers."
+        )
     for layer in layers:
         if not 0 <= layer < model.n_layers:
             raise ContrastError(

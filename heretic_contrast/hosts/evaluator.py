@@ -275,7 +275,8 @@ class Evaluator(heretic.main.Evaluator):
         log(f"  * KL divergence: [bold]{self.divergence:.4f}[/]")
         log("  * Counting model refusals...")
         self.count_refusals()
-        least = "at least " if self.trial and BOUND_KEY in self.trial.user_attrs else ""
+        ended = {BOUND_KEY, EXCLUDED_KEY} & set(self.trial.user_attrs if self.trial else ())
+        least = "at least " if ended else ""
         counted = f"  * Refusals: {least}[bold]{self.refusals}[/]/{len(self.bad_prompts)}"
         if contrast.judge_model is not None:
             counted += f" (sum of probabilities: [bold]{self.refusal_sum:.2f}[/])"

@@ -47,7 +47,8 @@ STRENGTHS = {"weight": "equal weight", "effective": "equal effective weight"}
 MEANINGS = {
     "weight": "Every direction of the layer has the weight, as in the paper.",
     "effective": "The weights of a layer's directions are scaled so that together they remove no more than one direction of "
-    "that weight: the control for parallel directions that add up.",
+    "that weight: the control for parallel directions that add up. One after the other (a sequential composition), they may remove "
+    "less above a weight of 1; the effective weight of each cell is in the table of all cells.",
 }
 """What the weight of a cell means."""
 
@@ -236,7 +237,7 @@ def _parts(result: SweepResult) -> Iterator[str]:
     embedded = [name for name, settings in directions.items() if settings.get("embeddings")]
     if components:
         yield f"Of its components, only these were ablated: {', '.join(components)}."
-    elif embedded:
+    elif embedded and any(0 in cell.layers for cell in result.cells):
         yield f"With layer 0 of {', '.join(embedded)}, the embeddings were ablated as well."
 
 
@@ -364,7 +365,9 @@ def refusal_figure(result: SweepResult, configuration: str, strength: str) -> Fi
     layers, weights, by_place = _grid(result, configuration, strength)
     values = {place: cell.measurement.refusals for place, cell in by_place.items()}
     n_harmful = result.baseline.n_harmful
-    weight_title = "Weight of each direction" if strength == "weight" else "Effective weight"
+    weight_title = (
+        "Weight of each direction" if strength == "weight" else "Effective weight, at most"
+    )
     return Figure(
         f"refusals-{slug(configuration, strength)}",
         label(configuration, strength),

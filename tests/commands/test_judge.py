@@ -138,6 +138,15 @@ def test_a_judge_model_judges(tmp_path: Path) -> None:
     assert [row["refusal_probability"] for row in judged] == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_another_judge_found_is_not_kept_in_part(tmp_path: Path) -> None:
+    first = {"response": "I cannot help with that.", "refusal_probability": 0.01, "other": 7}
+    output = tmp_path / "judged.jsonl"
+    main([write(tmp_path / "rows.jsonl", [first]), "--output", str(output)])
+    row = json.loads(output.read_text(encoding="utf-8"))
+    assert row["tier"] == "REFUSE" and row["other"] == 7
+    assert "refusal_probability" not in row
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

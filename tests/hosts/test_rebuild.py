@@ -91,6 +91,17 @@ def unknown(content: dict[str, Any]) -> None:
     content["more"] = True
 
 
+def test_a_record_says_nothing_of_how_directions_of_a_file_were_made(
+    made: Made, tmp_path: Path
+) -> None:
+    path = tmp_path / "directions.safetensors"
+    made.directions.save(path)
+    settings = ContrastSettings(directions=str(path), composition="capped")
+    contrast = replace(made, settings=settings).record().contrast
+    assert contrast["composition"] == "capped"
+    assert not {"baseline", "method", "classes", "som_iterations", "som_backend"} & set(contrast)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

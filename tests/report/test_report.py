@@ -257,8 +257,11 @@ def test_the_page_says_what_was_ablated_and_who_judged() -> None:
     assert "only these were ablated: attn.o_proj." in page
     assert "as org/judge has judged it" in page and "from its form" not in page
     embedded = {"directions": {"first": {"embeddings": True}, "second": {}}}
-    page = to_html(sweep_report(replace(result, settings=embedded), *measured))
-    assert "With layer 0 of first, the embeddings were ablated as well." in page
+    result = replace(result, settings=embedded)
+    sentence = "With layer 0 of first, the embeddings were ablated as well."
+    assert sentence in to_html(sweep_report(result, *measured))
+    above = replace(result, cells=tuple(cell for cell in result.cells if 0 not in cell.layers))
+    assert sentence not in to_html(sweep_report(replace(above, synergies=()), *measured))
 
 
 def test_minimal_weights_are_the_first_that_reach_zero() -> None:
