@@ -25,6 +25,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
+from heretic_contrast import chat
 from heretic_contrast.builtin import matched_pool, refuser_pool
 from heretic_contrast.commands import audit as audit_command
 from heretic_contrast.commands.sweep import SweepSettings
@@ -427,6 +428,8 @@ def test_evaluation_pools_of_run(pool: tuple[str, list[Prompt]], heretic_model: 
     settings.bad_evaluation_prompts.dataset = path
     settings.good_evaluation_prompts.dataset = path
     heretic_model.asked.clear()
+    # What was asked before would be remembered.
+    chat._written.clear()
     with heretic14.substituted(heretic14.Host(settings, ContrastAbliteration).substitutes()):
         heretic.main.Evaluator(settings, heretic_model)
     kind = [("Be kind.", f"Please: {prompt.text} Thanks.") for prompt in prompts]
