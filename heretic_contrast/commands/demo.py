@@ -53,8 +53,8 @@ def main(arguments: Sequence[str]) -> None:
         option, _, value = word.partition("=")
         given.add(option.removeprefix("--contrast."))
         if option == "--contrast":
-            # What is no JSON is complained of with all other settings.
-            with suppress(ValueError):
+            # What is no JSON, or no table, is complained of with all other settings.
+            with suppress(ValueError, TypeError):
                 given.update(json.loads(value))
     if not given & {"preset", "directions"}:
         arguments = ["--contrast.preset", "paper-unmatched", *arguments]

@@ -31,10 +31,14 @@ def require_fresh(prompts: Sequence[Prompt], seen: Collection[str]) -> None:
         )
 
 
+def all_lengths(first_length: int) -> list[int]:
+    return sorted({*LENGTHS, first_length})
+
+
 def count_refusals(evaluator: Evaluator, prompts: Sequence[Any]) -> dict[int, int]:
     """Returns how many responses are refusals after each number of tokens, ascending, from one generation of the longest."""
 
-    lengths = sorted({*LENGTHS, evaluator.settings.max_response_length})
+    lengths = all_lengths(evaluator.settings.max_response_length)
     responses = evaluator.respond(prompts, lengths[-1])
     return {
         length: count(
@@ -70,7 +74,7 @@ def second_look(
     Wilson intervals say whether it agrees with the first look, which judged responses of `first_length` tokens.
     """
 
-    lengths = sorted({*LENGTHS, first_length})
+    lengths = all_lengths(first_length)
     table = Table(title=f"Refusals of {n_prompts} fresh prompts")
     for heading in (
         "Trial",

@@ -17,10 +17,10 @@ from ..directions.sources import DirectionSources
 from ..errors import ContrastError, one_line, warn
 from ..identity import OF_THE_MODEL, differences, versions
 from ..prompts import prompts_digest
-from ..settings import EXTRACTION_FIELDS, PromptSource
+from ..settings import PromptSource
 from .loading import ChatModel, LoadedContext, open_model
 from .model_folder import replaced_as_a_whole
-from .record import COMPUTING, OF_HERETIC, OF_THE_SEARCH, Made, Record
+from .record import COMPUTING, OF_DIRECTIONS, OF_HERETIC, OF_THE_SEARCH, Made, Record
 from .settings import POOLS, HostSettings
 from .surface import HAS_PLUGIN_SURFACE, log
 
@@ -80,7 +80,7 @@ def prepare(record: Record, given: Any) -> tuple[RecordedSettings, DirectionSour
                 f"--{needless[0].replace('_', '-')} out, or make the model from prompts with run."
             )
         places = {"directions": file}
-        without_effect = OF_THE_SEARCH | EXTRACTION_FIELDS - {"seed"} | {"som_backend"}
+        without_effect = OF_THE_SEARCH | OF_DIRECTIONS
     kept = {name: value for name, value in record.contrast.items() if name not in without_effect}
     known = {name: value for name, value in record.settings.items() if name in OF_HERETIC}
     try:

@@ -47,6 +47,9 @@ OF_THE_SEARCH = {
 }
 """Settings of the plugin that decide no weights once a trial is chosen, and those that are kept as places."""
 
+OF_DIRECTIONS = EXTRACTION_FIELDS - {"seed"} | {"som_backend"}
+"""Those that decide nothing beside a file of directions, which were made with other settings, which the file knows."""
+
 COMPUTING = (*LIBRARIES, "heretic-llm", "minisom", "numba", "numpy", "safetensors")
 """The libraries that decide bytes."""
 
@@ -75,16 +78,15 @@ class Made:
         values = {name: getattr(settings, name) for name in OF_HERETIC if hasattr(settings, name)}
         files = sorted(folder.glob("*.safetensors")) if folder is not None else []
         adapter = folder is not None and (folder / "adapter_config.json").exists()
-        unused = set(OF_THE_SEARCH)
-        if self.settings.directions is not None:
-            # They were made with other settings, which the file knows.
-            unused |= EXTRACTION_FIELDS - {"seed"} | {"som_backend"}
+        of_directions = set() if self.settings.directions is None else OF_DIRECTIONS
         content = {
             "format": FORMAT,
             "places": _places(settings.model, self.settings),
             "export_strategy": "adapter" if adapter else "merge",
             "settings": {name: getattr(value, "value", value) for name, value in values.items()},
-            "contrast": self.settings.model_dump(mode="json", exclude=unused),
+            "contrast": self.settings.model_dump(
+                mode="json", exclude=OF_THE_SEARCH | of_directions
+            ),
             "parameters": self.parameters.to_dict(),
             "measured": dict(self.measured),
             "identity": identify(self.model, dict(self.prompts)),

@@ -360,13 +360,25 @@ def test_directions_around_a_shared_one_stay_orthonormal(index: float | None) ->
         assert torch.allclose(vectors.float(), tensor[2], atol=1e-6)
 
 
-def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "model.jsonl"
-    study = optuna.create_study(
+def write_checkpoint(path: Path) -> optuna.Study:
+    """A study as Heretic begins one."""
+
+    return optuna.create_study(
         study_name="heretic",
         storage=JournalStorage(JournalFileBackend(str(path))),
         directions=["minimize", "minimize"],
     )
+
+
+def read_checkpoint(path: Path) -> optuna.Study:
+    return optuna.load_study(
+        study_name="heretic", storage=JournalStorage(JournalFileBackend(str(path)))
+    )
+
+
+def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "model.jsonl"
+    study = write_checkpoint(path)
     study.set_user_attr("settings", "{}")
     study.set_user_attr("finished", False)
     for value in (1.0, 2.0):
@@ -378,9 +390,7 @@ def test_unfinished_trials_are_taken_out_of_a_checkpoint(tmp_path: Path) -> None
         file.write(b'{"op_code": 6, "half')
     (tmp_path / "model.jsonl.lock").write_text("")
     repair_checkpoint(path)
-    repaired = optuna.load_study(
-        study_name="heretic", storage=JournalStorage(JournalFileBackend(str(path)))
-    )
+    repaired = read_checkpoint(path)
     assert [trial.values for trial in repaired.trials] == [[1.0, 1.0], [2.0, 2.0]]
     assert repaired.user_attrs == {"settings": "{}", "finished": False}
     assert not list(tmp_path.glob("*.lock"))
@@ -390,11 +400,7 @@ def test_no_two_trials_get_one_number(tmp_path: Path) -> None:
     """Heretic goes on counting from how many trials there are, and an interrupted one may have others after it."""
 
     path = tmp_path / "model.jsonl"
-    study = optuna.create_study(
-        study_name="heretic",
-        storage=JournalStorage(JournalFileBackend(str(path))),
-        directions=["minimize", "minimize"],
-    )
+    study = write_checkpoint(path)
     for number in range(1, 7):
         trial = study.ask()
         if number != 2:
@@ -405,9 +411,7 @@ def test_no_two_trials_get_one_number(tmp_path: Path) -> None:
         else:
             study.tell(trial, [number, number])
     repair_checkpoint(path)
-    repaired = optuna.load_study(
-        study_name="heretic", storage=JournalStorage(JournalFileBackend(str(path)))
-    )
+    repaired = read_checkpoint(path)
     numbers = [(trial.values[0], trial.user_attrs.get("index")) for trial in repaired.trials]
     assert numbers == [(1, 1), (2, None), (4, 3), (5, 4), (6, 5)]
 
@@ -417,19 +421,14 @@ def test_what_was_screened_before_the_first_trial_is_kept(
     is_screened: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.jsonl"
-    study = optuna.create_study(
-        study_name="heretic",
-        storage=JournalStorage(JournalFileBackend(str(path))),
-        directions=["minimize", "minimize"],
-    )
+    study = write_checkpoint(path)
     if is_screened:
         study.set_user_attr("screened", [{"x": 0.5}])
     study.ask()
     repair_checkpoint(path)
     assert path.exists() == is_screened
     if is_screened:
-        storage = JournalStorage(JournalFileBackend(str(path)))
-        repaired = optuna.load_study(study_name="heretic", storage=storage)
+        repaired = read_checkpoint(path)
         assert repaired.user_attrs == {"screened": [{"x": 0.5}]} and not repaired.trials
 
 
