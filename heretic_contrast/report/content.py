@@ -173,3 +173,9 @@ class Report:
 
     def tables(self) -> list[Table]:
         return [table for section in self.sections for table in section.tables]
+
+    def files(self) -> list[str]:
+        """Returns the names of the files of all figures and tables."""
+
+        figures = [f"{figure.name}.png" for figure in self.figures()]
+        return [*figures, *(f"{table.name}.csv" for table in self.tables())]

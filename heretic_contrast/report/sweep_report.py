@@ -2,9 +2,7 @@
 
 """The report of a sweep: the paper's Tables 1 to 4 for this model, with plots."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
@@ -57,14 +55,6 @@ SMALLEST_DIVERGENCE = 1e-6
 
 INTERVAL = "In parentheses the Wilson interval (95 %) of the share."
 
-SOMETIMES_TABLES = ("capture", "capture-left-out", "perturbation", "synergy")
-SOMETIMES_FIGURES = (
-    *(f"divergence-{strength}" for strength in STRENGTHS),
-    *("capture-subspace", "capture-max-cosine", "norms", "cosines", "effective-weight"),
-    *("perturbation", "occupancy"),
-)
-"""What is not named after a configuration, and not in every report: without matplotlib, no figure is."""
-
 
 def _interval(measurement: Measurement) -> str:
     return f"({_percents(*measurement.refusal_interval())}%)"
@@ -109,8 +99,7 @@ def write_sweep_report(
     """
     Writes `sweep.json`, `sweep.csv`, `responses.jsonl`, tables, plots and `report.html`, and prints the main tables.
 
-    What the report of another sweep has left there is removed. The same sweep gives the same bytes. Raises `ContrastError` when a
-    file cannot be written.
+    The same sweep gives the same bytes. Raises `ContrastError` when a file cannot be written.
     """
 
     report = sweep_report(result, capture, geometry)
@@ -120,12 +109,6 @@ def write_sweep_report(
         "responses.jsonl": result.responses_json_lines(),
         **measured_texts(capture, geometry),
     }
-    own = {f"{table.name}.csv" for table in report.tables()} | set(texts)
-    own |= {f"{figure.name}.png" for figure in report.figures()}
-    for name in earlier_files(directory) - own:
-        # They would seem to belong to this sweep.
-        with suppress(OSError):
-            (directory / name).unlink()
     write_report(report, directory, texts)
 
     tables = [configuration_table(result), minimal_weight_table(result)]
@@ -140,21 +123,6 @@ def write_sweep_report(
     for sentence in report.summary:
         log(f"* {escape(sentence)}")
     say_what_is_missing(log)
-
-
-def earlier_files(directory: Path) -> set[str]:
-    """Returns what the report of the sweep that `sweep.json` holds may have written, of which another one may lack something."""
-
-    try:
-        cells = json.loads((directory / "sweep.json").read_text(encoding="utf-8"))["cells"]
-        names = {slug(cell["configuration"], cell["strength"]) for cell in cells}
-    except (OSError, ValueError, LookupError, TypeError):
-        # There is none, or it is no sweep.
-        return set()
-    found = {f"refusals-{name}.csv" for name in names}
-    found |= {f"{kind}-{name}.png" for kind in ("refusals", "synergy") for name in names}
-    found |= {f"{name}.csv" for name in SOMETIMES_TABLES}
-    return found | {f"{name}.png" for name in SOMETIMES_FIGURES}
 
 
 def sweep_report(result: SweepResult, capture: CaptureResult, geometry: Geometry) -> Report:

@@ -3,7 +3,9 @@
 """The forms that a report takes: tables in the terminal and as CSV, plots, and one self-contained page."""
 
 import base64
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +78,32 @@ def write_report(report: Report, directory: Path, texts: Mapping[str, str]) -> N
     """
     Writes figures as PNG, tables as CSV, the given texts by file name, and last the page, `report.html`.
 
-    A text takes the place of the table of the same name. Each file is whole or not there. Raises `ContrastError` when a file cannot be written.
+    A text takes the place of the table of the same name. Each file is whole or not there. What the report that lay there has and
+    this one has not is removed. Raises `ContrastError` when a file cannot be written.
     """
 
+    for name in earlier_files(directory).difference(report.files(), texts):
+        # It would seem to belong to this report.
+        with suppress(OSError):
+            (directory / name).unlink()
     for figure in report.figures():
         write_bytes_atomically(directory / f"{figure.name}.png", figure.png)
     tables = {f"{table.name}.csv": to_csv(table) for table in report.tables()}
     for name, text in {**tables, **texts}.items():
         write_text_atomically(directory / name, text)
     write_text_atomically(directory / "report.html", to_html(report))
+
+
+def earlier_files(directory: Path) -> set[str]:
+    """Returns the figures and tables of the report that lies in a directory, as its page names them."""
+
+    try:
+        page = (directory / "report.html").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return set()
+    found = re.search(r'<meta name="files" content="([^"]*)">', page)
+    # No other folder is touched, whatever a page says.
+    return set(re.findall(r"(?<!\S)[\w-]+\.(?:csv|png)(?!\S)", found[1])) if found else set()
 
 
 def say_what_is_missing(log: Callable[..., None]) -> None:

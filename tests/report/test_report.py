@@ -35,7 +35,7 @@ from heretic_contrast.evaluation.results import (
 )
 from heretic_contrast.evaluation.statistics import wilson_interval
 from heretic_contrast.report import opened as page_of_responses
-from heretic_contrast.report import plots, write_sweep_report
+from heretic_contrast.report import plots, write_extraction_report, write_sweep_report
 from heretic_contrast.report.content import (
     Column,
     Table,
@@ -399,11 +399,13 @@ def test_nothing_of_an_earlier_sweep_stays_among_the_files_of_another(
     expected = {path.name for path in alone.iterdir()}
     assert {"refusals-second-weight.csv", "refusals-second-weight.png"} <= expected
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == expected | set(mine)
-    # What is no report of a sweep tells nothing.
-    for text in ("", "{}", '{"cells": [{}]}', "[]", '{"cells": [3]}', "\udce4"):
-        (alone / "sweep.json").write_text(text, errors="surrogateescape")
+    # What is no page of a report tells nothing, and no other folder is touched.
+    (tmp_path / "norms.png").rename(tmp_path / "kept.png")
+    for text in ("", "<html>", '<meta name="files" content="../kept.png /kept.png">', "\udce4"):
+        (alone / "report.html").write_text(text, errors="surrogateescape")
         write_sweep_report(second, alone, nothing, *capture_and_geometry)
         assert {path.name for path in alone.iterdir()} == expected
+    (tmp_path / "kept.png").rename(tmp_path / "norms.png")
     # Whoever has lost matplotlib keeps no old plots, and who sweeps nothing that can be captured no old numbers.
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     _, geometry = capture_and_geometry
@@ -489,6 +491,30 @@ def test_extraction_report(tmp_path: Path) -> None:
     write_report(report, tmp_path, {})
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == [] and "bad.jsonl, good.csv" in page.text
+
+
+def test_nothing_of_an_earlier_extraction_stays_among_the_files_of_another(tmp_path: Path) -> None:
+    capture, geometry = make_geometry()
+    extracted = {
+        name: make_directions(random_tensor(4, 3, 16, seed=seed))
+        for seed, name in enumerate(geometry.configurations())
+    }
+    write_extraction_report("tiny", extracted, tmp_path, nothing, capture, geometry)
+    (tmp_path / "class-cosines-mine.png").write_text("mine")
+    assert {"class-cosines-first.png", "comparison.csv", "capture-left-out.csv"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    less = (
+        CaptureResult(5, tuple(capture.of("random & <control>"))),
+        Geometry(tuple(geometry.of("random & <control>"))),
+    )
+    del extracted["first"]
+    for folder in (tmp_path, tmp_path / "alone"):
+        write_extraction_report("tiny", extracted, folder, nothing, *less)
+    expected = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert "class-cosines-random----control-.png" in expected
+    found = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert found == expected | {"class-cosines-mine.png"}
 
 
 @pytest.mark.parametrize("name", ["fraud ($)", "drugs ($$)", "_mine", r"a\$b$"])
