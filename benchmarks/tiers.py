@@ -156,7 +156,7 @@ def main() -> None:
                 str(len(cases)),
                 str(words or ""),
                 *(percent(*share) for share in agreement.shares.values()),
-                f"{agreement.kappa:.2f}",
+                "none" if agreement.kappa is None else f"{agreement.kappa:.2f}",
                 percent(marked, len(cases)),
             )
             figures[f"{name}, cut {words}"] = {

@@ -142,10 +142,11 @@ def show_agreement(pairs: Sequence[tuple[Tier, Tier]]) -> None:
     from ..hosts.surface import log
 
     agreement = Agreement(pairs)
+    kappa = "not defined for one tier" if agreement.kappa is None else f"{agreement.kappa:.2f}"
     table = Table(
         "People",
         *(Column(tier.value, justify="right") for tier in Tier),
-        title=f"People's labels of {len(pairs)} responses; kappa {agreement.kappa:.2f}",
+        title=f"People's labels of {len(pairs)} responses; kappa {kappa}",
     )
     for name, row in agreement.confusion().items():
         table.add_row(name, *map(str, row.values()))

@@ -41,14 +41,16 @@ class Agreement:
         }
 
     @property
-    def kappa(self) -> float:
-        """Cohen's kappa of the three tiers; 1 where both always give the same one."""
+    def kappa(self) -> float | None:
+        """Cohen's kappa of the three tiers; None where people gave only one, which is 0 or 0 / 0 whatever was given here."""
 
-        total = max(1, self.pairs.total())
-        observed = sum(self.pairs[tier, tier] for tier in Tier) / total
+        total = self.pairs.total()
         by_people, here = self._totals(0), self._totals(1)
+        if len(by_people) < 2:
+            return None
+        observed = sum(self.pairs[tier, tier] for tier in Tier) / total
         chance = sum(by_people[tier] * here[tier] for tier in Tier) / (total * total)
-        return 1.0 if chance >= 1 else (observed - chance) / (1 - chance)
+        return (observed - chance) / (1 - chance)
 
     def _totals(self, side: int) -> Counter[Tier]:
         """Counts the tiers that people gave (0), or that were given here (1)."""

@@ -198,7 +198,19 @@ def test_kappa_of_a_known_table() -> None:
     )
     assert agreement.kappa == pytest.approx(0.4)
     assert agreement.confusion()["EVASIVE"] == {"REFUSE": 10, "EVASIVE": 15, "COMPLY": 0}
-    assert Agreement([(Tier.COMPLY, Tier.COMPLY)]).kappa == 1.0
+    # A judge that always says the same agrees by chance alone.
+    assert Agreement((people, Tier.COMPLY) for people in Tier).kappa == 0
+
+
+@pytest.mark.parametrize("label", ["REFUSE", "COMPLY"])
+def test_kappa_of_one_class_is_not_defined(
+    label: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rows in (ROWS, ROWS[1:3]):
+        main([write(tmp_path / "rows.jsonl", [{**row, "label": label} for row in rows])])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"labels of {len(rows)} responses; kappa not defined for one tier" in printed
+        assert "three-way agreement" in printed and "nan" not in printed
 
 
 @pytest.mark.slow
