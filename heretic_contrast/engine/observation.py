@@ -21,6 +21,9 @@ from ..vectors import exact_type, exactly, to_device
 Observe = Callable[[Tensor, Tensor, Tensor], None]
 """Is given what a step shows of the prompts, and which of their responses have not ended: see `observe_decoding`."""
 
+Components = tuple[str, ...] | None
+"""Some components of a model, or None for all."""
+
 SUM_TOLERANCE = 0.05
 """By which share of its length what a layer adds may differ from the sum of its writers' outputs: what 16 bits round."""
 
@@ -74,6 +77,7 @@ def observe_decoding(
     max_new_tokens: int,
     observe: Observe,
     passing: Mapping[int, Passing],
+    components: Components = None,
 ) -> None:
     """
     Lets a model answer prompts, in one batch, by the most likely token, whatever its generation configuration asks for.
@@ -83,14 +87,17 @@ def observe_decoding(
     `states`: the output of each layer, both Tensors of shape (n_prompts, n_layers, hidden_size), float64 where the device has
     it. All are on the model's device, for which nothing here waits. What stands in them for prompts that have ended means nothing.
 
-    `passing`: see `passing_layers`.
+    `passing`: see `passing_layers`. `components`: whose writers count as such, None for all; see `can_be_told`.
     """
 
     with_sums = len(passing) < model.n_layers
     inputs = model.pad(prompts)
     length = inputs["input_ids"].shape[1]
     ends = to_device(torch.tensor(sorted(model.end_tokens()), dtype=torch.long), model.device)
-    with plain_settings(model.model), _last_positions(model, len(prompts), with_sums) as seen:
+    with (
+        plain_settings(model.model),
+        _last_positions(model, len(prompts), with_sums, components) as seen,
+    ):
 
         def step(tokens: Tensor, logits: Tensor) -> Tensor:
             rows = ~torch.isin(tokens[:, length:], ends).any(dim=1)
@@ -120,6 +127,20 @@ def observe_decoding(
         )
 
 
+def can_be_told(model: LanguageModel, layer: int, components: Components) -> bool:
+    """Returns whether components write anything at a layer that shares no norm with what others write."""
+
+    own, others = (
+        {
+            writer.norms[0] if writer.norms else writer.path
+            for writer in model.writers[layer]
+            if writer.is_among(components) == is_own
+        }
+        for is_own in (True, False)
+    )
+    return bool(own) and own.isdisjoint(others)
+
+
 @dataclass(frozen=True)
 class _Seen:
     """
@@ -140,7 +161,7 @@ class _Seen:
         return state - passing.factor * self.entered[layer].to(state) - passing.constant
 
 
-def _writers(model: LanguageModel) -> dict[Module, tuple[int, bool]]:
+def _writers(model: LanguageModel, components: Components = None) -> dict[Module, tuple[int, bool]]:
     """
     Returns the modules whose outputs a layer adds to the residual stream, with its number, and whether their biases are ablated.
 
@@ -153,16 +174,19 @@ def _writers(model: LanguageModel) -> dict[Module, tuple[int, bool]]:
         )
         for index, writers in enumerate(model.writers)
         for writer in writers
+        if writer.is_among(components)
     }
 
 
 @contextmanager
-def _last_positions(model: LanguageModel, n_samples: int, with_sums: bool) -> Iterator[_Seen]:
+def _last_positions(
+    model: LanguageModel, n_samples: int, with_sums: bool, components: Components = None
+) -> Iterator[_Seen]:
     """Collects what layers take, add and return for as long as the context lasts; what their writers put out `with_sums` alone."""
 
     seen = _Seen()
     layers = {layer: index for index, layer in enumerate(model.layers)}
-    writers = _writers(model) if with_sums else {}
+    writers = _writers(model, components) if with_sums else {}
 
     def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = model.stream(args[0] if args else kwargs["hidden_states"])

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from ..ablation.operator import Operator, effective_weight, weight_along
 from ..directions.directions import Directions
-from ..engine.observation import Passing, observe_decoding, passing_layers
+from ..engine.observation import (
+    Components,
+    Passing,
+    can_be_told,
+    observe_decoding,
+    passing_layers,
+)
 from ..engine.text_classification import Classifier
 from ..language_model import Batches, LanguageModel
 from ..prompts import Prompt
@@ -162,6 +168,7 @@ def observe_outputs(
     vectors: Tensor,
     max_new_tokens: int,
     passing: Mapping[int, Passing],
+    components: Components = None,
 ) -> OutputMoments:
     """
     Measures what the layers write to the residual stream while the model answers prompts greedily.
@@ -169,7 +176,8 @@ def observe_outputs(
     `vectors`: Tensor of shape (n_layers, n_vectors, hidden_size). The first step is the last position of the
     prompt; steps after the end of a response are not counted. Only the last position of each step is
     ever kept, and only its moments. Each step takes the most likely token, whatever the model's generation
-    configuration asks for. `model`: whose batches change nothing, see `LanguageModel.for_batches`. `passing`: see `passing_layers`.
+    configuration asks for. `model`: whose batches change nothing, see `LanguageModel.for_batches`. `passing`, `components`: see
+    `observe_decoding`.
     """
 
     vectors = exactly(to_device(vectors, model.device))
@@ -195,7 +203,7 @@ def observe_outputs(
             squares.add_((h**2).sum(dim=2))
             counts.add_(rows)
 
-        observe_decoding(model, tokens, max_new_tokens, add, passing)
+        observe_decoding(model, tokens, max_new_tokens, add, passing, components)
         deviation = squares - (sums**2).sum(dim=2) / counts[:, None]
         return [second, energy, deviation.clamp_min(0).sum(dim=0), counts.sum()]
 
@@ -243,34 +251,45 @@ def measure_activities(
     harmless: Sequence[Prompt],
     weights: Sequence[float],
     max_new_tokens: int = 50,
+    components: Components = None,
+    strengths: Sequence[str] = ("weight",),
 ) -> tuple[Activity, ...]:
     """
     Measures occupancy and perturbation of every configuration and decoder layer, in one run of the model (paper, section 5.1).
 
-    Empty where what layers add to the stream cannot be told: see `passing_layers`.
+    `components`: what is ablated, None for all. `strengths`: what a weight may mean, of which the first counts. Without those layers where
+    what components add to the stream cannot be told from what others do, and empty where what layers add cannot: see `passing_layers`.
     """
 
     passing = passing_layers(model) if configurations else None
     if passing is None:
         return ()
+    layers = [
+        layer
+        for layer in range(model.n_layers)
+        if components is None or (layer not in passing and can_be_told(model, layer, components))
+    ]
+    if not layers:
+        return ()
     model = model.for_batches(model.token_ids([*harmful, *harmless]))
     completed = complete(configurations)
     vectors = torch.cat([item.directions.tensor[1:] for item in completed.values()], dim=1)
-    at_harmful = observe_outputs(model, harmful, vectors, 1, passing)
-    at_harmless = observe_outputs(model, harmless, vectors, 1, passing)
-    decoding = observe_outputs(model, harmless, vectors, max_new_tokens, passing)
+    at_harmful = observe_outputs(model, harmful, vectors, 1, passing, components)
+    at_harmless = observe_outputs(model, harmless, vectors, 1, passing, components)
+    decoding = observe_outputs(model, harmless, vectors, max_new_tokens, passing, components)
     activities = []
     start = 0
     for name, configuration in completed.items():
         directions = configuration.directions
         own = slice(start, start + directions.n_directions)
         start += directions.n_directions
-        for layer in range(model.n_layers):
+        strength = configuration.strengths(strengths)[0]
+        for layer in layers:
             variation = math.sqrt(float(decoding.variation[layer]))
             rows = directions.tensor[layer + 1]
             perturbations = []
             for weight in weights:
-                operator = configuration.operator(layer, weight)
+                operator = configuration.operator(layer, weight, strength)
                 size = perturbation(decoding.second[layer, own, own], rows, operator)
                 perturbations.append((float(weight), size / variation if variation else None))
             with_harmful, with_harmless = (
@@ -292,16 +311,25 @@ def measure_directions(
     weights: Sequence[float] = WEIGHTS,
     max_new_tokens: int = MAX_RESPONSE_LENGTH,
     classify: Classifier = classify_response,
+    components: Components = None,
+    strengths: Sequence[str] = ("weight",),
 ) -> tuple[CaptureResult, Geometry]:
     """
     Returns capture with pairs, and geometry with activities observed on prompts, of every configuration.
 
-    `classify`: says which pairs behave as assumed.
+    `classify`: says which pairs behave as assumed. `components`, `strengths`: see `measure_activities`.
     """
 
     directions = {name: item.directions for name, item in configurations.items()}
     capture = capture_pairs(model, directions, pairs, max_new_tokens, classify)
     activities = measure_activities(
-        model, configurations, harmful, harmless, weights, max_new_tokens
+        model,
+        configurations,
+        harmful,
+        harmless,
+        weights,
+        max_new_tokens,
+        components,
+        strengths,
     )
     return capture, measure_geometry(configurations, activities)

@@ -134,7 +134,7 @@ class Activity(AtLayer):
     """
     What a model's activations have to do with one configuration's directions at one decoder layer.
 
-    y is what the layer's output projections add to the residual stream, without biases that are not ablated. `occupancy_harmful` and
+    y is what the layer's output projections add to the residual stream, those that are ablated, without biases that are not. `occupancy_harmful` and
     `occupancy_harmless`: per direction, the root mean square of v̂·y over prompts, at their last position, over that of
     ‖y‖. `perturbations`: by weight, the root mean square of ‖C y‖ over decoding steps of harmless prompts, over the
     root mean square deviation of the layer's output over these steps: below 1 it is smaller than the

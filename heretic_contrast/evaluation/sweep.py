@@ -452,6 +452,8 @@ def run_prepared(
         plan.options.weights,
         plan.options.max_new_tokens,
         classify,
+        plan.options.components,
+        plan.options.strengths,
     )
     result = evaluator.result(cells)
     if prepared.settings.classifier_name is not None:

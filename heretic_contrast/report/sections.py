@@ -229,7 +229,7 @@ def perturbation_section(geometry: Geometry, pools: str) -> Section:
             for index, weight in enumerate(weights)
         ),
         note=f"{pools} Occupancy: the largest over directions. Columns of weights: the perturbation, as a multiple of the natural "
-        "variation, by all components and directions, each at this weight, whatever else was swept.",
+        "variation, by all directions, each at this weight; together at it where they are only ablated at equal effective weight.",
         n_keys=2,
     )
     weight = 1.0 if 1.0 in weights else weights[-1]
@@ -240,7 +240,7 @@ def perturbation_section(geometry: Geometry, pools: str) -> Section:
     return Section(
         "Perturbation",
         (
-            "y is what a layer's output projections add to the residual stream. Occupancy: how much of y lies along a direction "
+            "y is what a layer's output projections add to the residual stream, those that are ablated. Occupancy: how much of y lies along a direction "
             "at all. Perturbation: what the ablation C y takes from the stream at one layer, against the natural variation of "
             "that layer's output over decoding steps, the paper's noise floor. Both as root mean squares.",
         ),

@@ -138,6 +138,8 @@ def sweep_report(result: SweepResult, capture: CaptureResult, geometry: Geometry
         note = "Prompts of the evaluation pools"
         if not result.pools.get("extraction", {}).get("notes"):
             note += ", never used for extraction"
+        if result.settings.get("components"):
+            note += ". Only layers at which what the swept components add can be told from what others do"
         sections.append(perturbation_section(geometry, f"{note}."))
     sections += [cells_section(result), reading_section(result)]
     base = result.baseline

@@ -141,7 +141,7 @@ def test_comparison_of_two_configurations() -> None:
 
 @torch.no_grad()
 def reference_steps(
-    model: LanguageModel, prompt: Prompt, n_tokens: int
+    model: LanguageModel, prompt: Prompt, n_tokens: int, components: tuple[str, ...] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Outputs and states at every decoding step of one prompt, from one pass over all of its tokens.
@@ -155,7 +155,7 @@ def reference_steps(
     states: dict[int, torch.Tensor] = {}
     handles = []
     for index, layer in enumerate(model.layers):
-        for module in output_projections(model, index, None):
+        for module in output_projections(model, index, components):
             handles.append(
                 module.register_forward_hook(
                     lambda module, args, output, index=index: written[index].append(
@@ -233,6 +233,54 @@ def test_activities_of_planted_directions(tiny_llama: Any) -> None:
         # The perturbation of a sum is proportional to the weight.
         assert half is not None and whole == pytest.approx(2 * half)
         assert activity.natural_variation > 0
+
+
+@pytest.mark.parametrize(
+    ("strengths", "is_equal"),
+    [(("weight", "effective"), False), (("effective",), False), ((), True)],
+)
+def test_activities_of_some_components_at_the_strength_that_is_swept(
+    strengths: tuple[str, ...], is_equal: bool, tiny_llama: Any
+) -> None:
+    components = ("attn.o_proj",)
+    tensor = random_tensor(tiny_llama.n_layers + 1, 2, tiny_llama.hidden_size) + 1
+    configuration = Configuration(make_directions(tensor), equal_effective_weight=is_equal)
+    activities = measure_activities(
+        tiny_llama, {"own": configuration}, PROMPTS, PROMPTS, (0.5,), 4, components, strengths
+    )
+    whole = measure_activities(tiny_llama, {"own": configuration}, PROMPTS, PROMPTS, (0.5,), 4)
+    steps = [reference_steps(tiny_llama, prompt, 4, components)[0] for prompt in PROMPTS]
+    for layer, activity in enumerate(activities):
+        v = tensor[layer + 1].double().numpy()
+        largest = 1.0 if "weight" in strengths else np.linalg.eigvalsh(v @ v.T)[-1]
+        y = torch.cat(steps)[:, layer].numpy()
+        expected = 0.5 / largest * np.sqrt(np.mean(np.sum((y @ v.T @ v) ** 2, axis=1)))
+        (_, found), (_, by_all) = activity.perturbations[0], whole[layer].perturbations[0]
+        assert found == pytest.approx(expected / activity.natural_variation, rel=1e-3)
+        assert found != pytest.approx(by_all, rel=1e-2)
+        last = np.stack([y[0, layer].numpy() for y in steps])
+        share = np.sum((last @ v[0]) ** 2) / np.sum(v[0] ** 2) / np.sum(last**2)
+        assert activity.occupancy_harmful[0] == pytest.approx(np.sqrt(share), rel=1e-3)
+    assert len(activities) == tiny_llama.n_layers
+
+
+@pytest.mark.parametrize("name", ["Granite", "Gemma 2", "Gemma 4 MoE"])
+def test_components_that_cannot_be_told_from_others_are_left_out(name: str) -> None:
+    family = FAMILIES[name]
+    model = wrap(family.make_model().eval(), family.make_tokenizer(), name)
+    configurations = {
+        "own": make_directions(random_tensor(model.n_layers + 1, 1, model.hidden_size))
+    }
+    # Behind a norm of its own, attention can be told; what a number multiplies cannot.
+    activities = measure_activities(
+        model, configurations, PROMPTS[:1], PROMPTS[:1], (1.0,), 2, ("attn.o_proj",)
+    )
+    assert len(activities) == (0 if name == "Granite" else model.n_layers)
+    # A dense MLP and experts share the norm behind them.
+    shared = measure_activities(
+        model, configurations, PROMPTS[:1], PROMPTS[:1], (1.0,), 2, ("mlp.down_proj",)
+    )
+    assert len(shared) == (model.n_layers if name == "Gemma 2" else 0)
 
 
 @torch.no_grad()
