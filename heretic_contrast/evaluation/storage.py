@@ -88,7 +88,7 @@ class SweepState:
     def __init__(self, storage: str | None, identity: Identity) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # As a storage gives it back.
-        identity = json.loads(json.dumps(identity))
+        self._identity = identity = json.loads(json.dumps(identity))
         self._place, self._owner = without_password(storage), digest(identity)
         self._choices: list[list[str]] = []
         with readable(storage, "away to start anew"):
@@ -124,6 +124,9 @@ class SweepState:
             return []
         self._choices = [sorted(set(names)) for names in list(zip(*keys, strict=True))[:2]]
         self._enqueue(keys)
+        if self._study.user_attrs.get("identity") != self._identity:
+            # Another sweep that began at once wrote last, and finds these cells.
+            self._study.set_user_attr("identity", self._identity)
         with self._leases.working():
             return self._work(keys, evaluate, progress)
 
