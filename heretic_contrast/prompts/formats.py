@@ -67,6 +67,9 @@ TABLE_RULE = re.compile(r"[\s:-]*-[\s:-]*")
 LIST_MARKER = re.compile(r"([-*•]|\(?\d{1,4}[.)])\s+|([\"']).*\2,?$")
 ONE_PER_LINE = "give text with one prompt per line and nothing else, JSON Lines, CSV or Parquet"
 
+SEPARATOR = re.compile(rf'"?sep=([{ANY_DELIMITER}])"?(?=[\r\n])')
+"""The line before the header that tells Excel how cells are separated."""
+
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 LINE_END = re.compile(r"\r\n|\r|\n")
 
@@ -103,13 +106,17 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
             raise ContrastError(f"{path} holds {what} instead of prompts: give the file itself.")
     if suffix in JSON_SUFFIXES:
         return _read_json(text, path, columns)
+    delimiters = CSV_DELIMITERS.get(suffix, ANY_DELIMITER)
+    if named := SEPARATOR.match(text):
+        # The line's end stays, so that the others keep their numbers.
+        delimiters, text = named[1], text[named.end() :]
     if suffix in CSV_DELIMITERS:
-        return _read_csv(text, path, columns, CSV_DELIMITERS[suffix])
+        return _read_csv(text, path, columns, delimiters)
     found = ""
     if JSON_START.match(text):
         found = ".jsonl"
     else:
-        header = {*_csv_header(text, _delimiter(text, ANY_DELIMITER))} - {""}
+        header = {*_csv_header(text, _delimiter(text, delimiters))} - {""}
         if len(header) > 1 and not header.isdisjoint(columns):
             found = ".csv"
     if suffix in ARROW_SUFFIXES or (found and suffix in TEXT_SUFFIXES):
@@ -119,7 +126,9 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
         )
     if found:
         return (
-            _read_json(text, path, columns) if found == ".jsonl" else _read_csv(text, path, columns)
+            _read_json(text, path, columns)
+            if found == ".jsonl"
+            else _read_csv(text, path, columns, delimiters)
         )
     return _read_text(text, path)
 
@@ -296,9 +305,7 @@ def _csv_header(text: str, delimiter: str) -> list[str]:
     return [cell.strip() for cell in cells]
 
 
-def _read_csv(
-    text: str, path: Path, columns: Collection[str], delimiters: str = ANY_DELIMITER
-) -> Rows:
+def _read_csv(text: str, path: Path, columns: Collection[str], delimiters: str) -> Rows:
     """
     Returns the rows of CSV with a header.
 
@@ -308,7 +315,9 @@ def _read_csv(
     delimiter = _delimiter(text, delimiters)
     header = _csv_header(text, delimiter)
     # Whoever writes a space after each comma means no text that begins with one.
-    is_spaced = re.match(rf"[^{re.escape(delimiter)}\n]*{re.escape(delimiter)} ", text) is not None
+    is_spaced = (
+        re.match(rf"[\r\n]*[^{re.escape(delimiter)}\n]*{re.escape(delimiter)} ", text) is not None
+    )
     for name in columns:
         if header.count(name) > 1:
             raise ContrastError(f'{path} has several columns "{name}": rename all but one.')

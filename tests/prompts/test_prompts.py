@@ -213,6 +213,9 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Written]] = {
             "CSV": file("pool.csv", csv_text()),
             "CSV with all in quotation marks": file("pool.CSV", csv_text(quoting=csv.QUOTE_ALL)),
             "CSV of Excel": file("pool.csv", csv_text(delimiter=";").encode("utf-8-sig")),
+            "CSV with the separator that Excel reads": file(
+                "pool.csv", "sep=;\r\n" + csv_text(delimiter=";")
+            ),
             "CSV of an old Mac": file("pool.csv", csv_text(lineterminator="\r")),
             "CSV with bars": file("pool.csv", csv_text(delimiter="|", lineterminator="\n")),
             "CSV of datasets": by_library("pool.csv", lambda d, p: d.to_csv(p)),
@@ -260,6 +263,14 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Written]] = {
     "spaces that are meant": (
         file("pool.csv", "category,text\nfraud, a\n"),
         [(" a", "fraud")],
+    ),
+    "one column with the separator in a line of its own": (
+        file("pool.csv", "sep=;\r\ntext\r\nHow, and why?\r\n"),
+        [("How, and why?", None)],
+    ),
+    "spaces after semicolons, with that line": (
+        file("pool", '"sep=;"\ncategory; text\nfraud; a\n'),
+        [("a", "fraud")],
     ),
     "columns of JSON, one of objects": (
         file("pool.json", '{"text": ["a", "b"], "meta": [{"c": 1}, {"c": 2}]}'),
@@ -743,6 +754,11 @@ REFUSALS: dict[str, tuple[str, str | bytes, str]] = {
         "pool.csv",
         spreadsheet_rows('a,b\n"c,d\ne,f\n'),
         "Line 3 of {} is not CSV",
+    ),
+    "a cell too many below the separator": (
+        "pool.csv",
+        "sep=;\ntext;category\na;b;c\n",
+        "Line 3 of {} has 3 cells",
     ),
     "two columns of a name": ("pool.csv", "text,text\na,b\n", '{} has several columns "text"'),
     "an empty cell": ("pool.csv", spreadsheet_rows("a,b\n,d\n"), 'Line 3 of {} has no "text"'),
