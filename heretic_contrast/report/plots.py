@@ -4,10 +4,11 @@
 Plots as PNG, in colors that color-blind readers can tell apart.
 
 matplotlib is optional: where it is missing, `can_plot` says so. The same data give the same bytes with the same
-version of matplotlib: nothing about time or software is written into the files.
+version of matplotlib and the same fonts: nothing about time or software is written into the files.
 """
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -22,6 +23,12 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 """Okabe and Ito's palette, whose colors differ for all common kinds of color vision."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+FALLBACK_FONTS = (
+    "Noto Sans CJK SC, Microsoft YaHei, PingFang SC, WenQuanYi Micro Hei, Hiragino Sans, Malgun Gothic, Apple SD Gothic Neo, "
+    "Noto Sans Arabic, Noto Sans Devanagari, Noto Sans Thai, Segoe UI, Arial Unicode MS, Noto Emoji, Segoe UI Emoji"
+).split(", ")
+"""Have the letters that matplotlib's own font lacks, where they are installed, as most systems have some of them."""
 
 MAX_TICKS = 26
 """More labels on one axis would overlap."""
@@ -41,8 +48,19 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def to_png(figure: Any) -> bytes:
+    from matplotlib.font_manager import fontManager
+    from matplotlib.text import Text
+
+    # matplotlib warns of fonts that are not installed.
+    installed = {font.name for font in fontManager.ttflist}
+    for text in figure.findobj(Text):
+        own = text.get_fontfamily()
+        text.set_fontfamily([*own, *(name for name in FALLBACK_FONTS if name in installed)])
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # Letters that no font has are boxes; the tables have them.
+        warnings.filterwarnings("ignore", "Glyph |Matplotlib currently does not support")
+        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()
 
 

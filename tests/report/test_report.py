@@ -517,17 +517,37 @@ def test_nothing_of_an_earlier_extraction_stays_among_the_files_of_another(tmp_p
     assert found == expected | {"class-cosines-mine.png"}
 
 
+def drawings(name: str) -> list[bytes]:
+    """One plot of each kind with a user's name in it."""
+
+    return [
+        plots.lines({name: ([1, 2], [1, 2])}, "x", "y"),
+        plots.fronts({name: ([1, 2], [1, 2], [True, True])}, "x", "y"),
+        plots.hit_maps(np.ones((1, 2, 2), dtype=int), [name]),
+        plots.heat_map(np.ones((1, 1)), ([name], [name]), ("a", "b", "c"), (0, 1)),
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_in_letters_that_the_usual_font_lacks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("诈骗", "احتيال", "fraud 😀"):
+        drawings(name)
+    # STIX, which comes with matplotlib, has this one letter.
+    monkeypatch.setattr(plots, "FALLBACK_FONTS", ())
+    boxes, latin = drawings("ℊ"), drawings("fraud")
+    monkeypatch.setattr(plots, "FALLBACK_FONTS", ("no such font", "STIXGeneral"))
+    assert all(found != box for found, box in zip(drawings("ℊ"), boxes, strict=True))
+    assert drawings("fraud") == latin
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("name", ["fraud ($)", "drugs ($$)", "_mine", r"a\$b$"])
 def test_names_of_users_are_no_mathematics(name: str) -> None:
-    for draw in (
-        lambda text: plots.lines({text: ([1, 2], [1, 2])}, "x", "y"),
-        lambda text: plots.fronts({text: ([1, 2], [1, 2], [True, True])}, "x", "y"),
-        lambda text: plots.hit_maps(np.ones((1, 2, 2), dtype=int), [text]),
-        lambda text: plots.heat_map(np.ones((1, 1)), ([text], [text]), ("a", "b", "c"), (0, 1)),
-    ):
-        # What is drawn differs from the same picture with another name, so that none is left out.
-        assert draw(name) != draw("another name")
-        assert draw(name) != draw("")
+    # What is drawn differs from the same picture with another name, so that none is left out.
+    for found, other, nothing in zip(*map(drawings, (name, "another name", "")), strict=True):
+        assert found not in (other, nothing)
 
 
 def _shown(report: Any) -> int:
