@@ -597,7 +597,8 @@ class ContrastSettings(Table, TextClassifierSettings):
     drop_misbehaving: bool = False
     """
     Whether to drop harmful prompts that the model answers and harmless prompts that it refuses before directions are fitted
-    (Arditi et al., 2024). They are counted either way when this is set.
+    (Arditi et al., 2024), by the tiers that come with the plugin, whatever else judges responses. They are counted either way when
+    this is set.
     """
 
     writers: Writers = Writers.ALL
