@@ -11,7 +11,7 @@ from pydantic import Field
 from rich.table import Column, Table
 
 from ..errors import ContrastError
-from ..evaluation.statistics import wilson_interval
+from ..evaluation.statistics import percents, wilson_interval
 from ..files import write_text_atomically
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
@@ -131,8 +131,8 @@ def show_tiers(judged: Sequence[dict[str, Any]]) -> None:
         title=f"{len(judged)} responses, {incoherent} of them incoherent",
     )
     for tier in Tier:
-        low, high = wilson_interval(counts[tier], len(judged))
-        table.add_row(tier.value, str(counts[tier]), f"{100 * low:.0f}–{100 * high:.0f} %")
+        interval = percents(*wilson_interval(counts[tier], len(judged)))
+        table.add_row(tier.value, str(counts[tier]), f"{interval} %")
     log(table)
 
 

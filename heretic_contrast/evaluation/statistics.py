@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Uncertainty of counts."""
+"""Uncertainty of counts, and how it is written."""
 
 import math
 from statistics import NormalDist
@@ -28,3 +28,14 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     low = 0.0 if successes == 0 else max(0.0, center - half_width)
     high = 1.0 if successes == n else min(1.0, center + half_width)
     return low, high
+
+
+def percents(low: float, high: float) -> str:
+    """Returns an interval in [0, 1] in percent, without the sign. What is near 0 or 100 % is not said to be that."""
+
+    def text(end: float) -> str:
+        rest = min(end, 1 - end)
+        digits = 1 - math.floor(math.log10(100 * rest)) if 0 < rest <= 0.005 else 0
+        return f"{100 * end:.{digits}f}"
+
+    return f"{text(low)}–{text(high)}"

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from ..evaluation.cells import Cell, CellKey, Measurement, SweepResult, Synergy
 from ..evaluation.results import CaptureResult, Geometry
-from ..evaluation.statistics import wilson_interval
+from ..evaluation.statistics import percents, wilson_interval
 from ..search.stopping import front
 from . import plots
 from .content import (
@@ -57,13 +57,7 @@ INTERVAL = "In parentheses the Wilson interval (95 %) of the share."
 
 
 def _interval(measurement: Measurement) -> str:
-    return f"({_percents(*measurement.refusal_interval())}%)"
-
-
-def _percents(low: float, high: float) -> str:
-    # What is near 0 or 100 % is not said to be that.
-    digits = 2 if high < 0.01 or low > 0.99 else 0
-    return f"{100 * low:.{digits}f}–{100 * high:.{digits}f}"
+    return f"({percents(*measurement.refusal_interval())}%)"
 
 
 def _refusals(cell: Cell) -> str:
@@ -262,7 +256,7 @@ def configuration_table(result: SweepResult) -> Table:
 def minimal_weight_table(result: SweepResult) -> Table:
     """Returns the layers that reach R = 0, with the smallest weight, as the paper's Table 1."""
 
-    interval = _percents(*wilson_interval(0, result.baseline.n_harmful))
+    interval = percents(*wilson_interval(0, result.baseline.n_harmful))
     return Table.of(
         (
             cell

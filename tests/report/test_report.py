@@ -33,7 +33,7 @@ from heretic_contrast.evaluation.results import (
     LeftOut,
     Pair,
 )
-from heretic_contrast.evaluation.statistics import wilson_interval
+from heretic_contrast.evaluation.statistics import percents, wilson_interval
 from heretic_contrast.report import opened as page_of_responses
 from heretic_contrast.report import plots, write_extraction_report, write_sweep_report
 from heretic_contrast.report.content import (
@@ -240,11 +240,14 @@ def test_figures_that_are_not_zero_are_not_shown_as_that() -> None:
         "12,346",
     ]
     result = make_sweep()
+    ends = [percents(*wilson_interval(n, 100)) for n in (0, 1, 50, 99, 100)]
+    assert ends == ["0–4", "0.18–5", "40–60", "95–99.82", "96–100"]
+    assert percents(*wilson_interval(1, 10_000)) == "0.0018–0.057"
     # Wilson's upper end for 0 of 1,000 is 3.8416 / 1003.8416.
     base = replace(result.baseline, refusals=1000, evasive=0, complied=0, n_harmful=1000)
     many = replace(result, baseline=base)
-    assert "(95 %) 0.00–0.38 %" in minimal_weight_table(many).note
-    assert "1000 of 1000 harmful prompts (99.62–100.00%)" in summary(many)[0]
+    assert "(95 %) 0–0.38 %" in minimal_weight_table(many).note
+    assert "1000 of 1000 harmful prompts (99.62–100%)" in summary(many)[0]
 
 
 def test_the_page_says_what_was_ablated_and_who_judged() -> None:
