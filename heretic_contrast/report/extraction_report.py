@@ -17,7 +17,7 @@ from ..evaluation.results import (
     LayerGeometry,
 )
 from . import plots
-from .content import Column, Figure, Report, Section, Table, number, slug, text_column
+from .content import Column, Figure, Report, Section, Table, number, significant, slug, text_column
 from .sections import (
     capture_section,
     capture_table,
@@ -101,7 +101,7 @@ def summary(extracted: "Extracted", capture: CaptureResult, geometry: Geometry) 
         strongest = max(geometry.of(name), key=lambda layer: layer.effective_weight)
         sentence = (
             f"{name}: {directions.n_directions} directions per layer, effective weight at weight 1 up to "
-            f"{strongest.effective_weight:.2f} (layer {strongest.layer})"
+            f"{strongest.effective_weight:.3g} (layer {strongest.layer})"
         )
         row = captured.get(name)
         if row is not None and row[1] is not None:
@@ -130,10 +130,10 @@ def configuration_table(extracted: "Extracted", geometry: Geometry) -> Table:
         Column("Directions", lambda item: extracted[item].n_directions),
         text_column("SVD", lambda item: "yes" if setting("svd")(item) else "no", essential=False),
         text_column("Scale", setting("scale"), essential=False),
-        Column("Mean norm", partial(average, attribute="mean_norm"), number(3)),
+        Column("Mean norm", partial(average, attribute="mean_norm"), significant(3)),
         Column("Mean cosine", partial(average, attribute="mean_cosine"), number(3)),
         Column("Share of σ₁²", partial(average, attribute="first_share"), number(3)),
-        Column("Effective weight", partial(average, attribute="effective_weight"), number(2)),
+        Column("Effective weight", partial(average, attribute="effective_weight"), significant(3)),
         text_column(
             "Prompts from",
             lambda item: ", ".join(extracted[item].provenance.get("sources", ())) or None,
@@ -188,7 +188,7 @@ def classes_section(extracted: "Extracted", geometry: Geometry, layer: int) -> S
         (
             text_column("Configuration"),
             text_column("Class"),
-            Column("Norm", form=number(3)),
+            Column("Norm", form=significant(3)),
             Column("Prompts"),
             Column("Won by the densest neuron"),
         ),

@@ -173,8 +173,8 @@ def layer_table(geometry: Geometry) -> Table:
         Column("Largest norm", lambda layer: max(layer.norms), significant(3)),
         Column("Mean cosine", "mean_cosine", number(3)),
         Column("Share of σ₁²", "first_share", percent),
-        Column("Effective weight", "effective_weight", number(3)),
-        Column("Along mean", "weight_along_mean", number(3)),
+        Column("Effective weight", "effective_weight", significant(3)),
+        Column("Along mean", "weight_along_mean", significant(3)),
         note="Norms, mean pairwise cosine and share of the first squared singular value: of the class directions as trained. "
         "Effective weight: the largest share of any direction that is removed at weight 1, as the configuration composes its "
         "directions (of a sum, the largest eigenvalue of Σ v vᵀ); along mean: the share of the mean direction.",
@@ -278,7 +278,7 @@ def comparison_section(geometry: Geometry) -> Section:
         text_column("First", "first"),
         text_column("Second", "second"),
         LAYER,
-        Column("Norm ratio", "norm_ratio", number(3)),
+        Column("Norm ratio", "norm_ratio", significant(3)),
         Column("Angle per class, mean", "mean_class_angle", number(1)),
         Column(
             "Smallest principal angle", lambda x: min(x.principal_angles, default=None), number(1)
@@ -286,8 +286,8 @@ def comparison_section(geometry: Geometry) -> Section:
         Column(
             "Largest principal angle", lambda x: max(x.principal_angles, default=None), number(1)
         ),
-        note="Norm ratio: mean norm of the class directions as trained, second over first. Angles in degrees: between the "
-        "directions of the same class as trained, and between the spans of the directions as ablated.",
+        note="Norm ratio: mean norm of the class directions as trained, second over first, of classes that both have. Angles in "
+        "degrees: between the directions of the same class as trained, and between the spans of the directions as ablated.",
         n_keys=3,
     )
     angle = "Angle between directions of the same class"

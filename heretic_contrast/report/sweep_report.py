@@ -23,7 +23,6 @@ from .content import (
     Section,
     Table,
     layers_text,
-    number,
     significant,
     slug,
     text_column,
@@ -69,7 +68,7 @@ REFUSALS = attrgetter("measurement.refusals")
 STRENGTH = text_column("Strength", "strength")
 LAYER = Column("Layer", lambda cell: cell.layers[0])
 LAYERS = Column("Layers", "layers", layers_text)
-WEIGHT = Column("Weight", "weight", significant(3))
+WEIGHT = Column("Weight", "weight", "{:g}".format)
 # The value is the cell, which the page opens.
 R = Column("R", lambda cell: cell, _refusals, plain=REFUSALS)
 DIVERGENCE = (
@@ -270,7 +269,7 @@ def minimal_weight_table(result: SweepResult) -> Table:
         STRENGTH,
         LAYER,
         WEIGHT,
-        Column("Effective weight", "effective_weight", number(2), essential=False),
+        Column("Effective weight", "effective_weight", significant(3), essential=False),
         *DIVERGENCE,
         _efficiency(result),
         note=f"{_prompts_note(result)} R = 0 of {result.baseline.n_harmful} has the Wilson interval (95 %) {interval} %. "
@@ -472,8 +471,8 @@ def cells_section(result: SweepResult) -> Section:
         STRENGTH,
         LAYERS,
         WEIGHT,
-        Column("Effective", "effective_weight", number(2)),
-        Column("Along mean", "weight_along_mean", number(2)),
+        Column("Effective", "effective_weight", significant(3)),
+        Column("Along mean", "weight_along_mean", significant(3)),
         R,
         Column("Evasive", "measurement.evasive"),
         Column("Complied", "measurement.complied"),

@@ -531,6 +531,29 @@ def drawings(name: str) -> list[bytes]:
     ]
 
 
+def test_small_lengths_and_weights_are_not_shown_as_zero() -> None:
+    tensor = 0.004 * torch.nn.functional.normalize(random_tensor(4, 3, 16), dim=-1)
+    directions = {"raw": make_directions(tensor)}
+    report = extraction_report(
+        "tiny", directions, CaptureResult(0, ()), measure_geometry(directions)
+    )
+    tables = {table.name: table for table in report.tables()}
+    for name, headers in (
+        ("configurations", {"Mean norm", "Effective weight"}),
+        ("geometry", {"Mean norm", "Effective weight", "Along mean"}),
+        ("classes", {"Norm"}),
+    ):
+        for texts, values in zip(tables[name].texts(), tables[name].rows, strict=True):
+            for column, text, value in zip(tables[name].columns, texts, values, strict=True):
+                if column.header in headers:
+                    assert float(text) == pytest.approx(value, rel=0.005), column.header
+    assert "up to 0.00 " not in report.summary[0]
+    result = make_sweep()
+    cells = tuple(replace(cell, effective_weight=0.00123) for cell in result.cells)
+    page = to_html(sweep_report(replace(result, cells=cells), *make_geometry()))
+    assert page.count(">0.00123</td>") == len(cells) + len(minimal_weight_table(result).rows)
+
+
 @pytest.mark.filterwarnings("error")
 def test_names_in_letters_that_the_usual_font_lacks(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
