@@ -167,20 +167,22 @@ def classes_section(extracted: "Extracted", geometry: Geometry, layer: int) -> S
     drawn: list[Directions] = []
     for name, directions in extracted.items():
         classes = directions.class_direction_names
+        # Random directions keep the maps of those that they replace.
+        has_maps = directions.hits.numel() and directions.settings.get("control") != "random"
         # SVD and scale change nothing about the classes themselves.
         if not any(directions.class_directions.equal(other.class_directions) for other in drawn):
             if len(classes) > 1:
                 figures.append(cosine_figure(name, classes, measured[name]))
-            if directions.hits.numel() and directions.settings.get("control") != "random":
+            if has_maps:
                 figures.append(hits_figure(name, directions, layer))
         drawn.append(directions)
         # Several neurons of a class follow each other.
         winners = len(classes) // len(directions.class_names)
         for index, norm in enumerate(measured[name].norms):
             counts: tuple[int | None, int | None] = (None, None)
-            if directions.hits.numel():
-                hits = directions.hits[layer + 1, index // winners]
-                counts = int(hits.sum()), int(hits.max())
+            if has_maps:
+                hits = sorted(directions.hits[layer + 1, index // winners].tolist(), reverse=True)
+                counts = sum(hits), hits[index % winners]
             rows.append((name, classes[index], norm, *counts))
     table = Table(
         "classes",
@@ -190,10 +192,10 @@ def classes_section(extracted: "Extracted", geometry: Geometry, layer: int) -> S
             text_column("Class"),
             Column("Norm", form=significant(3)),
             Column("Prompts"),
-            Column("Won by the densest neuron"),
+            Column("Won by its neuron"),
         ),
         tuple(rows),
-        "Norm of the class direction as trained. Prompts of the class, and how many of them its map's densest neuron wins.",
+        "Norm of the class direction as trained. Prompts of the class, and how many of them are won by the neuron that the direction is.",
         n_keys=2,
     )
     return Section(

@@ -554,6 +554,23 @@ def test_small_lengths_and_weights_are_not_shown_as_zero() -> None:
     assert page.count(">0.00123</td>") == len(cells) + len(minimal_weight_table(result).rows)
 
 
+@pytest.mark.parametrize(("control", "is_shown"), [("none", True), ("random", False)])
+def test_prompts_that_the_neuron_of_a_direction_wins(control: str, is_shown: bool) -> None:
+    hits = torch.tensor([[[3, 0, 5, 4], [6, 1, 1, 0]]]).repeat(4, 1, 1)
+    directions = make_directions(
+        random_tensor(4, 4, 16),
+        class_names=("a", "b"),
+        hits=hits,
+        provenance={"settings": {"control": control, "som_rows": 2}},
+    )
+    extracted = {"two neurons": directions}
+    geometry = measure_geometry(extracted)
+    report = extraction_report("tiny", extracted, CaptureResult(0, ()), geometry)
+    rows = next(table.rows for table in report.tables() if table.name == "classes")
+    won = [(12, 5), (12, 4), (8, 6), (8, 1)] if is_shown else [(None, None)] * 4
+    assert [row[3:] for row in rows] == won
+
+
 @pytest.mark.filterwarnings("error")
 def test_names_in_letters_that_the_usual_font_lacks(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
