@@ -57,6 +57,7 @@ from heretic_contrast.search.parameters import (
     configuration_digest,
     layer_vectors,
     require_ranges,
+    require_ranges_of,
     suggest_parameters,
 )
 from heretic_contrast.settings import (
@@ -172,9 +173,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
                 )
         if self.settings.save_directions is not None:
             self.directions.save(self.settings.save_directions)
-        # The scale of a shared direction is 1.
-        scaled = self.directions.names[int(self.directions.has_shared) :]
-        require_ranges(space, "direction", scaled)
+        require_ranges_of(self.directions, space)
         if not bool(self.directions.tensor.any()):
             raise ContrastError(
                 "All directions are zero, so there is nothing to ablate: the harmful and the harmless prompts do not differ."

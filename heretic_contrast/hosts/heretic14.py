@@ -38,7 +38,7 @@ from ..identity import OF_THE_MODEL, Identity, differences, identify, program_di
 from ..journal import CheckedJournal
 from ..outputs import remove_empty_directories, require_writable_directory, require_writable_file
 from ..prompts import Prompt, load_pool
-from ..search.parameters import Parameters, require_ranges
+from ..search.parameters import Parameters, require_ranges, require_ranges_of
 from ..search.samplers import make_sampler, trial_seed
 from ..search.screening import best_candidates
 from ..search.stopping import Point
@@ -507,7 +507,10 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     if settings.evaluate_model is None:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
         host.sources = DirectionSources({"": settings.contrast}, "")
-        require_ranges(settings.contrast.search_space, "direction", host.sources.names(""))
+        space = settings.contrast.search_space
+        require_ranges(space, "direction", host.sources.names(""))
+        for directions in host.sources.loaded.values():
+            require_ranges_of(directions, space)
         used = host.sources.used_prompts()
         require_fresh(host.finalist_prompts, used.among(host.finalist_prompts))
         for name in ("bad_evaluation_prompts", "good_evaluation_prompts"):

@@ -153,14 +153,26 @@ def require_ranges(space: Mapping[str, Range], kind: str, known: Sequence[str] |
         else f"but there are {', '.join(known)}: name one of these"
     )
     for name in space:
-        if has_no_scale and name == "scale":
-            raise ContrastError(f"search_space has a range for scale, {reason}.")
+        if has_no_scale and name in ("scale", "rest"):
+            raise ContrastError(f"search_space has a range for {name}, {reason}.")
         if name.startswith("scale."):
             owner = name.removeprefix("scale.") if kind == "direction" else ""
         else:
             owner = name.rpartition(".")[0] if kind == "component" else ""
         if owner and (has_no_scale or owner not in known):
             raise ContrastError(f'search_space has a range for the {kind} "{owner}", {reason}.')
+
+
+def require_ranges_of(directions: Directions, space: Mapping[str, Range]) -> None:
+    """Raises `ContrastError` when a range is for the scale of none of the directions."""
+
+    # The scale of a shared direction is 1.
+    require_ranges(space, "direction", directions.names[int(directions.has_shared) :])
+    if "rest" in space and not directions.has_shared:
+        raise ContrastError(
+            'The range of "rest" in search_space has no effect on directions of which none is shared: leave it out, or extract '
+            "them with shared_direction."
+        )
 
 
 def suggest_parameters(

@@ -152,6 +152,28 @@ def test_finalists_are_none_of_those_that_directions_come_from(
 
 
 @pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("drugs", "fraud"), "has no effect on directions of which none is shared"),
+        (("drugs",), "a range for rest, but one direction has no scale"),
+    ],
+)
+def test_directions_of_a_file_that_share_none_have_no_rest(
+    names: tuple[str, ...],
+    expected: str,
+    refused: Refused,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("heretic.main.run", None)
+    tensor = random_tensor(9, len(names), 128)
+    make_directions(tensor, names=names).save(tmp_path / "own.safetensors")
+    arguments = ["--model=builtin:refuser", "--model-action=none"]
+    arguments += ["--contrast.directions=own.safetensors", '--contrast.search-space={"rest":[0,1]}']
+    assert expected in refused(arguments)
+
+
+@pytest.mark.parametrize(
     ("command", "expected"),
     [
         ("sweep builtin:refuser --output=", "needs a place for its report"),
