@@ -110,6 +110,7 @@ class Host:
         self.finalist_prompts: list[Prompt] = []
         self.second_look: dict[int, dict[int, int]] = {}
         self.first_trials: list[Values] = []
+        self.first_identity: Identity = {}
         self.shared: BaseStorage | None = None
 
     def settings_class(host) -> type[HostSettings]:
@@ -352,6 +353,12 @@ class Host:
             log(
                 f"* Beginning with [bold]{len(first)}[/] trials of {escape(str(self.modifier.settings.warm_start))}"
             )
+            made_for = self.first_identity
+            different = differences(made_for, self.identity, OF_THE_MODEL) if made_for else ""
+            if different:
+                log(
+                    f"  * [yellow]They were measured on another model of that name, or on another state of this one (other {different}).[/]"
+                )
             moved = sum(is_moved for _, is_moved in first)
             if moved:
                 log(
@@ -491,7 +498,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     if settings.save_directory is not None:
         require_other_folder(Path(settings.save_directory), settings.model)
     host = Host(settings, modifier_class)
-    host.first_trials = first_trials(settings.contrast, settings.model)
+    host.first_trials, host.first_identity = first_trials(settings.contrast, settings.model)
     host.shared = open_shared(settings)
     # Heretic loads its model first, and then finds out that a pool cannot be read.
     pools = {name: host.pool(settings, name) for name in POOLS}

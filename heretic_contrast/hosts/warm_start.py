@@ -12,21 +12,26 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from ..builtin import model_name
 from ..errors import ContrastError
 from ..evaluation.cells import SweepResult, single_cells
+from ..identity import Identity
 from ..leases import open_storage, without_password
 from ..search.stopping import front
 from ..settings import ContrastSettings
 from .guidance import Values, measured
-from .studies import STUDY_NAME
+from .studies import IDENTITY_KEY, STUDY_NAME
 
 MAX_FIRST_TRIALS = 10
 """A sweep may have as many cells on its front as it has prompts, which differ in little."""
 
 
-def first_trials(settings: ContrastSettings, model: str) -> list[Values]:
-    """Returns trials to begin with, the fewest refusals first. Raises `ContrastError` when they cannot be read, or do not fit."""
+def first_trials(settings: ContrastSettings, model: str) -> tuple[list[Values], Identity]:
+    """
+    Returns trials to begin with, the fewest refusals first, and what decided their numbers; empty where nothing says it.
+
+    Raises `ContrastError` when they cannot be read, or do not fit.
+    """
 
     if settings.warm_start is None:
-        return []
+        return [], {}
     source = settings.warm_start
     place, path = without_password(source), Path(source)
     is_url = "://" in source
@@ -41,7 +46,7 @@ def first_trials(settings: ContrastSettings, model: str) -> list[Values]:
             f"There is no file {path} for a warm start: give the sweep.json of a sweep, or an earlier study (.jsonl, .journal)."
         )
     read = _of_study if is_url or path.suffix in (".jsonl", ".journal") else _of_sweep
-    name, found = read(source, settings)
+    name, found, identity = read(source, settings)
     if model_name(name) != model_name(model):
         raise ContrastError(
             f"{place} was made for {model_name(name)} and not for {model_name(model)}: give one of this model for a warm start."
@@ -50,11 +55,15 @@ def first_trials(settings: ContrastSettings, model: str) -> list[Values]:
         raise ContrastError(
             f"Nothing in {place} refuses less than the unmodified model: leave out the warm start."
         )
-    return found[:MAX_FIRST_TRIALS]
+    return found[:MAX_FIRST_TRIALS], identity
 
 
-def _of_study(source: str, settings: ContrastSettings) -> tuple[str, list[Values]]:
-    """Returns the model of a study, and the parameters of its front; what classes add to a shared direction is 0 where it had none."""
+def _of_study(source: str, settings: ContrastSettings) -> tuple[str, list[Values], Identity]:
+    """
+    Returns the model of a study, the parameters of its front, and the identity of the first of it.
+
+    What classes add to a shared direction is 0 where it had none.
+    """
 
     try:
         if source.startswith("sqlite:///") and not Path(source[10:].split("?")[0]).is_file():
@@ -70,11 +79,14 @@ def _of_study(source: str, settings: ContrastSettings) -> tuple[str, list[Values
         raise ContrastError(
             f"{without_password(source)} holds no study of Heretic's: give one for a warm start, or the sweep.json of a sweep."
         ) from error
-    return model, [{"rest": 0.0, **study.trials[number].params} for number in front(points)]
+    trials = [study.trials[number] for number in front(points)]
+    # Plain Heretic writes none.
+    identity: Identity = trials[0].user_attrs.get(IDENTITY_KEY, {}) if trials else {}
+    return model, [{"rest": 0.0, **trial.params} for trial in trials], identity
 
 
-def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]:
-    """Returns the model of a sweep, and what makes a trial of each cell on the front of single layers."""
+def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values], Identity]:
+    """Returns the model of a sweep, what makes a trial of each cell on the front of single layers, and the sweep's identity."""
 
     try:
         sweep = SweepResult.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -99,7 +111,7 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]
     }
     # Where some are named, the others and the embeddings were left alone.
     components = sweep.settings.get("components") or []
-    return sweep.model, [
+    found = [
         {
             "direction_scope": "per layer",
             "rest": 1.0,
@@ -113,6 +125,7 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values]]
         }
         for cell in (cells[index] for index in front(points))
     ]
+    return sweep.model, found, sweep.identity
 
 
 def fitted(

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -19,6 +20,7 @@ pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 from heretic_contrast.builtin import DATA
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult
+from heretic_contrast.hosts import heretic14
 from heretic_contrast.hosts.warm_start import first_trials, fitted
 from heretic_contrast.settings import ContrastSettings
 from tests.made_directions import make_directions, random_tensor
@@ -53,8 +55,9 @@ def write_study(
     model: str,
     points: list[tuple[int, float]],
     parameters: dict[str, Any] | None = None,
+    attributes: dict[str, Any] | None = None,
 ) -> None:
-    """A checkpoint as plain Heretic leaves it; its trials have x = 0, 0.1, ..., or these parameters."""
+    """A checkpoint as plain Heretic leaves it; its trials have x = 0, 0.1, ..., or these parameters, and more attributes."""
 
     study = optuna.create_study(
         study_name="heretic",
@@ -74,6 +77,8 @@ def write_study(
         )
         trial.set_user_attr("refusals", refusals)
         trial.set_user_attr("kl_divergence", divergence)
+        for name, value in (attributes or {}).items():
+            trial.set_user_attr(name, value)
         study.tell(trial, [refusals, divergence])
     study.ask({"x": FloatDistribution(0, 1)})
 
@@ -94,7 +99,7 @@ def test_the_best_cells_of_a_sweep(tmp_path: Path) -> None:
         "attn.o_proj.min_weight_distance": FloatDistribution(1, 4),
         "scale.drugs": FloatDistribution(0, 1),
     }
-    first = first_trials(settings(path), MODEL)
+    first = first_trials(settings(path), MODEL)[0]
     found, moved = zip(*(fitted(values, distributions, {}) for values in first), strict=True)
     assert moved == (True, True, False)
     assert [
@@ -117,7 +122,10 @@ def test_components_that_were_not_swept_are_left_alone(tmp_path: Path, lowest: f
         f"{name}.max_weight": FloatDistribution(lowest, 1.5)
         for name in ("attn.o_proj", "mlp.down_proj", "embeddings")
     }
-    whole, found = sweep().single_cells("unmatched", "weight"), first_trials(settings(path), MODEL)
+    whole, (found, _) = (
+        sweep().single_cells("unmatched", "weight"),
+        first_trials(settings(path), MODEL),
+    )
     for values in found:
         fit, is_moved = fitted(values, distributions, {})
         assert fit["attn.o_proj.max_weight"] in {cell.weight for cell in whole}
@@ -129,7 +137,7 @@ def test_components_that_were_not_swept_are_left_alone(tmp_path: Path, lowest: f
 def test_the_front_of_an_earlier_study(tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
     write_study(path, MODEL, [(3, 0.2), (4, 0.3), (1, 0.5), (3, 0.2)])
-    found = first_trials(settings(path), MODEL)
+    found = first_trials(settings(path), MODEL)[0]
     assert [trial["x"] for trial in found] == [0.2, 0.0]
     # What its one direction had nothing of.
     rest = {"rest": FloatDistribution(-1, 1), "scale.drugs": FloatDistribution(0, 1)}
@@ -222,4 +230,52 @@ def test_an_earlier_study_in_a_database(tmp_path: Path) -> None:
     trial.set_user_attr("refusals", 1)
     trial.set_user_attr("kl_divergence", 0.5)
     study.tell(trial, [1, 0.5])
-    assert first_trials(ContrastSettings(warm_start=url), MODEL) == [{"rest": 0.0, "x": 0.5}]
+    # Plain Heretic does not say what decided its numbers.
+    found = first_trials(ContrastSettings(warm_start=url), MODEL)
+    assert found == ([{"rest": 0.0, "x": 0.5}], {})
+
+
+IDENTITY = {"weights": "a", "dtype": "float32", "configuration": "b", "tokenizer": "c"}
+
+
+@pytest.mark.parametrize("kind", ["sweep", "study"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"device": "other"}, None),
+        ({"weights": "d"}, "(other weights)"),
+        ({"weights": "d", "dtype": "bfloat16"}, "(other weights and data type)"),
+    ],
+)
+def test_another_model_of_the_same_name_is_said(
+    kind: str,
+    changes: dict[str, Any],
+    said: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stored = {**IDENTITY, **changes}
+    path = tmp_path / ("sweep.json" if kind == "sweep" else "study.jsonl")
+    if kind == "sweep":
+        path.write_text(replace(sweep(), identity=stored).to_json())
+    else:
+        write_study(path, MODEL, [(3, 0.2)], attributes={"identity": stored})
+    host = heretic14.Host.__new__(heretic14.Host)
+    contrast = settings(path)
+    host.settings = host.evaluator = SimpleNamespace(contrast=contrast)  # type: ignore[assignment]
+    host.evaluator.settings = host.settings
+    host.modifier = SimpleNamespace(  # type: ignore[assignment]
+        suggest_parameters=lambda context, trial: trial.suggest_float("x", 0, 1),
+        model=lambda context: None,
+        settings=contrast,
+    )
+    host.shared, host.context, host.identity = None, None, IDENTITY  # type: ignore[assignment]
+    host.first_trials, host.first_identity = first_trials(contrast, MODEL)
+    monkeypatch.setattr(heretic14, "shared_components", lambda model: {})
+    monkeypatch.setenv("COLUMNS", "500")
+    host.create_study(directions=["minimize", "minimize"])
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"trials of {path}" in output
+    assert ("another model of that name" in output) == (said is not None)
+    assert said is None or said in output
