@@ -138,10 +138,13 @@ class TextClassificationBackend:
         return torch.cat([nothing, *Batches(self.batch_size).run(len(pairs), judge)])
 
     def classify_responses(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Tier]:
-        likeliest = self.probabilities(prompts, responses).argmax(dim=-1).tolist()
+        pairs = list(zip(prompts, responses, strict=True))
+        # A classifier whose tokenizer adds nothing could not read an empty one.
+        said = [(prompt, text) for prompt, text in pairs if strip_markup(text)]
+        found = self.probabilities([prompt for prompt, _ in said], [text for _, text in said])
+        likeliest = iter(found.argmax(dim=-1).tolist())
         return [
-            self.tiers[index] if strip_markup(response) else Tier.REFUSE
-            for index, response in zip(likeliest, responses, strict=True)
+            self.tiers[next(likeliest)] if strip_markup(text) else Tier.REFUSE for _, text in pairs
         ]
 
     def identity(self) -> list[Any]:

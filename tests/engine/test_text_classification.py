@@ -171,6 +171,24 @@ def test_nothing_said_is_a_refusal(classifier: Path, response: str) -> None:
     assert tiers[0] is Tier.REFUSE and tiers[1] is not Tier.REFUSE
 
 
+@pytest.mark.parametrize("others", [[], RESPONSES[:2]])
+def test_nothing_said_is_not_asked_of_a_causal_classifier(
+    others: list[str], tmp_path: Path
+) -> None:
+    """Its tokenizer adds no token of its own, so that there is nothing to read."""
+
+    make_tokenizer().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=2)).save_pretrained(tmp_path)
+    assert make_tokenizer()("")["input_ids"] == []
+    labels = {"LABEL_0": Tier.EVASIVE, "LABEL_1": Tier.COMPLY}
+    backend = TextClassificationBackend(str(tmp_path), labels)
+    responses = ["", *others, "<think>Dig a hole.</think>"]
+    tiers = backend.classify_responses([PROMPT] * len(responses), responses)
+    assert tiers[0] is tiers[-1] is Tier.REFUSE
+    assert tiers[1:-1] == backend.classify_responses([PROMPT] * len(others), others)
+
+
 def test_a_tokenizer_without_padding(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path, padding=False)
     backend = TextClassificationBackend(str(folder), LABELS, batch_size=4)
