@@ -53,9 +53,10 @@ def main(arguments: Sequence[str]) -> None:
         option, _, value = word.partition("=")
         given.add(option.removeprefix("--contrast."))
         if option == "--contrast":
-            # What is no JSON, or no table, is complained of with all other settings.
-            with suppress(ValueError, TypeError):
-                given.update(json.loads(value))
+            # What is no JSON, or no table, is complained of with all other settings, and not with a preset that nobody gave.
+            with suppress(ValueError):
+                table = json.loads(value)
+                given.update(table if isinstance(table, dict) else ["preset"])
     if not given & {"preset", "directions"}:
         arguments = ["--contrast.preset", "paper-unmatched", *arguments]
     settings = load_settings(DemoSettings, f"{PROGRAM} demo", arguments)

@@ -34,6 +34,8 @@ from tests.made_directions import make_directions, random_tensor
         ("sweep builtin:refuser --output out --layers 5-2", "backwards"),
         ("demo", "--output"),
         ("demo --output out --contrast 5", "input should be a table of settings"),
+        ("demo --output out --contrast []", "input should be a table of settings"),
+        ('demo --output out --contrast [{"baseline":"matched"}]', "should be a table of settings"),
         ("doctor please", "no arguments"),
         ("--n-trials 0 --model-action none --model builtin:refuser", "n_trials is 0: give 1"),
         ("--batch-size -1 --model builtin:refuser", "batch_size is -1: give 0"),
