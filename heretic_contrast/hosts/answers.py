@@ -205,9 +205,10 @@ class Answers:
         reason = ", since a question about it was not answered"
         if self.failure is not None:
             reason = f" ({type(self.failure).__name__}: {one_line(str(self.failure))[:300]})"
-        if self.saved is not None and isinstance(self.failure, ContrastError):
+        if isinstance(self.failure, ContrastError) and (self.saved or action == "upload"):
             # It says by itself what to do.
-            raise ContrastError(f"The model was saved to {self.saved}, but {self.failure}")
+            done = f"saved to {self.saved}, but" if self.saved else "not uploaded to its end:"
+            raise ContrastError(f"The model was {done} {self.failure}")
         if self.saved is not None:
             raise ContrastError(
                 f"The model was saved to {self.saved} and is whole, but the original could not be loaded again "

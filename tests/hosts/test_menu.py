@@ -158,6 +158,18 @@ def test_an_action_that_a_user_gives_up_is_no_success(
         answers.require_success()
 
 
+def test_an_upload_after_which_another_model_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = headless(monkeypatch, model_action="upload")
+    answers.show("* Resetting model...")
+    answers.format_exception(ContrastError("It has become another model: start again."))
+    with pytest.raises(ContrastError) as error:
+        answers.require_success()
+    # Nobody can go on with the study of the model that was there.
+    assert str(error.value) == (
+        "The model was not uploaded to its end: It has become another model: start again."
+    )
+
+
 def test_heretic_prints_what_is_waited_for() -> None:
     source = inspect.getsource(heretic_main)
     assert all(f'"{beginning}' in source for beginning in (*WRITTEN, UPLOADED))
