@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -97,7 +98,6 @@ class Host:
     parameters: Parameters
     study: Study
     trial: FrozenTrial | None = None
-    sources: DirectionSources
 
     def __init__(
         self, settings: HostSettings, modifier_class: type["ContrastAbliteration"]
@@ -112,6 +112,12 @@ class Host:
         self.first_trials: list[Values] = []
         self.first_identity: Identity = {}
         self.shared: BaseStorage | None = None
+
+    @cached_property
+    def sources(self) -> DirectionSources:
+        """Where directions come from; read once, since files change."""
+
+        return DirectionSources({"": self.settings.contrast}, "")
 
     def settings_class(host) -> type[HostSettings]:
         """Returns the class that stands in for Heretic's settings, which gives those of this run to a study that goes on."""
@@ -160,7 +166,13 @@ class Host:
                 is_replaced
                 or "evaluation" in name
                 or settings.contrast.directions is None
-                or settings.response_prefix is None
+                or (
+                    # Heretic looks for none that the file of directions says.
+                    settings.response_prefix is None
+                    and (
+                        settings.evaluate_model is not None or self.sources.response_prefix is None
+                    )
+                )
                 or settings.batch_size == 0
                 or settings.print_residual_geometry
                 or settings.plot_residuals
@@ -513,7 +525,6 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         require_fresh(host.finalist_prompts, {prompt.text for prompt in harmful})
     if settings.evaluate_model is None:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
-        host.sources = DirectionSources({"": settings.contrast}, "")
         space = settings.contrast.search_space
         require_ranges(space, "direction", host.sources.names(""))
         for directions in host.sources.loaded.values():

@@ -15,6 +15,7 @@ from heretic_contrast.hosts import heretic14
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.modifier import ContrastAbliteration
+from heretic_contrast.prompts import load_pool
 from tests.made_directions import make_directions, random_tensor
 
 
@@ -68,3 +69,34 @@ def test_a_search_asks_as_its_directions_were_extracted(
     if said is not None:
         assert output.count(said) == 1
     assert output.count("were extracted with") == int(said is not None and "were" in said)
+
+
+@pytest.mark.parametrize(("made_with", "reads"), [({"response_prefix": ""}, False), ({}, True)])
+def test_no_prompts_are_read_to_look_for_a_prefix_that_is_known(
+    made_with: dict[str, Any], reads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "directions.safetensors"
+    make_directions(random_tensor(9, 1, 128), provenance=made_with).save(path)
+    monkeypatch.setattr(sys, "argv", [])
+    settings = load_settings(
+        HostSettings,
+        "heretic-contrast",
+        [
+            "--model=builtin:refuser",
+            f"--contrast.directions={path}",
+            f"--study-checkpoint-dir={tmp_path}",
+            "--batch-size=2",
+            "--model-action=none",
+        ],
+    )
+    read: list[str] = []
+
+    def remember(source: Any, name: str, where: str) -> Any:
+        read.append(name)
+        return load_pool(source, name, where)
+
+    monkeypatch.setattr(heretic14, "load_pool", remember)
+    monkeypatch.setattr("heretic.main.run", lambda: None)
+    heretic14.run(settings, ContrastAbliteration)
+    evaluated = ["harmful evaluation", "harmless evaluation"]
+    assert sorted(read) == sorted([*evaluated, *["harmful", "harmless"][: 2 * reads]])
