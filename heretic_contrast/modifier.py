@@ -85,6 +85,9 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
     known_pools: Pools | None = None
     """The prompts that directions are extracted from, which a host may have read before; read once, since files change."""
 
+    known_directions: Directions | None = None
+    """Those of a file, which a host may have read before, too."""
+
     @cached_property
     def changes(self) -> Changes:
         """What a trial changes beside the adapters."""
@@ -151,7 +154,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         self.identity = model.identity()
         space = self.settings.search_space
         if self.settings.directions is not None:
-            self.directions = Directions.load(self.settings.directions)
+            self.directions = self.known_directions or Directions.load(self.settings.directions)
             self.directions.require_model(model, self.settings.directions)
             for note in self.directions.asked_otherwise(model, self.settings.directions):
                 log(f"* [yellow]{escape(one_line(note))}[/]")

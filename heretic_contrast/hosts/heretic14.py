@@ -232,6 +232,7 @@ class Host:
                 if settings.evaluate_model is None:
                     # Those that the record names, whatever the files hold by now.
                     host.modifier.known_pools = host.sources.pools.get("")
+                    host.modifier.known_directions = host.sources.loaded.get("")
                     # Before anything is asked of the model.
                     host.modifier.require_changeable(host.modifier.model(host.context))
 

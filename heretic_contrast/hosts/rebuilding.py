@@ -143,6 +143,7 @@ def rebuild(
     modifier = modifier_class(heretic_settings=settings, settings=settings.contrast)
     # Those that were compared, whatever the files hold by now.
     modifier.known_pools = sources.pools.get("")
+    modifier.known_directions = sources.loaded.get("")
     original = modifier.model(context, settings.contrast.batch_size).identified()
     different = differences(record.identity, original.identity(), OF_THE_MODEL)
     if different:

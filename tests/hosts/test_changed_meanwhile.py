@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
 from heretic_contrast.commands.rebuild import RebuildSettings
-from heretic_contrast.directions.sources import DirectionSources
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts import heretic14, rebuilding
 from heretic_contrast.hosts.answers import ACTION_QUESTION
@@ -50,7 +49,7 @@ def make_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeHost:
         ]
         settings = load_settings(HostSettings, "heretic-contrast", arguments)
         host = heretic14.Host(settings, ContrastAbliteration)
-        host.sources = DirectionSources({"": settings.contrast}, "")
+        assert host.sources.pools
         return host
 
     return make

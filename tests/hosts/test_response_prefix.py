@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
-from heretic_contrast.directions.sources import DirectionSources
 from heretic_contrast.hosts import heretic14
 from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.language_model import LanguageModel
@@ -61,10 +60,13 @@ def test_a_search_asks_as_its_directions_were_extracted(
         ["--model=builtin:refuser", f"--contrast.directions={path}", "--batch-size=2", *given],
     )
     host = heretic14.Host(settings, ContrastAbliteration)
-    host.sources = DirectionSources({"": settings.contrast}, "")
+    looked_at = host.sources.loaded[""]
+    # Somebody extracts anew, to the same file.
+    make_directions(random_tensor(9, 1, refuser.hidden_size, seed=1)).save(path)
     # Heretic looks for a prefix where there is none by then.
     assert host.model_class()(settings).settings.response_prefix == used
     host.modifier.init(host.context)
+    assert host.modifier.directions.digest() == looked_at.digest()
     output = " ".join(capsys.readouterr().out.split())
     if said is not None:
         assert output.count(said) == 1
