@@ -59,14 +59,16 @@ class PluginTables:
         # The bases for Heretic 1.4 have none.
         base: Any = super()
         raw = base.get_settings_raw(model_extra, top_namespace, instance_name)
-        own = f"{cls.__name__}_{instance_name}"
+        name = f"{cls.__name__}_{instance_name}"
+        own = below.get(name) if isinstance(below, dict) and instance_name is not None else None
         try:
-            cls.settings_class.model_validate(raw or {})
+            if own:
+                cls.settings_class.model_validate(raw)
         except ValidationError as error:
             path = error_path(error)
-            if path and holds((below or {}).get(own, {}), path):
+            if path and holds(own, path):
                 show_errors_as_sentences()
-                raise validation_error(error, f"[{top_namespace}.{own}]") from error
+                raise validation_error(error, f"[{top_namespace}.{name}]") from error
         return raw
 
     @classmethod

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from heretic_contrast import ContrastAbliteration, FalseRefusals, FixedWeightSweep
@@ -344,6 +345,24 @@ def test_a_bad_value_is_named_in_the_table_that_holds_it(
         RefusalTiers.validate_settings(RefusalTiers.get_settings_raw(tables, "scorer", "a"))
     place = f"[scorer.RefusalTiers{table}]"
     assert str(error.value).startswith(f'The setting "{name}" in {place} does not work (')
+
+
+@pytest.mark.parametrize("tables", [{}, {"RefusalTiers": {"count_incoherent": True}}])
+def test_what_no_instance_has_is_validated_once(tables: dict[str, Any]) -> None:
+    class Counted(RefusalTiersSettings):
+        @model_validator(mode="after")
+        def count(self) -> "Counted":
+            counts.append(1)
+            return self
+
+    class RefusalTiers(PluginTables, Plugin):
+        settings_class = Counted
+        settings: Counted
+
+    counts: list[int] = []
+    raw = RefusalTiers.get_settings_raw({"scorer": tables}, "scorer", None)
+    assert RefusalTiers.validate_settings(raw).count_incoherent == bool(tables)
+    assert len(counts) == 1
 
 
 def test_a_table_inside_that_of_the_plugin_is_not_one_of_an_instance(folder: Path) -> None:
