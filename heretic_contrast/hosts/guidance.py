@@ -35,6 +35,9 @@ EXCLUDED_KEY = "excluded"
 SCREENED_KEY = "screened"
 """The user attribute of a study that holds the parameters of the candidates that it begins with."""
 
+SEEN_KEY = "seen"
+"""The user attribute of a study that holds how many trials it had when the user last told it to go on."""
+
 Values = dict[str, Any]
 """Values of parameters by name; "component." stands for every component, and "scale." for every direction."""
 
@@ -133,6 +136,10 @@ class GuidedStudy:
 
         self._held.clear()
         self._is_stopped = False
+        if self._patience is not None and self._start:
+            self.study.set_user_attr(SEEN_KEY, self._start)
+        # Another process may have been told to.
+        self._start = self.study.user_attrs.get(SEEN_KEY, 0)
         self._beginning[:] = self._first()
         is_shared = self._n_shared is not None
         n_wanted = self._n_shared() if self._n_shared else len(self._begun()) + n_trials

@@ -25,12 +25,19 @@ from heretic_contrast.search.samplers import make_sampler
 from heretic_contrast.settings import ContrastSettings, Sampler
 
 
-def guided_study(patience: int | None, first: list[dict[str, Any]]) -> tuple[Any, Any, list[int]]:
+def guided_study(
+    patience: int | None, first: list[dict[str, Any]], storage: Any = None
+) -> tuple[Any, Any, list[int]]:
     """A study whose front grows at the trials 0, 1, 2 and 9, with its objective, and where it ended."""
 
     ended: list[int] = []
     study = GuidedStudy(
-        optuna.create_study(directions=["minimize", "minimize"]),
+        optuna.create_study(
+            study_name="heretic",
+            storage=storage,
+            directions=["minimize", "minimize"],
+            load_if_exists=True,
+        ),
         lambda: first,
         patience,
         ended.append,
@@ -56,6 +63,25 @@ def test_patience() -> None:
     assert len(study.trials) == 9 and ended == [7]
     study.optimize(objective, n_trials=20)
     assert len(study.trials) == 14 and ended == [7, 14]
+
+
+def test_patience_of_a_study_that_another_process_goes_on_with() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    study, objective, ended = guided_study(4, [], storage)
+    study.optimize(objective, n_trials=3)
+    # What was on the front, and what was not, counts as before.
+    study, objective, ended = guided_study(4, [], storage)
+    study.optimize(objective, n_trials=17)
+    assert ended == [7]
+    study.optimize(objective, n_trials=2)
+    study, objective, ended = guided_study(4, [], storage)
+    # As without it, since the user has asked for more.
+    study.optimize(objective, n_trials=20)
+    assert ended == [14]
+    # Nobody has asked for any.
+    study, objective, ended = guided_study(4, [], storage)
+    study.optimize(objective, n_trials=20)
+    assert ended == [14]
 
 
 def test_first_values_are_asked_for_when_the_study_begins() -> None:
