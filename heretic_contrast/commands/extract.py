@@ -25,6 +25,8 @@ class ExtractSettings(HostSettings, PairsSettings):  # type: ignore[misc]
     # A report observes the model on the prompts.
     idle_beside_directions: ClassVar[set[str]] = {"category_source"}
 
+    searches: ClassVar[bool] = False
+
     output: str | None = Field(None, exclude=True)
     """File to save the directions to. With several presets, the name of each is added before the suffix."""
 

@@ -24,6 +24,8 @@ class SweepSettings(HostSettings, SweepPlanSettings):  # type: ignore[misc]
     # Categories are also those of the prompts that are judged, and pools may be needed to look for a response prefix.
     idle_beside_directions: ClassVar[set[str]] = set()
 
+    searches: ClassVar[bool] = False
+
     output: str | None = Field(None, exclude=True)
     """Directory to write the report to."""
 

@@ -61,6 +61,7 @@ from .unused import (
     FORMER_POOLS,
     LIKE,
     NAMESPACES,
+    OF_A_SEARCH,
     ONLY_UNDER_14,
     TomlSource,
     Unused,
@@ -234,6 +235,9 @@ class HostSettings(Settings):
     idle_beside_directions: ClassVar[set[str]] = {"bad_prompts", "good_prompts", "category_source"}
     """Settings of the plugin that have no effect in this command where directions come from a file."""
 
+    searches: ClassVar[bool] = True
+    """Whether this command searches weights."""
+
     _own_pools: set[str] = PrivateAttr(default_factory=set)
     """The pools that were given as the plugin's own."""
 
@@ -319,6 +323,15 @@ class HostSettings(Settings):
             require_effect(sorted(own & self.idle_beside_directions))
         elif "category_source" in self.idle_beside_directions:
             self.contrast.require_categories()
+        if not self.searches:
+            # What stands in config.toml may be for another command.
+            typed = {name for name in own & OF_A_SEARCH if not file_table("contrast", name)}
+            if self.contrast.classifier_name is not None:
+                typed.discard("refusal_classifier")
+            if typed:
+                raise ContrastError(
+                    f"This command makes no search, without which these settings have no effect: {', '.join(sorted(typed))}; leave them out."
+                )
         self._own_pools = own & set(PLACES)
         self._replaced_pools = self._own_pools - given
         self.model = resolve_model(self.model)  # type: ignore[has-type]

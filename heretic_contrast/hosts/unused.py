@@ -40,6 +40,9 @@ ONLY_UNDER_14 = set(
 )
 """Settings of the modifier that have no effect under Heretic 2.0, whose studies are its own."""
 
+OF_A_SEARCH = ONLY_UNDER_14 | {"save_directions", "search_space"}
+"""Those that have no effect where directions are swept, or extracted, and no weights are searched."""
+
 FORMER_POOLS = {"bad_evaluation_prompts", "good_evaluation_prompts"}
 """Prompts that judge trials: settings of Heretic 1.4, and of scorers in 2.0."""
 
@@ -241,7 +244,7 @@ class Unused:
                     self,
                     settings=ContrastSettings.model_fields,
                     named={},
-                    idle=ONLY_UNDER_14 | {"save_directions", "search_space"},
+                    idle=OF_A_SEARCH,
                 )
                 yield from inner._in_own_table(f"{where}.contrast", value)
 

@@ -43,6 +43,14 @@ from tests.made_directions import make_directions, random_tensor
         ("--kl-divergence-scale 0 --model builtin:refuser", "kl_divergence_scale must be"),
         ("audit --dataset missing.txt", "output"),
         ("extract builtin:refuser --contrast.directions=a --output=b", "none to extract"),
+        (
+            "extract builtin:refuser --output b --contrast.save-directions d --contrast.judge-model j",
+            "have no effect: judge_model, save_directions; leave",
+        ),
+        (
+            "sweep builtin:refuser --output b --contrast.storage s --storage t",
+            "have no effect: storage;",
+        ),
     ],
 )
 def test_settings(refused: Refused, command: str, expected: str, tmp_path: Path) -> None:

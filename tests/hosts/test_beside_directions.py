@@ -13,6 +13,7 @@ from heretic_contrast.commands.extract import ExtractSettings
 from heretic_contrast.commands.sweep import SweepSettings
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.hosts.unused import OF_A_SEARCH
 from heretic_contrast.modifier import ContrastAbliteration
 from heretic_contrast.settings import ContrastSettings
 from tests.conftest import Refused
@@ -87,6 +88,15 @@ BY_COMMAND = {
 }
 
 
+WITH_A_CLASSIFIER = {"text_classifier_labels", "text_classifier_reads_prompt"}
+
+NEEDED = {
+    "divergence_tokens": ["divergence"],
+    "counted_tiers": ["refusal_classifier"],
+    "sensitive_prompts": ["false_refusals"],
+}
+
+
 def flag(name: str, value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return f"--contrast.{name.replace('_', '-')}={text}"
@@ -101,6 +111,7 @@ def test_every_setting_is_sorted() -> None:
 @pytest.mark.parametrize("settings_class", [HostSettings, SweepSettings, ExtractSettings])
 def test_what_has_no_effect_is_named(settings_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)
+    idle = OF_A_SEARCH if settings_class is not HostSettings else ()
     flags = [flag(name, value) for name, value in IDLE.items()]
     with pytest.raises(ContrastError, match=f"no effect: {', '.join(sorted(IDLE))};"):
         load_settings(settings_class, "", ["builtin:refuser", FILE, *flags])
@@ -122,10 +133,29 @@ def test_what_has_no_effect_is_named(settings_class: Any, monkeypatch: pytest.Mo
             # As Heretic's own configuration file has it.
             "--winsorization-quantile=1.0",
             "--orthogonalize-direction",
-            *(flag(name, value) for name, value in EFFECTIVE.items()),
+            *(flag(name, value) for name, value in EFFECTIVE.items() if name not in idle),
         ],
     )
     assert list(settings.contrast.configurations()) == ["by matched"]
+
+
+@pytest.mark.parametrize("settings_class", [SweepSettings, ExtractSettings])
+def test_settings_of_a_search_have_no_effect_without_one(
+    settings_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.chdir(tmp_path)
+    for name in sorted(OF_A_SEARCH & set(EFFECTIVE) - WITH_A_CLASSIFIER):
+        # Some need others to have an effect at all.
+        flags = [flag(other, EFFECTIVE[other]) for other in [name, *NEEDED.get(name, [])]]
+        with pytest.raises(ContrastError, match=rf"makes no search, .*: .*\b{name}\b.*; leave"):
+            load_settings(settings_class, "", ["some/model", *flags])
+    # A file may be for several commands.
+    Path("config.toml").write_text(
+        "[modifier.ContrastAbliteration]\nsave_directions = 'd'\nsearch_space = {scale = [0, 0.5]}\n"
+        "classes = 'category'\njudge_model = 'some/judge'\n"
+    )
+    assert load_settings(settings_class, "", ["some/model"]).contrast.save_directions == "d"
 
 
 def test_what_has_an_effect_in_some_commands(monkeypatch: pytest.MonkeyPatch) -> None:
