@@ -127,6 +127,8 @@ def test_a_study_begins_with_a_sweep_and_ends_when_it_finds_no_more(
     n_moved = sum(layer < 0.6 * 7 for _, _, layer, _ in best)
     said = f"{n_moved} of them lie beyond what is searched" in " ".join(command.output().split())
     assert said == (n_moved > 0)
+    # The sweep was of this one.
+    assert "on another model" not in " ".join(command.output().split())
     for trial, (_, _, layer, weight) in zip(trials, sorted(best), strict=False):
         # The built-in refuser has eight layers.
         assert trial["params"]["mlp.down_proj.max_weight_position"] == max(layer, 0.6 * 7)
