@@ -126,11 +126,11 @@ def sweep_memory(n_references: int) -> dict[str, Any]:
 def test_sweep_holds_the_logits_of_a_few_positions() -> None:
     few = sweep_memory(16)
     many = sweep_memory(64)
-    assert 16 * KL_TOKENS >= 20 * ELEMENTS // VOCABULARY
+    assert 16 * KL_TOKENS >= 15 * ELEMENTS // VOCABULARY
     position = VOCABULARY * FLOAT
-    # Where all logits of 256 positions would be held: beside those of a part, what is kept of each position.
-    assert many["cell"] <= 0.06 * 256 * position
-    assert many["cell"] - few["cell"] <= 0.05 * 256 * position
+    # Beside the logits of a part, what is kept of each position.
+    assert many["cell"] <= ELEMENTS * FLOAT + 2 * position
+    assert many["cell"] - few["cell"] <= 2 * position
     # While all continuations are generated in one batch, transformers holds three rows of logits for each. Before, both
     # engines are compared on a few positions of three prompts.
     compared = 7 * 3 * N_TOKENS * position
@@ -145,7 +145,7 @@ def test_generation_and_divergence_hold_the_logits_of_a_few_positions() -> None:
     decoder = Decoder(large_vocabulary())
     tokens = torch.tensor([[5, 6, 7]])
     decoder.run(TokenBatch(tokens, torch.ones_like(tokens)))
-    states = torch.randn(600, 32, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(800, 32, generator=torch.Generator().manual_seed(0))
     with LiveBytes() as memory:
         decoder.most_likely(states)
         for part in decoder.chunks(states):
@@ -153,4 +153,4 @@ def test_generation_and_divergence_hold_the_logits_of_a_few_positions() -> None:
                 base_statistics(decoder.logits(states[part]), 100), decoder.logits(states[part])
             )
     assert memory.peak <= 3 * ELEMENTS * FLOAT
-    assert memory.peak < 600 * VOCABULARY * FLOAT / 20
+    assert memory.peak < 800 * VOCABULARY * FLOAT / 20

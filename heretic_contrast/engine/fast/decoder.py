@@ -23,8 +23,8 @@ from ...vectors import to_device
 from ..compat import CACHE, Cache, shares_its_cache
 from ..cpu.layers import fast_on_cpu
 
-ELEMENTS = 2**21
-"""Logits that are held at the same time."""
+ELEMENTS = 2**23
+"""Logits that are held at the same time: fewer positions would share a pass over the head's weights on a CPU."""
 
 LEAST_POSITIONS = 256
 """Positions whose logits are held at the same time in any case, elsewhere than on a CPU."""

@@ -23,14 +23,14 @@ from ..compat import Cache, join, new_cache, select_rows
 from ..interface import Continuations
 from .decoder import Decoder, LayerInput, TokenBatch
 
-CPU_ELEMENTS_PER_PASS = 2**19
+CPU_ELEMENTS_PER_PASS = 2**18
 """Elements of the hidden states in one pass on a CPU, where they should stay in the cache from one layer to the next."""
 
 DEVICE_TOKENS_PER_PASS = 2**14
 """Tokens of one pass elsewhere, which are enough to keep a GPU busy: long prompts are read fewer at a time."""
 
-CPU_TOKENS_PER_PASS = 1536
-"""Tokens of one pass on a CPU that are allowed in any case, so that a pass over the weights is shared by enough of them."""
+CPU_TOKENS_PER_PASS = 512
+"""Tokens of one pass on a CPU that are allowed in any case: enough to share a pass over the weights, and of few lengths, so that little is padding."""
 
 
 @dataclass(frozen=True)
