@@ -16,7 +16,9 @@ from tests.contract.standin import load_class, load_plugin
 PACKAGE = Path(heretic_contrast.__file__).parent
 
 
-@pytest.mark.parametrize("file", ["modifier.py", "__init__.py"])
+@pytest.mark.parametrize(
+    "file", [pytest.param("modifier.py", marks=pytest.mark.slow), "__init__.py"]
+)
 def test_modifier(file: str, run: Any) -> None:
     run.restore(run.trials[0])
     expected = run.factors()

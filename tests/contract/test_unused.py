@@ -154,6 +154,7 @@ def test_dashes_in_names(folder: Path) -> None:
             load_settings(HostSettings, "heretic-contrast", ["--model", MODEL])
 
 
+@pytest.mark.slow
 def test_a_sentence_that_ends_heretic_20_gives_the_exit_code_2() -> None:
     program = (
         "from heretic_contrast.errors import ContrastError\n"
@@ -168,7 +169,9 @@ def test_a_sentence_that_ends_heretic_20_gives_the_exit_code_2() -> None:
     assert ended.stdout.strip() == "Error: This does not work: [do] that."
 
 
-@pytest.mark.parametrize("kind", ["ContrastError", "ValueError"])
+@pytest.mark.parametrize(
+    "kind", ["ContrastError", pytest.param("ValueError", marks=pytest.mark.slow)]
+)
 def test_optuna_shows_no_traceback_of_a_sentence_that_ends_a_trial(kind: str) -> None:
     program = (
         "import optuna\n"

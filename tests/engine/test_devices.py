@@ -153,6 +153,7 @@ def measured(model: LanguageModel) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_layers_on_two_devices_without_float64(name: str) -> None:
     require_the_same(name, SECOND_APPLE)

@@ -40,7 +40,9 @@ def little_memory(model: LanguageModel, n_rows: int, n_cached: int = 1000) -> It
         handle.remove()
 
 
-@pytest.mark.parametrize("limits", [(3, 1000), (2, 1000), (1000, 2)])
+@pytest.mark.parametrize(
+    "limits", [(3, 1000), pytest.param((2, 1000), marks=pytest.mark.slow), (1000, 2)]
+)
 @pytest.mark.parametrize("kind", [PlainEngine, FastEngine])
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen3_5", marks=pytest.mark.slow)])
 def test_results_do_not_depend_on_memory(

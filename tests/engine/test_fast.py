@@ -179,6 +179,7 @@ def check_responses(
     return engine
 
 
+@pytest.mark.slow
 def test_responses_do_not_depend_on_what_is_generated_together(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ def logits_alone(model: LanguageModel, prompt: Tokens, tokens: Tokens) -> torch.
     return model.model(input_ids=torch.tensor([prompt + tokens])).logits[0, -len(tokens) - 1 : -1]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_5"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen3_5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shares_prefix", [True, False])
 def test_trials_are_computed_right_in_any_order(architecture: str, shares_prefix: bool) -> None:
     options = {} if architecture == "llama" else {"layer_types": None}

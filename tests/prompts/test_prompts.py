@@ -312,6 +312,10 @@ def pool(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, list[Prom
     return str(path), [Prompt(text, category) for text, category in written]
 
 
+FEW_POOLS = pytest.mark.parametrize("pool", list(FORMATS)[::6], indirect=True)
+"""For what takes longer, and reads as the others do."""
+
+
 def host_settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> HostSettings:
     monkeypatch.setattr(sys, "argv", [])
     return load_settings(HostSettings, "heretic-contrast", [*arguments, "--model=builtin:refuser"])
@@ -358,6 +362,7 @@ def sweep_settings() -> Any:
         return load_settings(SweepSettings, "sweep", ["builtin:refuser", *flags, *pools])
 
 
+@FEW_POOLS
 def test_evaluation_pools_of_a_sweep(
     pool: tuple[str, list[Prompt]], sweep_settings: Any, tmp_path: Path
 ) -> None:
@@ -425,6 +430,7 @@ def heretic_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return model
 
 
+@FEW_POOLS
 def test_evaluation_pools_of_run(pool: tuple[str, list[Prompt]], heretic_model: Any) -> None:
     """What Heretic's own evaluator asks the model."""
 

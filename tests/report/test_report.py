@@ -61,6 +61,13 @@ from tests.made_directions import make_directions, random_tensor
 WEIGHTS = (0.3, 0.5, 1.2)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the drawing of figures to tests that look at them."""
+
+    monkeypatch.setattr(plots, "to_png", lambda figure: b"")
+
+
 def measurement(refusals: int, divergence: float) -> Measurement:
     return Measurement(
         refusals=refusals,
@@ -250,7 +257,7 @@ def test_figures_that_are_not_zero_are_not_shown_as_that() -> None:
     assert "1000 of 1000 harmful prompts (99.62–100%)" in summary(many)[0]
 
 
-def test_the_page_says_what_was_ablated_and_who_judged() -> None:
+def test_the_page_says_what_was_ablated_and_who_judged(undrawn: None) -> None:
     result = make_sweep()
     measured = make_geometry()
     page = to_html(sweep_report(result, *measured))
@@ -380,7 +387,7 @@ def test_files_of_a_sweep(written: tuple[Path, list[Any]], tmp_path: Path) -> No
 
 
 def test_nothing_of_an_earlier_sweep_stays_among_the_files_of_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undrawn: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, capture_and_geometry = make_sweep(), make_geometry()
     write_sweep_report(first, tmp_path, nothing, *capture_and_geometry)
@@ -496,7 +503,9 @@ def test_extraction_report(tmp_path: Path) -> None:
     assert page.open == [] and "bad.jsonl, good.csv" in page.text
 
 
-def test_nothing_of_an_earlier_extraction_stays_among_the_files_of_another(tmp_path: Path) -> None:
+def test_nothing_of_an_earlier_extraction_stays_among_the_files_of_another(
+    undrawn: None, tmp_path: Path
+) -> None:
     capture, geometry = make_geometry()
     extracted = {
         name: make_directions(random_tensor(4, 3, 16, seed=seed))
@@ -672,7 +681,7 @@ def opened(page_text: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def test_every_count_opens_its_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_count_opens_its_responses(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     result = make_sweep()
     refusing = "I'm sorry, but I can't help with that."
     marked = replace(

@@ -103,23 +103,20 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        (["--trials=3"], "trials 2 instead of 3"),
-        (["--startup-trials=2"], "startup_trials 1 instead of 2"),
-        (["--tokens=9"], "tokens 24 instead of 9"),
-        (["--judged=9"], "judged 8 instead of 9"),
-        (["--batch-size=9"], "batch_size 64 instead of 9"),
-        (["--options=--kl-divergence-target=1"], "--options [] instead of ['--kl-d"),
-        (["--model=other"], "model builtin:refuser instead of other"),
-        (["--harmful=prompts.txt"], "with prompts "),
-        (["--add=x=--b"], "its options ['--a'] instead of ['--b']"),
-    ],
-)
+CHANGES = [
+    ("--trials=3", "trials 2 instead of 3"),
+    ("--startup-trials=2", "startup_trials 1 instead of 2"),
+    ("--tokens=9", "tokens 24 instead of 9"),
+    ("--judged=9", "judged 8 instead of 9"),
+    ("--batch-size=9", "batch_size 64 instead of 9"),
+    ("--options=--kl-divergence-target=1", "--options [] instead of ['--kl-d"),
+    ("--model=other", "model builtin:refuser instead of other"),
+    ("--harmful=prompts.txt", "with prompts "),
+    ("--add=x=--b", "its options ['--a'] instead of ['--b']"),
+]
+
+
 def test_results_are_not_taken_for_those_of_other_settings(
-    changed: list[str],
-    said: str,
     ran: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -136,13 +133,18 @@ def test_results_are_not_taken_for_those_of_other_settings(
     lost = Path("out/studies/x-0/result.json")
     del before[lost]
     lost.unlink()
-    with pytest.raises(SystemExit) as stopped:
-        search.main([*small, *([] if "--add=x=--b" in changed else ["--add=x=--a"]), *changed])
-    error = capsys.readouterr().err
-    folder = "x-0" if "--add=x=--b" in changed else "heretic-0"
-    assert stopped.value.code == 2 and len(ran) == 3 and said in error
-    assert f"studies/{folder} holds" in error and error.endswith("or delete this folder.\n")
-    assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for changed, said in CHANGES:
+        is_added = changed.startswith("--add")
+        with pytest.raises(SystemExit) as stopped:
+            search.main([*small, *([] if is_added else ["--add=x=--a"]), changed])
+        error = capsys.readouterr().err
+        folder = "x-0" if is_added else "heretic-0"
+        assert stopped.value.code == 2 and len(ran) == 3 and said in error
+        assert f"studies/{folder} holds" in error and error.endswith("or delete this folder.\n")
+        assert before == {
+            path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()
+        }
 
 
 def test_results_of_an_earlier_version_are_not_taken_for_those_of_any_settings(
