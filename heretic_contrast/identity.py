@@ -181,7 +181,8 @@ def _tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
 
     own = {
         **dict(module.named_parameters(recurse=False)),
-        **dict(module.named_buffers(recurse=False)),
+        # Under all its names: dynamic frequencies are one tensor with those that they begin with, or two.
+        **dict(module.named_buffers(recurse=False, remove_duplicate=False)),
     }
     if type(module)._save_to_state_dict is not Module._save_to_state_dict:
         if type(own.get("weight")).__name__ == "Params4bit":

@@ -222,6 +222,9 @@ def test_what_was_read_last_is_no_property_of_the_model(rope_type: str) -> None:
     assert not network.model.rotary_emb.inv_freq.equal(frequencies)
     # The configuration tells how they grow.
     assert weights_digest(network) == before == weights_digest(plain)
+    # A short prompt brings back those that it begins with: two names of one tensor.
+    network(torch.arange(4)[None])
+    assert weights_digest(network) == before
 
 
 def test_shape_and_type_belong_to_the_weights() -> None:
