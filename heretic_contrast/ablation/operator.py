@@ -253,13 +253,13 @@ def equalize(
     removed = effective_weight(compose(vectors, weights, Composition.SUM))
     if removed == 0:
         return weights
-    if composition == Composition.SUM:
-        return weights * (largest / removed)
-    if composition == Composition.CAPPED:
+    if composition != Composition.SEQUENTIAL:
         # What is capped does not compound, and only falls short of its cap where directions are short.
-        return weights * max(1.0, largest / removed)
-    # The factor at which the longest direction alone removes its weight, and the others add to it.
-    low, high = 0.0, 1 / float(vectors.to(torch.float64).norm(dim=1).max() ** 2)
+        least = 1.0 if composition == Composition.CAPPED else 0.0
+        return weights * max(least, largest / removed)
+    # The factor at which the strongest direction alone removes the largest weight, and the others add to it.
+    strengths = weights.abs().cpu() * vectors.to(torch.float64).cpu().square().sum(dim=1)
+    low, high = 0.0, largest / float(strengths.max())
     if effective_weight(compose(vectors, weights * high, composition)) <= largest:
         return weights * high
     for _ in range(50):

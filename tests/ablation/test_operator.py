@@ -121,6 +121,14 @@ def test_equalized_directions_remove_the_largest_weight_however_they_are_compose
     assert float(torch.linalg.matrix_norm(removed, ord=2)) == pytest.approx(0.9, rel=1e-5)
 
 
+def test_a_long_direction_of_small_weight_holds_no_other_back() -> None:
+    # At right angles each removes its weight times its squared length: 64 and 14.4, so that a factor of 1 / 64 makes the larger 1.
+    vectors = torch.eye(2, HIDDEN) * torch.tensor([[8.0], [12.0]])
+    for composition in ("sum", "sequential"):
+        equal = equalize(vectors, torch.tensor([1.0, 0.1]), composition)
+        assert torch.allclose(equal, torch.tensor([1 / 64, 0.1 / 64]))
+
+
 def test_directions_that_undo_each_other_remove_less() -> None:
     # Twice the same at 1.2: 1 − (1 − 1.2)² = 0.96, which no factor brings to 1.2.
     vectors = torch.nn.functional.normalize(torch.ones(2, HIDDEN), dim=1)
