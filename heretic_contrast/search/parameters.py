@@ -131,6 +131,10 @@ def configuration_digest(directions: Directions, settings: Mapping[str, Any]) ->
         **{name: directions.provenance.get(name) for name in ("settings", "prompts", "identity")},
         "ablation": dict(settings),
     }
+    equalizes = settings.get("equal_effective_weight") and settings["composition"] != "sum"
+    if equalizes or directions.has_shared:
+        # Earlier versions equalized every composition as a sum, and mixed directions around a shared one otherwise between layers.
+        content["revision"] = 2
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

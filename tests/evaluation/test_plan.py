@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from heretic_contrast.ablation.operator import Composition
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.sources import DirectionSources
 from heretic_contrast.errors import ContrastError
@@ -302,6 +303,15 @@ def test_compositions_are_told_apart_by_a_storage(tiny_llama: LanguageModel) -> 
         evaluator = SweepEvaluator(tiny_llama, plan, classify)
         identities.add(json.dumps(evaluator.identity(), sort_keys=True))
     assert len(identities) == 3
+
+
+def test_cells_that_were_equalized_as_a_sum_are_told_apart(tiny_llama: LanguageModel) -> None:
+    directions = random_directions(tiny_llama, 2, 1)
+    marks = {
+        composition: Configuration(directions, composition).key().get("equalized")
+        for composition in Composition
+    }
+    assert marks == {"sum": None, "sequential": 2, "capped": 2}
 
 
 def test_prompts_of_the_extraction_are_left_out_of_the_python_call() -> None:

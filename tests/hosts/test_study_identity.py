@@ -2,6 +2,7 @@
 
 """Trials of a study are not taken for those of another, which has the same settings."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -14,8 +15,11 @@ from optuna.trial import TrialState, create_trial
 
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.settings import HostSettings
+from heretic_contrast.search.parameters import configuration_digest
+from heretic_contrast.settings import ABLATION_FIELDS, ContrastSettings
 from tests.command_server import Server
 from tests.conftest import DATA
+from tests.made_directions import make_directions, random_tensor
 from tests.small_runs import COMMON, pools
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
@@ -135,6 +139,30 @@ def test_what_is_written_beside_a_model_is_no_part_of_it(
     assert HostSettings().study_checkpoint_dir == before
     (files / "prompts.txt").write_text("Another one")
     assert HostSettings().study_checkpoint_dir != before
+
+
+@pytest.mark.parametrize("is_equal", [False, True])
+@pytest.mark.parametrize("composition", ["sum", "sequential", "capped"])
+@pytest.mark.parametrize("first", ["fraud", "shared"])
+def test_trials_that_earlier_versions_meant_otherwise_have_another_digest(
+    first: str, composition: str, is_equal: bool
+) -> None:
+    settings = ContrastSettings(
+        classes="category",  # type: ignore[arg-type]
+        composition=composition,  # type: ignore[arg-type]
+        equal_effective_weight=is_equal,
+    ).model_dump(mode="json", include=ABLATION_FIELDS)
+    made_with = {"settings": {"shared_direction": first == "shared"}}
+    directions = make_directions(
+        random_tensor(3, 2, 8), names=(first, "theft"), provenance=made_with
+    )
+    # What they digested.
+    content = {"names": [first, "theft"], **made_with, "prompts": None, "identity": None}
+    text = json.dumps({**content, "ablation": settings}, sort_keys=True)
+    is_the_same = hashlib.sha256(text.encode()).hexdigest()[:16] == configuration_digest(
+        directions, settings
+    )
+    assert is_the_same == (first == "fraud" and not (is_equal and composition != "sum"))
 
 
 def test_trials_measured_on_something_else_are_refused() -> None:
