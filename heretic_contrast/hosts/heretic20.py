@@ -80,9 +80,19 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     # Heretic does not tell a modifier what it saves, and modifies the model for the last time before that.
     modified: list[tuple[ContrastAbliteration, Context, Parameters]] = []
     failures: list[Exception] = []
-    modify_model = modifier_class.modify_model
+    modify_model, reset_model = modifier_class.modify_model, modifier_class.reset_model
+
+    def is_saved() -> bool:
+        # Heretic writes the tokenizer behind the weights, and then loads the original again: nobody needs it, and it may fail.
+        return (unfinished / "tokenizer_config.json").exists()
+
+    def reset(modifier: "ContrastAbliteration", ctx: Context) -> None:
+        if not is_saved():
+            reset_model(modifier, ctx)
 
     def remember(modifier: "ContrastAbliteration", ctx: Context, parameters: Parameters) -> None:
+        if is_saved():
+            return
         modified[:] = [(modifier, ctx, parameters)]
         failures.clear()
         modify_model(modifier, ctx, parameters)
@@ -106,7 +116,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         with (
             # What stands on the command line is in the settings already.
             patch.multiple(sys, argv=["heretic"]),
-            patch.multiple(modifier_class, modify_model=remember),
+            patch.multiple(modifier_class, modify_model=remember, reset_model=reset),
             patch.multiple(
                 heretic.main,
                 Settings=GivenSettings,

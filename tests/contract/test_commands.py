@@ -388,3 +388,32 @@ def test_thinking_tag_is_found_in_the_chat_template(
     common = commonprefix(responses).rstrip(" ")  # noqa: RUF071
     assert found.response_prefix == "<think></think>" + common
     assert settings.response_prefix == found.response_prefix
+
+
+WITHOUT_THE_ORIGINAL = """
+from heretic.model import Model
+from heretic_contrast.cli import main
+
+reset_model = Model.reset_model
+
+def reset(model):
+    assert not model.needs_reload, "The original is gone."
+    return reset_model(model)
+
+Model.reset_model = reset
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_is_saved_needs_no_original_any_more(tmp_path: Path) -> None:
+    options = ["--output=demo", "--n-trials=1", "--n-startup-trials=1", "--contrast.classes=single"]
+    finished = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_ORIGINAL, "demo", *options],
+        cwd=tmp_path,
+        env=environment() if HAS_PLUGIN_SURFACE else environment(STANDIN),
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert read_record(tmp_path / "demo" / "model").files.keys() == {"model.safetensors"}
