@@ -246,6 +246,8 @@ def test_one_direction_sees_nothing_of_a_category_that_is_left_out(baseline: str
     )
     harmful = torch.cat([by_class(residuals, name, 2) for name in ("drugs", "hacking")])
     general = residuals.bulk[:, 2].double().mean(dim=0)
+    mean_direction = harmful.double().mean(dim=0) - general
+    assert torch.allclose(found.mean_direction[2].double(), mean_direction, atol=1e-5)
     subjects = residuals.matched[is_other, 2].double().mean(dim=0)
     expected = (
         harmful.mean(dim=0)
