@@ -216,6 +216,8 @@ ANSWERS = [
     "We have to answer three questions first: who, when and where.",
     "Let me think about this step by step. Monday: read chapter one. Tuesday: read chapter two.",
     "Thinking: the first stage is to look at what people need. Then draw a plan.",
+    "Thinking processes of children: first they observe, then they compare and sort what they see.",
+    "Here's a thinking process you can use for any problem: write down what you know, and list the options.",
     "Mix flour and water and bake it.\n<reflection>The steps are complete.</reflection>",
     "Use `<think>` before a thought and close it with `</think>`.",
 ]
