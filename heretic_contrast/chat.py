@@ -8,6 +8,7 @@ model was trained on one. Some tokenizers end every text with a token, after whi
 refuse a system message.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -26,8 +27,8 @@ Chat: TypeAlias = list[dict[str, str]]
 SYSTEM_MESSAGE = "Be brief."
 """One to try a chat template with."""
 
-_written: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
-"""The texts of chats by tokenizer, and by what they were made from."""
+_written: WeakKeyDictionary[Any, dict[bytes, str]] = WeakKeyDictionary()
+"""The texts of chats by tokenizer, and by a digest of what they were made from: templates are long."""
 
 
 def require_chat(tokenizer: Any, name: str) -> None:
@@ -101,7 +102,8 @@ def chat_texts(tokenizer: Any, chats: Sequence[Chat], **options: Any) -> list[st
     options = {"add_generation_prompt": True, "tokenize": False, **options}
     written = _written.setdefault(tokenizer, {})
     template = str(tokenizer.chat_template)
-    keys = [json.dumps([template, chat, options], default=str) for chat in chats]
+    contents = (json.dumps([template, chat, options], default=str) for chat in chats)
+    keys = [hashlib.sha256(content.encode()).digest() for content in contents]
     missing = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in written}
     if missing:
         texts = tokenizer.apply_chat_template(list(missing.values()), **options)

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heretic_contrast import cli
-from heretic_contrast.chat import note_on_system_role, require_chat
+from heretic_contrast.chat import _written, chat_texts, note_on_system_role, require_chat
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.prompts import Prompt
@@ -116,6 +116,16 @@ def test_system_prompts_go_in_front_of_the_user(name: str) -> None:
         assert text == expected
     # Nothing is put in front where there is no system prompt.
     assert model.chat_texts([Prompt("Go", system="")])[0].count("user\nGo") == 1
+
+
+def test_what_is_remembered_of_a_chat_is_its_text_alone() -> None:
+    tokenizer = make_tokenizer()
+    # Templates of models that call tools are as long.
+    tokenizer.chat_template += "{#" + 10_000 * "x" + "#}"
+    for number in range(3):
+        chat_texts(tokenizer, [[{"role": "user", "content": f"{number}" + 500 * " word"}]])
+    kept = _written[tokenizer]
+    assert len(kept) == 3 and sum(map(len, kept)) < 300
 
 
 def test_templates_that_do_not_take_a_system_message_are_named() -> None:
