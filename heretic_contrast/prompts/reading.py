@@ -6,6 +6,7 @@ The one reader of prompts: rows of a dataset on the Hub, a saved dataset, a fold
 `datasets` reads the first two and says which files of a folder belong to which split; files are read by `formats`.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -169,7 +170,12 @@ def _folder(
 
     from .formats import read_file
 
-    builder = load_dataset_builder(str(path.resolve()), config)
+    place = path.resolve()
+    if re.search(r"[\[*?]|::", str(place)):
+        raise ContrastError(
+            f'The path of the folder {path} has "[", "*", "?" or "::", which is read as a pattern: rename it, or give a single file.'
+        )
+    builder = load_dataset_builder(str(place), config)
     labels = labels_of(builder.info.features or {})
 
     def read(files: Sequence[str]) -> Rows:

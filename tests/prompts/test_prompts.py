@@ -851,6 +851,8 @@ def test_refused_settings(
         ("empty", "could not be loaded from empty"),
         ("pickles", "could not be loaded from pickles"),
         ("docs", "docs has none of the columns text, prompt, instruction"),
+        ("pool[1]", 'The path of the folder pool[1] has "[", "*", "?" or "::"'),
+        ("a::b", 'The path of the folder a::b has "[", "*", "?" or "::"'),
     ],
 )
 def test_refused_places(
@@ -860,6 +862,8 @@ def test_refused_places(
     Path("empty").mkdir()
     write(Path("pickles/train.pkl"), pickle.dumps(LINES))
     write(Path("docs/sizes.json"), '{"hidden_size": 3}')
+    for name in ("pool[1]", "pool1", "a::b"):
+        write(Path(name, "train.jsonl"), json.dumps({"text": name}))
     assert expected in refusal(PromptSource(dataset=dataset))
 
 
