@@ -161,12 +161,14 @@ def run_audit(prompts: Sequence[Prompt], output: Path, cleaned: Path | None = No
 
 
 def rows_of(prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
-    """Yields a pool as JSON values: texts, or conversations where a prompt has a system prompt of its own."""
+    """Yields a pool as JSON values: texts, or conversations where a prompt has a system prompt of its own or looks like one."""
 
-    has_system = any(prompt.system is not None for prompt in prompts)
+    are_turns = any(
+        prompt.system is not None or prompt.text.lstrip().startswith("[{") for prompt in prompts
+    )
     for prompt in prompts:
         row: dict[str, Any] = {"text": prompt.text}
-        if has_system:
+        if are_turns:
             turns = {"system": prompt.system, "user": prompt.text}
             said = {role: content for role, content in turns.items() if content is not None}
             row = {"messages": [{"role": role, "content": text} for role, text in said.items()]}

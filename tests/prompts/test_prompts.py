@@ -1129,11 +1129,12 @@ def test_messages_name_settings(
 # What the product writes.
 
 
-def test_cleaned_pools_are_read_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["a", json.dumps([{"role": "user", "content": "b"}])])
+def test_cleaned_pools_are_read_again(text: str, tmp_path: Path) -> None:
     for system in (None, "Be kind."):
         prompts = [
             Prompt(text, category, system if index % 2 else None)
-            for index, (text, category) in enumerate(ROWS)
+            for index, (text, category) in enumerate([*ROWS, (text, None)])
         ]
         path = tmp_path / f"{system}.jsonl"
         run_audit(prompts, tmp_path, path)
