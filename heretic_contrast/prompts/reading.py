@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ContrastError
+from ..errors import ContrastError, warn
 from ..settings import PromptSource
 from .rows import FILE_SUFFIXES, Rows, arrow_rows, labels_of, suffix_of
 
@@ -173,9 +173,18 @@ def _folder(
     place = path.resolve()
     if re.search(r"[\[*?]|::", str(place)):
         raise ContrastError(
-            f'The path of the folder {path} has "[", "*", "?" or "::", which is read as a pattern: rename it, or give a single file.'
+            f'The path of the folder {path} has "[", "*", "?" or "::", a pattern that another folder may fit: rename it, or give files.'
         )
     builder = load_dataset_builder(str(place), config)
+    files = {Path(file) for split in builder.config.data_files.values() for file in split}
+    unread = sorted(
+        file.name
+        for file in set(place.iterdir()) - files
+        if suffix_of(file) in FILE_SUFFIXES and not file.name.startswith((".", "dataset_info"))
+    )
+    # One of several configurations is not meant to read them all.
+    if unread and builder.config.name == "default":
+        warn(f"{path} holds {', '.join(unread)}, which are not read: give each as a source.")
     labels = labels_of(builder.info.features or {})
 
     def read(files: Sequence[str]) -> Rows:

@@ -30,7 +30,7 @@ from heretic_contrast.builtin import matched_pool, refuser_pool
 from heretic_contrast.commands import audit as audit_command
 from heretic_contrast.commands.sweep import SweepSettings
 from heretic_contrast.directions.pools import load_pools
-from heretic_contrast.errors import ContrastError
+from heretic_contrast.errors import ContrastError, ContrastWarning
 from heretic_contrast.evaluation.capture import load_pairs
 from heretic_contrast.evaluation.plan import PreparedSweep, SweepSources
 from heretic_contrast.evaluation.results import Pair
@@ -865,6 +865,15 @@ def test_refused_places(
     for name in ("pool[1]", "pool1", "a::b"):
         write(Path(name, "train.jsonl"), json.dumps({"text": name}))
     assert expected in refusal(PromptSource(dataset=dataset))
+
+
+def test_what_is_not_read_of_a_folder_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "mixed" / "dataset_infos.json", "{}")
+    for name in ("a.jsonl", "b.jsonl", "c.txt", "d.csv", ".e.csv", "LICENSE"):
+        write(tmp_path / "mixed" / name, json.dumps({"text": name}))
+    with pytest.warns(ContrastWarning, match=r"mixed holds c\.txt, d\.csv, which are not read"):
+        pool = load_pool(PromptSource(dataset=str(tmp_path / "mixed")), "harmful")
+    assert pool == [Prompt("a.jsonl"), Prompt("b.jsonl")]
 
 
 # Columns.
