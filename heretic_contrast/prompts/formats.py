@@ -297,9 +297,11 @@ def _delimiter(text: str, delimiters: str) -> str:
 
 def _csv_header(text: str, delimiter: str) -> list[str]:
     try:
-        cells = next(
-            filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)), []
+        # A quotation may begin after a space.
+        reader = csv.reader(
+            io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True
         )
+        cells = next(filter(None, reader), [])
     except csv.Error:
         return []
     return [cell.strip() for cell in cells]

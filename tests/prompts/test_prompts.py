@@ -260,6 +260,10 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Written]] = {
         file("pool.csv", 'category, text\nfraud, "a, b"\ndrugs, c d\n, e\n'),
         [("a, b", "fraud"), ("c d", "drugs"), ("e", None)],
     ),
+    "spaces before quotation marks": (
+        file("pool.csv", '"text", "category"\n"a, b", "fraud"\n'),
+        [("a, b", "fraud")],
+    ),
     "spaces that are meant": (
         file("pool.csv", "category,text\nfraud, a\n"),
         [(" a", "fraud")],
