@@ -71,7 +71,8 @@ SEPARATOR = re.compile(rf'"?sep=([{ANY_DELIMITER}])"?(?=[\r\n])')
 """The line before the header that tells Excel how cells are separated."""
 
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
-LINE_END = re.compile(r"\r\n|\r|\n")
+LINE_END = re.compile(r"(?:\r\n|\r|\n)\ufeff?")
+"""The end of a line, with the byte order mark of another file that was put behind it."""
 
 
 def read_file(path: Path, columns: Collection[str]) -> Rows:

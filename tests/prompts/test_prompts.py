@@ -264,6 +264,10 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Written]] = {
         file("pool.csv", '"text", "category"\n"a, b", "fraud"\n'),
         [("a, b", "fraud")],
     ),
+    "texts that were put together": (
+        file("pool.txt", b"a\n\xef\xbb\xbfb\r\n\xef\xbb\xbf\nc"),
+        [("a", None), ("b", None), ("c", None)],
+    ),
     "spaces that are meant": (
         file("pool.csv", "category,text\nfraud, a\n"),
         [(" a", "fraud")],
