@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import torch.nn.functional as F
 from pydantic import Field, TypeAdapter, ValidationError
+from rich.markup import escape
 from torch import Tensor
 
 from ..ablation.writers import EMBEDDINGS
@@ -85,7 +86,8 @@ class Parameters:
                 if component != EMBEDDINGS or name == "max_weight":
                     shown[f"{component}.{name}"] = f"{value:.2f}"
         for name, value in self.scales.items():
-            shown[f"scale.{name}"] = f"{value:.2f}"
+            # Heretic prints names as markup; in Markdown, a bracket that is escaped is the same.
+            shown[f"scale.{escape(name)}"] = f"{value:.2f}"
         return shown
 
     @classmethod

@@ -20,6 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from pydantic import ValidationError
 from questionary import Choice
+from rich.text import Text
 
 heretic_main = pytest.importorskip("heretic.main")
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
@@ -318,6 +319,14 @@ def test_parameters_survive_json() -> None:
     restored = Parameters.from_dict(json.loads(json.dumps(parameters.to_dict())))
     assert restored == parameters
     assert all(isinstance(value, str) for value in parameters.to_presentation_dict().values())
+
+
+def test_names_of_directions_are_no_markup() -> None:
+    names = ("a [/x]", "b [c]", "b [d]", "[bold]")
+    shown = Parameters(None, {}, dict.fromkeys(names, 0.5)).to_presentation_dict()
+    # As Heretic prints them.
+    lines = [Text.from_markup(f"{name} = [bold]{value}[/]").plain for name, value in shown.items()]
+    assert lines == ["direction_index = per layer", *(f"scale.{name} = 0.50" for name in names)]
 
 
 def test_directions_after_svd_are_per_layer_only() -> None:
