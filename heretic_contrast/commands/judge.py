@@ -2,6 +2,7 @@
 
 """`heretic-contrast judge`: gives tiers to the responses of a file, and compares them with people's."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..files import write_text_atomically
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
 from ..outputs import json_lines, require_writable_file
+from ..prompts import is_text
 from ..prompts.formats import read_file
 from ..settings import TextClassifierSettings
 from ..tiers.agreement import TIERS_OF_LABELS, Agreement
@@ -63,6 +65,10 @@ def read_rows(settings: JudgeSettings) -> list[dict[str, Any]]:
         if not isinstance(cells.get(key), str):
             raise ContrastError(
                 f'{place} has no text under "{key}": name the key by --response-key.'
+            )
+        if not is_text(json.dumps(dict(cells), ensure_ascii=False, default=str)):
+            raise ContrastError(
+                f"{place} holds half a character, which cannot be written: correct it."
             )
         rows.append(dict(cells))
     if not rows:

@@ -155,6 +155,8 @@ def test_what_another_judge_found_is_not_kept_in_part(tmp_path: Path) -> None:
         ('{"prompt": "p", "response": "r"}\n{"prompt": "p"\n', "Line 2 of .* is not JSON"),
         ('{"prompt": "p"}', 'Line 1 of .* has no text under "response"'),
         ('{"response": "r", "label": "odd"}', 'the label "odd"'),
+        ('{"response": "\\ud83d"}', "Line 1 of .* holds half a character"),
+        ('{"response": "r", "more": ["\\ud83d"]}', "Line 1 of .* holds half a character"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
