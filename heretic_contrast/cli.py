@@ -52,6 +52,9 @@ COMMANDS: dict[str, str] = {
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What the operating system says where nothing more can be written."""
 
+UNUSABLE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+"""What it says where a place cannot even be looked at."""
+
 
 def sentence_of(error: BaseException) -> str | None:
     """Returns what the user is told about an error, or None where it is a mistake of the program."""
@@ -62,6 +65,8 @@ def sentence_of(error: BaseException) -> str | None:
         # Libraries write caches, and the output itself may go to a file.
         where = "" if error.filename is None else f" while writing {error.filename}"
         return f"The disk is full or cannot be written to ({error.strerror}{where}): make room, and run the same command again."
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
+        return f"{error.filename} cannot be used ({error.strerror}): give another place."
     return None
 
 

@@ -2,6 +2,7 @@
 
 """Damaged files, full disks and read-only places: a sentence, the good copy kept, and the next run works."""
 
+import errno
 import os
 import random
 import subprocess
@@ -508,6 +509,29 @@ def test_a_folder_where_a_file_should_be_is_named(
         (tmp_path / name).mkdir()
     error = refused(arguments)
     assert "folder is a directory" in error or "summary.json is a directory" in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["judge", "{}"],
+        ["rebuild", "{}"],
+        ["demo", "--output={}"],
+        ["extract", "builtin:refuser", "--output={}"],
+        ["--contrast.save-directions={}", "--model=builtin:refuser", "--model-action=none"],
+        ["--contrast.warm-start={}", "--model=builtin:refuser", "--model-action=none"],
+    ],
+)
+def test_a_name_that_is_too_long_is_a_sentence(refused: Refused, arguments: list[str]) -> None:
+    name = "a" * 300
+    assert name in refused([argument.format(name) for argument in arguments])
+
+
+def test_a_place_that_may_not_be_entered_is_a_sentence() -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", "locked/file")
+    sentence = "locked/file cannot be used (Permission denied): give another place."
+    assert cli.sentence_of(error) == sentence
+    assert cli.sentence_of(FileNotFoundError(errno.ENOENT, "No such file", "file")) is None
 
 
 def test_output_to_a_full_disk_is_a_sentence() -> None:
