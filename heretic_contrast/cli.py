@@ -115,6 +115,9 @@ def main() -> None:
     """
 
     show_warnings_as_sentences()
+    if sys.stdout is None:
+        # It was closed, and nobody misses what goes there.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     show_every_character()
     arguments = sys.argv[1:]
     command = "run"

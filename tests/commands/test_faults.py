@@ -534,6 +534,18 @@ def test_a_place_that_may_not_be_entered_is_a_sentence() -> None:
     assert cli.sentence_of(FileNotFoundError(errno.ENOENT, "No such file", "file")) is None
 
 
+def test_output_may_be_closed() -> None:
+    completed = subprocess.run(
+        [sys.executable, "-c", "from heretic_contrast.cli import main; main()", "doctor", "please"],
+        cwd=ROOT,
+        preexec_fn=lambda: os.close(1),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("Error: ") and len(completed.stderr.splitlines()) == 1
+
+
 def test_output_to_a_full_disk_is_a_sentence() -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
