@@ -431,11 +431,18 @@ SettingsType = TypeVar("SettingsType", bound=BaseSettings)
 
 
 def file_table(*path: str) -> str | None:
-    """Returns the table of `config.toml` that a setting, such as "contrast", "seed", stands in, or None where a flag replaces it."""
+    """
+    Returns the table of `config.toml` that a setting, such as "contrast", "seed", stands in, or None where a flag replaces it.
+
+    An environment variable that replaces it takes the place of the table.
+    """
 
     flag = f"--{'.'.join(path)}".replace("_", "-")
     if any(word.startswith(flag) for word in sys.argv):
         return None
+    variable = f"HERETIC_{'.'.join(path)}".upper()
+    if variable in map(str.upper, os.environ):
+        return f"the environment variable {variable}"
     config = config_file()
     tables = {"config.toml": config}
     if path[0] == "contrast":

@@ -121,6 +121,16 @@ def test_configurations_that_would_be_misread(
     assert expected in refused(["--model", "builtin:refuser", *arguments])
 
 
+def test_environment_variables_are_named(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.toml").write_text("n_trials = 3\n")
+    monkeypatch.setenv("HERETIC_N_TRIALS", "abc")
+    named = 'The setting "n_trials" in the environment variable HERETIC_N_TRIALS does not work'
+    assert named in refused(["--model=builtin:refuser"])
+    assert "--n-trials does not work" in refused(["--model=builtin:refuser", "--n-trials=x"])
+
+
 def test_a_pool_cannot_be_harmful_and_harmless(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
