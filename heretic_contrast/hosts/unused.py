@@ -10,8 +10,10 @@ tables of other plugins are nobody's business here.
 import difflib
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic_settings import BaseSettings, TomlConfigSettingsSource
@@ -65,6 +67,8 @@ class TomlSource(TomlConfigSettingsSource):
             super().__init__(settings_cls, toml_file="config.toml")
         except (ValueError, OSError, RecursionError) as error:
             reason = one_line(str(error))
+            if isinstance(error, ValueError) and Path("config.toml").read_bytes()[:3] == BOM_UTF8:
+                reason = "it begins with a byte order mark, which TOML has none of"
             raise ContrastError(
                 f"config.toml in the current directory cannot be read ({reason}): correct or remove it."
             ) from error

@@ -121,6 +121,13 @@ def test_configurations_that_would_be_misread(
     assert expected in refused(["--model", "builtin:refuser", *arguments])
 
 
+def test_a_byte_order_mark_is_named(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("n_trials = 3\n", encoding="utf-8-sig")
+    assert "config.toml in the current directory cannot be read (it begins with a byte" in refused(
+        ["--model=builtin:refuser"]
+    )
+
+
 def test_environment_variables_are_named(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
