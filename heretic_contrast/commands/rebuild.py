@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..errors import ContrastError
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
-from ..hosts.model_folder import UNFINISHED
+from ..hosts.model_folder import CONFIGURATIONS, UNFINISHED
 from ..hosts.settings import CommandSettings, load_settings
 from ..outputs import require_writable_directory
 from ..processes import LOCK, alone_in
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(settings.output or folder.with_name(f"{folder.name}-rebuilt"))
     require_new(output)
     inside = folder == output.resolve() or folder in output.resolve().parents
-    if inside and any(folder.glob("*.safetensors")):
+    if inside and any((folder / name).exists() for name in CONFIGURATIONS):
         raise ContrastError(
             f"{output} lies in the folder of the record, which holds one model: give another --output."
         )

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
-from heretic_contrast.commands.rebuild import RebuildSettings
+from heretic_contrast.commands.rebuild import RebuildSettings, main
 from heretic_contrast.errors import ContrastError, ContrastWarning
 from heretic_contrast.hosts.model_folder import UNFINISHED
 from heretic_contrast.hosts.rebuilding import prepare
@@ -207,6 +207,19 @@ def test_a_record_of_a_stranger_decides_nothing_else(made: Made, tmp_path: Path)
     broken = record.model_copy(update={"settings": {"dtypes": 3}})
     with pytest.raises(ContrastError, match=r'setting that does not work here [(]"dtypes"'):
         prepare(broken, given)
+
+
+def test_directions_beside_a_record_are_no_model(made: Made, tmp_path: Path) -> None:
+    content = json.loads(made.record().to_json())
+    content["places"]["model"] = str(tmp_path / "gone")
+    (tmp_path / RECORD).write_text(json.dumps(content))
+    made.directions.save(tmp_path / "directions.safetensors")
+    arguments = [str(tmp_path), f"--output={tmp_path / 'again'}"]
+    with pytest.raises(ContrastError, match=r"The original model .* is gone"):
+        main(arguments)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ContrastError, match="lies in the folder of the record"):
+        main(arguments)
 
 
 @pytest.mark.slow
