@@ -17,7 +17,7 @@ from ..directions.sources import DirectionSources
 from ..errors import ContrastError, one_line, warn
 from ..identity import OF_THE_MODEL, differences, versions
 from ..prompts import prompts_digest
-from ..settings import PromptSource
+from ..settings import PromptSource, validation_error
 from .loading import ChatModel, LoadedContext, open_model
 from .model_folder import replaced_as_a_whole
 from .record import COMPUTING, OF_DIRECTIONS, OF_HERETIC, OF_THE_SEARCH, Made, Record
@@ -91,7 +91,11 @@ def prepare(record: Record, given: Any) -> tuple[RecordedSettings, DirectionSour
             export_strategy=record.export_strategy,
         )
     except ValidationError as error:
-        name = ".".join(str(part) for part in error.errors()[0]["loc"])
+        where = error.errors()[0]["loc"]
+        if where[:1] == ("contrast",) and not set(where[1:2]).isdisjoint(places):
+            # These may be edited.
+            raise validation_error(error, "the record", skip=1) from error
+        name = ".".join(map(str, where))
         raise ContrastError(
             f'The record holds a setting that does not work here ("{name}"): take that of the model again.'
         ) from error

@@ -222,6 +222,15 @@ def test_directions_beside_a_record_are_no_model(made: Made, tmp_path: Path) -> 
         main(arguments)
 
 
+def test_places_that_do_not_work_are_named(made: Made) -> None:
+    content = json.loads(made.record().to_json())
+    content["places"]["bad_prompts"]["colum"] = "text"
+    record = Record.model_validate_json(json.dumps(content))
+    named = 'no setting "colum" in "bad_prompts" in the record: did you mean "column"'
+    with pytest.raises(ContrastError, match=named):
+        prepare(record, RebuildSettings.model_construct(record=""))
+
+
 @pytest.mark.slow
 class TestCommand:
     """`heretic-contrast rebuild`, after a search through the real Heretic 1.4."""
