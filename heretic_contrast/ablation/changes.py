@@ -8,8 +8,8 @@ saved, the weights are changed once. docs/writers.md says why.
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -159,6 +159,19 @@ class Changes:
         self._hooks.close()
         self._kept.clear()
         self.first_layer = UNCHANGED
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Undoes the changes for as long as the context lasts."""
+
+        kept, first_layer = list(self._kept), self.first_layer
+        self.undo()
+        try:
+            yield
+        finally:
+            for layer, writer, operator, _ in kept:
+                self.add(layer, writer, operator)
+            self.first_layer = first_layer
 
     def add(self, layer: int, writer: Writer, operator: Operator) -> None:
         """Ablates what adapters do not: a writer, or its bias alone where it carries an adapter."""

@@ -59,7 +59,8 @@ def adapters_on_writers(
     Lets Heretic apply LoRA adapters to just the writers that can carry them, for as long as the context lasts.
 
     `model`: the wrapper around what Heretic has loaded. `changes`: what a trial changes besides, which a merge then changes as
-    well: see `merge`. An adapter that would not hold everything cannot be saved by itself afterwards.
+    well: see `merge`. With its adapters disabled the model is the original; one that would not hold everything cannot be saved by
+    itself afterwards.
     """
 
     def layer_modules(index: int) -> dict[str, list[Module]]:
@@ -85,6 +86,14 @@ def adapters_on_writers(
             )
 
         heretic_model.model.save_pretrained = refuse
+
+    @contextmanager
+    def disabled() -> Iterator[None]:
+        network = heretic_model.model
+        with type(network).disable_adapter(network), changes.suspended():
+            yield
+
+    heretic_model.model.disable_adapter = disabled
     heretic_model.get_merged_model = partial(merge, heretic_model, changes)
 
 

@@ -117,6 +117,22 @@ def test_nothing_of_a_direction_is_in_the_stream(name: str, tmp_path: Path) -> N
     assert torch.equal(logits(case.host.model, model), start)
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "Qwen3 MoE"])
+@torch.no_grad()
+def test_a_model_without_its_adapters_is_the_original(name: str, tmp_path: Path) -> None:
+    """Heretic's menu benchmarks it so, with biases, embeddings and experts that no adapter changes."""
+
+    case = make_case(name, tmp_path / "model", embeddings=True)
+    original = logits(case.host.model, case.plain)
+    case.modifier.modify_model(case.context, everything(case, 0.9, 0.4))
+    modified, first_layer = logits(case.host.model, case.plain), case.modifier.changes.first_layer
+    with case.host.model.disable_adapter():
+        assert torch.equal(logits(case.host.model, case.plain), original)
+    assert torch.equal(logits(case.host.model, case.plain), modified)
+    assert case.modifier.changes.first_layer == first_layer == -1
+    assert relative(modified, original) > 0.01
+
+
 @torch.no_grad()
 def test_a_table_of_embeddings_loses_the_operator() -> None:
     """By dense algebra, for several directions and weights below 1, behind a number that scales the embeddings."""
