@@ -43,13 +43,13 @@ Values = dict[str, Any]
 
 
 def measured(trial: FrozenTrial) -> Point | None:
-    """Returns what is minimized of a trial that was judged to its end, and None for any other, or one that Heretic found no number for."""
+    """Returns what is minimized of a trial that was judged to its end, and None for any other, or one that broke the model."""
 
     attributes = trial.user_attrs
     if trial.state is not TrialState.COMPLETE or {BOUND_KEY, EXCLUDED_KEY} & set(attributes):
         return None
     refusals = attributes.get(SUM_KEY, attributes["refusals"])
-    if math.isnan(attributes["kl_divergence"]):
+    if not math.isfinite(attributes["kl_divergence"]):
         return None
     point: Point = (refusals, attributes["kl_divergence"])
     return point if len(trial.values) == 2 else (*point, attributes[FALSE_KEY][0])

@@ -324,7 +324,7 @@ class Host:
             choices = front_choices(self.study.get_trials(deepcopy=False), choices)
             if isinstance(choices[0].value, str) and self.settings.trial_index is not None:
                 raise ContrastError(
-                    f"Every trial refuses more than {100 * (contrast.max_false_refusals or 0):g}% of the sensitive prompts: allow more of them "
+                    f"Every trial breaks the model, or refuses more than {100 * (contrast.max_false_refusals or 0):g}% of the sensitive prompts: allow more of them "
                     "(--contrast.max-false-refusals), or run more trials."
                 )
         if message == TRIAL_QUESTION and self.finalist_prompts:

@@ -3,6 +3,7 @@
 """The trials that a study of Heretic 1.4 begins with: from a sweep, or an earlier study."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values],
         index: (cell.measurement.refusals, cell.measurement.kl_divergence)
         for index, cell in enumerate(cells)
         if cell.measurement.refusals < sweep.baseline.refusals
+        and math.isfinite(cell.measurement.kl_divergence)
     }
     # Where some are named, the others and the embeddings were left alone.
     components = sweep.settings.get("components") or []

@@ -2,6 +2,7 @@
 
 """In which order a study makes its trials, with whom it shares them, and when it ends, without a model."""
 
+import math
 import threading
 import time
 from contextlib import nullcontext
@@ -147,10 +148,11 @@ def test_the_menu_tells_of_the_second_look() -> None:
 
 
 def test_what_broke_the_model_is_on_no_front() -> None:
-    """Plain Heretic gives a divergence that is no number a finite score."""
+    """Plain Heretic gives a divergence that is no number a finite score; the plugin's is infinite."""
 
-    attributes = {"refusals": 0, "kl_divergence": float("nan")}
-    assert measured(optuna.trial.create_trial(values=[0, 0], user_attrs=attributes)) is None
+    for divergence in (math.nan, math.inf):
+        attributes = {"refusals": 0, "kl_divergence": divergence}
+        assert measured(optuna.trial.create_trial(values=[0, 0], user_attrs=attributes)) is None
     attributes["kl_divergence"] = 0.5
     assert measured(optuna.trial.create_trial(values=[0, 0], user_attrs=attributes)) == (0, 0.5)
 

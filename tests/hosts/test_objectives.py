@@ -277,6 +277,7 @@ def test_the_menu_has_the_front_of_all_objectives() -> None:
         trial(3, 5, 0.3, 0),
         trial(4, 0, 0.0, 0, bound=2),
         trial(5, 0, 0.0, 0, excluded=0.25),
+        trial(6, 0, math.inf, 0),
     ]
     others = [Choice("Run additional trials", value="continue"), Choice("Exit program", value="")]
     found = front_choices(trials, [Choice("x", value=trials[0]), *others])

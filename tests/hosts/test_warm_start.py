@@ -3,6 +3,7 @@
 """What a study begins with, without a model."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,15 @@ def test_the_best_cells_of_a_sweep(tmp_path: Path) -> None:
         assert "direction_index" not in trial
 
 
+def test_no_cell_that_broke_the_model(tmp_path: Path) -> None:
+    path, found = tmp_path / "sweep.json", sweep()
+    broken = replace(found.cells[0], layers=(6,), measurement=measurement(0, math.inf))
+    whole = [cell for cell in found.cells if cell.measurement.refusals > 0]
+    path.write_text(replace(found, cells=(broken, *whole)).to_json())
+    first = first_trials(settings(path), MODEL)
+    assert [trial["component.max_weight_position"] for trial in first] == [4, 4]
+
+
 @pytest.mark.parametrize("lowest", [0.0, 0.2])
 def test_components_that_were_not_swept_are_left_alone(tmp_path: Path, lowest: float) -> None:
     path = tmp_path / "sweep.json"
@@ -136,7 +146,7 @@ def test_components_that_were_not_swept_are_left_alone(tmp_path: Path, lowest: f
 
 def test_the_front_of_an_earlier_study(tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
-    write_study(path, MODEL, [(3, 0.2), (4, 0.3), (1, 0.5), (3, 0.2)])
+    write_study(path, MODEL, [(3, 0.2), (4, 0.3), (1, 0.5), (3, 0.2), (0, math.inf)])
     found = first_trials(settings(path), MODEL)[0]
     assert [trial["x"] for trial in found] == [0.2, 0.0]
     # What its one direction had nothing of.
