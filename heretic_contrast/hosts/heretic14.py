@@ -24,7 +24,7 @@ import optuna
 import rich.traceback
 import torch
 from optuna import Trial, create_study
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
@@ -512,7 +512,9 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         require_other_folder(Path(settings.save_directory), settings.model)
     host = Host(settings, modifier_class)
     host.first_trials, host.first_identity = first_trials(settings.contrast, settings.model)
-    host.shared = open_shared(settings)
+    # Evaluating another model, Heretic opens a study that it does not look at.
+    is_evaluation = settings.evaluate_model is not None
+    host.shared = InMemoryStorage() if is_evaluation else open_shared(settings)
     # Heretic loads its model first, and then finds out that a pool cannot be read.
     pools = {name: host.pool(settings, name) for name in POOLS}
     harmful, harmless = pools["bad_evaluation_prompts"], pools["good_evaluation_prompts"]
@@ -524,7 +526,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         # A repeated prompt would make intervals too narrow.
         host.finalist_prompts = list(dict.fromkeys(pool))
         require_fresh(host.finalist_prompts, {prompt.text for prompt in harmful})
-    if settings.evaluate_model is None:
+    if not is_evaluation:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
         space = settings.contrast.search_space
         require_ranges(space, "direction", host.sources.names(""))

@@ -45,7 +45,7 @@ def own_checkpoints(settings: HostSettings) -> Iterator[None]:
     Raises `ContrastError` when another process has them, or one is damaged.
     """
 
-    if settings.contrast.storage is not None:
+    if settings.contrast.storage is not None or settings.evaluate_model is not None:
         yield
         return
     folder, action = Path(settings.study_checkpoint_dir), settings.checkpoint_action

@@ -54,7 +54,7 @@ from heretic_contrast.settings import (  # noqa: E402
     Sampler,
     Scale,
 )
-from tests.conftest import DATA, Refused  # noqa: E402
+from tests.conftest import DATA, Refused, small_pool  # noqa: E402
 from tests.made_directions import make_directions  # noqa: E402
 
 
@@ -479,6 +479,38 @@ def test_a_checkpoint_that_another_process_works_on_is_left_to_it(
         assert [item.name for item in folder.iterdir()] == [LOCK]
         path.write_text("begun")
     assert path.read_text() == "begun"
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_model_is_evaluated_without_any_study(
+    is_shared: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """While a search of the same settings works on one, too."""
+
+    pools = [
+        f"--{name}-evaluation-prompts.dataset={small_pool(tmp_path, pool, 'test', 1)}"
+        for name, pool in (("bad", "harmful"), ("good", "harmless"))
+    ]
+    journal = tmp_path / "study.journal"
+    ours = settings(
+        monkeypatch,
+        *pools,
+        f"--evaluate-model={DATA / 'refuser'}",
+        f"--study-checkpoint-dir={tmp_path / 'checkpoints'}",
+        *"--checkpoint-action=restart --batch-size=32 --max-response-length=4 --response-prefix=".split(),
+        *([f"--contrast.storage={journal}"] if is_shared else []),
+    )
+    path = Path(ours.study_checkpoint_dir) / "model.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("kept")
+    with alone_in(path.parent, "wait"), torch.no_grad():
+        heretic14.run(ours, ContrastAbliteration)
+    assert capsys.readouterr().out.count("* Refusals:") == 1
+    assert path.read_text() == "kept"
+    assert list(path.parent.iterdir()) == [path] and not journal.exists()
 
 
 @pytest.mark.parametrize("error", [NotImplementedError, OSError(95, "Not supported")])
