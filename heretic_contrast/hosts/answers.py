@@ -53,6 +53,8 @@ class Answers:
         self.describe = describe
         self.trial_was_chosen = False
         self.action_was_taken = False
+        self.is_by_hand = False
+        self.given_directory = settings.save_directory
         self.was_interrupted = False
         self.saved: Path | None = None
         self.was_uploaded = False
@@ -80,10 +82,13 @@ class Answers:
             log("The study is kept: give --checkpoint-action continue to choose a trial.")
             return ""
         if message == ACTION_QUESTION and settings.model_action is not None:
-            if self.action_was_taken:
+            if not self.action_was_taken:
+                self.action_was_taken = True
+                return ACTIONS[settings.model_action]
+            if settings.trial_index is not None:
                 return ""
-            self.action_was_taken = True
-            return ACTIONS[settings.model_action]
+            # Whoever chooses trials by hand may want another one, or more of this one.
+            self.is_by_hand = True
         if message == REPRODUCIBILITY_QUESTION:
             log("Reproducibility information is left out, since it could not rebuild this model.")
             return "none"
@@ -132,9 +137,9 @@ class Answers:
         return trials[index]
 
     def path(self, message: str) -> str:
-        """Returns the folder to save to, inside the one that is asked for. Raises `ContrastError` when that cannot be written to."""
+        """Returns the folder to save to, inside the one that is given once, or asked for. Raises `ContrastError` when that cannot be written to."""
 
-        answer = self.settings.save_directory
+        answer, self.given_directory = self.given_directory, None
         if answer is None:
             # No shell has looked at it.
             answer = os.path.expanduser(or_nothing(heretic.utils.prompt_path)(message) or "")
@@ -145,7 +150,7 @@ class Answers:
         require_other_folder(directory, self.settings.model)
         require_writable_directory(directory)
         self._saving.enter_context(alone_in(directory, "choose another folder"))
-        self.saved, self.unfinished = None, directory / UNFINISHED
+        self.unfinished = directory / UNFINISHED
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return str(self.unfinished)
 
@@ -171,7 +176,7 @@ class Answers:
     def format_exception(self, error: Exception) -> str:
         """Returns the message of an error; Heretic shows it and goes on, so that it is remembered here."""
 
-        if self.action_was_taken:
+        if self.action_was_taken and not self.is_by_hand:
             self.failure = error
         return escape(heretic.utils.format_exception(error))
 
@@ -199,7 +204,7 @@ class Answers:
         action, folder = self.settings.model_action, self.settings.save_directory
         is_done = self.was_uploaded if action == "upload" else self.saved is not None
         is_asked = action not in (None, "none") and self.settings.evaluate_model is None
-        if not is_asked or (self.failure is None and is_done):
+        if not is_asked or (is_done and (self.failure is None or self.is_by_hand)):
             return
         what = "uploaded" if action == "upload" else f"saved to {folder}" if folder else "saved"
         reason = ", since a question about it was not answered"

@@ -112,11 +112,11 @@ def test_another_trial_after_a_merged_model(
 
 
 def headless(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Answers:
-    """Answers whose action was taken."""
+    """Answers whose action was taken with the first trial, unless trials are chosen by hand."""
 
     monkeypatch.setattr(sys, "argv", ["heretic-contrast"])
     answers = Answers(
-        HostSettings(model="builtin:refuser", **options),
+        HostSettings(**{"model": "builtin:refuser", "trial_index": 0, **options}),
         lambda folder: (folder / RECORD).write_text("{}"),
     )
     assert answers.select(ACTION_QUESTION, [])
@@ -168,6 +168,28 @@ def test_an_upload_after_which_another_model_is_there(monkeypatch: pytest.Monkey
     assert str(error.value) == (
         "The model was not uploaded to its end: It has become another model: start again."
     )
+
+
+def test_another_trial_that_is_chosen_by_hand_asks_what_to_do_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / "given", tmp_path / "asked"]
+    answers = headless(
+        monkeypatch, trial_index=None, model_action="save", save_directory=str(folders[0])
+    )
+    monkeypatch.setattr(heretic_utils, "prompt_path", lambda *_: str(folders[1]))
+    monkeypatch.setattr(heretic_utils, "prompt_select", lambda message, choices: choices[0])
+    for folder in folders:
+        unfinished = Path(answers.path("Path to the folder:"))
+        unfinished.mkdir()
+        answers.show(f"Model saved to {unfinished}.")
+        assert (folder / RECORD).exists()
+        assert answers.select(ACTION_QUESTION, [SAVE]) == SAVE
+    # What is given up, or fails, after the model was saved.
+    answers.path("Path to the folder:")
+    answers.format_exception(torch.OutOfMemoryError("no more"))
+    assert answers.select(ACTION_QUESTION, [EXIT]) == EXIT
+    answers.require_success()
 
 
 def test_heretic_prints_what_is_waited_for() -> None:
