@@ -26,10 +26,7 @@ from .journal import CheckedJournal, JournalLock
 from .processes import is_dead, this_process
 
 LEASE_SECONDS = 60.0
-"""How long the trials of a process that no longer renews its lease are left alone."""
-
-UNLEASED_SECONDS = 5.0
-"""How long a running trial may be without a lease, which a living process writes at once."""
+"""How long the trials of a process that does not renew its lease are left alone, or has none yet while it draws parameters."""
 
 LOCK_SECONDS = 10
 """After which time a lock that a killed process of another machine left behind is given up."""
@@ -130,7 +127,7 @@ class Leases:
         if lease is None:
             # Killed between taking it and the lease.
             started = trial.datetime_start
-            return started is None or time.time() - started.timestamp() > UNLEASED_SECONDS
+            return started is None or time.time() - started.timestamp() > LEASE_SECONDS
         worker = lease["worker"]
         process, _, _ = worker.rpartition(" ")
         if process == this_process():

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from contextlib import nullcontext
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -339,3 +340,13 @@ def test_an_error_in_a_shared_trial_ends_the_worker(tmp_path: Path) -> None:
     with pytest.raises(ContrastError, match="does not work"):
         worker.study.optimize(broken, n_trials=0)
     assert [trial.state for trial in worker.study.trials] == [TrialState.FAIL]
+
+
+def test_a_trial_that_takes_long_to_draw_is_left_alone() -> None:
+    """Before its lease is there, finished trials are drawn once more, which takes seconds for hundreds of them."""
+
+    leases = Leases(open_storage(None))
+    for age, is_abandoned in ((30, False), (61, True)):
+        trial = optuna.trial.create_trial(state=TrialState.RUNNING)
+        trial.datetime_start = datetime.now() - timedelta(seconds=age)
+        assert leases.is_abandoned(trial) == is_abandoned
