@@ -352,9 +352,16 @@ class Host:
         if self.settings.contrast.false_refusals == "objective":
             kwargs["directions"] = [*kwargs["directions"], kwargs["directions"][0]]
         study = create_study(*args, **kwargs)
-        self.study = study
+        self.study, settings = study, self.evaluator.settings
         if self.shared is not None:
             require_same_identity(study, self.settings, self.identity)
+            stored = json.loads(study.user_attrs.get("settings", "{}")).get("seed")
+            if stored not in (None, settings.seed):
+                # Another process has begun the study since this one has drawn a seed.
+                settings.seed = stored
+                study.sampler = self.make_sampler(
+                    seed=stored, n_startup_trials=settings.n_startup_trials
+                )
         first = []
         if self.first_trials:
             # The parameters and their ranges are known from asking for them.
@@ -378,7 +385,6 @@ class Host:
                     f"  * [yellow]{moved} of them lie beyond what is searched, and are moved to other layers or weights at the nearest "
                     "end of its ranges: see --contrast.search-space.[/]"
                 )
-        settings = self.evaluator.settings
 
         def ended(n_trials: int) -> None:
             # So many, and no more, are what Heretic takes for a finished study, and adds more to where it is told to.

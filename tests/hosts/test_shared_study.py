@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -18,6 +19,12 @@ from tests.command_server import Server
 from tests.small_runs import COMMON, pools, study
 
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
+
+from heretic_contrast.hosts import heretic14
+from heretic_contrast.leases import open_storage
+from heretic_contrast.modifier import ContrastAbliteration
+from heretic_contrast.search.samplers import make_sampler
+from heretic_contrast.settings import Sampler
 
 
 def options(folder: Path, n_trials: int, *more: str) -> list[str]:
@@ -166,6 +173,33 @@ def test_a_study_goes_on_with_what_it_was_begun_with(
         require_same_identity(loaded, settings, {"weights": "a"})
         with pytest.raises(ContrastError, match="holds a study with other weights: give another"):
             require_same_identity(loaded, settings, {"weights": "b"})
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_processes_that_start_at_once_have_one_seed(
+    given: int | None, begun: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has begun the study, of seed 3, while this one was loading its model."""
+
+    settings = shared_settings(monkeypatch, begun, BEGUN[0])
+    settings.seed = given
+    host = heretic14.Host(settings, ContrastAbliteration)
+    host.shared, host.identity = open_storage(begun), {"weights": "a"}
+    # Heretic draws a seed where none is given.
+    host.evaluator = Mock(settings=settings.model_copy(update={"seed": given or 77}))
+    host.modifier = Mock(settings=settings.contrast, directions=Mock(aligned=True))
+    directions = ["minimize", "minimize"]
+    study = host.create_study(
+        study_name="heretic",
+        storage=host.shared,
+        directions=directions,
+        load_if_exists=True,
+        sampler=host.make_sampler(seed=given or 77, n_startup_trials=60),
+    )
+    sampler = make_sampler(Sampler.TPE, 3, 60, {})
+    expected = optuna.create_study(directions=directions, sampler=sampler).ask()
+    assert study.ask().suggest_float("x", 0, 1) == expected.suggest_float("x", 0, 1)
+    assert host.evaluator.settings.seed == 3
 
 
 @pytest.mark.parametrize(
