@@ -219,7 +219,13 @@ class ContrastTomlSource(TomlSource):
                 raise ContrastError(
                     f'config.toml has "{name}", which nothing reads: did you mean "{close}"?'
                 )
-        kept = {name: config[name] for name in config if name not in ("modifiers", "modifier")}
+        left = {"modifiers", "modifier"}
+        for name in {*SHARED} & {*config} & {*self.settings_cls.model_fields}:
+            # What is as Heretic ships it was not chosen, and a preset stands before it.
+            default = self.settings_cls.model_fields[name].default
+            if config[name] == getattr(default, "value", default):
+                left.add(name)
+        kept = {name: config[name] for name in config if name not in left}
         # A flag comes before the file, also where the file has the plugin's setting and the flag is Heretic's for the same.
         above = {name for name in (*PLACES, *SHARED) if name in self.current_state}
         table = {name: value for name, value in table.items() if name not in above}
@@ -337,6 +343,17 @@ class HostSettings(Settings):
         self.model = resolve_model(self.model)  # type: ignore[has-type]
         if is_builtin(self.model):
             self._use_builtin_pools(given)
+        if self.contrast.preset:
+            left = [
+                name
+                for name in SHARED
+                if name in {*config_file()} - given - self.contrast.model_fields_set
+                and getattr(self, name, None) not in (None, getattr(self.contrast, name))
+            ]
+            if left:
+                warn(
+                    f"config.toml holds {', '.join(left)} as Heretic ships it, which is left to the preset: give a flag where it is meant."
+                )
         updates: dict[str, Any] = {}
         for name in PLACES:
             # Heretic 2.0 has moved these pools to the modifiers' own settings.

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ heretic_main = pytest.importorskip("heretic.main")
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
 from heretic_contrast.directions.directions import Directions  # noqa: E402
-from heretic_contrast.errors import ContrastError  # noqa: E402
+from heretic_contrast.errors import ContrastError, ContrastWarning  # noqa: E402
 from heretic_contrast.hosts import heretic14  # noqa: E402
 from heretic_contrast.hosts.answers import TRIAL_QUESTION  # noqa: E402
 from heretic_contrast.hosts.evaluator import Evaluator, first_token_divergence  # noqa: E402
@@ -148,6 +149,42 @@ def test_the_default_does_as_heretic_and_presets_do_not(monkeypatch: pytest.Monk
         assert chosen(f"--contrast.preset={preset}") == ["none", False]
         # Heretic's own flags stand before a preset.
         assert chosen(f"--contrast.preset={preset}", *given) == ["pre", True]
+
+
+def test_what_a_file_holds_as_heretic_ships_it_is_left_to_the_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Heretic's config.default.toml, renamed as it says."""
+
+    shipped = {
+        "orthogonalize_direction": "true",
+        "row_normalization": '"full"',
+        "full_normalization_lora_rank": "3",
+        "winsorization_quantile": "1.0",
+    }
+
+    def chosen(values: dict[str, str], *arguments: str) -> tuple[Any, ...]:
+        text = "\n".join(f"{name} = {value}" for name, value in values.items())
+        (tmp_path / "config.toml").write_text(text)
+        contrast = settings(monkeypatch, *arguments).contrast
+        return tuple(getattr(contrast, name) for name in shipped)
+
+    monkeypatch.chdir(tmp_path)
+    preset = "--contrast.preset=paper-matched"
+    message = "row_normalization, orthogonalize_direction, full_normalization_lora_rank as Heretic"
+    with pytest.warns(ContrastWarning, match=message):
+        assert chosen(shipped, preset) == (False, "none", None, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Several directions need more than Heretic's rank.
+        assert chosen(shipped) == (True, "full", None, 1.0)
+        other = {"orthogonalize_direction": "false", "row_normalization": '"pre"'}
+        assert chosen({**other, "full_normalization_lora_rank": "4"}) == (False, "pre", 4, 1.0)
+        assert chosen(other, preset) == (False, "pre", None, 1.0)
+        given = [f"--{name.replace('_', '-')}={shipped[name].strip(chr(34))}" for name in shipped]
+        assert chosen(shipped, preset, *given) == (True, "full", 3, 1.0)
+        monkeypatch.setenv("HERETIC_ROW_NORMALIZATION", "full")
+        assert chosen({"row_normalization": '"full"'}, preset)[1] == "full"
 
 
 def test_table_and_flags_mean_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
