@@ -132,7 +132,9 @@ def test_another_model_in_the_folder_is_noticed_when_it_is_loaded_again(
     make_host: MakeHost, tmp_path: Path
 ) -> None:
     saved = tmp_path / "saved"
-    host = make_host("--response-prefix=", "--model-action=save", f"--save-directory={saved}")
+    host = make_host(
+        "--response-prefix=", "--trial-index=0", "--model-action=save", f"--save-directory={saved}"
+    )
     model = load(host)
     host.evaluator = Evaluator.__new__(Evaluator)
     host.modifier.init(host.context)
@@ -142,7 +144,7 @@ def test_another_model_in_the_folder_is_noticed_when_it_is_loaded_again(
     assert host.modifier.model(host.context).own_adapter is not None
     before = (saved / "model.safetensors").read_bytes()
     replace_weights(tmp_path)
-    host.answers.action_was_taken = False
+    host.answers.action_was_taken, host.answers.given_directory = False, str(saved)
     with pytest.raises(ContrastError, match=r"another model since .* \(other weights\)") as error:
         save_merged(host, model)
     # Heretic shows it, and asks what to do next.

@@ -171,6 +171,7 @@ def test_trials_measured_on_something_else_are_refused() -> None:
 
     class Settings:
         study_checkpoint_dir = "checkpoints"
+        save_directory = None
 
     host = Host(Settings(), ContrastAbliteration)  # type: ignore[arg-type]
     host.identity = {"weights": "a", "tokens": {"evaluation": "b"}, "rules": "c"}
