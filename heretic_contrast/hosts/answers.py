@@ -129,10 +129,14 @@ class Answers:
             return ""
         self.trial_was_chosen = True
         trials = [choice.value for choice in choices if not isinstance(choice.value, str)]
+        if not trials:
+            raise ContrastError(
+                "The Pareto front has no trial, since all break the model: search smaller weights (--contrast.search-space), or run more trials."
+            )
         if index >= len(trials):
             raise ContrastError(
                 f"Trial index {index} is asked for, but the Pareto front has {len(trials)} trial"
-                f"{'s' if len(trials) != 1 else ''}: give an index below {len(trials)}; the study is kept and can be continued."
+                f"{'s' if len(trials) > 1 else ''}: give an index below {len(trials)}; the study is kept and can be continued."
             )
         return trials[index]
 

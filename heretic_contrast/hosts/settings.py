@@ -9,6 +9,7 @@ Imports Heretic's configuration alone, which is light, so that `--help` is as fa
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -455,7 +456,7 @@ def file_table(*path: str) -> str | None:
     """
 
     flag = f"--{'.'.join(path)}".replace("_", "-")
-    if any(word.startswith(flag) for word in sys.argv):
+    if any(re.match(rf"{flag}(?![\w-])", word) for word in sys.argv):
         return None
     variable = f"HERETIC_{'.'.join(path)}".upper()
     if variable in map(str.upper, os.environ):

@@ -81,14 +81,14 @@ def extraction_report(
     if geometry.comparisons:
         sections.append(comparison_section(geometry))
     if geometry.activities:
-        pools = f"The first {N_PROMPTS} prompts of the pools of harmful and of general harmless prompts for extraction"
+        pools = f"At most the first {N_PROMPTS} prompts of the pools of harmful and of general harmless prompts for extraction"
         note = f"{pools}; at most {MAX_RESPONSE_LENGTH} decoding steps."
         sections.append(perturbation_section(geometry, note))
     layer = shown_layer(len(geometry.layers) // len(extracted), capture)
     sections.append(classes_section(extracted, geometry, layer))
     return Report(
         title=f"Refusal directions of {model}",
-        subtitle=f"{len(extracted)} configurations: {', '.join(extracted)}",
+        subtitle=f"{len(extracted)} configuration{'s' if len(extracted) > 1 else ''}: {', '.join(extracted)}",
         summary=summary(extracted, capture, geometry),
         sections=tuple(sections),
     )

@@ -138,6 +138,12 @@ def test_environment_variables_are_named(
     assert "--n-trials does not work" in refused(["--model=builtin:refuser", "--n-trials=x"])
 
 
+def test_a_flag_whose_name_begins_alike_takes_no_blame(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[modifier.ContrastAbliteration]\ndivergence = "x"\n')
+    found = refused(["--model=builtin:refuser", "--contrast.divergence-tokens=3"])
+    assert 'The setting "divergence" in [modifier.ContrastAbliteration]' in found
+
+
 def test_a_pool_cannot_be_harmful_and_harmless(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

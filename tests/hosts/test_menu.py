@@ -6,6 +6,7 @@ import inspect
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from heretic_contrast.hosts import answers as questions  # noqa: E402
 from heretic_contrast.hosts import heretic14  # noqa: E402
 from heretic_contrast.hosts.answers import (  # noqa: E402
     ACTION_QUESTION,
+    TRIAL_QUESTION,
     UPLOADED,
     WRITTEN,
     Answers,
@@ -121,6 +123,12 @@ def headless(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Answers:
     )
     assert answers.select(ACTION_QUESTION, [])
     return answers
+
+
+def test_a_front_of_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = headless(monkeypatch, model_action="save", save_directory="saved")
+    with pytest.raises(ContrastError, match="has no trial, since all break the model"):
+        answers.select(TRIAL_QUESTION, [SimpleNamespace(value="continue")])
 
 
 @pytest.mark.parametrize("is_written", [True, False])
