@@ -103,7 +103,8 @@ def end_interrupted(command: str) -> NoReturn:
     # A second Ctrl+C would interrupt what libraries do at the end, and show it.
     with suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end(130, f"\nInterrupted{COMMANDS[command]}\n")
+    is_evaluation = any(word.startswith("--evaluate-model") for word in sys.argv)
+    end(130, f"\nInterrupted{AGAIN if is_evaluation else COMMANDS[command]}\n")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from questionary import Choice
 from rich.table import Table
 
 from ..errors import ContrastError
-from ..evaluation.statistics import wilson_interval
+from ..evaluation.statistics import percents, wilson_interval
 from ..prompts import Prompt
 from ..search.stopping import front
 from .evaluator import Evaluator, count
@@ -90,7 +90,7 @@ def second_look(
             found.append(choice)
             continue
         counted = counts[trial.number]
-        interval = "{:.0%} to {:.0%}".format(*wilson_interval(counted[lengths[-1]], n_prompts))
+        interval = f"{percents(*wilson_interval(counted[lengths[-1]], n_prompts))} %"
         low, high = wilson_interval(counted[first_length], n_prompts)
         first = trial.user_attrs["refusals"] / trial.user_attrs["n_bad_prompts"]
         title = f"{choice.title}, fresh prompts: {counted[lengths[-1]]:>2}/{n_prompts} ({interval})"

@@ -252,7 +252,15 @@ class Host:
 
             def reset_model(self) -> bool:
                 if not self.needs_reload:
-                    return super().reset_model()
+                    try:
+                        return super().reset_model()
+                    except OSError as error:
+                        if host.settings.evaluate_model is None:
+                            raise
+                        raise ContrastError(
+                            f"The model {host.settings.evaluate_model} could not be loaded ({one_line(str(error))[:300]}): check "
+                            "--evaluate-model."
+                        ) from error
                 # Heretic makes space for the new one, which this would take.
                 host.evaluator.forget_model()
                 super().reset_model()
@@ -322,9 +330,10 @@ class Host:
             self.answers.require_uninterrupted()
         if message == TRIAL_QUESTION and (contrast.counts_false_refusals or contrast.judge_model):
             choices = front_choices(self.study.get_trials(deepcopy=False), choices)
-            if isinstance(choices[0].value, str) and self.settings.trial_index is not None:
+            limit, is_chosen = contrast.max_false_refusals, self.settings.trial_index is not None
+            if isinstance(choices[0].value, str) and is_chosen and limit is not None:
                 raise ContrastError(
-                    f"Every trial breaks the model, or refuses more than {100 * (contrast.max_false_refusals or 0):g}% of the sensitive prompts: allow more of them "
+                    f"Every trial breaks the model, or refuses more than {100 * limit:g}% of the sensitive prompts: allow more of them "
                     "(--contrast.max-false-refusals), or run more trials."
                 )
         if message == TRIAL_QUESTION and self.finalist_prompts:

@@ -336,12 +336,20 @@ class HostSettings(Settings):
             if self.contrast.classifier_name is not None:
                 typed.discard("refusal_classifier")
             if typed:
+                here = [
+                    f"{name} (here: --{name.replace('_', '-')})"
+                    if name in type(self).model_fields
+                    else name
+                    for name in sorted(typed)
+                ]
                 raise ContrastError(
-                    f"This command makes no search, without which these settings have no effect: {', '.join(sorted(typed))}; leave them out."
+                    f"This command makes no search, without which these settings have no effect: {', '.join(here)}; leave them out."
                 )
         self._own_pools = own & set(PLACES)
         self._replaced_pools = self._own_pools - given
         self.model = resolve_model(self.model)  # type: ignore[has-type]
+        if self.evaluate_model is not None:  # type: ignore[has-type]
+            self.evaluate_model = resolve_model(self.evaluate_model)  # type: ignore[has-type]
         if is_builtin(self.model):
             self._use_builtin_pools(given)
         if self.contrast.preset:

@@ -49,7 +49,7 @@ from tests.made_directions import make_directions, random_tensor
         ),
         (
             "sweep builtin:refuser --output b --contrast.storage s --storage t",
-            "have no effect: storage;",
+            "have no effect: storage (here: --storage);",
         ),
     ],
 )
@@ -142,6 +142,19 @@ def test_a_flag_whose_name_begins_alike_takes_no_blame(refused: Refused, tmp_pat
     (tmp_path / "config.toml").write_text('[modifier.ContrastAbliteration]\ndivergence = "x"\n')
     found = refused(["--model=builtin:refuser", "--contrast.divergence-tokens=3"])
     assert 'The setting "divergence" in [modifier.ContrastAbliteration]' in found
+
+
+def test_settings_of_a_search_have_their_own_in_a_sweep(refused: Refused) -> None:
+    found = refused(["sweep", "builtin:refuser", "--output=x", "--contrast.judge-model=x"])
+    assert "no effect: judge_model (here: --judge-model); leave" in found
+
+
+@pytest.mark.parametrize("name", ["builtin:none", "nowhere"])
+def test_another_model_that_is_not_there(refused: Refused, name: str) -> None:
+    found = refused(["builtin:refuser", f"--evaluate-model={name}", "--batch-size=8"])
+    assert f"no built-in model {name}" in found or (
+        f"The model {name} could not be loaded" in found and "check --evaluate-model" in found
+    )
 
 
 def test_a_pool_cannot_be_harmful_and_harmless(

@@ -137,8 +137,8 @@ def test_the_menu_tells_of_the_second_look() -> None:
     found, table = second_look([*trials, *others], counts, 40, 24)
     # Wilson's intervals as statsmodels has them: proportion_confint(30, 40, method="wilson"), and of 2.
     assert [item.title for item in found] == [
-        "Trial 1, fresh prompts: 30/40 (60% to 86%)",
-        "Trial 4, fresh prompts:  2/40 (1% to 17%), which the first look does not agree with",
+        "Trial 1, fresh prompts: 30/40 (60–86 %)",
+        "Trial 4, fresh prompts:  2/40 (1–17 %), which the first look does not agree with",
         "Exit program",
     ]
     headings = [str(column.header) for column in table.columns]
