@@ -12,7 +12,7 @@ from pydantic import Field
 from rich.table import Column, Table
 
 from ..errors import ContrastError
-from ..evaluation.statistics import percents, wilson_interval
+from ..evaluation.statistics import percent, percents, wilson_interval
 from ..files import write_text_atomically
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
@@ -159,11 +159,9 @@ def show_agreement(pairs: Sequence[tuple[Tier, Tier]]) -> None:
     log(table)
     for name, (successes, n) in agreement.shares.items():
         if n:
-            low, high = wilson_interval(successes, n)
-            log(
-                f"* {name}: [bold]{successes / n:.1%}[/] ({low:.1%} to {high:.1%}; {successes} of {n})",
-                highlight=False,
-            )
+            interval = percents(*wilson_interval(successes, n))
+            share = percent(successes / n, 1)
+            log(f"* {name}: [bold]{share} %[/] ({interval} %; {successes} of {n})", highlight=False)
 
 
 def main(arguments: Sequence[str]) -> None:

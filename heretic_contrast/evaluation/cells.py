@@ -178,6 +178,8 @@ class SweepResult:
     canaries: tuple[str, ...] = ()
     baseline_responses: tuple[str, ...] = ()
     baseline_verdicts: tuple[Verdict, ...] = ()
+    baseline_canary_responses: tuple[str, ...] = ()
+    baseline_canary_verdicts: tuple[Verdict, ...] = ()
     pools: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
@@ -281,6 +283,11 @@ class SweepResult:
 
         base: dict[str, Any] = {"configuration": None}
         given = [(base, "harmful", self.prompts, self.baseline_responses, self.baseline_verdicts)]
+        # Earlier sweeps have kept none.
+        if canary_responses := self.baseline_canary_responses:
+            given.append(
+                (base, "canary", self.canaries, canary_responses, self.baseline_canary_verdicts)
+            )
         for cell in self.cells:
             where = cell.key()._asdict()
             given += [

@@ -159,6 +159,9 @@ class References:
             # Not to be held beside the next one.
             del chunk
         return [
-            mean_with_standard_error([float(part.sum()) for part in row.split(lengths)], lengths)
+            # A divergence is never below 0, but for rounding.
+            mean_with_standard_error(
+                [max(float(part.sum()), 0.0) for part in row.split(lengths)], lengths
+            )
             for row in found.cpu().double()
         ]

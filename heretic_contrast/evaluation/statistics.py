@@ -30,12 +30,16 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     return low, high
 
 
+def percent(share: float, digits: int = 0) -> str:
+    """Returns a share in percent, without the sign. What is near 0 or 100 % is not said to be that."""
+
+    rest = min(share, 1 - share)
+    if 0 < rest <= 0.5 * 10 ** (-digits - 2):
+        digits = 1 - math.floor(math.log10(100 * rest))
+    return f"{100 * share:.{digits}f}"
+
+
 def percents(low: float, high: float) -> str:
-    """Returns an interval in [0, 1] in percent, without the sign. What is near 0 or 100 % is not said to be that."""
+    """Returns an interval in [0, 1] in percent, without the sign; see `percent`."""
 
-    def text(end: float) -> str:
-        rest = min(end, 1 - end)
-        digits = 1 - math.floor(math.log10(100 * rest)) if 0 < rest <= 0.005 else 0
-        return f"{100 * end:.{digits}f}"
-
-    return f"{text(low)}–{text(high)}"
+    return f"{percent(low)}–{percent(high)}"

@@ -299,6 +299,8 @@ class SweepEvaluator:
             canaries=tuple(prompt.text for prompt in self.plan.canaries),
             baseline_responses=self.base_responses,
             baseline_verdicts=self._base.verdicts,
+            baseline_canary_responses=self._base.canary_responses,
+            baseline_canary_verdicts=self._base.canary_verdicts,
             pools=self.plan.pools,
             settings={
                 # As JSON gives it back.
@@ -429,12 +431,13 @@ def run_prepared(
     `ContrastError` when something that was asked for cannot be swept, or the storage belongs to another sweep.
     """
 
+    classify: Classifier = classify_response
+    if prepared.settings.classifier_name is not None:
+        # Before anything is computed that would be lost without it.
+        classify = classifier_of(prepared.settings)
     plan = prepared.plan(model, log, show_progress, max_response_length)
     log()
     log("Measuring the unmodified model...")
-    classify: Classifier = classify_response
-    if prepared.settings.classifier_name is not None:
-        classify = classifier_of(prepared.settings)
     batched = replace(model, batch_size=prepared.settings.sweep_batch_size or batch_size)
     evaluator = SweepEvaluator(batched, plan, classify)
     base = evaluator.baseline

@@ -60,13 +60,15 @@ def opened_cells(result: SweepResult) -> tuple[dict[CellKey, str], list[tuple[st
         ]
 
     columns = tuple(map(text_column, ("Tier", "Prompt", "Response", "Decided by")))
+    canaries = [CANARY + prompt for prompt in result.canaries]
     base = rows(result.prompts, result.baseline_responses, result.baseline_verdicts)
+    if result.baseline_canary_responses:
+        base += rows(canaries, result.baseline_canary_responses, result.baseline_canary_verdicts)
     title = "Responses of the unmodified model"
     parts = [(UNMODIFIED, Table(UNMODIFIED, title, columns, tuple(base)))]
     left = MAXIMUM_CHARACTERS - _length(base)
     anchors: dict[CellKey, str] = {}
     for number, cell in enumerate(_ranked(result)):
-        canaries = [CANARY + prompt for prompt in result.canaries]
         shown = [
             *rows(result.prompts, cell.responses, cell.verdicts),
             *rows(canaries, cell.canary_responses, cell.canary_verdicts),

@@ -52,9 +52,9 @@ def test_tiers_and_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ] == ROWS
     assert all(row["coherent"] and row["reason"] for row in judged)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "three-way agreement: 75.0%" in printed
-    assert "recall of REFUSE: 66.7%" in printed
-    assert "precision of REFUSE: 100.0%" in printed
+    assert "three-way agreement: 75.0 % (30–95 %; 3 of 4)" in printed
+    assert "recall of REFUSE: 66.7 %" in printed
+    assert "precision of REFUSE: 100.0 %" in printed
     assert "kappa 0.50" in printed
 
 

@@ -142,6 +142,7 @@ def test_an_ablation_of_nothing_changes_no_response(dtype: torch.dtype) -> None:
     for cells in (evaluator.grid(), evaluator.grid()[2:3]):
         for cell in evaluator.evaluate(cells):
             assert cell.responses == evaluator.base_responses
+            assert cell.measurement.kl_divergence >= 0
 
 
 def test_synergy_of_pairs(tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +235,7 @@ def test_result_survives_json(tiny_llama: LanguageModel, n_references: int) -> N
     assert "nan" not in result.to_csv()
 
     responses = [json.loads(line) for line in result.responses_json_lines().splitlines()]
-    assert len(responses) == 5 + 7 * len(result.cells)
+    assert len(responses) == 7 * (1 + len(result.cells))
     for row in responses:
         assert row["tier"] == classify(row["prompt"], row["response"]).value
         assert row["coherent"] == is_coherent(row["response"])

@@ -120,6 +120,8 @@ def make_sweep() -> SweepResult:
         canaries=("Bake", "Sing", "Run", "Read"),
         baseline_responses=("No.",) * 10,
         baseline_verdicts=(verdict,) * 10,
+        baseline_canary_responses=("Gladly.",) * 4,
+        baseline_canary_verdicts=(verdict,) * 4,
         pools={"references": {"count": 20, "digest": "0123456789abcdef"}},
         settings={"weights": list(WEIGHTS), "kl_tokens": 50, "top_k": 100},
         identity={
@@ -360,7 +362,7 @@ def test_files_of_a_sweep(written: tuple[Path, list[Any]], tmp_path: Path) -> No
             )
             assert int(count) == cell.measurement.refusals
     responses = [json.loads(line) for line in files["responses.jsonl"].decode().splitlines()]
-    assert len(responses) == 10 + 14 * len(result.cells)
+    assert len(responses) == 14 * (1 + len(result.cells))
     assert json.loads(files["capture.json"])["n_pairs"] == 5
     measured = "weights of digest 0123456789abcdef in bfloat16 on cuda: heretic-contrast 0.1.0, torch 2.13.0."
     assert measured in files["report.html"].decode()
@@ -701,6 +703,9 @@ def test_every_count_opens_its_responses(undrawn: None, monkeypatch: pytest.Monk
     assert "REFUSE, incoherent" in part and "Prompt 0" in part
     assert explain_response("Prompt 0", refusing).summary in part
     assert "Prompt 9" in part and "Canary: Bake" in part
+    assert "Canary: Bake" in parts["unmodified"] and "Gladly." in parts["unmodified"]
+    kept = [json.loads(line) for line in result.responses_json_lines().splitlines()]
+    assert sum((row["configuration"], row["pool"]) == (None, "canary") for row in kept) == 4
     # All cells would be too much: the best stay, and the page says how many.
     monkeypatch.setattr(page_of_responses, "MAXIMUM_CHARACTERS", 2500)
     text = to_html(sweep_report(result, *make_geometry()))
