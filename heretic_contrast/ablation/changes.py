@@ -209,7 +209,7 @@ class Changes:
 
 
 def untie(network: Any, embedding: Any) -> None:
-    """Gives the output head of a model weights of its own, where it shares those of an embedding."""
+    """Gives the output head of a model, and all else that is tied, weights of its own, where it shares those of an embedding."""
 
     head = network.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
@@ -218,6 +218,14 @@ def untie(network: Any, embedding: Any) -> None:
     for configuration in (network.config, network.config.get_text_config()):
         if getattr(configuration, "tie_word_embeddings", False):
             configuration.tie_word_embeddings = False
+    # Without the setting nothing is tied when the model is loaded, such as the blocks that layers of Zamba share.
+    for name in network.all_tied_weights_keys:
+        path, _, leaf = name.rpartition(".")
+        owner = network.get_submodule(path)
+        if owner is not head:
+            own = getattr(owner, leaf).detach().clone()
+            setattr(owner, leaf, Parameter(own, requires_grad=False))
+    network.all_tied_weights_keys = {}
     warn(
         "The output head shares the weights of the embeddings, which are ablated: the saved model has a head of its own, and is "
         "larger by that."

@@ -4,14 +4,17 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 import torch
+import transformers
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from heretic_contrast.ablation.changes import Changes
 from heretic_contrast.ablation.hooks import Intervention, ablated_samples
 from heretic_contrast.ablation.operator import compose
 from heretic_contrast.ablation.writers import find_embeddings
@@ -36,6 +39,7 @@ from tests.plain_sweeps import (
     known_references,
     random_directions,
 )
+from tests.tiny_models import SIZES, build, make_tokenizer
 
 KINDS = ["Llama", "Gemma 2", "GPT-2"]
 """A head of its own; scaled, and shared with the head; positions besides, and shared with the head."""
@@ -131,6 +135,45 @@ def test_a_model_without_its_adapters_is_the_original(name: str, tmp_path: Path)
     assert torch.equal(logits(case.host.model, case.plain), modified)
     assert case.modifier.changes.first_layer == first_layer == -1
     assert relative(modified, original) > 0.01
+
+
+ZAMBA: dict[str, Any] = {
+    "layers_block_type": ["mamba", "hybrid"] * 2,
+    "num_key_value_heads": 4,
+    "mamba_d_state": 8,
+    "n_mamba_heads": 4,
+    "mamba_headdim": 16,
+    "mamba_ngroups": 1,
+    "num_mem_blocks": 1,
+    "chunk_size": 16,
+    "use_mamba_kernels": False,
+}
+
+
+@pytest.mark.parametrize("name", ["Zamba", "Zamba2"])
+@pytest.mark.filterwarnings("ignore:The output head shares")
+@torch.no_grad()
+def test_blocks_that_layers_share_are_saved_beside_a_new_head(name: str, tmp_path: Path) -> None:
+    """The setting that ties the head to the embeddings is also that of the blocks."""
+
+    configuration = getattr(transformers, f"{name}Config")(**{**SIZES, **ZAMBA})
+    network = build(f"{name}ForCausalLM", configuration)
+    model = wrap(network, make_tokenizer(), name=name)
+    direction = unit_direction(model)
+    expected = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    table = expected["model.embed_tokens.weight"]
+    table -= (table @ direction)[:, None] * direction
+    changes = Changes()
+    (embeddings,) = find_embeddings(model)
+    changes.add(0, embeddings, compose(direction[None], torch.ones(1)))
+    changes.write(network, model.layers)
+    changes.undo()
+    network.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    found = reloaded.state_dict()
+    assert found.keys() == expected.keys()
+    assert [key for key in found if not torch.allclose(found[key], expected[key], atol=1e-5)] == []
+    assert torch.equal(logits(reloaded, model), logits(network, model))
 
 
 @torch.no_grad()
