@@ -369,7 +369,9 @@ class _Trace:
         return output
 
     def _mark(self, path: str, module: Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.grad_fn is not None:
+        # What is given two tensors, as ZAYA's sum of scaled ones, is no norm.
+        n_tensors = sum(isinstance(item, Tensor) for item in args)
+        if n_tensors < 2 and isinstance(output, Tensor) and output.grad_fn is not None:
             self._norms[output.grad_fn] = path
 
     def leave(self, module: Module, args: Any, output: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from heretic_contrast.ablation.changes import beyond_adapters, subtract
@@ -27,6 +28,7 @@ from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.settings import Writers
 from tests.architectures import FAMILIES
 from tests.plain_sweeps import before_norms, changed_weights
+from tests.tiny_models import SIZES, build, make_tokenizer
 
 KINDS = ["Gemma 4 MoE", "gpt-oss", "GPT-2"]
 """Norms in a row and experts; transposed experts with biases; transposed weights with biases."""
@@ -148,6 +150,28 @@ def test_all_states_of_gemma_3n_lose_a_direction_but_for_their_norms() -> None:
     assert 1e-3 < with_norms < left()
     with pytest.raises(ContrastError, match="pass on several hidden states per token"):
         model_of("Llama").stream(torch.zeros(2, 1, 3, 32))
+
+
+@pytest.mark.skipif(not hasattr(transformers, "ZayaConfig"), reason="needs transformers with ZAYA")
+@torch.no_grad()
+def test_a_sum_of_scaled_states_is_no_norm() -> None:
+    sizes = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
+    configuration = transformers.ZayaConfig(
+        **sizes, head_dim=8, num_experts=4, moe_intermediate_size=16, router_hidden_size=16
+    )
+    network = build("ZayaForCausalLM", configuration)
+    model = wrap(network, make_tokenizer(), name="ZAYA")
+    assert model.component_names == ["attn.o_proj", "mlp.experts"]
+    assert {writer.norms for writers in model.writers for writer in writers} == {()}
+    direction = unit_direction(model)
+    operator = compose(direction[None], torch.ones(1))
+    assert worst(model, direction) > 0.01
+    with ablated_samples(model, [Intervention(dict.fromkeys(range(4), operator))] * 2):
+        assert worst(model, direction) < 1e-4
+    assert missed_shares(model) == {}
+    # Unequal scales turn other parts of the states into the direction.
+    network.model.layers[2].post_mlp_residual_scale.residual_scale[::2] = 2.0
+    assert set(missed_shares(model)) == {2}
 
 
 def test_what_heretic_finds_is_less() -> None:
