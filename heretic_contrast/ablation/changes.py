@@ -81,9 +81,10 @@ def require_editable(writer: Writer) -> None:
     else:
         known = is_plain(layer)
     if not known:
+        setting = "embeddings = false" if writer.component == EMBEDDINGS else "writers = heretic"
         raise ContrastError(
             f"It is not known how {type(layer).__name__} ({writer.component}) keeps its weights, so that they cannot be "
-            "changed: use the model in full precision, or leave them as they are with writers = heretic."
+            f"changed: use the model in full precision, or leave them as they are with {setting}."
         )
 
 

@@ -3,6 +3,7 @@
 """Embeddings that are ablated with the first layer: by hooks, in a study, in a sweep, and in the model that is saved."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from heretic_contrast.ablation.changes import Changes
+from heretic_contrast.ablation.changes import Changes, require_editable
 from heretic_contrast.ablation.hooks import Intervention, ablated_samples
 from heretic_contrast.ablation.operator import compose
 from heretic_contrast.ablation.writers import find_embeddings
@@ -256,6 +257,19 @@ def test_presets_ablate_what_their_authors_do() -> None:
     assert not settings.embeddings
     with pytest.raises((ContrastError, ValidationError), match="Heretic ablates no embeddings"):
         ContrastSettings.model_validate({"embeddings": True, "writers": "heretic"})
+
+
+def test_the_setting_that_leaves_embeddings_is_named(tiny_llama: LanguageModel) -> None:
+    (embeddings,) = find_embeddings(tiny_llama)
+    require_editable(embeddings)
+    coded = torch.nn.Embedding(8, 4).to(torch.float8_e4m3fn)
+    with pytest.raises(
+        ContrastError, match=r"Embedding \(embeddings\).* with embeddings = false\."
+    ):
+        require_editable(replace(embeddings, module=coded))
+    writer = replace(tiny_llama.writers[0][0], module=torch.nn.Identity())
+    with pytest.raises(ContrastError, match=r"Identity .* with writers = heretic\."):
+        require_editable(writer)
 
 
 def test_embeddings_have_one_weight_in_the_search(tiny_llama: LanguageModel) -> None:
