@@ -66,7 +66,7 @@ class Operator:
 
         return self.kernel.T @ (self.vectors if self.written is None else self.written)
 
-    def behind(self, gain: Tensor) -> "Operator":
+    def behind(self, gain: Tensor, centered: bool = False) -> "Operator":
         """
         Returns the operator on x that removes C from the contribution g ∘ x / rms(x): see docs/writers.md.
 
@@ -74,7 +74,8 @@ class Operator:
         A (Bᵀ C B) (G B)ᵀ with A = D B (Bᵀ G D B)⁻¹, so that Bᵀ G (I − C′) x = Bᵀ (I − C) G x: exact for any C, but for the norm's
         own division. Equal gains give C itself.
 
-        `gain`: Tensor of shape (hidden_size,).
+        `gain`: Tensor of shape (hidden_size,). `centered`: whether the norm takes the mean away first, by M: then G M stands for G, and M D
+        for D.
         """
 
         gain = gain.to(torch.float64).cpu()
@@ -87,12 +88,15 @@ class Operator:
         used = ((self.kernel != 0).any(dim=0) | (self.kernel != 0).any(dim=1)).cpu()
         _, sizes, basis = torch.linalg.svd(unit_vectors(vectors[used])[0], full_matrices=False)
         basis = basis[sizes > 1e-6]
-        inverse = gain / (gain.square() + DAMPING)
-        # Nothing is written along a coordinate whose gain is 0, so that there is nothing to solve for.
-        gram = (basis * (gain * inverse)) @ basis.T
-        damped = torch.linalg.pinv(gram, hermitian=True) @ (basis * inverse)
+        read, written = vectors * gain, basis * (gain / (gain.square() + DAMPING))
+        if centered:
+            read, written = (rows - rows.mean(dim=1, keepdim=True) for rows in (read, written))
+        # Nothing is written along a coordinate whose gain is 0, or along the mean, so that there is nothing to solve for.
+        gram = written @ (basis * gain).T
+        least = 1e-14 if centered else 0.0
+        damped = torch.linalg.pinv(gram, atol=least, hermitian=not centered) @ written
         return Operator(
-            (vectors * gain).to(self.vectors),
+            read.to(self.vectors),
             self.kernel,
             (vectors @ basis.T @ damped).to(self.vectors),
         )

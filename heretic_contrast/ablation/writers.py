@@ -40,7 +40,8 @@ class Writer:
 
     `component`: what it is called, as "attn.o_proj", "mlp.experts". `path`: the module's name inside its layer, or, of an
     embedding, inside the model. `norms`: the paths of the norms behind it, the last one first. `gain`: what these multiply it
-    by, float64 Tensor of shape (hidden_size,), or None. `with_bias`: whether its bias is ablated as well; Heretic leaves it.
+    by, float64 Tensor of shape (hidden_size,), or None. `centered`: whether these take the mean away. `with_bias`: whether its bias
+    is ablated as well; Heretic leaves it.
     """
 
     component: str
@@ -48,12 +49,13 @@ class Writer:
     module: Module
     norms: tuple[str, ...] = ()
     gain: Tensor | None = None
+    centered: bool = False
     with_bias: bool = True
 
     def operator(self, operator: Operator) -> Operator:
         """Returns what removes from the module's output what `operator` would remove from its contribution."""
 
-        return operator if self.gain is None else operator.behind(self.gain)
+        return operator if self.gain is None else operator.behind(self.gain, self.centered)
 
     def is_among(self, components: Sequence[str] | None) -> bool:
         """Returns whether it is one of some components, or of all. A module's path stands for it alone."""
@@ -253,8 +255,8 @@ def _complete(
             seen.add(path)
             module = layer.get_submodule(path)
             name = known.get(id(module)) or _component(layer, path)
-            gain = _gain([layer.get_submodule(norm) for norm in norms], trace.hidden_size)
-            yield Writer(name, path, module, norms, gain)
+            modules = [layer.get_submodule(norm) for norm in norms]
+            yield Writer(name, path, module, norms, *_gain(modules, trace.hidden_size))
 
 
 def _siblings(layer: Module, path: str) -> list[str]:
@@ -293,15 +295,16 @@ def _component(layer: Module, path: str, apart: bool = False) -> str:
     return path
 
 
-def _gain(norms: Sequence[Module], hidden_size: int) -> Tensor | None:
+def _gain(norms: Sequence[Module], hidden_size: int) -> tuple[Tensor | None, bool]:
     """
-    Returns what norms multiply a vector by, one after the other, however they keep their weights.
+    Returns what norms multiply a vector by, one after the other, however they keep their weights, and whether they take its mean away.
 
     A vector of ±1 has the root mean square 1 and the mean 0, so that a norm gives its gain times it, plus its bias.
     """
 
     if not norms:
-        return None
+        return None, False
+    centered = False
     gain = torch.ones(hidden_size, dtype=torch.float64)
     signs = torch.ones(hidden_size)
     signs[1::2] = -1
@@ -309,9 +312,11 @@ def _gain(norms: Sequence[Module], hidden_size: int) -> Tensor | None:
         with torch.no_grad(), loaded(norm, None):
             tensor = next(iter(norm.parameters(recurse=False)), None)
             probe = signs if tensor is None else signs.to(tensor.device, tensor.dtype)
-            difference = (norm.forward(probe[None]) - norm.forward(-probe[None]))[0]
-        gain *= (difference / 2).cpu().double() * signs.double()
-    return gain
+            plus, minus, moved = norm.forward(torch.stack([probe, -probe, probe + 1]))
+        gain *= ((plus - minus) / 2).cpu().double() * signs.double()
+        # Another mean changes nothing.
+        centered |= bool((moved - plus).norm() < 0.1 * (plus - minus).norm())
+    return gain, centered
 
 
 def _leaves(layer: Module) -> Iterator[tuple[str, Module, int]]:

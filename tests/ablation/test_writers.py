@@ -26,7 +26,7 @@ from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.settings import Writers
-from tests.architectures import FAMILIES
+from tests.architectures import FAMILIES, Family
 from tests.plain_sweeps import before_norms, changed_weights
 from tests.tiny_models import SIZES, build, make_tokenizer
 
@@ -266,6 +266,59 @@ def test_a_norm_behind_leaves_the_rest_of_the_operator(n_directions: int) -> Non
     assert float(((found - wanted) @ along).norm()) < 1e-5 * scale
     even = operator.behind(torch.full((64,), -3.0))
     assert torch.allclose(dense(even), dense(operator), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_directions", [1, 3])
+def test_a_norm_that_takes_the_mean_away_leaves_the_rest(n_directions: int) -> None:
+    generator = torch.Generator().manual_seed(n_directions)
+    gain = 1 + 0.6 * torch.randn(64, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(n_directions, 64, generator=generator) / 8
+    operator = compose(vectors, torch.rand(n_directions, generator=generator), "sequential")
+    inputs = 2 + torch.randn(50, 64, generator=generator, dtype=torch.float64)
+    behind = operator.behind(gain, centered=True)
+    matrix, changed = (
+        (item.mixed_vectors.T @ item.vectors).double() for item in (operator, behind)
+    )
+    norm = torch.diag(gain) @ (torch.eye(64, dtype=torch.float64) - 1 / 64)
+    wanted = inputs @ norm.T @ (torch.eye(64, dtype=torch.float64) - matrix).T
+    found = inputs @ (torch.eye(64, dtype=torch.float64) - changed).T @ norm.T
+    assert float(((found - wanted) @ vectors.double().T).norm()) < 1e-5 * float(wanted.norm())
+    # The mean is left as it is.
+    assert float((inputs @ changed.T).mean(dim=1).abs().max()) < 1e-5
+    # Along the mean such a norm writes nothing.
+    mean = compose(torch.ones(1, 64) / 8, torch.ones(1)).behind(torch.ones(64), centered=True)
+    assert float((mean.mixed_vectors.T @ mean.vectors).norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Bloom", "ModernBertDecoder"])
+@torch.no_grad()
+def test_embeddings_lose_a_direction_behind_a_norm_that_takes_the_mean_away(name: str) -> None:
+    configuration = getattr(transformers, f"{name}Config")(**SIZES)
+    family = Family(f"{name}ForCausalLM", lambda: configuration)
+    network = family.make_model()
+    (norm,) = (
+        module
+        for path, module in network.named_modules()
+        if path.endswith(("word_embeddings_layernorm", "embeddings.norm"))
+    )
+    if norm.bias is not None:
+        # What it adds by itself is no embedding's.
+        norm.bias.zero_()
+    model = wrap(network, family.make_tokenizer(), name=name)
+    (embeddings,) = find_embeddings(model)
+    assert embeddings.centered and torch.allclose(embeddings.gain.float(), norm.weight, atol=1e-3)
+    direction = unit_direction(model)
+    operator = compose(direction[None], torch.ones(1))
+
+    def left() -> float:
+        state = states(model)[0]
+        return float(((state @ direction).abs() / state.norm(dim=-1)).max())
+
+    assert left() > 0.1
+    with ablated_samples(model, [Intervention({0: operator}, embeddings=True)] * 2):
+        assert left() < 1e-5
+    subtract(embeddings, operator)
+    assert left() < 1e-5
 
 
 @pytest.mark.parametrize("composition", list(Composition))
