@@ -149,7 +149,7 @@ def test_settings_of_a_search_have_their_own_in_a_sweep(refused: Refused) -> Non
     assert "no effect: judge_model (here: --judge-model); leave" in found
 
 
-@pytest.mark.parametrize("name", ["builtin:none", "nowhere"])
+@pytest.mark.parametrize("name", ["builtin:none", pytest.param("nowhere", marks=pytest.mark.slow)])
 def test_another_model_that_is_not_there(refused: Refused, name: str) -> None:
     found = refused(["builtin:refuser", f"--evaluate-model={name}", "--batch-size=8"])
     assert f"no built-in model {name}" in found or (

@@ -196,6 +196,7 @@ def test_demo_that_saves_an_adapter(server: Server, tmp_path: Path) -> None:
     assert summary["base_refusals"] == 108 and summary["kl_divergence"] > 0
 
 
+@pytest.mark.slow
 def test_demo_beside_a_broken_configuration(server: Server, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("[unclosed")
     command = server.run(["demo", "--output=demo"], tmp_path)

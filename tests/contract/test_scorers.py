@@ -230,6 +230,7 @@ def test_incoherent_responses_can_count(
     assert values == {True: 1.0, False: 0.0}
 
 
+@pytest.mark.slow
 def test_sweep_is_run_once_and_reported(
     run: Any,
     scorer_tables: dict[str, Any],

@@ -169,9 +169,8 @@ def test_a_sentence_that_ends_heretic_20_gives_the_exit_code_2() -> None:
     assert ended.stdout.strip() == "Error: This does not work: [do] that."
 
 
-@pytest.mark.parametrize(
-    "kind", ["ContrastError", pytest.param("ValueError", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ContrastError", "ValueError"])
 def test_optuna_shows_no_traceback_of_a_sentence_that_ends_a_trial(kind: str) -> None:
     program = (
         "import optuna\n"

@@ -64,7 +64,7 @@ def logits_alone(model: LanguageModel, prompt: Tokens, tokens: Tokens) -> torch.
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen3_5", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shares_prefix", [True, False])
+@pytest.mark.parametrize("shares_prefix", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_trials_are_computed_right_in_any_order(architecture: str, shares_prefix: bool) -> None:
     options = {} if architecture == "llama" else {"layer_types": None}
     model = wrapped(architecture, **options)

@@ -231,6 +231,7 @@ def dense(vectors: torch.Tensor, weights: list[float], composition: str) -> torc
     return identity - product
 
 
+@pytest.mark.slow
 def test_each_configuration_is_ablated_as_it_says(tiny_llama: LanguageModel) -> None:
     first, second = (random_directions(tiny_llama, 3, seed) for seed in (5, 6))
     # Nearly parallel directions, with which compositions differ most.

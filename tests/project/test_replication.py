@@ -705,6 +705,7 @@ def test_the_report_compares_nothing_below_what_was_measured() -> None:
     assert {study.contrast(*pair).verdict for pair in worse} == {"worse"}  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_cells_in_16_bits_are_compared_with_theirs() -> None:
     """Unmatched directions that work on layer 1 alone, and in 16 bits nowhere."""
 
@@ -824,6 +825,7 @@ def test_prompts_on_which_cells_were_chosen_are_not_fresh() -> None:
     assert fresh_prompts(judged, refused, swept) == [0, 3, 5]
 
 
+@pytest.mark.slow
 def test_the_report_says_whether_fresh_prompts_are_fresh() -> None:
     data = made_up_study(everything_works, n_seeds=1)
     said = ("some of which the sweep had judged, too", "Some of the fresh prompts were not fresh")
