@@ -582,7 +582,7 @@ def test_prompts_that_the_neuron_of_a_direction_wins(control: str, is_shown: boo
     assert [row[3:] for row in rows] == won
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:Glyph|Matplotlib currently")
 def test_names_in_letters_that_the_usual_font_lacks(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
