@@ -196,6 +196,7 @@ def mutations(draw: st.DrawFn, content: bytes) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 @given(configurations)
 def test_random_configurations(command_line: Run, text: str) -> None:
     Path("config.toml").write_text(text, encoding="utf-8")
@@ -264,6 +265,7 @@ flag_values = (
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(

@@ -159,7 +159,8 @@ def test_layers_on_two_devices_without_float64(name: str) -> None:
     require_the_same(name, SECOND_APPLE)
 
 
-@pytest.mark.parametrize("name", map(marked, KINDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_layers_on_two_devices_and_all_on_one(name: str) -> None:
     require_the_same(name, SECOND, APPLE)
 

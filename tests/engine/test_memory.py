@@ -141,6 +141,7 @@ def test_sweep_holds_the_logits_of_a_few_positions() -> None:
     assert per_position <= VOCABULARY * FLOAT / 200
 
 
+@pytest.mark.slow
 def test_generation_and_divergence_hold_the_logits_of_a_few_positions() -> None:
     decoder = Decoder(large_vocabulary())
     tokens = torch.tensor([[5, 6, 7]])
