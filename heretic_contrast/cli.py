@@ -103,8 +103,10 @@ def end_interrupted(command: str) -> NoReturn:
     # A second Ctrl+C would interrupt what libraries do at the end, and show it.
     with suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    is_evaluation = any(word.startswith("--evaluate-model") for word in sys.argv)
-    end(130, f"\nInterrupted{AGAIN if is_evaluation else COMMANDS[command]}\n")
+    text = COMMANDS[command]
+    if command == "run" and any(word.startswith("--evaluate-model") for word in sys.argv):
+        text = AGAIN
+    end(130, f"\nInterrupted{text}\n")
 
 
 def main() -> None:

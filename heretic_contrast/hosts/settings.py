@@ -64,6 +64,7 @@ from .unused import (
     NAMESPACES,
     OF_A_SEARCH,
     ONLY_UNDER_14,
+    SHIPPED,
     TomlSource,
     Unused,
     config_file,
@@ -220,13 +221,11 @@ class ContrastTomlSource(TomlSource):
                 raise ContrastError(
                     f'config.toml has "{name}", which nothing reads: did you mean "{close}"?'
                 )
-        left = {"modifiers", "modifier"}
-        for name in {*SHARED} & {*config} & {*self.settings_cls.model_fields}:
-            # What is as Heretic ships it was not chosen, and a preset stands before it.
-            default = self.settings_cls.model_fields[name].default
-            if config[name] == getattr(default, "value", default):
-                left.add(name)
-        kept = {name: config[name] for name in config if name not in left}
+        # What is as Heretic ships it was not chosen, and a preset stands before it.
+        left = {name for name in SHARED if config.get(name) == SHIPPED[name]}
+        kept = {
+            name: config[name] for name in config if name not in {*left, "modifiers", "modifier"}
+        }
         # A flag comes before the file, also where the file has the plugin's setting and the flag is Heretic's for the same.
         above = {name for name in (*PLACES, *SHARED) if name in self.current_state}
         table = {name: value for name, value in table.items() if name not in above}

@@ -56,7 +56,7 @@ SHIPPED = {
     "good_prompts": harmless_pool("train[:400]").model_dump(exclude_unset=True),
     "bad_prompts": harmful_pool("train[:400]").model_dump(exclude_unset=True),
 }
-"""What stands in the configuration that Heretic 2.0 ships, although nothing there reads it any more."""
+"""What stands in the configuration that Heretic ships, of which 2.0 reads nothing any more."""
 
 
 class TomlSource(TomlConfigSettingsSource):

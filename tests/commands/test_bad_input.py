@@ -51,6 +51,10 @@ from tests.made_directions import make_directions, random_tensor
             "sweep builtin:refuser --output b --contrast.storage s --storage t",
             "have no effect: storage (here: --storage);",
         ),
+        (
+            "sweep builtin:refuser --output b --contrast.judge-model j",
+            "no effect: judge_model (here: --judge-model); leave",
+        ),
     ],
 )
 def test_settings(refused: Refused, command: str, expected: str, tmp_path: Path) -> None:
@@ -142,11 +146,6 @@ def test_a_flag_whose_name_begins_alike_takes_no_blame(refused: Refused, tmp_pat
     (tmp_path / "config.toml").write_text('[modifier.ContrastAbliteration]\ndivergence = "x"\n')
     found = refused(["--model=builtin:refuser", "--contrast.divergence-tokens=3"])
     assert 'The setting "divergence" in [modifier.ContrastAbliteration]' in found
-
-
-def test_settings_of_a_search_have_their_own_in_a_sweep(refused: Refused) -> None:
-    found = refused(["sweep", "builtin:refuser", "--output=x", "--contrast.judge-model=x"])
-    assert "no effect: judge_model (here: --judge-model); leave" in found
 
 
 @pytest.mark.parametrize("name", ["builtin:none", pytest.param("nowhere", marks=pytest.mark.slow)])
