@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 from ..ablation.operator import Composition, Operator, compose, equalize
 from ..builtin import pool_name
@@ -270,7 +271,7 @@ class PreparedSweep:
         self.sources = DirectionSources(configurations, response_prefix, where)
         self.used = self.sources.used_prompts()
         for sentence in self.used.sentences():
-            log(f"* [yellow]{sentence}[/]")
+            log(f"* [yellow]{escape(sentence)}[/]")
         self.harmful, n_harmful_left_out = _evaluation_pool(
             evaluation.harmful, "harmful evaluation", evaluation.harmful_setting, self.used, log
         )

@@ -109,7 +109,7 @@ class ChatModel(Model):
     def tokenizer(self, tokenizer: Any) -> None:
         require_chat(tokenizer, model_name(self.settings.model))
         if (note := note_on_system_role(tokenizer)) is not None:
-            log(f"[yellow]* {note}[/]")
+            log(f"[yellow]* {escape(note)}[/]")
         self._tokenizer = tokenizer
 
     heretic_get_layers = Model.get_layers

@@ -20,6 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 from peft import PeftModel
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch.nn import Module, ModuleList
 
@@ -148,7 +149,7 @@ def with_writers(model: LanguageModel, heretic_model: Any, writers: Writers) -> 
     missed = missed_shares(model) if is_new else {}
     if missed:
         log(
-            f"[yellow]Layers {', '.join(map(str, missed))} of {model.name} have writers that were not found, so that up to "
+            f"[yellow]Layers {', '.join(map(str, missed))} of {escape(model.name)} have writers that were not found, so that up to "
             f"{max(missed.values()):.0%} of a direction stays in what a layer adds.[/]"
         )
     return apart(model) if writers is Writers.APART else model
