@@ -3,7 +3,7 @@
 """Parameters to begin a study with, chosen by what a trial is worth at a fraction of its cost."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from optuna import Trial, create_study
@@ -23,7 +23,7 @@ def best_candidates(
     sampler: BaseSampler,
 ) -> list[dict[str, Any]]:
     """
-    Returns the parameters of at most `n_wanted` candidates on the front of `n_candidates`, evenly spread along it, the fewest refusals first.
+    Returns the parameters of at most `n_wanted` candidates on the front of `n_candidates`, those first that add most to what it dominates.
 
     `evaluate`: gives the expected share of refusals and the divergence of a candidate, both of which are minimized, and asks it for its
     parameters. `n_prompts`: how many there are to refuse, so that smaller differences do not count.
@@ -42,7 +42,36 @@ def best_candidates(
         study.tell(trial, (share, divergence))
         points[trial.number] = (round(share * n_prompts), divergence)
     trials = study.get_trials(deepcopy=False)
-    return [trials[number].params for number in spread(front(points), n_wanted)]
+    on_front = {number: points[number] for number in front(points)}
+    return [trials[number].params for number in by_gain(on_front, n_prompts, n_wanted)]
+
+
+def by_gain(points: Mapping[int, Point], most_refusals: float, n: int) -> list[int]:
+    """
+    Returns the keys of at most `n` points of refusals and divergence, each the one that adds most to the area that those before it dominate.
+
+    The area reaches to `most_refusals` and to the largest divergence.
+    """
+
+    corner = most_refusals, max((divergence for _, divergence in points.values()), default=0.0)
+    chosen: list[int] = []
+    while len(chosen) < min(n, len(points)):
+        left = [key for key in points if key not in chosen]
+        areas = [
+            dominated_area([points[other] for other in (*chosen, key)], corner) for key in left
+        ]
+        chosen.append(left[areas.index(max(areas))])
+    return chosen
+
+
+def dominated_area(points: Sequence[Point], corner: Point) -> float:
+    """Returns the area of what points of two objectives dominate, up to a corner that none of them exceeds."""
+
+    area, height = 0.0, corner[1]
+    for first, second in sorted(points):
+        area += (corner[0] - first) * max(0.0, height - second)
+        height = min(height, second)
+    return area
 
 
 def spread(items: Sequence[Item], n: int) -> list[Item]:

@@ -4,31 +4,40 @@
 
 from math import inf, nan
 
+import numpy as np
 import pytest
 from optuna import Trial
+from optuna._hypervolume import compute_hypervolume
 from optuna.samplers import RandomSampler
 
 from heretic_contrast.search.screening import best_candidates
 
 
 @pytest.mark.parametrize(("n_wanted", "n_expected"), [(1, 1), (4, 4), (10, 10), (99, 30)])
-def test_the_best_are_spread_along_the_front(n_wanted: int, n_expected: int) -> None:
-    seen: list[float] = []
+def test_first_are_those_that_add_most_to_what_the_front_dominates(
+    n_wanted: int, n_expected: int
+) -> None:
+    refusals = np.random.default_rng(0).permutation(30)
+    points: list[tuple[float, float]] = []
 
     def evaluate(trial: Trial) -> tuple[float, float]:
         # Every second candidate is dominated by the one before.
         behind = trial.number % 2
-        seen.append(seen[-1] if behind else trial.suggest_float("x", 0, 1))
-        return seen[-1] + behind, 1 - seen[-1]
+        count = refusals[trial.number // 2]
+        trial.suggest_int("x", trial.number, trial.number)
+        points.append((count + behind, 0.9**count))
+        return (count + behind) / 40, 0.9**count
 
-    found = best_candidates(evaluate, 60, n_wanted, 10**6, RandomSampler(seed=0))
-    front = sorted(seen[::2])
-    places = {front.index(values["x"]) for values in found}
-    assert len(found) == len(places) == n_expected
-    assert [values["x"] for values in found] == sorted(values["x"] for values in found)
-    assert min(places) == 0 and (n_wanted == 1 or max(places) == 29)
-    gaps = [b - a for a, b in zip(sorted(places), sorted(places)[1:], strict=False)]
-    assert n_wanted == 1 or max(gaps) - min(gaps) <= 1
+    found = [item["x"] for item in best_candidates(evaluate, 60, n_wanted, 40, RandomSampler())]
+    assert len(found) == len(set(found)) == n_expected and not any(x % 2 for x in found)
+    corner = np.array([40.0, 1.0])
+
+    def area(numbers: list[int]) -> float:
+        return compute_hypervolume(np.array([points[number] for number in numbers]), corner)
+
+    for n, x in enumerate(found):
+        best = max(area([*found[:n], other]) for other in range(60))
+        assert area([*found[:n], x]) == pytest.approx(best, rel=1e-12)
 
 
 def test_of_one_candidate_there_is_one() -> None:
@@ -46,7 +55,7 @@ def test_differences_of_less_than_a_prompt_do_not_count() -> None:
         return next(values)
 
     found = best_candidates(evaluate, 5, 10, 10, RandomSampler(seed=0))
-    assert [item["x"] for item in found] == [1, 2, 4]
+    assert sorted(item["x"] for item in found) == [1, 2, 4]
 
 
 def test_candidates_that_break_the_model_are_left_out() -> None:
