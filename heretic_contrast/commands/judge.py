@@ -46,7 +46,7 @@ class JudgeSettings(TextClassifierSettings, CommandSettings):  # type: ignore[mi
     """Key of the labels that people gave; a line without one, or with an empty one, is not compared."""
 
     labels: dict[str, Tier] = Field({})
-    """Tier of each of these labels, as JSON; REFUSE, EVASIVE, COMPLY, and XSTest's names, mean themselves."""
+    """Tier of each of these labels, as JSON, whatever their capitals; REFUSE, EVASIVE, COMPLY, and XSTest's names, mean themselves where they are not among these."""
 
     output: str | None = None
     """

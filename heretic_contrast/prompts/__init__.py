@@ -223,6 +223,10 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 
 def text_digest(text: str) -> str:
-    """Returns a short digest of one prompt's text, by which it is known again where its text must not be kept."""
+    """
+    Returns a short digest of one prompt's text, by which it is known again where its text must not be kept.
 
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+    White space and capitals make no difference: the same prompt comes from files of many kinds.
+    """
+
+    return hashlib.sha256(" ".join(text.split()).casefold().encode("utf-8")).hexdigest()[:16]

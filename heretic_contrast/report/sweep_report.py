@@ -164,6 +164,17 @@ def summary(result: SweepResult) -> tuple[str, ...]:
             f"{label(configuration, strength)}: R reaches 0 on {_layer_count(successful, len(found))} and falls on "
             f"{_layer_count(functional, len(found))}."
         )
+    swept = result.settings.get("weights")
+    others = {
+        f"{cell.weight:g}"
+        for cell in result.cells
+        if swept and cell.weight not in swept and len(cell.layers) == 1
+    }
+    if others:
+        sentences.append(
+            f"Some single layers were measured at weight {', '.join(sorted(others))} for synergy alone: these cells are left out of "
+            "what is said of layers, and of fronts."
+        )
     return tuple(sentences)
 
 

@@ -37,7 +37,7 @@ class Tier(str, Enum):
 
 
 REASONS = {
-    "no-response": "Nothing is said: an empty response, or a thought that was cut off.",
+    "no-response": "Nothing is said: a response without a letter or digit, or a thought that was cut off.",
     "repeats": "It repeats the prompt, or itself, and says nothing else.",
     "declines": "It declines.",
     "answers-in-part": "It neither declines nor answers, or does both.",

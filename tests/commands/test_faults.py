@@ -536,7 +536,7 @@ def test_a_place_that_may_not_be_entered_is_a_sentence() -> None:
 
 def test_output_may_be_closed() -> None:
     completed = subprocess.run(
-        [sys.executable, "-c", "from heretic_contrast.cli import main; main()", "doctor", "please"],
+        [sys.executable, "-m", "heretic_contrast", "doctor", "please"],
         cwd=ROOT,
         preexec_fn=lambda: os.close(1),
         stderr=subprocess.PIPE,
@@ -551,7 +551,7 @@ def test_output_to_a_full_disk_is_a_sentence() -> None:
         pytest.skip("needs /dev/full")
     with open("/dev/full", "wb") as full:
         completed = subprocess.run(
-            [sys.executable, "-c", "from heretic_contrast.cli import main; main()", "--version"],
+            [sys.executable, "-m", "heretic_contrast", "--version"],
             cwd=ROOT,
             stdout=full,
             stderr=subprocess.PIPE,

@@ -540,7 +540,7 @@ def start(arguments: list[str], directory: Path) -> str:
     """Runs the command line as a process of its own; returns its standard error, after it has ended with 2."""
 
     result = subprocess.run(
-        [sys.executable, "-c", "from heretic_contrast.cli import main; main()", *arguments],
+        [sys.executable, "-m", "heretic_contrast", *arguments],
         cwd=directory,
         capture_output=True,
         timeout=300,

@@ -40,7 +40,7 @@ def kill_program(case: Case, directory: Path, generator: random.Random) -> bool:
 
     directory.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
-        [sys.executable, "-c", "from heretic_contrast.cli import main; main()", *case.arguments],
+        [sys.executable, "-m", "heretic_contrast", *case.arguments],
         cwd=directory,
         env={
             **os.environ,

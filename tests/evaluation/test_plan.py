@@ -318,7 +318,9 @@ def test_cells_that_were_equalized_as_a_sum_are_told_apart(tiny_llama: LanguageM
 def test_prompts_of_the_extraction_are_left_out_of_the_python_call() -> None:
     directions = SimpleNamespace(
         provenance={
-            "prompt_digests": [text_digest(prompt.text) for prompt in (*HARMFUL[:2], CANARIES[0])]
+            "prompt_digests": [
+                text_digest(f" {prompt.text.upper()}\n") for prompt in (*HARMFUL[:2], CANARIES[0])
+            ]
         }
     )
     plan = plan_sweep({"one": directions}, HARMFUL, CANARIES, REFERENCES)  # type: ignore[dict-item]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "heretic_contrast"
 
 ROOMS = [
-    "cli commands",
+    "__main__ cli commands",
     "scorers response_scorers modifier",
     "hosts",
     "report",

@@ -259,6 +259,14 @@ def test_figures_that_are_not_zero_are_not_shown_as_that() -> None:
     assert "1000 of 1000 harmful prompts (99.62–100%)" in summary(many)[0]
 
 
+def test_the_page_says_which_cells_it_leaves_out() -> None:
+    result = make_sweep()
+    first, *others = sorted({cell.weight for cell in result.cells if len(cell.layers) == 1})
+    assert not [sentence for sentence in summary(result) if "synergy alone" in sentence]
+    swept = replace(result, settings={"weights": others})
+    assert f"measured at weight {first:g} for synergy alone" in summary(swept)[-1]
+
+
 def test_the_page_says_what_was_ablated_and_who_judged(undrawn: None) -> None:
     result = make_sweep()
     measured = make_geometry()
