@@ -5,6 +5,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ def test_zero_and_dependent_directions_add_nothing() -> None:
     torch.testing.assert_close(
         subspace_capture(differences, dependent), subspace_capture(differences, vectors)
     )
+    # However short a direction is beside others, it counts.
+    lengths = torch.tensor([[1.0], [1e-8], [1e4]])
+    assert span_basis(vectors * lengths).shape == (3, 16)
     nothing = torch.zeros(2, 16)
     assert span_basis(nothing).shape == (0, 16)
     assert subspace_capture(differences, nothing).tolist() == [0.0] * 6
@@ -182,6 +186,9 @@ def test_capture_on_the_refuser(refuser: Any) -> None:
     both = {"own": directions, "winsorized": make_directions(tensor, provenance=provenance)}
     beside = capture_pairs(refuser, both, pairs[:2])
     assert beside.layers[: len(result.layers)] == result.layers
+    # Whatever the model's residuals are winsorized by otherwise.
+    model = replace(refuser, winsorization_quantile=0.5)
+    assert capture_pairs(model, both, pairs[:2]).layers == beside.layers
     for layer in beside.layers[len(result.layers) :]:
         assert layer.subspace == pytest.approx(1, abs=1e-4)
         assert layer.max_cosine == pytest.approx(1, abs=1e-4)

@@ -3,6 +3,7 @@
 """Geometry against dense matrices, and activations against one pass per step over everything."""
 
 import json
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -130,8 +131,18 @@ def test_comparison_of_two_configurations() -> None:
     assert same.norm_ratio == pytest.approx(0.5)
     assert same.class_angles == pytest.approx(dict.fromkeys(same.class_angles, 0.0), abs=1e-4)
     np.testing.assert_allclose(same.principal_angles, 0, atol=1e-4)
-    other = compare("a", first, "c", make_directions(random_tensor(2, 3, 8, seed=4)), 0)
-    assert set(other.class_angles) == {"class 0", "class 1", "class 2"}
+    third = make_directions(random_tensor(2, 3, 8, seed=4))
+    other = compare("a", first, "c", third, 0)
+    # Layer 0 stands behind the embedding.
+    rows = [item.tensor[1].double().numpy() for item in (first, third)]
+    products = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*rows, strict=True)]
+    assert other.class_angles == pytest.approx(
+        {f"class {index}": np.rad2deg(np.arccos(value)) for index, value in enumerate(products)}
+    )
+    expected = np.sort(np.rad2deg(subspace_angles(rows[0].T, rows[1].T)))
+    np.testing.assert_allclose(other.principal_angles, expected)
+    lengths = [np.linalg.norm(item, axis=1).sum() for item in rows]
+    assert other.norm_ratio == pytest.approx(lengths[1] / lengths[0])
     assert other.mean_class_angle == pytest.approx(np.mean(list(other.class_angles.values())))
     geometry = measure_geometry({"a": first, "b": second})
     assert geometry.configurations() == ["a", "b"]
@@ -181,12 +192,26 @@ def reference_steps(
     return y, h
 
 
-@pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_hybrid"])
-def test_moments_equal_those_of_all_positions(fixture: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("fixture", "ends"), [("tiny_llama", False), ("tiny_llama", True), ("tiny_hybrid", False)]
+)
+def test_moments_equal_those_of_all_positions(
+    fixture: str, ends: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model: LanguageModel = request.getfixturevalue(fixture)
+    if ends:
+        # A token that responses have at different places, so that some end before others.
+        responses = PlainEngine(model).generate(model.token_ids(PROMPTS), [6] * len(PROMPTS))
+        end = next(
+            token
+            for token in sorted({*chain(*responses)})
+            if len({[*response[:-1], token].index(token) for response in responses}) > 1
+        )
+        monkeypatch.setattr(model.model.generation_config, "eos_token_id", end)
     vectors = random_tensor(model.n_layers, 3, model.hidden_size)
     moments = observe_outputs(model, PROMPTS, vectors, 6, {})
     steps = [reference_steps(model, prompt, 6) for prompt in PROMPTS]
+    assert (len({len(y) for y, _ in steps}) > 1) == ends
     outputs = torch.cat([y for y, _ in steps])
     assert moments.n_steps == len(outputs)
     for layer in range(model.n_layers):
@@ -215,15 +240,22 @@ def test_activities_of_planted_directions(tiny_llama: Any) -> None:
     outputs, _ = reference_steps(tiny_llama, PROMPTS[0], 1)
     tensor = torch.zeros(tiny_llama.n_layers + 1, 2, tiny_llama.hidden_size)
     tensor[1:, 0] = outputs[0].float() * 7
+    random = make_directions(random_tensor(*tensor.shape))
     activities = measure_activities(
         tiny_llama,
-        {"own": make_directions(tensor), "random": make_directions(random_tensor(*tensor.shape))},
+        {"own": make_directions(tensor), "random": random},
         PROMPTS[:1],
         PROMPTS,
         (0.5, 1.0),
         max_new_tokens=4,
     )
     assert len(activities) == 2 * tiny_llama.n_layers
+    alone = measure_activities(
+        tiny_llama, {"random": random}, PROMPTS[:1], PROMPTS, (0.5, 1.0), max_new_tokens=4
+    )
+    for found, expected in zip(activities[tiny_llama.n_layers :], alone, strict=True):
+        assert found.occupancy_harmful == pytest.approx(expected.occupancy_harmful)
+        assert found.perturbations[1] == pytest.approx(expected.perturbations[1])
     for activity in activities[: tiny_llama.n_layers]:
         assert activity.configuration == "own"
         assert activity.occupancy_harmful[0] == pytest.approx(1, abs=1e-4)
@@ -261,6 +293,8 @@ def test_activities_of_some_components_at_the_strength_that_is_swept(
         last = np.stack([y[0, layer].numpy() for y in steps])
         share = np.sum((last @ v[0]) ** 2) / np.sum(v[0] ** 2) / np.sum(last**2)
         assert activity.occupancy_harmful[0] == pytest.approx(np.sqrt(share), rel=1e-3)
+        # Of harmless prompts, too, the last position counts alone.
+        assert activity.occupancy_harmless[0] == pytest.approx(np.sqrt(share), rel=1e-3)
     assert len(activities) == tiny_llama.n_layers
 
 

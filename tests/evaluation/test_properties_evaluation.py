@@ -188,10 +188,17 @@ def test_mean_over_positions(parts: list[tuple[float, int]], factor: float) -> N
     assert scaled == pytest.approx((factor * mean, factor * error), nan_ok=True, abs=1e-9)
     backwards = mean_with_standard_error(sums[::-1], counts[::-1])
     assert backwards == pytest.approx((mean, error), nan_ok=True, abs=1e-9)
-    if len(set(counts)) == 1 and len(parts) > 1:
-        assert error == pytest.approx(
-            stdev(value for value, _ in parts) / math.sqrt(len(parts)), abs=1e-9
-        )
+    # Where all prompts have as many positions, it is the standard error of their means.
+    if len(parts) > 1:
+        values = [value for value, _ in parts]
+        _, error = mean_with_standard_error([7 * value for value in values], [7] * len(parts))
+        assert error == pytest.approx(stdev(values) / math.sqrt(len(parts)), abs=1e-9)
+
+
+def test_error_of_a_mean_over_prompts_of_different_lengths() -> None:
+    # With the mean 9 / 6, the prompts are off by −0.5, −1 and 1.5, whose squares add up to 3.5.
+    found = mean_with_standard_error([1.0, 2.0, 6.0], [1, 2, 3])
+    assert found == pytest.approx((1.5, math.sqrt(3 / 2 * 3.5) / 6))
 
 
 @given(st.data(), st.integers(1, 10**6))
