@@ -17,7 +17,7 @@ from heretic_contrast.directions.baselines import Residuals
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract_directions, names_before_extraction
 from heretic_contrast.directions.pools import Pools
-from heretic_contrast.directions.transforms import orthogonalize, random_directions
+from heretic_contrast.directions.transforms import around_shared, orthogonalize, random_directions
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.settings import ContrastSettings
@@ -201,6 +201,20 @@ def test_what_classes_add_to_the_shared_direction(
         assert torch.allclose(rows.T @ rows, expected, atol=1e-5)
         # Each belongs to its class more than to any other.
         assert (rows[1:] @ plain.tensor[layer].double().T).argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_what_classes_add_is_the_nearest_orthonormal_set() -> None:
+    """Löwdin's (R Rᵀ)^(−1/2) R, in which the lengths that directions were trained to have no part."""
+
+    shared, *others = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)).double()
+    lengths = (1.0, 9.0, 0.2)
+    vectors = torch.stack([shared, *(a * b for a, b in zip(others, lengths, strict=True))])[None]
+    r = shared.numpy() / np.linalg.norm(shared)
+    rest = np.stack([v / np.linalg.norm(v) for v in (other.numpy() for other in others)])
+    rest = rest - np.outer(rest @ r, r)
+    values, basis = np.linalg.eigh(rest @ rest.T)
+    expected = basis @ np.diag(values**-0.5) @ basis.T @ rest
+    np.testing.assert_allclose(around_shared(vectors)[0], np.stack([r, *expected]), atol=1e-9)
 
 
 def test_one_direction_has_nothing_beside_it() -> None:
