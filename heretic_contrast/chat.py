@@ -8,8 +8,6 @@ model was trained on one. Some tokenizers end every text with a token, after whi
 refuse a system message.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .errors import ContrastError, one_line
+from .files import digest
 
 Chat: TypeAlias = list[dict[str, str]]
 """Messages with a role and a content each."""
@@ -27,7 +26,7 @@ Chat: TypeAlias = list[dict[str, str]]
 SYSTEM_MESSAGE = "Be brief."
 """One to try a chat template with."""
 
-_written: WeakKeyDictionary[Any, dict[bytes, str]] = WeakKeyDictionary()
+_written: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 """The texts of chats by tokenizer, and by a digest of what they were made from: templates are long."""
 
 
@@ -102,8 +101,7 @@ def chat_texts(tokenizer: Any, chats: Sequence[Chat], **options: Any) -> list[st
     options = {"add_generation_prompt": True, "tokenize": False, **options}
     written = _written.setdefault(tokenizer, {})
     template = str(tokenizer.chat_template)
-    contents = (json.dumps([template, chat, options], default=str) for chat in chats)
-    keys = [hashlib.sha256(content.encode()).digest() for content in contents]
+    keys = [digest([template, chat, options]) for chat in chats]
     missing = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in written}
     if missing:
         texts = tokenizer.apply_chat_template(list(missing.values()), **options)

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 
-"""Writing files so that an interruption never leaves a partial one in place of a whole one."""
+"""Writing files so that an interruption never leaves a partial one in place of a whole one, and digests of what is kept."""
 
 import glob
 import hashlib
+import json
 import os
 import uuid
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from .errors import ContrastError
 from .processes import is_dead, this_process
@@ -67,6 +69,13 @@ def write_text_atomically(path: Path, content: str) -> None:
     write_bytes_atomically(path, content.encode("utf-8"))
 
 
+def digest(content: Any) -> str:
+    """Returns a digest of JSON values; what is none is taken as text."""
+
+    text = json.dumps(content, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def file_digest(path: Path) -> str:
     """Returns a digest of a file's content. Raises `OSError` when it cannot be read."""
 
@@ -78,8 +87,8 @@ def file_digest(path: Path) -> str:
 def _file_digest(path: str, size: int, time: int) -> str:
     """Reads a file once for as long as its size and its time stay the same."""
 
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+            found.update(chunk)
+    return found.hexdigest()

@@ -10,7 +10,6 @@ say what is different.
 
 import hashlib
 import inspect
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import __version__
 from .chat import chat_texts, token_ids
 from .errors import ContrastError
-from .files import file_digest
+from .files import digest, file_digest
 from .offloading import input_device, is_offloaded, loaded
 from .weights import codes
 
@@ -81,13 +80,6 @@ PROBES = (
     "THE QUICK brown fox jumpsOver the_lazy-dog; it's https://example.org/?q=1%20000,000.50!",
 )
 """Texts whose tokens stand for those of all others."""
-
-
-def digest(content: Any) -> str:
-    """Returns a digest of JSON values; what is none is taken as text."""
-
-    text = json.dumps(content, sort_keys=True, default=str, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def model_identity(model: "LanguageModel") -> Identity:

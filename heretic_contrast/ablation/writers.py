@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from ..errors import ContrastError
-from ..identity import digest
+from ..files import digest
 from ..language_model import LanguageModel, hooked
 from ..offloading import loaded
 from .operator import Operator

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import ContrastError
-from ..files import write_bytes_atomically
+from ..files import digest, write_bytes_atomically
 
 FORMAT = "heretic-contrast directions 1"
 
@@ -161,16 +161,15 @@ def _shapes_agree(tensors: Mapping[str, Tensor], n_directions: int, n_classes: i
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
-        digest.update(tensors[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
+        found.update(tensors[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _metadata_digest(metadata: Mapping[str, str]) -> str:
-    content = {name: text for name, text in metadata.items() if name != "metadata_digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return digest({name: text for name, text in metadata.items() if name != "metadata_digest"})
 
 
 def _canonical_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

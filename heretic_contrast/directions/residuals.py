@@ -18,8 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import ContrastError
-from ..files import write_bytes_atomically
-from ..identity import digest, identify
+from ..files import digest, write_bytes_atomically
+from ..identity import identify
 from ..language_model import LanguageModel, Progress
 from ..prompts import Prompt
 

@@ -2,7 +2,6 @@
 
 """Where directions come from, looked at before a model is loaded, and which prompts nothing may be judged on after that."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 from rich.markup import escape
 
 from ..errors import one_line
+from ..files import digest
 from ..language_model import LanguageModel, Progress
 from ..prompts import Prompt, text_digest
 from ..settings import ContrastSettings
@@ -68,10 +68,9 @@ class UsedPrompts:
         """Returns JSON values: the number of the prompts and their digest, null where neither is known."""
 
         known = bool(self.digests) or not self.unknown
-        content = "\n".join(sorted(self.digests))
         return {
             "count": len(self.digests) if known else None,
-            "digest": hashlib.sha256(content.encode()).hexdigest() if known else None,
+            "digest": digest(sorted(self.digests)) if known else None,
             "unknown": list(self.unknown),
             "notes": self.sentences(),
         }

@@ -30,7 +30,8 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
 
 from ..errors import ContrastError
-from ..identity import Identity, differences, digest
+from ..files import digest
+from ..identity import Identity, differences
 from ..language_model import Progress
 from ..leases import Leases, open_storage, readable, without_password
 from .cells import Cell, CellKey

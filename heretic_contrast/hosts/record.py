@@ -19,8 +19,8 @@ from .. import __version__
 from ..builtin import REFUSER, is_builtin, with_refuser_pools
 from ..directions.directions import Directions
 from ..errors import ContrastError
-from ..files import file_digest, write_text_atomically
-from ..identity import LIBRARIES, digest, identify, versions
+from ..files import digest, file_digest, write_text_atomically
+from ..identity import LIBRARIES, identify, versions
 from ..language_model import LanguageModel
 from ..outputs import json_text
 from ..prompts import Prompt, prompts_digest

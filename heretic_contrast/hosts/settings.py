@@ -6,8 +6,6 @@ Heretic's settings with those of the plugin.
 Imports Heretic's configuration alone, which is light, so that `--help` is as fast as Heretic's.
 """
 
-import hashlib
-import json
 import os
 import re
 import sys
@@ -43,7 +41,7 @@ from ..builtin import (
     with_refuser_pools,
 )
 from ..errors import ContrastError, one_line, warn
-from ..files import file_digest
+from ..files import digest, file_digest
 from ..settings import (
     ContrastSettings,
     PromptSource,
@@ -148,7 +146,7 @@ def path_digest(
                 size = file.stat().st_size
                 content = file_digest(file) if size < LARGE else str(size)
                 found.append(f"{file.relative_to(path)} {content}")
-    return hashlib.sha256("\n".join(sorted(found)).encode("utf-8", "replace")).hexdigest()
+    return digest(sorted(found))
 
 
 def listed(value: Any) -> list[Any]:
@@ -422,7 +420,7 @@ class HostSettings(Settings):
             file = getattr(self.contrast, name)
             if file is not None and os.path.isfile(file):
                 content["contrast"][name] = file_digest(Path(file))
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return digest(content)
 
 
 def deciding(content: dict[str, Any]) -> dict[str, Any]:

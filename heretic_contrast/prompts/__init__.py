@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ContrastError, one_line
+from ..files import digest
 from ..settings import CATEGORY_COLUMN, PROMPT_COLUMNS, PromptSource, category_name
 from .reading import Setting, read_rows
 from .rows import Rows
@@ -216,10 +217,7 @@ def is_text(value: object) -> bool:
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """Returns a digest of a pool: its texts, categories and system prompts, in order."""
 
-    content = json.dumps(
-        [(prompt.text, prompt.category, prompt.system) for prompt in prompts], ensure_ascii=False
-    )
-    return hashlib.sha256(content.encode("utf-8")).hexdigest()
+    return digest([(prompt.text, prompt.category, prompt.system) for prompt in prompts])
 
 
 def text_digest(text: str) -> str:

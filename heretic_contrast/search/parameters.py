@@ -2,8 +2,6 @@
 
 """The parameters of a trial, and the space that Optuna searches them in (design, section 5)."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from ..ablation.writers import EMBEDDINGS
 from ..directions.directions import Directions
 from ..directions.transforms import with_orthonormal_rest
 from ..errors import ContrastError
+from ..files import digest
 from ..settings import HERETIC_RANGES, Range, Scale, general_parameter
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ def configuration_digest(directions: Directions, settings: Mapping[str, Any]) ->
     if equalizes or directions.has_shared:
         # Earlier versions equalized every composition as a sum, and mixed directions around a shared one otherwise between layers.
         content["revision"] = 2
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(content)[:16]
 
 
 EMBEDDINGS_RANGES: dict[str, Range] = {f"{EMBEDDINGS}.max_weight": (-0.25, 1.5)}
