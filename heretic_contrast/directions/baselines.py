@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ContrastError
-from ..settings import other_baselines
+from ..settings import ContrastSettings, other_baselines
 from ..vectors import unit_vectors
 from .classes import ClassSelection
 
@@ -58,18 +58,7 @@ class Residuals:
         )
 
 
-@dataclass(frozen=True)
-class BaselineOptions:
-    """The numbers that some baselines need."""
-
-    mixing: float = 0.5
-    """λ of `mixed`: 0 is `unmatched`, 1 is `matched`."""
-
-    n_neighbors: int = 10
-    """m of `nearest`: the number of general harmless prompts that make the reference."""
-
-
-Baseline = Callable[[Residuals, BaselineOptions], Tensor]
+Baseline = Callable[[Residuals, ContrastSettings], Tensor]
 """Returns the difference vectors, Tensor of shape (n_harmful, hidden_size), float32."""
 
 NEEDS_MATCHED = frozenset({"matched", "mixed", "residualized"})
@@ -113,40 +102,40 @@ def class_means(layer: Residuals) -> dict[str, Tensor]:
     return means
 
 
-def unmatched(layer: Residuals, options: BaselineOptions) -> Tensor:
+def unmatched(layer: Residuals, settings: ContrastSettings) -> Tensor:
     """μ = mean of h over G, the paper's standard methodology (section 3.2 a)."""
 
     return (layer.harmful.to(torch.float64) - mean(layer.bulk)).float()
 
 
-def matched(layer: Residuals, options: BaselineOptions) -> Tensor:
+def matched(layer: Residuals, settings: ContrastSettings) -> Tensor:
     """μ = mean of h over G_c, the paper's topic-matched contrast (section 3.2 b)."""
 
-    return mixed(layer, replace(options, mixing=1.0))
+    return mixed(layer, settings.model_copy(update={"mixing": 1.0}))
 
 
-def mixed(layer: Residuals, options: BaselineOptions) -> Tensor:
-    """μ = (1 − λ) · unmatched + λ · matched, with λ = `options.mixing` in [0, 1] (paper, section 6)."""
+def mixed(layer: Residuals, settings: ContrastSettings) -> Tensor:
+    """μ = (1 − λ) · unmatched + λ · matched, with λ = `settings.mixing` in [0, 1] (paper, section 6)."""
 
     bulk = mean(layer.bulk)
     means = class_means(layer)
     references = torch.stack(
         # Exact where both are equal, as at the embedding of a token that all prompts end with.
-        [torch.lerp(bulk, means[name], options.mixing) for name in layer.harmful_classes]
+        [torch.lerp(bulk, means[name], settings.mixing) for name in layer.harmful_classes]
     )
     return (layer.harmful.to(torch.float64) - references).float()
 
 
-def nearest(layer: Residuals, options: BaselineOptions) -> Tensor:
+def nearest(layer: Residuals, settings: ContrastSettings) -> Tensor:
     """
     μ = mean of the m prompts of G nearest to h(p) by cosine, both taken relative to the mean of G.
 
-    m is `options.n_neighbors`; with m = |G| this is `unmatched`. Ties go to the prompt whose residual comes
+    m is `settings.n_neighbors`; with m = |G| this is `unmatched`. Ties go to the prompt whose residual comes
     first in lexicographic order, so that the order of the pool does not matter.
     """
 
     n_bulk = len(layer.bulk)
-    require_neighbors(options.n_neighbors, n_bulk)
+    require_neighbors(settings.n_neighbors, n_bulk)
     bulk = layer.bulk.to(torch.float64)
     harmful = layer.harmful.to(torch.float64)
     center = bulk.mean(dim=0)
@@ -158,12 +147,12 @@ def nearest(layer: Residuals, options: BaselineOptions) -> Tensor:
         sorted(range(n_bulk), key=lambda index: layer.bulk[index].tolist()), dtype=torch.long
     )
     ranked = torch.sort(cosines[:, canonical], dim=1, descending=True, stable=True).indices
-    chosen = canonical[ranked[:, : options.n_neighbors]]
+    chosen = canonical[ranked[:, : settings.n_neighbors]]
     references = torch.stack([bulk[indices].mean(dim=0) for indices in chosen])
     return (harmful - references).float()
 
 
-def residualized(layer: Residuals, options: BaselineOptions) -> Tensor:
+def residualized(layer: Residuals, settings: ContrastSettings) -> Tensor:
     """
     d = unmatched difference without its part in span{mean(G_c) − mean(G) : all classes c} (paper, section 6).
 

@@ -26,7 +26,7 @@ from ..language_model import LanguageModel, Progress
 from ..prompts import prompts_digest
 from ..settings import EXTRACTION_FIELDS, Classes, ContrastSettings, Control, Method, Scale
 from ..vectors import unit_vectors
-from .baselines import BaselineOptions, Residuals, get_baseline, mean
+from .baselines import Residuals, get_baseline, mean
 from .classes import not_excluded, select_classes
 from .directions import Directions, names_of_winners
 from .pools import (
@@ -249,7 +249,6 @@ def class_directions(
     """
 
     baseline = get_baseline(settings.baseline)
-    options = BaselineOptions(settings.mixing, settings.n_neighbors)
     members = {
         name: [index for index, other in enumerate(residuals.harmful_classes) if other == name]
         for name in class_names
@@ -258,7 +257,7 @@ def class_directions(
     hits: list[Tensor] = []
     for index in range(residuals.harmful.shape[1]):
         # One layer at a time, so that differences of all layers never exist beside the residuals.
-        differences = baseline(residuals.layer(index), options)
+        differences = baseline(residuals.layer(index), settings)
         samples = [differences[members[name]].numpy() for name in class_names]
         if settings.method is Method.MEAN:
             means = [torch.from_numpy(sample.mean(axis=0, dtype=np.float64)) for sample in samples]

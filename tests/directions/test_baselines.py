@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from heretic_contrast.builtin import with_refuser_pools
 from heretic_contrast.directions.baselines import (
     BASELINES,
-    BaselineOptions,
     Residuals,
     get_baseline,
 )
@@ -23,6 +22,12 @@ from heretic_contrast.settings import ContrastSettings
 
 HIDDEN = 24
 CLASSES = ("drugs", "fraud", "hacking")
+
+
+def options_with(**numbers: float) -> ContrastSettings:
+    """The settings with these numbers, whether the baseline that is named there needs them or not."""
+
+    return ContrastSettings().model_copy(update=numbers)
 
 
 def make_layer(seed: int = 0, topics: bool = True) -> Residuals:
@@ -50,7 +55,7 @@ def make_layer(seed: int = 0, topics: bool = True) -> Residuals:
     )
 
 
-def reference(name: str, layer: Residuals, options: BaselineOptions) -> np.ndarray:
+def reference(name: str, layer: Residuals, options: ContrastSettings) -> np.ndarray:
     """The differences by the formulas of the design, in NumPy."""
 
     harmful = layer.harmful.double().numpy()
@@ -84,7 +89,7 @@ def reference(name: str, layer: Residuals, options: BaselineOptions) -> np.ndarr
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_formula(name: str, seed: int) -> None:
-    layer, options = make_layer(seed), BaselineOptions(mixing=0.3, n_neighbors=4)
+    layer, options = make_layer(seed), options_with(mixing=0.3, n_neighbors=4)
     found = get_baseline(name)(layer, options)
     assert found.dtype == torch.float32 and found.shape == (17, HIDDEN)
     assert np.allclose(found.numpy(), reference(name, layer, options), atol=1e-5)
@@ -92,7 +97,7 @@ def test_formula(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_order_of_prompts_does_not_matter(name: str) -> None:
-    layer, options = make_layer(), BaselineOptions(n_neighbors=5)
+    layer, options = make_layer(), options_with(n_neighbors=5)
     generator = torch.Generator().manual_seed(9)
     a, b, c = (
         torch.randperm(len(pool), generator=generator)
@@ -112,12 +117,12 @@ def test_order_of_prompts_does_not_matter(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "same_as"),
     [
-        ("mixed", BaselineOptions(mixing=0), "unmatched"),
-        ("mixed", BaselineOptions(mixing=1), "matched"),
-        ("nearest", BaselineOptions(n_neighbors=21), "unmatched"),
+        ("mixed", options_with(mixing=0), "unmatched"),
+        ("mixed", options_with(mixing=1), "matched"),
+        ("nearest", options_with(n_neighbors=21), "unmatched"),
     ],
 )
-def test_degenerate_cases(name: str, options: BaselineOptions, same_as: str) -> None:
+def test_degenerate_cases(name: str, options: ContrastSettings, same_as: str) -> None:
     layer = make_layer()
     found, expected = (get_baseline(item)(layer, options) for item in (name, same_as))
     assert torch.allclose(found, expected, atol=1e-6)
@@ -126,14 +131,14 @@ def test_degenerate_cases(name: str, options: BaselineOptions, same_as: str) -> 
 def test_residualized_without_topics_is_unmatched() -> None:
     layer = make_layer(topics=False)
     found, expected = (
-        get_baseline(name)(layer, BaselineOptions()) for name in ("residualized", "unmatched")
+        get_baseline(name)(layer, options_with()) for name in ("residualized", "unmatched")
     )
     assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_residualized_has_no_part_along_topics() -> None:
     layer = make_layer()
-    found = get_baseline("residualized")(layer, BaselineOptions()).double()
+    found = get_baseline("residualized")(layer, options_with()).double()
     for name in CLASSES:
         chosen = [index for index, other in enumerate(layer.matched_classes) if other == name]
         topic = layer.matched[chosen].double().mean(0) - layer.bulk.double().mean(0)
@@ -150,17 +155,17 @@ def test_subjects_that_span_everything_are_refused() -> None:
         matched_classes=layer.matched_classes,
     )
     with pytest.raises(ContrastError, match="span all 3 dimensions"):
-        get_baseline("residualized")(narrow, BaselineOptions())
+        get_baseline("residualized")(narrow, options_with())
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("nearest", BaselineOptions(n_neighbors=22), "22 neighbors"),
-        ("nearest", BaselineOptions(n_neighbors=0), "0 neighbors"),
+        ("nearest", options_with(n_neighbors=22), "22 neighbors"),
+        ("nearest", options_with(n_neighbors=0), "0 neighbors"),
     ],
 )
-def test_numbers_out_of_range(name: str, options: BaselineOptions, message: str) -> None:
+def test_numbers_out_of_range(name: str, options: ContrastSettings, message: str) -> None:
     with pytest.raises(ContrastError, match=message):
         get_baseline(name)(make_layer(), options)
 
@@ -175,7 +180,7 @@ def test_equal_residuals_have_no_direction(name: str, mixing: float) -> None:
     pools = {
         pool: same.repeat(len(getattr(layer, pool)), 1) for pool in ("harmful", "bulk", "matched")
     }
-    found = get_baseline(name)(replace(layer, **pools), BaselineOptions(mixing=mixing))
+    found = get_baseline(name)(replace(layer, **pools), options_with(mixing=mixing))
     assert not found.any()
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from heretic_contrast.directions.baselines import BASELINES, BaselineOptions, Residuals
+from heretic_contrast.directions.baselines import BASELINES, Residuals
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract_directions
 from heretic_contrast.directions.som import SomSettings, train_maps
@@ -44,7 +44,7 @@ baselines = st.sampled_from(list(BASELINES))
 powers = st.integers(-100, 100).map(lambda exponent: 2.0**exponent)
 
 
-def differences(name: str, layer: Residuals, options: BaselineOptions) -> Tensor:
+def differences(name: str, layer: Residuals, options: ContrastSettings) -> Tensor:
     """Returns a baseline's differences, or leaves the example out where subjects span everything."""
 
     try:
@@ -58,10 +58,12 @@ def differences(name: str, layer: Residuals, options: BaselineOptions) -> Tensor
 
 
 @st.composite
-def options_for(draw: st.DrawFn, residuals: Residuals) -> BaselineOptions:
-    return BaselineOptions(
-        mixing=draw(st.floats(0, 1)), n_neighbors=draw(st.integers(1, len(residuals.bulk)))
-    )
+def options_for(draw: st.DrawFn, residuals: Residuals) -> ContrastSettings:
+    numbers = {
+        "mixing": draw(st.floats(0, 1)),
+        "n_neighbors": draw(st.integers(1, len(residuals.bulk))),
+    }
+    return ContrastSettings().model_copy(update=numbers)
 
 
 def close(found: Tensor, expected: Tensor, scale: float, tolerance: float = 1e-5) -> bool:
@@ -105,7 +107,7 @@ def test_baselines_scale_with_residuals(data: st.DataObject, residuals: Residual
 def test_mixed_lies_between_unmatched_and_matched(residuals: Residuals, mixing: float) -> None:
     layer = residuals.layer(0)
     mixed, unmatched, matched = (
-        differences(name, layer, BaselineOptions(mixing=mixing)).double()
+        differences(name, layer, ContrastSettings(baseline="mixed", mixing=mixing)).double()
         for name in ("mixed", "unmatched", "matched")
     )
     assert torch.allclose(mixed, (1 - mixing) * unmatched + mixing * matched, atol=1e-5)
@@ -116,7 +118,7 @@ def test_differences_of_a_pool_from_itself(residuals: Residuals) -> None:
     # With the harmful prompts as matched pool, the differences of each class add up to nothing.
     layer = residuals.layer(0)
     layer = replace(layer, matched=layer.harmful, matched_classes=layer.harmful_classes)
-    found = differences("matched", layer, BaselineOptions()).double()
+    found = differences("matched", layer, ContrastSettings()).double()
     for name in set(layer.harmful_classes):
         chosen = [index for index, other in enumerate(layer.harmful_classes) if other == name]
         assert float(found[chosen].sum(dim=0).abs().max()) < 1e-4
@@ -127,8 +129,8 @@ def test_residualized_is_the_part_of_unmatched_beside_the_subjects(
     residuals: Residuals,
 ) -> None:
     layer = residuals.layer(0)
-    found = differences("residualized", layer, BaselineOptions()).double()
-    unmatched = differences("unmatched", layer, BaselineOptions()).double()
+    found = differences("residualized", layer, ContrastSettings()).double()
+    unmatched = differences("unmatched", layer, ContrastSettings()).double()
     scale = 1 + float(unmatched.norm(dim=1).max())
     assert bool((found.norm(dim=1) <= unmatched.norm(dim=1) + 1e-5 * scale).all())
     # A projection: what was removed is at right angles to what is left, and lies along subjects.
@@ -478,7 +480,7 @@ def test_one_prompt_per_class_is_its_own_direction(
         orthogonalize_direction=False,
     )
     directions = extract_directions(residuals, settings)
-    options = BaselineOptions(n_neighbors=1)
+    options = ContrastSettings(baseline="nearest", n_neighbors=1)
     for index in range(2):
         expected = BASELINES[baseline](residuals.layer(index), options)
         assert torch.allclose(directions.class_directions[index], expected, atol=1e-5)
