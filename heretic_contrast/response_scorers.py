@@ -119,9 +119,9 @@ class RefusalTiers(ResponseScorer):
             tiers = [classify_response(*pair) for pair in zip(texts, responses, strict=True)]
         else:
             # PyTorch is loaded for it alone.
-            from heretic_contrast.engine.text_classification import classifier_of
+            from heretic_contrast.engine.text_classification import classifier_of, classify_all
 
-            tiers = classifier_of(self.settings).classify_responses(texts, responses)
+            tiers = classify_all(classifier_of(self.settings), texts, responses)
         coherent = [is_coherent(response) for response in responses]
         if self.settings.print_responses:
             for prompt, response, tier in zip(self.prompts, responses, tiers, strict=True):

@@ -20,16 +20,16 @@ from torch import Tensor
 
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.residuals import cached_residuals
+from heretic_contrast.engine.text_classification import rules_digest
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.capture import split_by_behavior
 from heretic_contrast.evaluation.cells import Cell, CellKey, SweepResult, Verdict, best_layers
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.storage import SweepState
-from heretic_contrast.evaluation.sweep import RULES, SweepEvaluator
-from heretic_contrast.identity import identify, program_digest
+from heretic_contrast.evaluation.sweep import SweepEvaluator
+from heretic_contrast.identity import identify
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.prompts import Prompt, prompts_digest, text_digest
-from heretic_contrast.tiers.linear import numbers_digest
 from heretic_contrast.tiers.responses import Tier, classify_response
 
 from .conditions import (
@@ -92,7 +92,7 @@ def measure_study(
         "model": identify(
             model,
             all_pools,
-            rules=program_digest(RULES, classify_response) + numbers_digest(),
+            rules=rules_digest(classify_response),
         ),
         "options": json.loads(json.dumps(asdict(replace(options, seeds=0)))),
         "pools": {key: prompts_digest(prompts) for key, prompts in all_pools.items()},

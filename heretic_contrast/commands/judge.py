@@ -107,7 +107,7 @@ def judge(
         found = [{"tier": item.tier, "reason": item.summary} for item in explanations]
     else:
         from ..engine.judge import JudgeModel
-        from ..engine.text_classification import classifier_of
+        from ..engine.text_classification import classifier_of, classify_all
 
         classifier = classifier_of(settings)
         kind = "text classifier" if settings.judge_model is None else "judge model"
@@ -118,7 +118,7 @@ def judge(
                 for value in classifier.probabilities(prompts, responses)
             ]
         else:
-            tiers = classifier.classify_responses(prompts, responses)
+            tiers = classify_all(classifier, prompts, responses)
             found = [{"tier": tier, "reason": reason} for tier in tiers]
     for item, response in zip(found, responses, strict=True):
         item["coherent"] = is_coherent(response)

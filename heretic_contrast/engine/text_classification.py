@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from ..errors import ContrastError
-from ..identity import reading_digest
+from ..identity import program_digest, reading_digest
 from ..language_model import Batches
 from ..settings import TextClassifierSettings
+from ..tiers import coherence, linear, responses, text
 from ..tiers.agreement import TIERS_OF_LABELS
-from ..tiers.responses import Tier
+from ..tiers.responses import Tier, classify_response
 from ..tiers.text import strip_markup
 from ..vectors import gpu_or_cpu
 from .judge import JudgeModel, load_pretrained, loaded_judge
@@ -178,17 +179,24 @@ def classify_all(
     return list(map(classify, prompts, responses))
 
 
-def classifier_of(settings: TextClassifierSettings) -> ModelClassifier:
-    """Returns the text classifier or judge model that settings name, loaded once. Raises `ContrastError` as these do."""
+def classifier_of(settings: TextClassifierSettings) -> Classifier:
+    """
+    Returns the text classifier or judge model that settings name, loaded once, or the rules that come with the plugin.
+
+    Raises `ContrastError` as these do.
+    """
 
     if settings.judge_model is not None:
         return loaded_judge(settings.judge_model)
-    assert settings.text_classifier is not None
+    if settings.text_classifier is None:
+        return classify_response
     labels = tuple(sorted(settings.text_classifier_labels.items()))
     return _loaded(settings.text_classifier, labels, settings.text_classifier_reads_prompt)
 
 
-def classifier_identity(settings: TextClassifierSettings) -> list[Any] | None:
-    """Returns what decides the verdicts of what settings name, or None where they name none."""
+def rules_digest(classify: Classifier) -> str:
+    """Returns a digest of all that decides how responses are judged."""
 
-    return None if settings.classifier_name is None else classifier_of(settings).identity()
+    judge = classify.identity() if isinstance(classify, ModelClassifier) else classify
+    rules = program_digest((responses, linear, text, coherence), judge)
+    return f"{rules} {linear.numbers_digest()}"

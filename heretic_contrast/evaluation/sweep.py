@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -25,12 +25,11 @@ from ..directions.sources import ShowProgress
 from ..engine.check import checked_engine
 from ..engine.interface import Continuations
 from ..engine.plain import PlainEngine
-from ..engine.text_classification import Classifier, ModelClassifier, classifier_of, classify_all
+from ..engine.text_classification import Classifier, classifier_of, classify_all, rules_digest
 from ..errors import ContrastError
-from ..identity import Identity, identify, program_digest
+from ..identity import Identity, identify
 from ..language_model import LanguageModel, Progress, Tokens
 from ..prompts import Prompt, prompts_digest
-from ..tiers import coherence, linear, responses, text
 from ..tiers.coherence import is_coherent, normalized_bigram_entropy
 from ..tiers.responses import Tier, classify_response
 from .cells import Cell, CellKey, Measurement, SweepResult, Synergy, Verdict, best_layers
@@ -40,9 +39,6 @@ from .plan import Configurations, PreparedSweep, SweepOptions, SweepPlan, plan_s
 from .plan_settings import check_weights
 from .results import CaptureResult, Geometry
 from .storage import SweepState
-
-RULES = (responses, linear, text, coherence)
-"""The modules that decide how a response is judged."""
 
 
 class Judged(NamedTuple):
@@ -262,9 +258,6 @@ class SweepEvaluator:
             "canaries": self.plan.canaries,
             "references": self.plan.references,
         }
-        judge: Any = self._classify
-        if isinstance(judge, ModelClassifier):
-            judge = judge.identity()
         return identify(
             self.model,
             pools,
@@ -272,7 +265,7 @@ class SweepEvaluator:
             texts={name: prompts_digest(pool) for name, pool in pools.items()},
             options=asdict(self.options),
             directions={name: item.key() for name, item in self.configurations.items()},
-            rules=f"{program_digest(RULES, judge)} {linear.numbers_digest()}",
+            rules=rules_digest(self._classify),
             writers=writers_digest(self.model),
         )
 
@@ -431,10 +424,8 @@ def run_prepared(
     `ContrastError` when something that was asked for cannot be swept, or the storage belongs to another sweep.
     """
 
-    classify: Classifier = classify_response
-    if prepared.settings.classifier_name is not None:
-        # Before anything is computed that would be lost without it.
-        classify = classifier_of(prepared.settings)
+    # Before anything is computed that would be lost without it.
+    classify = classifier_of(prepared.settings)
     plan = prepared.plan(model, log, show_progress, max_response_length)
     log()
     log("Measuring the unmodified model...")

@@ -26,7 +26,7 @@ from ..engine.interface import Continuations
 from ..engine.judge import loaded_judge
 from ..engine.plain import PlainEngine
 from ..engine.strides import Watch, generate_watched, is_watchable, none_leaves
-from ..engine.text_classification import classifier_of
+from ..engine.text_classification import ModelClassifier, classifier_of, classify_all
 from ..engine.trials import TrialEngine
 from ..errors import ContrastError
 from ..evaluation.divergence import References
@@ -35,7 +35,6 @@ from ..prompts import Prompt, load_pool
 from ..search.screening import spread
 from ..search.stopping import Point, dominates
 from ..settings import ContrastSettings, PromptSources
-from ..tiers.responses import classify_response
 from .guidance import BOUND_KEY, EXCLUDED_KEY, FALSE_KEY, SUM_KEY, measured
 from .settings import HostSettings
 from .surface import from_heretic, heretic_prompts, log
@@ -66,9 +65,10 @@ def sensitive_prompts(settings: HostSettings) -> list[Prompt]:
 def require_judge(contrast: ContrastSettings) -> None:
     """Raises `ContrastError` when a text classifier or judge model cannot be loaded, or cannot tell what is counted from what is not."""
 
-    if contrast.classifier_name is None:
+    classifier = classifier_of(contrast)
+    if not isinstance(classifier, ModelClassifier):
         return
-    tiers = {tier.value for tier in classifier_of(contrast).tiers}
+    tiers = {tier.value for tier in classifier.tiers}
     counted = tiers & set(contrast.counted_tiers)
     if not counted or counted == tiers:
         is_judge = contrast.judge_model is not None
@@ -138,10 +138,7 @@ class Evaluator(heretic.main.Evaluator):
         if contrast.judge_model is not None:
             found = loaded_judge(contrast.judge_model).probabilities(users, responses)
             return found if "REFUSE" in contrast.counted_tiers else [1 - value for value in found]
-        if contrast.text_classifier is not None:
-            tiers = classifier_of(contrast).classify_responses(users, responses)
-        else:
-            tiers = [classify_response(*pair) for pair in zip(users, responses, strict=True)]
+        tiers = classify_all(classifier_of(contrast), users, responses)
         return [tier.value in contrast.counted_tiers for tier in tiers]
 
     def is_settled(self, response: str) -> bool:

@@ -33,9 +33,9 @@ from torch import Tensor
 from ..ablation.writers import shared_components, writers_digest
 from ..directions.pools import require_apart
 from ..directions.sources import DirectionSources
-from ..engine.text_classification import classifier_identity
+from ..engine.text_classification import classifier_of, rules_digest
 from ..errors import ContrastError, find_cause, one_line, raising_causes
-from ..identity import OF_THE_MODEL, Identity, differences, identify, program_digest
+from ..identity import OF_THE_MODEL, Identity, differences, identify
 from ..journal import CheckedJournal
 from ..outputs import remove_empty_directories, require_writable_directory, require_writable_file
 from ..prompts import Prompt, load_pool
@@ -44,8 +44,6 @@ from ..search.samplers import make_sampler, trial_seed
 from ..search.screening import best_candidates
 from ..search.stopping import Point
 from ..settings import datasets_of
-from ..tiers import linear, responses, text
-from ..tiers.responses import classify_response
 from .answers import TRIAL_QUESTION, Answers, or_nothing, require_answers
 from .evaluator import Evaluator, own_prompts, require_judge, sensitive_prompts
 from .finalists import count_refusals, front_choices, require_fresh, second_look
@@ -201,9 +199,7 @@ class Host:
             model,
             {name: own_prompts(prompts) for name, prompts in pools.items()},
             directions=self.modifier.configuration,
-            rules=program_digest((responses, linear, text), classify_response)
-            + linear.numbers_digest()
-            + str(classifier_identity(self.modifier.settings)),
+            rules=rules_digest(classifier_of(self.modifier.settings)),
             writers=writers_digest(model),
         )
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from heretic_contrast.engine.judge import QUESTION, JudgeModel
-from heretic_contrast.engine.text_classification import classifier_identity, classifier_of
+from heretic_contrast.engine.text_classification import classifier_of, rules_digest
 from heretic_contrast.errors import ContrastError, ContrastWarning
 from heretic_contrast.settings import TextClassifierSettings
 from heretic_contrast.tiers.responses import Tier
@@ -206,15 +206,15 @@ def test_a_judge_is_loaded_once_and_known_by_weights_and_question(
     folder = write_random_judge(tmp_path / "one")
     settings = TextClassifierSettings(judge_model=str(folder))
     assert classifier_of(settings) is classifier_of(settings.model_copy())
-    known = classifier_identity(settings)
+    known = rules_digest(classifier_of(settings))
     shutil.copytree(folder, tmp_path / "copy")
     copied = TextClassifierSettings(judge_model=str(tmp_path / "copy"))
-    assert classifier_identity(copied) == known
+    assert rules_digest(classifier_of(copied)) == known
     monkeypatch.setattr("heretic_contrast.engine.judge.QUESTION", "{request} {response}?")
-    assert classifier_identity(copied) != known
+    assert rules_digest(classifier_of(copied)) != known
     monkeypatch.undo()
     other = TextClassifierSettings(judge_model=str(write_random_judge(tmp_path / "two", "gpt2")))
-    assert classifier_identity(other) != known
+    assert rules_digest(classifier_of(other)) != known
 
 
 def test_the_data_type_is_that_of_the_configuration(tmp_path: Path) -> None:
