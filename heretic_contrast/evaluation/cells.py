@@ -7,7 +7,7 @@ Nothing here depends on when, where or by how many processes a sweep was run.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, NamedTuple
 
@@ -281,22 +281,25 @@ class SweepResult:
     def responses_json_lines(self) -> str:
         """Returns every response as JSON Lines: where it was given, to what, its text, and its tier and coherence."""
 
-        base: dict[str, Any] = {"configuration": None}
-        given = [(base, "harmful", self.prompts, self.baseline_responses, self.baseline_verdicts)]
-        # Earlier sweeps have kept none.
-        if canary_responses := self.baseline_canary_responses:
-            given.append(
-                (base, "canary", self.canaries, canary_responses, self.baseline_canary_verdicts)
-            )
-        for cell in self.cells:
-            where = cell.key()._asdict()
-            given += [
-                (where, "harmful", self.prompts, cell.responses, cell.verdicts),
-                (where, "canary", self.canaries, cell.canary_responses, cell.canary_verdicts),
-            ]
         rows = (
             {**where, "pool": pool, "prompt": prompt, "response": response, **asdict(verdict)}
-            for where, pool, prompts, responses, verdicts in given
-            for prompt, response, verdict in zip(prompts, responses, verdicts, strict=True)
+            for cell in (None, *self.cells)
+            for where in [{"configuration": None} if cell is None else cell.key()._asdict()]
+            for pool, prompt, response, verdict in self.answers(cell)
         )
         return json_lines(rows)
+
+    def answers(self, cell: Cell | None) -> Iterator[tuple[str, str, str, Verdict]]:
+        """Yields pool, prompt, response and verdict of all that a cell, or without one the unmodified model, has answered."""
+
+        if cell is None:
+            harmful = self.prompts, self.baseline_responses, self.baseline_verdicts
+            canary = self.canaries, self.baseline_canary_responses, self.baseline_canary_verdicts
+        else:
+            harmful = self.prompts, cell.responses, cell.verdicts
+            canary = self.canaries, cell.canary_responses, cell.canary_verdicts
+        for pool, (prompts, responses, verdicts) in (("harmful", harmful), ("canary", canary)):
+            # Earlier sweeps have kept none of the unmodified model to canaries.
+            if responses:
+                for answer in zip(prompts, responses, verdicts, strict=True):
+                    yield pool, *answer

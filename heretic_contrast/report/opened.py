@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
-from ..evaluation.cells import Cell, CellKey, SweepResult, Verdict
+from ..evaluation.cells import Cell, CellKey, SweepResult
 from ..tiers.responses import explain_response
 from .content import Table, layers_text, text_column
 
@@ -16,8 +16,6 @@ MAXIMUM_CHARACTERS = 3_000_000
 
 SHOWN_CHARACTERS = 600
 """Of one response."""
-
-UNMODIFIED, CANARY = "unmodified", "Canary: "
 
 Row = tuple[str, ...]
 
@@ -46,33 +44,25 @@ def opened_cells(result: SweepResult) -> tuple[dict[CellKey, str], list[tuple[st
 
     reason = _reason(result.settings)
 
-    def rows(
-        prompts: Sequence[str], responses: Sequence[str], verdicts: Sequence[Verdict]
-    ) -> list[Row]:
+    def rows(cell: Cell | None) -> list[Row]:
         return [
             (
                 verdict.tier if verdict.coherent else f"{verdict.tier}, incoherent",
-                short(prompt),
+                short(f"Canary: {prompt}" if pool == "canary" else prompt),
                 short(response),
-                reason(prompt.removeprefix(CANARY), response),
+                reason(prompt, response),
             )
-            for prompt, response, verdict in zip(prompts, responses, verdicts, strict=True)
+            for pool, prompt, response, verdict in result.answers(cell)
         ]
 
     columns = tuple(map(text_column, ("Tier", "Prompt", "Response", "Decided by")))
-    canaries = [CANARY + prompt for prompt in result.canaries]
-    base = rows(result.prompts, result.baseline_responses, result.baseline_verdicts)
-    if result.baseline_canary_responses:
-        base += rows(canaries, result.baseline_canary_responses, result.baseline_canary_verdicts)
+    base = rows(None)
     title = "Responses of the unmodified model"
-    parts = [(UNMODIFIED, Table(UNMODIFIED, title, columns, tuple(base)))]
+    parts = [("unmodified", Table("unmodified", title, columns, tuple(base)))]
     left = MAXIMUM_CHARACTERS - _length(base)
     anchors: dict[CellKey, str] = {}
     for number, cell in enumerate(_ranked(result)):
-        shown = [
-            *rows(result.prompts, cell.responses, cell.verdicts),
-            *rows(canaries, cell.canary_responses, cell.canary_verdicts),
-        ]
+        shown = rows(cell)
         left -= _length(shown)
         if left < 0:
             break
