@@ -19,7 +19,6 @@ from torch import Tensor
 
 from heretic_contrast.ablation.lora import lora_factors
 from heretic_contrast.ablation.operator import compose
-from heretic_contrast.settings import RowNormalization
 
 
 def heretic_single(weight: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +80,7 @@ def main() -> None:
         "dense outer products": (lambda: dense_sum(weight, vectors), 2),
         "Heretic, full normalization": (lambda: heretic_full(weight, single), 3),
         "ours, full normalization": (
-            lambda: lora_factors(compose(single[None], one), weight, RowNormalization.FULL, 3),
+            lambda: lora_factors(compose(single[None], one), weight, "full", 3),
             3,
         ),
     }

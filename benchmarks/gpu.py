@@ -31,7 +31,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # So that a checkout need not be installed.
@@ -666,8 +666,8 @@ def trial(bench: Bench) -> None:
     }
     bench.row("directions per layer", ours.modifier.directions.n_directions)
     evaluating: dict[str, float] = {}
-    for normalization in RowNormalization:
-        label = f"row normalization {normalization.value}"
+    for normalization in get_args(RowNormalization):
+        label = f"row normalization {normalization}"
         modifying: dict[str, float] = {}
         for who, (trials, modify) in actions.items():
             trials.normalize(normalization)

@@ -139,11 +139,11 @@ def factors(
 
 
 def plain_factors(**sizes: int) -> Action:
-    return factors(**sizes, normalization=RowNormalization.NONE)
+    return factors(**sizes, normalization="none")
 
 
 def normalized_factors(**sizes: int) -> Action:
-    return factors(**sizes, normalization=RowNormalization.FULL)
+    return factors(**sizes, normalization="full")
 
 
 def make_evaluator(

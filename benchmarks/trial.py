@@ -168,7 +168,7 @@ class Trials:
 
         with silently():
             self.model.model = self.model.model.unload()
-            self.settings.row_normalization = HereticNormalization(normalization.value)
+            self.settings.row_normalization = HereticNormalization(normalization)
             if not isinstance(self.model, HostModel):
                 self.model._apply_lora()
                 return

@@ -63,7 +63,6 @@ from heretic_contrast.search.parameters import (
 from heretic_contrast.settings import (
     ABLATION_FIELDS,
     ContrastSettings,
-    RowNormalization,
     datasets_of,
     require_effect,
 )
@@ -111,7 +110,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         """The rank of the LoRA adapters: that of the change, which is exact but for `full` row normalization."""
 
         _, n_directions, hidden_size = self.directions.tensor.shape
-        if self.settings.row_normalization is RowNormalization.FULL:
+        if self.settings.row_normalization == "full":
             # No weight has a rank above the hidden size, and the adapters take as much memory as their rank says.
             return min(self.settings.full_normalization_lora_rank or n_directions + 2, hidden_size)
         return n_directions
@@ -189,7 +188,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             for writer in layer
             if not takes_adapter(writer) and writer.component != EMBEDDINGS
         }
-        if without_adapter and self.settings.row_normalization is not RowNormalization.NONE:
+        if without_adapter and self.settings.row_normalization != "none":
             listed = ", ".join(sorted(without_adapter))
             log(f"* The rows of {listed} are not normalized, since no adapter changes them")
         if HAS_PLUGIN_SURFACE:

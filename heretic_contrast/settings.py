@@ -11,7 +11,6 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
-from enum import Enum
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -33,23 +32,14 @@ from pydantic_core import PydanticCustomError
 
 from .errors import ContrastError
 
-Method = Enum("Method", {"SOM": "som", "MEAN": "mean"}, type=str)
-Classes = Enum("Classes", {"CATEGORY": "category", "SINGLE": "single"}, type=str)
-CategorySource = Enum(
-    "CategorySource",
-    {"AUTO": "auto", "COLUMN": "column", "LEXICON": "lexicon", "MODEL": "model"},
-    type=str,
-)
-SmallClasses = Enum("SmallClasses", {"ERROR": "error", "DROP": "drop", "MERGE": "merge"}, type=str)
-Scale = Enum("Scale", {"UNIT": "unit", "RAW": "raw", "UNMATCHED": "unmatched"}, type=str)
+CategorySource = Literal["auto", "column", "lexicon", "model"]
+Scale = Literal["unit", "raw", "unmatched"]
 """The length of the directions (paper, section 5.1)."""
 
-RowNormalization = Enum(
-    "RowNormalization", {"NONE": "none", "PRE": "pre", "FULL": "full"}, type=str
-)
-Writers = Enum("Writers", {"ALL": "all", "APART": "apart", "HERETIC": "heretic"}, type=str)
-Sampler = Enum("Sampler", {"TPE": "tpe", "NSGA2": "nsga2"}, type=str)
-Control = Enum("Control", {"NONE": "none", "RANDOM": "random"}, type=str)
+RowNormalization = Literal["none", "pre", "full"]
+Writers = Literal["all", "apart", "heretic"]
+Composition = Literal["sum", "sequential", "capped"]
+Sampler = Literal["tpe", "nsga2"]
 
 DATASET_FORMATS = frozenset(
     """
@@ -422,7 +412,7 @@ NEEDS = (
     Need(
         {name for name in EXTRACTION_FIELDS | {"som_backend"} if name.startswith("som_")}
         | {"winners"},
-        lambda settings: settings.method is Method.SOM,
+        lambda settings: settings.method == "som",
         "on a mean: give the method som as well, or a preset that trains maps",
         frozenset({"method"}),
     ),
@@ -430,7 +420,7 @@ NEEDS = (
         set(
             "composition equal_effective_weight shared_direction small_classes svd svd_rank".split()
         ),
-        lambda settings: settings.classes is Classes.CATEGORY or settings.winners > 1,
+        lambda settings: settings.classes == "category" or settings.winners > 1,
         "on one direction: give the classes category as well, or a preset with several directions",
         frozenset({"method", "classes"}),
     ),
@@ -499,13 +489,13 @@ class ContrastSettings(Table, TextClassifierSettings):
     n_neighbors: int = Field(10, ge=1)
     """Number of harmless prompts that make the reference of the baseline "nearest"."""
 
-    classes: Classes = Classes.SINGLE
+    classes: Literal["category", "single"] = "single"
     """
     What gets a direction of its own. Options: "category" (each harm category, as in the paper), "single" (all harmful prompts
     together, as in Heretic).
     """
 
-    category_source: CategorySource = CategorySource.AUTO
+    category_source: CategorySource = "auto"
     """
     Where the category of a harmful prompt comes from. Options: "auto" (the column where there is one, else the lexicon),
     "column", "lexicon" (word list shipped with the plugin), "model" (the loaded model is asked).
@@ -517,13 +507,13 @@ class ContrastSettings(Table, TextClassifierSettings):
     it never saw.
     """
 
-    small_classes: SmallClasses = SmallClasses.MERGE
+    small_classes: Literal["error", "drop", "merge"] = "merge"
     """
     What to do with a class that has fewer prompts than the SOM has neurons. Options: "merge" (into the class miscellaneous,
     or drop them where even together they are too few), "drop", "error".
     """
 
-    method: Method = Method.MEAN
+    method: Literal["som", "mean"] = "mean"
     """
     How the difference vectors of a class become a direction. Options: "som" (densest neuron of a self-organizing map, as in the
     paper), "mean" (their mean, as in Heretic).
@@ -570,7 +560,7 @@ class ContrastSettings(Table, TextClassifierSettings):
     orthogonal to it and to one another, what each class adds. The search then contains Heretic's own: the others start at 0.
     """
 
-    scale: Scale = Scale.UNIT
+    scale: Scale = "unit"
     """
     Length of the directions. Options: "unit" (Heretic's convention), "raw" (as trained), "unmatched" (the length that the
     unmatched baseline gives; the control for magnitude).
@@ -588,7 +578,7 @@ class ContrastSettings(Table, TextClassifierSettings):
     subtracted, as Heretic does.
     """
 
-    control: Control = Control.NONE
+    control: Literal["none", "random"] = "none"
     """
     Control that takes the place of the directions. Options: "none", "random" (random directions of the same count, norms and
     mutual cosines).
@@ -601,7 +591,7 @@ class ContrastSettings(Table, TextClassifierSettings):
     this is set.
     """
 
-    writers: Writers = Writers.ALL
+    writers: Writers = "all"
     """
     What is ablated. Options: "all" (everything that adds to the residual stream: experts and recurrent layers too, with biases,
     and with regard to norms behind it), "apart" (the same, with components of their own for linear attention, convolutions
@@ -615,7 +605,7 @@ class ContrastSettings(Table, TextClassifierSettings):
     the first layer. A sweep does so where it ablates the first layer and all its components.
     """
 
-    composition: Literal["sum", "sequential", "capped"] = "sum"
+    composition: Composition = "sum"
     """
     How the ablations of several directions are put together. Options: "sum" (the paper), "sequential" (one after the other),
     "capped" (the sum, with eigenvalues capped at the largest weight).
@@ -627,7 +617,7 @@ class ContrastSettings(Table, TextClassifierSettings):
     compounding.
     """
 
-    row_normalization: RowNormalization = RowNormalization.FULL
+    row_normalization: RowNormalization = "full"
     """
     How to apply row normalization of the weights, where a LoRA adapter changes them. Options: "none" (no normalization), "pre" (compute
     LoRA adapter relative to row-normalized weights), "full" (like "pre", but renormalizes to preserve original row magnitudes, as
@@ -646,7 +636,7 @@ class ContrastSettings(Table, TextClassifierSettings):
         "and a max_weight or a rest (the scale of all that classes add to a shared direction) below 0 counts as 0.",
     )
 
-    sampler: Sampler = Sampler.TPE
+    sampler: Sampler = "tpe"
     """
     Sampler of the study under Heretic 1.4. Options: "tpe" (multivariate tree-structured Parzen estimator), "nsga2"
     (evolutionary, the counterpart of the paper's strategy).
@@ -782,7 +772,7 @@ class ContrastSettings(Table, TextClassifierSettings):
                     )
             if len(presets) == 1 and isinstance(presets[0], str):
                 preset = PRESETS[presets[0]]
-                if data.get("writers") == Writers.HERETIC.value:
+                if data.get("writers") == "heretic":
                     preset = {key: value for key, value in preset.items() if key != "embeddings"}
                 data = {**preset, **data}
         return data
@@ -846,7 +836,7 @@ class ContrastSettings(Table, TextClassifierSettings):
         if self.preset:
             # They do not count as given, so that Heretic's own flags stand before them.
             if "row_normalization" not in self.model_fields_set:
-                self.__dict__["row_normalization"] = RowNormalization.NONE
+                self.__dict__["row_normalization"] = "none"
             if "orthogonalize_direction" not in self.model_fields_set:
                 self.__dict__["orthogonalize_direction"] = False
         return self
@@ -860,22 +850,22 @@ class ContrastSettings(Table, TextClassifierSettings):
         has_judge = self.classifier_name is not None
         for is_wrong, sentence in (
             (
-                len(self.preset) <= 1 and self.method is Method.SOM and self.winners > n_neurons,
+                len(self.preset) <= 1 and self.method == "som" and self.winners > n_neurons,
                 f"{self.winners} winners are asked for, but a map of {self.som_rows} × {self.som_columns} has {n_neurons} neurons: "
                 "use a larger map or fewer winners.",
             ),
             *((True, sentence) for sentence in idle.values()),
             (
-                self.embeddings and self.writers is Writers.HERETIC,
+                self.embeddings and self.writers == "heretic",
                 "Heretic ablates no embeddings: leave out embeddings, or use the writers all.",
             ),
             (
-                self.shared_direction and (self.svd or self.scale is not Scale.UNIT),
+                self.shared_direction and (self.svd or self.scale != "unit"),
                 "What classes add to a shared direction is orthogonal and of length 1 already: leave out svd and scale, or "
                 "shared_direction.",
             ),
             (
-                self.stop_dominated and self.sampler is not Sampler.TPE,
+                self.stop_dominated and self.sampler != "tpe",
                 "The sampler nsga2 needs every trial to its end: leave out stop_dominated, or use the sampler tpe.",
             ),
             (
@@ -968,8 +958,8 @@ class ContrastSettings(Table, TextClassifierSettings):
     def require_categories(self) -> None:
         """Raises `ContrastError` when it is said where categories come from, and no direction that is extracted needs any."""
 
-        if self.category_source is not CategorySource.AUTO and not any(
-            item.classes is Classes.CATEGORY or item.exclude_categories
+        if self.category_source != "auto" and not any(
+            item.classes == "category" or item.exclude_categories
             for item in self.configurations().values()
         ):
             raise ContrastError(

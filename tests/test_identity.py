@@ -19,7 +19,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from heretic_contrast import cli, identity
-from heretic_contrast.ablation.operator import Composition
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.directions.extraction import extract
 from heretic_contrast.directions.pools import Pools
@@ -389,7 +388,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "a category": ({"harmful": [HARMFUL[0], replace(HARMFUL[1], category="fraud")]}, "prompts"),
     "rules": ({"classify": refuses_or_complies}, "rules for tiers"),
     "how directions are put together": (
-        {"configurations": {"one": Configuration(DIRECTIONS, Composition.SEQUENTIAL)}},
+        {"configurations": {"one": Configuration(DIRECTIONS, "sequential")}},
         "directions",
     ),
     "the mean direction": (

@@ -84,7 +84,7 @@ def require_mergeable(layers: Iterable[Module]) -> None:
 def lora_factors(
     operator: Operator,
     weight: Tensor,
-    row_normalization: RowNormalization = RowNormalization.NONE,
+    row_normalization: RowNormalization = "none",
     rank: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -98,14 +98,14 @@ def lora_factors(
 
     vectors = operator.vectors.to(weight.device)
     factor_b = -operator.mixed_vectors.T.to(weight.device)
-    if row_normalization is RowNormalization.NONE:
+    if row_normalization == "none":
         return rows_times(vectors, weight), factor_b
 
     norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     safe_norms = norms.clamp_min(1e-12)
     # The rows are scaled on the small side: Vᵀ Ŵ = (Vᵀ diag(1 / ρ)) W.
     factor_a = rows_times(vectors / safe_norms.T, weight)
-    if row_normalization is RowNormalization.PRE:
+    if row_normalization == "pre":
         return factor_a, factor_b * norms
 
     # Row lengths from Gram terms: ‖ŵ + b A‖² = ‖ŵ‖² + 2 b (A ŵ) + b (A Aᵀ) bᵀ.

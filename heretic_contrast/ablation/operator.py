@@ -9,13 +9,13 @@ W − C W. The change has rank n_directions at most and is exactly a LoRA pair; 
 """
 
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..errors import ContrastError
+from ..settings import Composition
 from ..vectors import to_device, unit_vectors
 
 LONGEST = 1e15
@@ -30,19 +30,6 @@ DAMPING = 0.1
 
 CPU_PARTS = 8
 """How many parts a weight is read in on a CPU; not the number of cores, on which no result may depend."""
-
-
-class Composition(str, Enum):
-    """How the ablations of several directions are put together."""
-
-    SUM = "sum"
-    """Σ_k w_k v_k v_kᵀ: the paper, and Heretic's pull request 196. Parallel directions add up."""
-
-    SEQUENTIAL = "sequential"
-    """I − Π_k (I − w_k v_k v_kᵀ): one direction after the other (Piras et al., 2026)."""
-
-    CAPPED = "capped"
-    """The sum, its eigenvalues capped at max_k w_k, so that parallel directions do not add up."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +121,13 @@ def rows_times(vectors: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(parts, weight.reshape(CPU_PARTS, -1, in_features)).sum(dim=0)
 
 
-def compose(
-    vectors: Tensor, weights: Tensor, composition: Composition | str = Composition.SUM
-) -> Operator:
+def compose(vectors: Tensor, weights: Tensor, composition: Composition = "sum") -> Operator:
     """
     Returns the operator that ablates `vectors` with `weights` (paper, section 2.1; design, section 5).
+
+    - "sum": Σ_k w_k v_k v_kᵀ: the paper, and Heretic's pull request 196. Parallel directions add up.
+    - "sequential": I − Π_k (I − w_k v_k v_kᵀ): one direction after the other (Piras et al., 2026).
+    - "capped": the sum, its eigenvalues capped at max_k w_k, so that parallel directions do not add up.
 
     `vectors`: Tensor of shape (n_directions, hidden_size). `weights`: Tensor of shape (n_directions,).
     V and the small matrix K are computed in float64.
@@ -147,7 +136,6 @@ def compose(
     fit into float32, and when a weight is negative under `capped`, which has no meaning there.
     """
 
-    composition = Composition(composition)
     exact_weights = weights.to(torch.float64).cpu()
     exact_vectors = vectors.to(torch.float64).cpu()
     for what, tensor in (("direction", exact_vectors), ("weight", exact_weights)):
@@ -155,9 +143,9 @@ def compose(
             raise ContrastError(
                 f"A {what} to ablate is infinite or not a number: look for a broken model or a broken file of directions."
             )
-    if composition is Composition.SUM:
+    if composition == "sum":
         kernel = torch.diag(exact_weights)
-    elif composition is Composition.SEQUENTIAL:
+    elif composition == "sequential":
         kernel = _sequential_kernel(exact_vectors, exact_weights)
     else:
         vectors, kernel = _capped(exact_vectors, exact_weights)
@@ -167,7 +155,7 @@ def compose(
     if not (longest <= LONGEST and largest * max(longest, 1.0) ** 2 <= STRONGEST):
         raise ContrastError(
             f"Directions of lengths up to {longest:.3g} with weights up to {float(exact_weights.abs().max()):.3g} cannot be "
-            f'composed by "{composition.value}" within the range of float32: use scale "unit" or smaller weights.'
+            f'composed by "{composition}" within the range of float32: use scale "unit" or smaller weights.'
         )
     return Operator(vectors.to(torch.float32), kernel.to(torch.float32))
 
@@ -242,9 +230,7 @@ def weight_along(operator: Operator, direction: Tensor) -> float:
     return float(projections @ operator.kernel.to(torch.float64).cpu() @ projections)
 
 
-def equalize(
-    vectors: Tensor, weights: Tensor, composition: Composition | str = Composition.SUM
-) -> Tensor:
+def equalize(vectors: Tensor, weights: Tensor, composition: Composition = "sum") -> Tensor:
     """
     Rescales weights so that the spectral norm of C is the largest of their absolute values (paper, section 5.2).
 
@@ -254,12 +240,12 @@ def equalize(
     """
 
     largest = float(weights.abs().max())
-    removed = effective_weight(compose(vectors, weights, Composition.SUM))
+    removed = effective_weight(compose(vectors, weights, "sum"))
     if removed == 0:
         return weights
-    if composition != Composition.SEQUENTIAL:
+    if composition != "sequential":
         # What is capped does not compound, and only falls short of its cap where directions are short.
-        least = 1.0 if composition == Composition.CAPPED else 0.0
+        least = 1.0 if composition == "capped" else 0.0
         return weights * max(least, largest / removed)
     # The factor at which the strongest direction alone removes the largest weight, and the others add to it.
     strengths = weights.abs().cpu() * vectors.to(torch.float64).cpu().square().sum(dim=1)

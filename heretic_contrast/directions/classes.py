@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ContrastError
-from ..settings import Classes, ContrastSettings, Method, SmallClasses
+from ..settings import ContrastSettings
 
 FALLBACK_CLASS = "miscellaneous"
 """The class that small classes are merged into."""
@@ -55,24 +55,24 @@ def select_classes(
     matched_classes = [
         NO_CLASS if name in settings.exclude_categories else name for name in matched_classes
     ]
-    if settings.classes is Classes.SINGLE:
+    if settings.classes == "single":
         # With one class for everything, the matched pool of that class is all that is left of it.
         matched = [name if name == NO_CLASS else "all" for name in matched_classes]
         return _selection(kept, ["all"] * len(harmful_classes), matched)
     # A map cannot tell more prompts apart than it has neurons to win them.
-    needed = settings.som_rows * settings.som_columns if settings.method is Method.SOM else 1
+    needed = settings.som_rows * settings.som_columns if settings.method == "som" else 1
     counts = Counter(harmful_classes[index] for index in kept)
     small = {name: count for name, count in sorted(counts.items()) if count < needed}
     if not small:
         return _selection(kept, harmful_classes, matched_classes)
     which = f"classes with fewer than {needed} prompts"
-    if settings.small_classes is SmallClasses.ERROR:
+    if settings.small_classes == "error":
         name, count = next(iter(small.items()))
         raise ContrastError(
             f'The class "{name}" has {count} prompts, fewer than the {needed} neurons of its map: give it more prompts, '
             'use a smaller map, or set small_classes to "drop" or "merge".'
         )
-    if settings.small_classes is SmallClasses.MERGE:
+    if settings.small_classes == "merge":
         merged = sum(({FALLBACK_CLASS: counts[FALLBACK_CLASS]} | small).values())
         if merged >= needed:
             rest = {name: count for name, count in small.items() if name != FALLBACK_CLASS}

@@ -71,8 +71,8 @@ class Directions:
     def scale(self) -> Scale:
         """The length of the directions, unit where it is not said; what is neither is left as it is."""
 
-        value = self.settings.get("scale", Scale.UNIT)
-        return Scale.UNIT if value == Scale.UNIT else Scale.RAW
+        value = self.settings.get("scale", "unit")
+        return "unit" if value == "unit" else "raw"
 
     @property
     def winsorization_quantile(self) -> float:

@@ -24,7 +24,7 @@ from .. import __version__
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel, Progress
 from ..prompts import prompts_digest
-from ..settings import EXTRACTION_FIELDS, Classes, ContrastSettings, Control, Method, Scale
+from ..settings import EXTRACTION_FIELDS, ContrastSettings
 from ..vectors import unit_vectors
 from .baselines import Residuals, get_baseline, mean
 from .classes import not_excluded, select_classes
@@ -46,7 +46,7 @@ from .transforms import SHARED, around_shared, orthogonalize, random_directions,
 def direction_names(class_names: Sequence[str], settings: ContrastSettings) -> tuple[str, ...]:
     """Returns the names of the directions that classes get, of which SVD may find fewer in a small model."""
 
-    n_winners = 1 if settings.method is Method.MEAN else settings.winners
+    n_winners = 1 if settings.method == "mean" else settings.winners
     names = names_of_winners(class_names, n_winners)
     if settings.svd:
         return tuple(f"svd {rank}" for rank, _ in enumerate(names[: settings.svd_rank], 1))
@@ -119,7 +119,7 @@ def extract(
 def _log_classes(pools: Pools, settings: ContrastSettings, log: Log) -> None:
     """Says what gets directions, before any residual is collected, so that no time is lost to pools that do not work."""
 
-    if settings.classes is Classes.CATEGORY:
+    if settings.classes == "category":
         counts = Counter(prompt.category for prompt in pools.harmful)
         listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=str))
         log(f"* Harmful prompts by category: {escape(one_line(listed))}")
@@ -130,7 +130,7 @@ def _log_classes(pools: Pools, settings: ContrastSettings, log: Log) -> None:
     selection = select(pools, settings)
     if selection.note:
         log(f"* {escape(one_line(selection.note))}")
-    n_directions = len(selection.names) * (settings.winners if settings.method is Method.SOM else 1)
+    n_directions = len(selection.names) * (settings.winners if settings.method == "som" else 1)
     if settings.svd and (settings.svd_rank or 0) > n_directions:
         log(
             f"* All [bold]{n_directions}[/] singular vectors are kept, since there are no more of them"
@@ -168,7 +168,7 @@ def extract_directions(
         as_trained = torch.cat([mean_direction[:, None], as_trained], dim=1)
     if settings.orthogonalize_direction:
         as_trained = without_harmless(as_trained, bulk_means)
-    if settings.control is Control.RANDOM:
+    if settings.control == "random":
         as_trained = random_directions(as_trained, settings.seed)
     # 4. SVD, or what classes add to what they share.
     if settings.svd:
@@ -179,9 +179,9 @@ def extract_directions(
     else:
         vectors, norms = unit_vectors(as_trained)
     # 5. Scale.
-    if settings.scale is Scale.UNMATCHED:
+    if settings.scale == "unmatched":
         norms = _unmatched_norms(residuals, class_names, settings, bulk_means, as_trained)
-    if settings.scale is not Scale.UNIT:
+    if settings.scale != "unit":
         vectors = vectors * norms[..., None]
     tensors = {
         "tensor": vectors.float().contiguous(),
@@ -259,7 +259,7 @@ def class_directions(
         # One layer at a time, so that differences of all layers never exist beside the residuals.
         differences = baseline(residuals.layer(index), settings)
         samples = [differences[members[name]].numpy() for name in class_names]
-        if settings.method is Method.MEAN:
+        if settings.method == "mean":
             means = [torch.from_numpy(sample.mean(axis=0, dtype=np.float64)) for sample in samples]
             directions.append(torch.stack(means))
             hits.append(torch.zeros(len(class_names), 0, dtype=torch.int64))

@@ -10,7 +10,7 @@ from ..errors import ContrastError
 from ..language_model import LanguageModel
 from ..prompts import Prompt, load_pool, text_digest
 from ..prompts.categories import assign
-from ..settings import BASELINES, CategorySource, Classes, ContrastSettings, PromptSources
+from ..settings import BASELINES, CategorySource, ContrastSettings, PromptSources
 from .baselines import NEEDS_MATCHED, require_matched, require_neighbors
 from .classes import ClassSelection, select_classes
 from .transforms import SHARED
@@ -101,11 +101,11 @@ def _plain_sources(settings: ContrastSettings) -> tuple[PromptSources, PromptSou
 def needs_model(settings: ContrastSettings) -> bool:
     """Returns whether categories are only known once a model is loaded."""
 
-    return needs_categories(settings) and settings.category_source is CategorySource.MODEL
+    return needs_categories(settings) and settings.category_source == "model"
 
 
 def needs_categories(settings: ContrastSettings) -> bool:
-    return settings.classes is Classes.CATEGORY or bool(settings.exclude_categories)
+    return settings.classes == "category" or bool(settings.exclude_categories)
 
 
 def with_categories(pools: Pools, settings: ContrastSettings, model: LanguageModel | None) -> Pools:
@@ -159,9 +159,9 @@ def assign_categories(
     Raises `ContrastError` when the source is the column and a prompt has none; `what` names the pool.
     """
 
-    if source is CategorySource.LEXICON:
+    if source == "lexicon":
         return [replace(prompt, category=assign(prompt.text)) for prompt in prompts]
-    if source is CategorySource.MODEL and prompts:
+    if source == "model" and prompts:
         assert model is not None
         # Few ask the model; the word list, or a column, is what pools come with.
         from .model_categories import classify_with_model
@@ -172,7 +172,7 @@ def assign_categories(
             for prompt, category in zip(prompts, categories, strict=True)
         ]
     missing = [prompt.text for prompt in prompts if prompt.category is None]
-    if missing and source is CategorySource.COLUMN:
+    if missing and source == "column":
         raise ContrastError(
             f"{len(missing)} of {len(prompts)} {what} prompts have no category, but one direction per category is asked for: "
             'name the column with category_column, set category_source to "lexicon", or set classes to "single".'

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from ..ablation.operator import Composition, Operator, compose, equalize
+from ..ablation.operator import Operator, compose, equalize
 from ..builtin import pool_name
 from ..directions.directions import Directions
 from ..directions.file import content_digest
@@ -26,7 +26,7 @@ from ..language_model import LanguageModel
 from ..outputs import require_writable_directory, require_writable_file
 from ..prompts import Prompt, load_pool, prompts_digest
 from ..prompts.sampling import split_harmless, stratified_sample
-from ..settings import CategorySource, ContrastSettings, Control, PromptSources, RowNormalization
+from ..settings import Composition, ContrastSettings, PromptSources
 from .capture import load_pairs
 from .plan_settings import WEIGHTS, SweepPlanSettings, parse_layers
 from .storage import require_own_sweep
@@ -45,7 +45,7 @@ class Configuration:
     """
 
     directions: Directions
-    composition: Composition = Composition.SUM
+    composition: Composition = "sum"
     equal_effective_weight: bool = False
     embeddings: bool = False
 
@@ -53,7 +53,7 @@ class Configuration:
     def of(cls, directions: Directions, settings: ContrastSettings) -> "Configuration":
         return cls(
             directions,
-            Composition(settings.composition),
+            settings.composition,
             settings.equal_effective_weight,
             settings.embeddings,
         )
@@ -77,11 +77,11 @@ class Configuration:
             "digest": self.directions.digest(),
             # Cells say the weight along it.
             "mean_direction": content_digest({"": self.directions.mean_direction}),
-            "composition": Composition(self.composition).value,
+            "composition": self.composition,
             "equal_effective_weight": self.equal_effective_weight,
             # Cells of earlier versions have no embeddings, and all were equalized as a sum.
             **({"embeddings": True} if self.embeddings else {}),
-            **({"equalized": 2} if self.composition != Composition.SUM else {}),
+            **({"equalized": 2} if self.composition != "sum" else {}),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,16 +254,15 @@ class PreparedSweep:
         self.pairs = load_pairs(settings.pairs, model_name)
         configurations = contrast.configurations()
         if settings.random_control and all(
-            item.control is Control.NONE for item in configurations.values()
+            item.control == "none" for item in configurations.values()
         ):
             first = next(iter(configurations.values()))
             if first.directions is None:
-                configurations[RANDOM] = first.model_copy(update={"control": Control.RANDOM})
+                configurations[RANDOM] = first.model_copy(update={"control": "random"})
             else:
                 log("* Random directions are left out, since the directions come from a file")
         if any(
-            item.given().get("row_normalization", RowNormalization.NONE)
-            is not RowNormalization.NONE
+            item.given().get("row_normalization", "none") != "none"
             for item in configurations.values()
         ):
             log("* Row normalization is left out: a sweep ablates outputs, and changes no weights")
@@ -284,7 +283,7 @@ class PreparedSweep:
         require_apart(self.harmful, harmless, "harmless evaluation", "counted on both sides")
         self.canaries, self.references = _harmless(settings, harmless, contrast.seed, log)
         known: dict[str, Any] = {"options": asdict(self.options)}
-        if contrast.category_source is not CategorySource.MODEL:
+        if contrast.category_source != "model":
             self.harmful = _judged(settings, contrast, self.harmful, None, log)
             pools = {
                 "harmful": self.harmful,
@@ -309,7 +308,7 @@ class PreparedSweep:
         """
 
         harmful = self.harmful
-        if self.contrast.category_source is CategorySource.MODEL:
+        if self.contrast.category_source == "model":
             harmful = _judged(self.settings, self.contrast, harmful, model, log)
         directions = self.sources.directions(model, log, show_progress, max_response_length)
         return plan_sweep(

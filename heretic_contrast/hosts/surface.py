@@ -112,7 +112,7 @@ def from_heretic(
     )
     if writers is None:
         contrast = getattr(heretic_settings, "contrast", None)
-        writers = Writers.ALL if contrast is None else contrast.writers
+        writers = "all" if contrast is None else contrast.writers
     return with_writers(model, heretic_model, writers)
 
 
@@ -127,7 +127,7 @@ def with_writers(model: LanguageModel, heretic_model: Any, writers: Writers) -> 
     if model.device.type == "cuda":
         # It builds a plan for every new length, which takes longer than several steps of generation.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    all_writers = writers is not Writers.HERETIC
+    all_writers = writers != "heretic"
     layers = find_layers(heretic_model, by_configuration=all_writers)
     if not layers:
         raise unsupported(f"No layers were found in {model.name}", heretic_model)
@@ -152,7 +152,7 @@ def with_writers(model: LanguageModel, heretic_model: Any, writers: Writers) -> 
             f"[yellow]Layers {', '.join(map(str, missed))} of {escape(model.name)} have writers that were not found, so that up to "
             f"{max(missed.values()):.0%} of a direction stays in what a layer adds.[/]"
         )
-    return apart(model) if writers is Writers.APART else model
+    return apart(model) if writers == "apart" else model
 
 
 def own(heretic_model: Any, method: str) -> Any:
@@ -202,7 +202,7 @@ def wrap(
     name: str,
     system_prompt: str = "You are a helpful assistant.",
     batch_size: int = 32,
-    writers: Writers = Writers.ALL,
+    writers: Writers = "all",
 ) -> LanguageModel:
     """
     Returns the wrapper around a plain transformers model, with all writers, or those that Heretic finds in it.

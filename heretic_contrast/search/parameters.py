@@ -276,4 +276,4 @@ def layer_vectors(
     vectors = torch.lerp(lower, upper, fraction)
     if directions.has_shared:
         return with_orthonormal_rest(vectors).float()
-    return F.normalize(vectors, dim=1) if scale is Scale.UNIT else vectors
+    return F.normalize(vectors, dim=1) if scale == "unit" else vectors

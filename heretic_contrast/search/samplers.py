@@ -135,7 +135,7 @@ def make_sampler(
     """
 
     def make(trial: int) -> BaseSampler:
-        if kind is Sampler.NSGA2:
+        if kind == "nsga2":
             # A generation as large as Heretic's random start-up keeps both samplers comparable.
             size = max(2, min(n_startup_trials, 50))
             return NSGAIISampler(population_size=size, seed=trial, constraints_func=constraints)
@@ -147,4 +147,4 @@ def make_sampler(
             constraints_func=constraints,
         )
 
-    return StudySampler(make, seed, fixed, kind is Sampler.TPE)
+    return StudySampler(make, seed, fixed, kind == "tpe")

@@ -5,7 +5,7 @@
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,7 +25,6 @@ from heretic_contrast.ablation.writers import find_embeddings, shared_components
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
-from heretic_contrast.settings import Writers
 from tests.architectures import FAMILIES, Family
 from tests.plain_sweeps import before_norms, changed_weights
 from tests.tiny_models import SIZES, build, make_tokenizer
@@ -106,7 +105,7 @@ def test_nothing_of_a_direction_is_written(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_hooks_are_dense_algebra_component_by_component(name: str) -> None:
-    model = model_of(name, writers=Writers.APART)
+    model = model_of(name, writers="apart")
     vectors = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(3)) / 5
     operator = compose(vectors, torch.tensor([0.9, 0.4]))
     change = operator.vectors.T.double() @ operator.kernel.double() @ operator.vectors.double()
@@ -175,7 +174,7 @@ def test_a_sum_of_scaled_states_is_no_norm() -> None:
 
 
 def test_what_heretic_finds_is_less() -> None:
-    model = model_of("Qwen3-Next", writers=Writers.HERETIC)
+    model = model_of("Qwen3-Next", writers="heretic")
     assert model.component_names == ["attn.o_proj"]
     assert not any(writer.with_bias for writers in model.writers for writer in writers)
     assert set(missed_shares(model)) == set(range(model.n_layers))
@@ -195,7 +194,7 @@ def test_what_heretic_finds_is_less() -> None:
 )
 def test_components_apart(name: str, together: str, own: dict[str, str]) -> None:
     model = model_of(name)
-    apart = wrap(model.model, model.tokenizer, name=name, writers=Writers.APART)
+    apart = wrap(model.model, model.tokenizer, name=name, writers="apart")
     for writers, others in zip(model.writers, apart.writers, strict=True):
         for writer, other in zip(writers, others, strict=True):
             assert other == replace(writer, component=own.get(writer.path, writer.component))
@@ -219,7 +218,7 @@ def test_rounding_of_a_long_stream_is_no_missed_writer() -> None:
         network.get_input_embeddings().weight.mul_(1000)
     found = wrap(network, family.make_tokenizer(), name="long")
     assert missed_shares(found, 0.01) == {}
-    less = wrap(network, family.make_tokenizer(), name="long", writers=Writers.HERETIC)
+    less = wrap(network, family.make_tokenizer(), name="long", writers="heretic")
     assert set(missed_shares(less, 0.02)) == set(range(less.n_layers))
 
 
@@ -321,7 +320,7 @@ def test_embeddings_lose_a_direction_behind_a_norm_that_takes_the_mean_away(name
     assert left() < 1e-5
 
 
-@pytest.mark.parametrize("composition", list(Composition))
+@pytest.mark.parametrize("composition", get_args(Composition))
 def test_a_weight_of_0_changes_nothing_behind_a_norm(composition: Composition) -> None:
     generator = torch.Generator().manual_seed(5)
     gain = 1 + 0.6 * torch.randn(64, generator=generator, dtype=torch.float64)
@@ -337,7 +336,7 @@ def test_a_weight_of_0_changes_nothing_behind_a_norm(composition: Composition) -
         for item in (found.behind(gain), without.behind(gain), found)
     ]
     assert torch.allclose(matrices[0], matrices[1], rtol=1e-4, atol=1e-6)
-    if composition is not Composition.SEQUENTIAL:
+    if composition != "sequential":
         # Dense algebra of a symmetric operator.
         assert torch.allclose(matrices[0], before_norms(matrices[2], gain), rtol=1e-4, atol=1e-5)
     nothing = compose(vectors, torch.zeros(4), composition).behind(gain)

@@ -49,7 +49,7 @@ from heretic_contrast.language_model import LanguageModel  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
 from heretic_contrast.prompts import Prompt  # noqa: E402
 from heretic_contrast.search.parameters import Kernel, Parameters  # noqa: E402
-from heretic_contrast.settings import ContrastSettings, Writers  # noqa: E402
+from heretic_contrast.settings import ContrastSettings  # noqa: E402
 from tests.architectures import FAMILIES, Family  # noqa: E402
 from tests.contract.heretic2.heretic.model import Model as ModelOfHeretic2  # noqa: E402
 from tests.plain_sweeps import (  # noqa: E402
@@ -248,7 +248,7 @@ def make_case(
     if family.quantized:
         plain = from_heretic(open_model(settings), settings).identified()
     else:
-        writers = Writers(contrast.get("writers", "all"))
+        writers = contrast.get("writers", "all")
         plain = wrap(
             family.make_model(), family.make_tokenizer(), name=name, batch_size=4, writers=writers
         )
@@ -543,9 +543,7 @@ def fixed_cells(name: str) -> str:
     missed = missed_shares(model)
     left = f"{max(missed.values()):.0%} left" if missed else "none"
     try:
-        alone = component_summary(
-            wrap(model.model, model.tokenizer, name=name, writers=Writers.HERETIC)
-        )
+        alone = component_summary(wrap(model.model, model.tokenizer, name=name, writers="heretic"))
     except ContrastError:
         alone = "refused"
     return (

@@ -22,7 +22,6 @@ from heretic_contrast.evaluation.plan import SweepOptions
 from heretic_contrast.evaluation.sweep import sweep
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
-from heretic_contrast.settings import RowNormalization
 from heretic_contrast.tiers.responses import Tier
 from tests.plain_sweeps import CANARIES, HARMFUL, REFERENCES, random_directions
 from tests.tiny_models import make_model, make_tokenizer
@@ -158,7 +157,7 @@ def test_full_row_normalization_equals_heretic(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=generator).cuda()
     vector = torch.nn.functional.normalize(torch.randn(1, shape[0], generator=generator), dim=1)
     factor_a, factor_b = lora_factors(
-        Operator(vector, torch.full((1, 1), 0.8)), weight, RowNormalization.FULL, rank=3, seed=7
+        Operator(vector, torch.full((1, 1), 0.8)), weight, "full", rank=3, seed=7
     )
     # As Heretic computes it.
     norms = weight.norm(dim=1, keepdim=True)

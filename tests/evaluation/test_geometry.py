@@ -12,7 +12,7 @@ import torch
 from scipy.linalg import subspace_angles
 
 from heretic_contrast.ablation.hooks import output_projections
-from heretic_contrast.ablation.operator import Composition, compose
+from heretic_contrast.ablation.operator import compose
 from heretic_contrast.engine.observation import observe_decoding, passing_layers
 from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.evaluation.geometry import (
@@ -59,9 +59,7 @@ def test_layer_geometry_equals_dense_formulas() -> None:
 def test_effective_weight_is_that_of_the_configuration(composition: str, is_equal: bool) -> None:
     trained = random_tensor(3, 4, 12) + 1
     tensor = torch.nn.functional.normalize(trained, dim=-1)
-    configuration = Configuration(
-        make_directions(tensor, trained), Composition(composition), is_equal
-    )
+    configuration = Configuration(make_directions(tensor, trained), composition, is_equal)
     measured = measure_layer("a", configuration, 1)
     unit = tensor[2].double().numpy()
     largest = np.linalg.eigvalsh(unit.T @ unit)[-1]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -241,7 +241,7 @@ def test_each_configuration_is_ablated_as_it_says(tiny_llama: LanguageModel) -> 
     directions = replace(first, tensor=tensor)
     configurations = {
         "plain": directions,
-        "sequential": Configuration(directions, "sequential"),  # type: ignore[arg-type]
+        "sequential": Configuration(directions, "sequential"),
         "equal": Configuration(directions, equal_effective_weight=True),
     }
     options = SweepOptions(
@@ -290,7 +290,7 @@ def test_compositions_are_told_apart_by_a_storage(tiny_llama: LanguageModel) -> 
     identities = set()
     for configuration in (
         Configuration(directions),
-        Configuration(directions, "sequential"),  # type: ignore[arg-type]
+        Configuration(directions, "sequential"),
         Configuration(directions, equal_effective_weight=True),
     ):
         plan = plan_sweep(
@@ -310,7 +310,7 @@ def test_cells_that_were_equalized_as_a_sum_are_told_apart(tiny_llama: LanguageM
     directions = random_directions(tiny_llama, 2, 1)
     marks = {
         composition: Configuration(directions, composition).key().get("equalized")
-        for composition in Composition
+        for composition in get_args(Composition)
     }
     assert marks == {"sum": None, "sequential": 2, "capped": 2}
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from itertools import pairwise
 from statistics import stdev
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -278,14 +279,14 @@ def test_capture(vectors: Tensor, seed: int, n_pairs: int) -> None:
 @given(
     st.data(),
     direction_sets(most=10, hidden=24, lowest=-2, highest=2),
-    st.sampled_from(list(Composition)),
+    st.sampled_from(get_args(Composition)),
     seeds,
 )
 def test_occupancy_and_perturbation(
     data: st.DataObject, vectors: Tensor, composition: Composition, seed: int
 ) -> None:
     weights = data.draw(weights_for(vectors, highest=1.0))
-    if composition is Composition.SEQUENTIAL:
+    if composition == "sequential":
         vectors = torch.nn.functional.normalize(vectors, dim=1)
     y = normal(6, vectors.shape[1], seed=seed).double()
     projections = y @ vectors.double().T

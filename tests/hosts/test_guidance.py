@@ -24,7 +24,7 @@ from heretic_contrast.hosts.finalists import second_look
 from heretic_contrast.hosts.guidance import GuidedStudy, give_back, measured
 from heretic_contrast.leases import Leases, open_storage
 from heretic_contrast.search.samplers import make_sampler
-from heretic_contrast.settings import ContrastSettings, Sampler
+from heretic_contrast.settings import ContrastSettings
 
 
 def guided_study(
@@ -193,7 +193,7 @@ class Worker:
             optuna.create_study(
                 study_name="heretic",
                 storage=open_storage(str(path)),
-                sampler=make_sampler(Sampler.TPE, 3, 4, {}),
+                sampler=make_sampler("tpe", 3, 4, {}),
                 directions=["minimize", "minimize"],
                 load_if_exists=True,
             ),
@@ -249,7 +249,7 @@ def test_a_worker_that_died_loses_nothing(tmp_path: Path) -> None:
     assert len(expected) == 9 and expected[:2] == first
     # As without sharing.
     alone = optuna.create_study(
-        sampler=make_sampler(Sampler.TPE, 3, 4, {}), directions=["minimize", "minimize"]
+        sampler=make_sampler("tpe", 3, 4, {}), directions=["minimize", "minimize"]
     )
     GuidedStudy(alone, lambda: first, None, lambda n_trials: None).optimize(
         whole.objective, n_trials=9

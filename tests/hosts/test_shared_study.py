@@ -24,7 +24,6 @@ from heretic_contrast.hosts import heretic14
 from heretic_contrast.leases import open_storage
 from heretic_contrast.modifier import ContrastAbliteration
 from heretic_contrast.search.samplers import make_sampler
-from heretic_contrast.settings import Sampler
 
 
 def options(folder: Path, n_trials: int, *more: str) -> list[str]:
@@ -196,7 +195,7 @@ def test_processes_that_start_at_once_have_one_seed(
         load_if_exists=True,
         sampler=host.make_sampler(seed=given or 77, n_startup_trials=60),
     )
-    sampler = make_sampler(Sampler.TPE, 3, 60, {})
+    sampler = make_sampler("tpe", 3, 60, {})
     expected = optuna.create_study(directions=directions, sampler=sampler).ask()
     assert study.ask().suggest_float("x", 0, 1) == expected.suggest_float("x", 0, 1)
     assert host.evaluator.settings.seed == 3
