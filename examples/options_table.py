@@ -3,7 +3,6 @@
 """Prints the README's table of the plugin's options: `python examples/options_table.py`."""
 
 import json
-from enum import Enum
 from typing import Any
 
 from heretic_contrast.settings import ContrastSettings, PromptSource
@@ -12,9 +11,7 @@ from heretic_contrast.settings import ContrastSettings, PromptSource
 def shown(value: Any) -> str:
     """Returns a default as it is written in TOML; nothing where it is unset."""
 
-    if value is None:
-        return "unset"
-    return f"`{json.dumps(value.value if isinstance(value, Enum) else value)}`"
+    return "unset" if value is None else f"`{json.dumps(value)}`"
 
 
 def rows() -> list[str]:

@@ -410,8 +410,7 @@ class Need(NamedTuple):
 
 NEEDS = (
     Need(
-        {name for name in EXTRACTION_FIELDS | {"som_backend"} if name.startswith("som_")}
-        | {"winners"},
+        {name for name in EXTRACTION_FIELDS if name.startswith("som_")} | {"winners"},
         lambda settings: settings.method == "som",
         "on a mean: give the method som as well, or a preset that trains maps",
         frozenset({"method"}),
@@ -541,9 +540,6 @@ class ContrastSettings(Table, TextClassifierSettings):
 
     som_topology: Literal["rectangular", "hexagonal"] = "rectangular"
     """Topology of the map (the paper gives none; MiniSom's default). Options: "rectangular", "hexagonal"."""
-
-    som_backend: Literal["numba", "minisom"] = "numba"
-    """Implementation of the self-organizing map. Options: "numba" (compiled; exact), "minisom" (the reference)."""
 
     winners: int = Field(1, ge=1)
     """Number of neurons per class that become directions, densest first (the paper: 1)."""
@@ -755,7 +751,7 @@ class ContrastSettings(Table, TextClassifierSettings):
         if data.get("directions") is not None:
             # The categories are also those of the prompts that are judged, which the seed chooses.
             idle = EXTRACTION_FIELDS - {"category_source", "seed"}
-            idle |= {"preset", "som_backend", "matched_prompts"}
+            idle |= {"preset", "matched_prompts"}
             require_effect([name for name in data if name in idle and data[name] not in ([], None)])
         if "preset" not in data:
             return data

@@ -96,7 +96,7 @@ def measure_study(
         ),
         "options": json.loads(json.dumps(asdict(replace(options, seeds=0)))),
         "pools": {key: prompts_digest(prompts) for key, prompts in all_pools.items()},
-        "versions": {key: version(key) for key in ("numpy", "torch", "transformers", "minisom")},
+        "versions": {key: version(key) for key in ("numba", "numpy", "torch", "transformers")},
     }
     log("Looking at what the unmodified model refuses...")
     refused = _refused(model, pools, options.tokens)

@@ -80,8 +80,7 @@ def torch_finding() -> Finding:
 
 
 MODULES = (
-    ("numba", "Fast maps", "pip install numba", False),
-    ("minisom", "Reference maps", "pip install minisom", True),
+    ("numba", "Self-organizing maps", "pip install numba", True),
     ("matplotlib", "Plots", 'pip install "heretic-contrast[plot]"', False),
     ("bitsandbytes", "4-bit models", "pip install bitsandbytes", False),
 )

@@ -209,7 +209,7 @@ def extract_directions(
             },
             "versions": {
                 "heretic-contrast": __version__,
-                **{name: version(name) for name in ("minisom", "numpy", "torch", "transformers")},
+                **{name: version(name) for name in ("numba", "numpy", "torch", "transformers")},
             },
         },
     )
@@ -264,7 +264,7 @@ def class_directions(
             directions.append(torch.stack(means))
             hits.append(torch.zeros(len(class_names), 0, dtype=torch.int64))
         else:
-            maps = train_maps(samples, _som_settings(settings), backend=settings.som_backend)
+            maps = train_maps(samples, _som_settings(settings))
             directions.append(torch.cat([winning_neurons(item, settings.winners) for item in maps]))
             hits.append(torch.from_numpy(np.stack([item.hits for item in maps]).astype(np.int64)))
     return torch.stack(directions), torch.stack(hits)

@@ -4,23 +4,21 @@
 Self-organizing maps of many small sets of long vectors: one map per layer and harm class (paper, section 3).
 
 The maps are MiniSom's. Its generator first draws rows × columns × hidden_size numbers for weights that are thrown away,
-then the samples at which the weights start, then the order in which samples are visited. The backend "numba" draws
-the same and trains maps in a compiled loop, several in parallel, in the span of each map's samples (`som_kernel`); its
-weights agree with those of the backend "minisom" to about 1e-12 of the samples' scale.
+then the samples at which the weights start, then the order in which samples are visited. The same is drawn here, and
+maps are trained in a compiled loop, several in parallel, in the span of each map's samples (`som_kernel`). Their weights agree
+with MiniSom's to about 1e-12 of the samples' scale.
 
-Ties. Where several neurons are equally near to a sample, MiniSom takes the first, and so do both backends. Where two neurons
+Ties. Where several neurons are equally near to a sample, MiniSom takes the first, and so is it here. Where two neurons
 are so nearly equally near that rounding decides (they started at the same sample, samples lie symmetrically, or in clusters
-narrower than 1e-11 of the whole), "numba" repeats MiniSom's rounding. Many such doubts make it as slow as training in full
+narrower than 1e-11 of the whole), MiniSom's rounding is repeated. Many such doubts make it as slow as training in full
 dimension, which is some 20 times as long at 53 samples of 2048 dimensions, and still far from MiniSom.
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +28,6 @@ from ..errors import ContrastError
 
 Neighborhood = Literal["gaussian", "mexican_hat", "bubble", "triangle"]
 Topology = Literal["rectangular", "hexagonal"]
-Backend = Literal["numba", "minisom"]
 
 # The learning rates of all iterations are tabulated: 8 bytes for each iteration and difference of positions on the grid.
 LARGEST_TABLE = 200_000_000
@@ -110,9 +107,7 @@ class TrainedMap:
         return self.mixture[list(indices)] @ self.points.astype(np.float64, copy=False)
 
 
-def train_maps(
-    samples: Iterable[NDArray[Any]], settings: SomSettings, backend: Backend = "numba"
-) -> list[TrainedMap]:
+def train_maps(samples: Iterable[NDArray[Any]], settings: SomSettings) -> list[TrainedMap]:
     """
     Trains one map per set of samples.
 
@@ -121,8 +116,6 @@ def train_maps(
 
     Each map is seeded by `settings.seed` alone, and so depends neither on the others nor on their order. Memory beside the samples:
     per thread four times one map's samples in float64.
-
-    Where Numba cannot be imported, "numba" falls back to "minisom" with a warning.
 
     Raises `ContrastError` where a set is not finite, and where a map diverges (which a neighborhood of "mexican_hat" or "triangle"
     can bring about).
@@ -135,30 +128,9 @@ def train_maps(
                 f"The samples of map {index} contain infinite or undefined numbers: look for a broken model, or for one that "
                 "overflows in its data type."
             )
-    if backend == "numba" and points:
-        try:
-            from . import som_kernel
-        except (ImportError, OSError) as error:
-            warnings.warn(
-                f"Numba cannot be imported ({error}): self-organizing maps are trained by MiniSom, which takes hundreds of times "
-                "longer.",
-                stacklevel=2,
-            )
-        else:
-            return _train_compiled(som_kernel, points, settings)
-    return [_train_by_minisom(index, array, settings) for index, array in enumerate(points)]
+    # Compiling takes seconds, which means need not wait for.
+    from . import som_kernel
 
-
-def _diverged(index: int, settings: SomSettings) -> ContrastError:
-    return ContrastError(
-        f"Map {index} diverged: with the {settings.neighborhood} neighborhood use fewer iterations than {settings.iterations}, or "
-        f"a lower learning rate or sigma than {settings.learning_rate} and {settings.sigma}."
-    )
-
-
-def _train_compiled(
-    som_kernel: ModuleType, points: list[NDArray[Any]], settings: SomSettings
-) -> list[TrainedMap]:
     rates, rate_columns = _rates(settings)
 
     def train(index: int) -> TrainedMap:
@@ -185,7 +157,10 @@ def _train_compiled(
         mixture = np.empty((settings.n_neurons, len(array)))
         som_kernel.mix(winners, firsts, schedule, mixture)
         if not (np.isfinite(weights).all() and np.isfinite(mixture).all()):
-            raise _diverged(index, settings)
+            raise ContrastError(
+                f"Map {index} diverged: with the {settings.neighborhood} neighborhood use fewer iterations than {settings.iterations}, or "
+                f"a lower learning rate or sigma than {settings.learning_rate} and {settings.sigma}."
+            )
         return TrainedMap(hits, errors, mixture, array)
 
     # Numba's own threads, which are not needed, would set PyTorch's number of threads when they start.
@@ -226,11 +201,9 @@ def _rates(settings: SomSettings) -> tuple[NDArray[np.float64], NDArray[np.int64
 
     row, column = np.indices((settings.rows, settings.columns), np.float64).reshape(2, -1)
     if settings.topology == "hexagonal" and settings.neighborhood in ("gaussian", "mexican_hat"):
-        from minisom import MiniSom
-
         # Every second column is shifted, counted from the last.
         row = np.where((settings.columns - 1 - column) % 2 == 0, row - 0.5, row)
-        column = column * MiniSom.Y_HEX_CONV_FACTOR
+        column = column * (1.5 / math.sqrt(3))
     places = np.stack([row, column], axis=-1)
     offsets = np.abs(places - places[:, None]).reshape(-1, 2)
     distinct, rate_columns = np.unique(offsets, axis=0, return_inverse=True)
@@ -255,33 +228,3 @@ def _rates(settings: SomSettings) -> tuple[NDArray[np.float64], NDArray[np.int64
             "its neighborhood overflow: use values nearer to 1."
         )
     return rates, rate_columns.reshape(settings.n_neurons, settings.n_neurons)
-
-
-def _train_by_minisom(index: int, samples: NDArray[Any], settings: SomSettings) -> TrainedMap:
-    from minisom import MiniSom
-
-    with warnings.catch_warnings():
-        # MiniSom warns of widths and topologies that it handles all the same, and of overflow, which is reported below.
-        warnings.simplefilter("ignore")
-        som = MiniSom(
-            settings.rows,
-            settings.columns,
-            samples.shape[1],
-            sigma=settings.sigma,
-            learning_rate=settings.learning_rate,
-            neighborhood_function=settings.neighborhood,
-            topology=settings.topology,
-            random_seed=settings.seed,
-        )
-        som.random_weights_init(samples)
-        som.train(samples, settings.iterations, random_order=True)
-    weights = som.get_weights().reshape(settings.n_neurons, -1)
-    if not np.isfinite(weights).all():
-        raise _diverged(index, settings)
-    shape = (settings.rows, settings.columns)
-    winners = np.array([np.ravel_multi_index(som.winner(sample), shape) for sample in samples])
-    distances = np.linalg.norm(samples - weights[winners], axis=1)
-    hits = np.bincount(winners, minlength=settings.n_neurons)
-    sums = np.bincount(winners, weights=distances, minlength=settings.n_neurons)
-    errors = np.where(hits > 0, sums / np.maximum(hits, 1), np.inf)
-    return TrainedMap(hits, errors, np.eye(settings.n_neurons), weights)

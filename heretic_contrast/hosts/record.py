@@ -47,10 +47,10 @@ OF_THE_SEARCH = {
 }
 """Settings of the plugin that decide no weights once a trial is chosen, and those that are kept as places."""
 
-OF_DIRECTIONS = EXTRACTION_FIELDS - {"seed"} | {"som_backend"}
+OF_DIRECTIONS = EXTRACTION_FIELDS - {"seed"}
 """Those that decide nothing beside a file of directions, which were made with other settings, which the file knows."""
 
-COMPUTING = (*LIBRARIES, "heretic-llm", "minisom", "numba", "numpy", "safetensors")
+COMPUTING = (*LIBRARIES, "heretic-llm", "numba", "numpy", "safetensors")
 """The libraries that decide bytes."""
 
 
@@ -206,7 +206,7 @@ def with_plugin(introduction: str, modifier: "ContrastAbliteration", record: str
     excluded = PATHS | {name for name in own if os.path.isdir(getattr(settings, name) or "")}
     if settings.directions is not None:
         # They were made with other settings, which the file knows.
-        excluded = excluded | {"preset", "som_backend"} | EXTRACTION_FIELDS
+        excluded = excluded | {"preset"} | EXTRACTION_FIELDS
     values = {
         **settings.model_dump(mode="json", exclude=excluded),
         **modifier.directions.provenance.get("settings", {}),

@@ -27,6 +27,7 @@ from heretic_contrast.language_model import winsorize
 from heretic_contrast.search.parameters import Kernel, Parameters, layer_vectors, suggest_parameters
 from heretic_contrast.settings import ContrastSettings, Scale
 from heretic_contrast.vectors import unit_vectors
+from tests.directions.test_som import assert_same_map
 from tests.strategies import (
     CLASSES,
     changed,
@@ -209,20 +210,15 @@ def test_maps_are_those_of_minisom_at_any_magnitude(
 ) -> None:
     samples = samples * np.float32(factor)
     (found,) = train_maps([samples], settings)
-    (expected,) = train_maps([samples], settings, backend="minisom")
-    neurons = range(settings.n_neurons)
-    assert found.hits.tolist() == expected.hits.tolist()
-    scale = np.abs(samples).max()
-    assert np.allclose(found.vectors(neurons), expected.vectors(neurons), rtol=0, atol=1e-9 * scale)
+    assert_same_map(found, samples, settings)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("backend", ["numba", "minisom"])
-def test_maps_refuse_what_is_not_finite(value: float, backend: Any) -> None:
+def test_maps_refuse_what_is_not_finite(value: float) -> None:
     samples = np.ones((4, 3))
     samples[2, 1] = value
     with pytest.raises(ContrastError, match=r"^The samples of map 1 contain infinite .*\.$"):
-        train_maps([np.ones((4, 3)), samples], SomSettings(iterations=5), backend=backend)
+        train_maps([np.ones((4, 3)), samples], SomSettings(iterations=5))
 
 
 @given(direction_sets(lowest=-30, highest=30, hidden=40), st.integers(1, 70), seeds)

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from minisom import MiniSom
 from numpy.typing import NDArray
 
-from heretic_contrast import directions
 from heretic_contrast.directions import som
 from heretic_contrast.directions.som import (
     Neighborhood,
@@ -87,10 +86,9 @@ def noise(n_samples: int, hidden_size: int, seed: int = 0) -> NDArray[np.float32
     return (center + generator.normal(size=(n_samples, hidden_size))).astype(np.float32)
 
 
-@pytest.mark.parametrize("backend", ["numba", "minisom"])
-def test_paper_settings(backend: Any) -> None:
+def test_paper_settings() -> None:
     samples = noise(53, 512)
-    (trained,) = train_maps([samples], SomSettings(), backend=backend)
+    (trained,) = train_maps([samples], SomSettings())
     assert_same_map(trained, samples, SomSettings())
 
 
@@ -245,17 +243,6 @@ def test_memory() -> None:
     tracemalloc.stop()
 
 
-def test_backends_agree() -> None:
-    samples = [noise(20, 300), noise(33, 300, seed=1)]
-    for fast, reference in zip(
-        train_maps(samples, QUICK), train_maps(samples, QUICK, backend="minisom"), strict=True
-    ):
-        assert fast.densest(2) == reference.densest(2)
-        np.testing.assert_array_equal(fast.hits, reference.hits)
-        np.testing.assert_allclose(fast.quantization_errors, reference.quantization_errors)
-        np.testing.assert_allclose(fast.vectors([8, 0]), reference.vectors([8, 0]), atol=1e-9)
-
-
 @pytest.mark.parametrize("seed", range(60))
 def test_ties_fall_as_in_minisom_where_there_are_more_samples_than_dimensions(seed: int) -> None:
     generator = np.random.RandomState(seed)
@@ -268,19 +255,10 @@ def test_ties_fall_as_in_minisom_where_there_are_more_samples_than_dimensions(se
         generator.randn(*shape),
     )[seed % 4]
     options = SomSettings(iterations=(1, 7, 100, 900)[seed // 4 % 4], sigma=0.5, seed=seed)
-    fast, reference = (train_maps([samples], options, kind)[0] for kind in ("numba", "minisom"))
-    np.testing.assert_array_equal(fast.hits, reference.hits)
-    assert fast.densest(9) == reference.densest(9)
-
-
-def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "heretic_contrast.directions.som_kernel", raising=False)
-    monkeypatch.delattr(directions, "som_kernel", raising=False)
-    samples = noise(10, 20)
-    with pytest.warns(UserWarning, match="trained by MiniSom"):
-        (trained,) = train_maps([samples], QUICK)
-    assert_same_map(trained, samples, QUICK)
+    (trained,) = train_maps([samples], options)
+    reference = train_minisom(samples, options)
+    won = [np.ravel_multi_index(reference.winner(sample), (3, 3)) for sample in samples]
+    np.testing.assert_array_equal(trained.hits, np.bincount(won, minlength=9))
 
 
 def test_without_writable_cache(tmp_path: Path) -> None:
@@ -325,7 +303,6 @@ def test_vectors_follow_the_indices() -> None:
     assert trained.vectors([]).shape == (0, 3)
 
 
-@pytest.mark.parametrize("backend", ["numba", "minisom"])
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
@@ -333,16 +310,15 @@ def test_vectors_follow_the_indices() -> None:
         (np.full((2, 4), np.inf, dtype=np.float32), "map 1 contain infinite or undefined"),
     ],
 )
-def test_bad_samples(backend: Any, samples: NDArray[Any], message: str) -> None:
+def test_bad_samples(samples: NDArray[Any], message: str) -> None:
     with pytest.raises(ContrastError, match=message):
-        train_maps([noise(3, 4), samples], QUICK, backend=backend)
+        train_maps([noise(3, 4), samples], QUICK)
 
 
-@pytest.mark.parametrize("backend", ["numba", "minisom"])
-def test_divergence(backend: Any) -> None:
+def test_divergence() -> None:
     options = SomSettings(neighborhood="triangle", sigma=4.0, learning_rate=2.0, iterations=2000)
     with pytest.raises(ContrastError, match="Map 0 diverged"):
-        train_maps([noise(10, 20)], options, backend=backend)
+        train_maps([noise(10, 20)], options)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ IDLE: dict[str, Any] = {
     "som_learning_rate": 0.1,
     "som_neighborhood": "bubble",
     "som_topology": "hexagonal",
-    "som_backend": "minisom",
     "winners": 2,
     "svd": True,
     "svd_rank": 1,
