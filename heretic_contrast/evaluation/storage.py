@@ -11,21 +11,13 @@ so that computing one twice gives the same numbers to the last bit.
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
 
@@ -91,7 +83,6 @@ class SweepState:
         # As a storage gives it back.
         self._identity = identity = json.loads(json.dumps(identity))
         self._place, self._owner = without_password(storage), digest(identity)
-        self._choices: list[list[str]] = []
         with readable(storage, "away to start anew"):
             self._study = optuna.create_study(
                 study_name=STUDY_NAME,
@@ -101,10 +92,6 @@ class SweepState:
                 directions=["minimize", "minimize"],
                 load_if_exists=True,
             )
-            with warnings.catch_warnings():
-                # Optuna calls the names of metrics experimental; the dashboard shows them.
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                self._study.set_metric_names(["refusals", "KL divergence"])
             self._leases = Leases(self._study._storage)
             if "identity" not in self._study.user_attrs and not self._study.get_trials(
                 deepcopy=False
@@ -123,7 +110,6 @@ class SweepState:
         keys = list(dict.fromkeys(keys))
         if not keys:
             return []
-        self._choices = [sorted(set(names)) for names in list(zip(*keys, strict=True))[:2]]
         self._enqueue(keys)
         if self._study.user_attrs.get("identity") != self._identity:
             # Another sweep that began at once wrote last, and finds these cells.
@@ -230,23 +216,8 @@ class SweepState:
                     # Exactly one process turns a waiting trial into a running one: who has the first has the group.
                     break
             if claimed:
-                for trial in claimed:
-                    self._show_parameters(trial)
                 return group, claimed
         return [], []
-
-    def _show_parameters(self, trial: FrozenTrial) -> None:
-        key = _key(trial)
-        shown: dict[str, tuple[Any, BaseDistribution]] = {
-            "configuration": (key.configuration, CategoricalDistribution(self._choices[0])),
-            "strength": (key.strength, CategoricalDistribution(self._choices[1])),
-            "first_layer": (key.layers[0], IntDistribution(0, 1_000)),
-            "weight": (key.weight, FloatDistribution(0.0, 1_000.0)),
-        }
-        for name, (value, distribution) in shown.items():
-            self._study._storage.set_trial_param(
-                trial._trial_id, name, distribution.to_internal_repr(value), distribution
-            )
 
     def _give_back(self, trials: Sequence[FrozenTrial]) -> None:
         """Marks running trials as failed, and enqueues their cells again."""

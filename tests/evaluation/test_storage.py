@@ -317,14 +317,13 @@ def test_study_shows_cells_as_trials(tmp_path: Path) -> None:
     SweepState(storage, {"options": "f"}).run(KEYS, Evaluator())
     study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(storage))
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 9
-    assert study.trials[4].params == {
+    assert study.trials[4].system_attrs["fixed_params"] == {
         "configuration": "one",
         "strength": "weight",
-        "first_layer": 1,
+        "layers": "1",
         "weight": 0.5,
     }
     assert study.trials[4].values == [1.0, 0.05]
-    assert study.metric_names == ["refusals", "KL divergence"]
 
 
 WORKER = """
