@@ -14,7 +14,6 @@ import glob
 import json
 import os
 import re
-import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +24,6 @@ from typing import Any
 from optuna.storages.journal import BaseJournalBackend, JournalFileOpenLock
 
 from .errors import ContrastError
-from .processes import is_dead, this_process
 
 CHECKSUM = re.compile(rb'(.*),"crc32":"([0-9a-f]{8})"\}\n', re.DOTALL)
 """A line with its checksum, which is taken of everything before it."""
@@ -42,43 +40,6 @@ def remove_locks(path: Path) -> None:
         lock.unlink(missing_ok=True)
 
 
-class JournalLock(JournalFileOpenLock):
-    """
-    Optuna's lock, a file that says who holds it, so that nobody waits for a process that has died.
-
-    It works on every file system that processes on several machines may share a journal on.
-    """
-
-    def __init__(self, filepath: str, grace_period: int | None = 30) -> None:
-        super().__init__(filepath, grace_period)
-        self._path = Path(f"{filepath}.lock")
-        # Processes that were killed while they released the lock leave it under another name.
-        for leftover in self._path.parent.glob(f"{glob.escape(self._path.name)}*.rename"):
-            with suppress(OSError):
-                leftover.unlink()
-
-    def acquire(self) -> bool:
-        """Acquires the lock, waiting for as long as another process holds it."""
-
-        self._remove_dead()
-        acquired = super().acquire()
-        # A holder that is not named is waited for.
-        with suppress(OSError):
-            self._path.write_text(this_process(), encoding="utf-8")
-        return acquired
-
-    def _remove_dead(self) -> None:
-        with suppress(OSError, ValueError):
-            if is_dead(self._path.read_text(encoding="utf-8")):
-                # Renamed first, so that of several processes only one removes it.
-                taken = self._path.with_name(f"{self._path.name}{uuid.uuid4()}.rename")
-                self._path.rename(taken)
-                if not is_dead(taken.read_text(encoding="utf-8")):
-                    # Another process removed the dead one's and took its own in the meantime: give it back.
-                    os.link(taken, self._path)
-                taken.unlink()
-
-
 class CheckedJournal(BaseJournalBackend):
     """
     A journal file. The arguments are those of Optuna's `JournalFileBackend`.
@@ -88,7 +49,7 @@ class CheckedJournal(BaseJournalBackend):
 
     def __init__(self, file_path: str, lock_obj: JournalFileOpenLock | None = None) -> None:
         self._path = file_path
-        self._lock = lock_obj or JournalLock(file_path)
+        self._lock = lock_obj or JournalFileOpenLock(file_path)
         # Where each line starts, so that only new ones are read.
         self._offsets = {0: 0}
         with _named(self._path, WRITING), open(self._path, "ab"):

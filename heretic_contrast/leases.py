@@ -19,17 +19,18 @@ from typing import Any
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
+from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import FrozenTrial
 
 from .errors import ContrastError, one_line
-from .journal import CheckedJournal, JournalLock
+from .journal import CheckedJournal
 from .processes import is_dead, this_process
 
 LEASE_SECONDS = 60.0
 """How long the trials of a process that does not renew its lease are left alone, or has none yet while it draws parameters."""
 
 LOCK_SECONDS = 10
-"""After which time a lock that a killed process of another machine left behind is given up."""
+"""After which time a lock that a killed process left behind is given up."""
 
 _at_work: set[str] = set()
 """The workers of this process that are computing at this moment."""
@@ -55,7 +56,7 @@ def open_storage(storage: str | None) -> BaseStorage:
             return optuna.storages.get_storage(storage)
     path = Path(storage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = JournalLock(str(path), grace_period=LOCK_SECONDS)
+    lock = JournalFileOpenLock(str(path), grace_period=LOCK_SECONDS)
     return JournalStorage(CheckedJournal(str(path), lock_obj=lock))
 
 

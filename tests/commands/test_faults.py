@@ -31,7 +31,7 @@ from heretic_contrast.evaluation.cells import Cell, CellKey
 from heretic_contrast.evaluation.storage import SweepState, group_cells
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.hosts.studies import repair_checkpoint
-from heretic_contrast.journal import CheckedJournal, JournalLock
+from heretic_contrast.journal import CheckedJournal
 from heretic_contrast.language_model import Progress
 from heretic_contrast.processes import is_dead, this_process
 from heretic_contrast.prompts import Prompt
@@ -158,32 +158,6 @@ def test_optuna_and_the_journal_read_each_other(tmp_path: Path) -> None:
         trial = study.ask()
         values.append(trial.suggest_float("x", 0, 1) / 3)
         study.tell(trial, values[-1])
-
-
-def test_the_lock_of_a_dead_process_is_not_waited_for(tmp_path: Path) -> None:
-    path = tmp_path / "sweep.journal"
-    lock = tmp_path / "sweep.journal.lock"
-    lock.write_text(dead_process())
-    # Without a grace period, it is waited for forever.
-    own = JournalLock(str(path), grace_period=None)
-    assert own.acquire()
-    assert lock.read_text() == this_process()
-    own.release()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_lock_of_a_living_process_is_waited_for(tmp_path: Path) -> None:
-    path = str(tmp_path / "sweep.journal")
-    first, second = JournalLock(path), JournalLock(path)
-    first.acquire()
-    waiting = threading.Thread(target=second.acquire, daemon=True)
-    waiting.start()
-    waiting.join(timeout=0.3)
-    assert waiting.is_alive()
-    first.release()
-    waiting.join(timeout=60)
-    assert not waiting.is_alive()
-    second.release()
 
 
 def test_only_processes_of_this_machine_are_known_to_be_dead() -> None:
