@@ -5,7 +5,6 @@
 import csv
 import io
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterable
@@ -24,24 +23,15 @@ def json_text(value: Any, sort_keys: bool = True, indent: int | None = 2) -> str
     JSON knows neither infinite numbers nor such that are none: they become null.
     """
 
-    text = json.dumps(
-        _finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False
-    )
-    return f"{text}\n"
+    # The command line, which imports this file, answers some questions without it.
+    from pydantic_core import to_jsonable_python
+
+    value = to_jsonable_python(value, inf_nan_mode="null")
+    return json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=False) + "\n"
 
 
 def json_lines(rows: Iterable[Any]) -> str:
     return "".join(json_text(row, sort_keys=False, indent=None) for row in rows)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
