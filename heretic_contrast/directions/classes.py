@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ContrastError
+from ..prompts.categories import MISCELLANEOUS
 from ..settings import ContrastSettings
-
-FALLBACK_CLASS = "miscellaneous"
-"""The class that small classes are merged into."""
 
 NO_CLASS = ""
 """The class of matched prompts that belong to none that gets a direction."""
@@ -73,19 +71,19 @@ def select_classes(
             'use a smaller map, or set small_classes to "drop" or "merge".'
         )
     if settings.small_classes == "merge":
-        merged = sum(({FALLBACK_CLASS: counts[FALLBACK_CLASS]} | small).values())
+        merged = sum(({MISCELLANEOUS: counts[MISCELLANEOUS]} | small).values())
         if merged >= needed:
-            rest = {name: count for name, count in small.items() if name != FALLBACK_CLASS}
-            names = dict.fromkeys(small, FALLBACK_CLASS)
+            rest = {name: count for name, count in small.items() if name != MISCELLANEOUS}
+            names = dict.fromkeys(small, MISCELLANEOUS)
             return _selection(
                 kept,
                 [names.get(name, name) for name in harmful_classes],
                 [names.get(name, name) for name in matched_classes],
-                f"Merged {which} into {FALLBACK_CLASS} ({merged} prompts): {_listed(rest)}",
+                f"Merged {which} into {MISCELLANEOUS} ({merged} prompts): {_listed(rest)}",
             )
         if len(small) == len(counts):
             raise ContrastError(
-                f'Even merged, the class "{FALLBACK_CLASS}" has {merged} prompts, fewer than the {needed} neurons of its map: '
+                f'Even merged, the class "{MISCELLANEOUS}" has {merged} prompts, fewer than the {needed} neurons of its map: '
                 "give more prompts, or use a smaller map."
             )
         which += f", which have {merged} even together"
