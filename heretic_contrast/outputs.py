@@ -18,7 +18,7 @@ from .files import link_target
 
 def json_text(value: Any, sort_keys: bool = True, indent: int | None = 2) -> str:
     """
-    Returns JSON text, which ends its line; the same value gives the same bytes.
+    Returns JSON text of JSON values or dataclasses, which ends its line; the same value gives the same bytes.
 
     JSON knows neither infinite numbers nor such that are none: they become null.
     """

@@ -2,8 +2,8 @@
 
 """What is measured of directions, as typed results that a report shows; this module imports no PyTorch."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 N_PROMPTS = 64
 """Prompts of each pool that the activations of an extraction are observed on."""
@@ -33,9 +33,6 @@ class ByConfiguration(Generic[Layer]):
 
     def of(self, configuration: str) -> list[Layer]:
         return [layer for layer in self.layers if layer.configuration == configuration]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,8 @@ def measured_texts(capture: CaptureResult, geometry: Geometry) -> dict[str, str]
     columns = [Column(name, name) for name in LayerCapture.__dataclass_fields__]
     layers = Table.of(capture.layers, "capture-layers", "Capture per layer", *columns)
     return {
-        "capture.json": json_text(capture.to_dict()),
-        "geometry.json": json_text(geometry.to_dict()),
+        "capture.json": json_text(capture),
+        "geometry.json": json_text(geometry),
         "capture-layers.csv": to_csv(layers),
     }
 

@@ -5,7 +5,7 @@
 import json
 import math
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ def test_capture_on_the_refuser(refuser: Any) -> None:
         assert layer.max_cosine == pytest.approx(1, abs=1e-4)
     nothing = capture_pairs(refuser, {"own": directions}, [Pair(pairs[0].answered, "Hello")])
     assert (nothing.n_pairs, nothing.layers, len(nothing.left_out)) == (0, (), 1)
-    json.dumps(result.to_dict(), allow_nan=False)
+    json.dumps(asdict(result), allow_nan=False)
 
 
 def _prompt(text: str) -> Any:

@@ -3,6 +3,7 @@
 """Geometry against dense matrices, and activations against one pass per step over everything."""
 
 import json
+from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
@@ -145,7 +146,7 @@ def test_comparison_of_two_configurations() -> None:
     geometry = measure_geometry({"a": first, "b": second})
     assert geometry.configurations() == ["a", "b"]
     assert len(geometry.comparisons) == 1
-    json.dumps(geometry.to_dict(), allow_nan=False)
+    json.dumps(asdict(geometry), allow_nan=False)
 
 
 @torch.no_grad()
