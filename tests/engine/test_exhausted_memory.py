@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from heretic_contrast.engine.check import all_logits
-from heretic_contrast.engine.fast import teacher_forcing
+from heretic_contrast.engine.fast import drafts, teacher_forcing
 from heretic_contrast.engine.fast.decoder import Decoder
 from heretic_contrast.engine.fast.engine import FastEngine
 from heretic_contrast.engine.fast.teacher_forcing import TeacherForcing
@@ -20,7 +20,7 @@ from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.errors import ContrastWarning
 from heretic_contrast.language_model import LanguageModel
 from tests.devices import PretendedDevices
-from tests.engine.test_cuda import interventions, on_device
+from tests.engine.test_cuda import interventions, known, on_device
 from tests.plain_sweeps import CANARIES, HARMFUL
 
 
@@ -68,6 +68,35 @@ def test_results_do_not_depend_on_memory(
         found = all_logits(kind(model), continuations, chosen)
     for values, others in zip(found, expected_logits, strict=True):
         torch.testing.assert_close(values, others, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["passes", "concatenate"])
+def test_drafts_are_read_again_where_memory_does_not_suffice_for_their_cache(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = replace(on_device("llama", "cpu"), batch_size=4)
+    chosen = interventions(model)
+    continuations = known(model)
+    expected = PlainEngine(model).respond(continuations, 12, chosen)
+    engine = FastEngine(model)
+    n_passes: list[int] = []
+    run = Decoder.run
+
+    def exhausted(*args: Any, **kwargs: Any) -> Any:
+        # The prefix and one pass are read beside what is kept.
+        n_passes.append(1)
+        if where == "concatenate" or len(n_passes) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(*args, **kwargs)
+
+    place: tuple[Any, str] = (drafts, where) if where == "concatenate" else (Decoder, "run")
+    with monkeypatch.context() as patched, pytest.warns(ContrastWarning, match="of all drafts"):
+        patched.setattr(*place, exhausted)
+        assert not engine.drafts(continuations, 12).are_read_once
+    assert engine.respond(continuations, 12, chosen) == expected
+    # As many at once as before, since nothing is kept beside them now.
+    n_rows = [len(item.rows) for item in engine._forcing(continuations).modified(chosen)]
+    assert max(n_rows) == 4
 
 
 def test_residuals_do_not_depend_on_memory(tiny_llama: LanguageModel) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ...ablation.hooks import Intervention, ablated_samples
-from ...language_model import Batches, Tokens, until_end
+from ...errors import warn
+from ...language_model import Batches, Tokens, is_out_of_memory, until_end
 from ...vectors import to_device
 from ..compat import Cache, concatenate, join, keeps_every_token, new_cache, select_rows
 from ..interface import Count
@@ -87,7 +88,7 @@ class Drafts:
         return [item.rows[sample] for sample in departed], self._kept(item, departed)
 
     def _unmodified_cache(self) -> tuple[Cache | None, dict[int, int]]:
-        """Returns the KV cache of all drafts, where tokens can be masked in it, and the row of each prompt."""
+        """Returns the KV cache of all drafts, where tokens can be masked in it and memory suffices, and the row of each prompt."""
 
         # Responses that go on follow the longest draft.
         longest = max(map(len, self._known.prompts), default=0) + 2 * self._limit
@@ -99,12 +100,20 @@ class Drafts:
             or not keeps_every_token(empty, longest)
         ):
             return None, {}
-        passes = list(self._forcing.unmodified())
-        caches = [item.cache for item in passes if item.cache is not None]
-        if not all(keeps_every_token(cache, longest) for cache in caches):
-            return None, {}
-        prompts = [prompt for item in passes for _, prompt in item.rows]
-        return concatenate(caches), {prompt: row for row, prompt in enumerate(prompts)}
+        try:
+            passes = list(self._forcing.unmodified())
+            caches = [item.cache for item in passes if item.cache is not None]
+            if not all(keeps_every_token(cache, longest) for cache in caches):
+                return None, {}
+            prompts = [prompt for item in passes for _, prompt in item.rows]
+            return concatenate(caches), {prompt: row for row, prompt in enumerate(prompts)}
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        warn(
+            "Memory is exhausted by the KV cache of all drafts: going on without, which is slower."
+        )
+        return None, {}
 
     def _kept(self, item: Pass, samples: list[int]) -> Cache | None:
         """Returns the KV cache of some samples of a pass, in all layers."""

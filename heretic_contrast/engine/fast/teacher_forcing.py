@@ -8,7 +8,7 @@ sweep moves up the layers. The prefix that all prompts share, such as the system
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 
@@ -85,7 +85,8 @@ class TeacherForcing:
     def unmodified(self) -> Iterator[Pass]:
         """Yields the hidden states of a model as it is at this moment."""
 
-        yield from self._passes(None, [0], None, self._read_prefix())
+        # Who keeps these passes may exhaust memory, which does not make those to come smaller.
+        yield from self._passes(None, [0], None, self._read_prefix(), replace(self._batches))
 
     def modified(self, interventions: Sequence[Intervention]) -> Iterator[Pass]:
         """Yields the hidden states under each intervention. The unmodified model must be the same in all calls."""
@@ -111,7 +112,7 @@ class TeacherForcing:
 
         # Interventions that do not fit into one pass beside each other take turns.
         for chosen, cache in self._batches.run(len(group), read_prefix):
-            yield from self._passes(interventions, chosen, start, cache)
+            yield from self._passes(interventions, chosen, start, cache, self._batches)
 
     def _passes(
         self,
@@ -119,6 +120,7 @@ class TeacherForcing:
         chosen: list[int],
         start: LayerInput | None,
         cache: Cache | None,
+        batches: Batches,
     ) -> Iterator[Pass]:
         """Yields the passes of some interventions, or of none. `cache`: of the prefix, a sample for each of these."""
 
@@ -137,7 +139,7 @@ class TeacherForcing:
                 hidden_states = self.decoder.run(tokens, known, len(self.prefix), own)
             return self._pass(rows[part], hidden_states, known, layer)
 
-        yield from self._batches.run(len(rows), read)
+        yield from batches.run(len(rows), read)
 
     def _pass(
         self,
