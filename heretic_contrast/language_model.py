@@ -338,7 +338,13 @@ class LanguageModel:
             for index, row in zip(batch, rows, strict=True):
                 found[index] = until_end(tuple(row), limits[index], ends)
 
-        for _ in sizes.run_groups(generation_groups(self.model, kinds), answer):
+        # In the given order, but that what is much longer than others comes last.
+        groups = (
+            [group[place] for place in sorted(part)]
+            for group in generation_groups(self.model, kinds)
+            for part in groups_by_length([sequences[index] for index in group])
+        )
+        for _ in sizes.run_groups(groups, answer):
             pass
         return found
 

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ..errors import one_line, warn
 from ..greedy import is_plainly_greedy
-from ..language_model import Batches, LanguageModel, Tokens, is_of_the_machine, until_end
+from ..language_model import (
+    Batches,
+    LanguageModel,
+    Tokens,
+    groups_by_length,
+    is_of_the_machine,
+    until_end,
+)
 from ..vectors import to_device
 from .compat import CACHE, Cache, forget_images, select_rows
 from .cpu.layers import fast_on_cpu
@@ -118,20 +125,20 @@ def generate_watched(
     """
     Returns the greedy response to each prompt, of at most `limit` tokens, or what there is of it where it has left.
 
-    The prompts are answered in their order, in batches. For models that decode plainly: see `greedy`.
+    They are answered in batches, in their order, but that those which are much longer than others come last. For models that decode
+    plainly: see `greedy`.
     """
 
     found: dict[int, Tokens] = dict.fromkeys(range(len(prompts)), ())
 
-    def answer(part: slice) -> None:
-        rows = list(range(*part.indices(len(prompts))))
+    def answer(rows: list[int]) -> None:
         # Begun anew where memory was exhausted.
         found.update(dict.fromkeys(rows, ()))
         inputs = model.pad([prompts[row] for row in rows])
         tokens, mask = inputs["input_ids"], inputs["attention_mask"]
         generate_together(model, rows, tokens, mask, None, found, limit, watch)
 
-    for _ in batches.run(len(prompts), answer):
+    for _ in batches.run_groups(map(sorted, groups_by_length(prompts)), answer):
         pass
     return [found[row] for row in range(len(prompts))]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ablation.changes import UNCHANGED
 from ..ablation.hooks import OwnWeights
 from ..greedy import is_plainly_greedy
-from ..language_model import LanguageModel, Tokens, is_out_of_memory
+from ..language_model import LanguageModel, Tokens, groups_by_length, is_out_of_memory
 from .check import all_logits, checked_engine
 from .fast.drafts import Row
 from .fast.engine import FastEngine
@@ -63,7 +63,7 @@ class TrialEngine:
             known = self._asked(prompts, first_layer)
             if known is None or not may_keep(model, prompts):
                 return None
-            if not engine.drafts(known, limit).are_read_once:
+            if not all(drafts.are_read_once for drafts in engine.drafts(known, limit)):
                 return None
             return engine.respond(known, limit, [weights], watch=by_prompt)[0]
 
@@ -129,7 +129,7 @@ class TrialEngine:
 def may_keep(model: LanguageModel, prompts: Sequence[Tokens]) -> bool:
     """Returns whether the keys and values of all prompts, in all layers, may be kept: at most so many, where no heads share them."""
 
-    n_tokens = len(prompts) * max(map(len, prompts), default=0)
+    n_tokens = sum(len(group) * len(prompts[group[-1]]) for group in groups_by_length(prompts))
     n_parameters = sum(parameter.numel() for parameter in model.model.parameters())
     kept = 2 * n_tokens * model.n_layers * model.hidden_size
     return kept <= max(MOST_KEPT, n_parameters // 2)

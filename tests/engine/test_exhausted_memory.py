@@ -92,10 +92,12 @@ def test_drafts_are_read_again_where_memory_does_not_suffice_for_their_cache(
     place: tuple[Any, str] = (drafts, where) if where == "concatenate" else (Decoder, "run")
     with monkeypatch.context() as patched, pytest.warns(ContrastWarning, match="of all drafts"):
         patched.setattr(*place, exhausted)
-        assert not engine.drafts(continuations, 12).are_read_once
+        (found,) = engine.drafts(continuations, 12)
+    assert not found.are_read_once
     assert engine.respond(continuations, 12, chosen) == expected
     # As many at once as before, since nothing is kept beside them now.
-    n_rows = [len(item.rows) for item in engine._forcing(continuations).modified(chosen)]
+    (forcing,) = engine._forcing(continuations)
+    n_rows = [len(item.rows) for item in forcing.modified(chosen)]
     assert max(n_rows) == 4
 
 
@@ -127,6 +129,6 @@ def test_long_prompts_are_read_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     known = Continuations(tuple((n, *[7] * 23) for n in range(9)), ((5, 6),) * 9)
     with PretendedDevices():
         model = replace(on_device("llama"), batch_size=128)
-        passes = TeacherForcing(Decoder(model), known, model.batch_size).unmodified()
+        passes = TeacherForcing(Decoder(model), known, range(9), model.batch_size).unmodified()
         # Of 25 tokens each.
         assert [len(item.rows) for item in passes] == [4, 4, 1]

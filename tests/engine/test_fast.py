@@ -24,7 +24,7 @@ from heretic_contrast.engine.fast.teacher_forcing import TeacherForcing, common_
 from heretic_contrast.engine.interface import Continuations
 from heretic_contrast.engine.plain import PlainEngine
 from heretic_contrast.hosts.surface import wrap
-from heretic_contrast.language_model import LanguageModel, Tokens
+from heretic_contrast.language_model import LanguageModel, Tokens, groups_by_length
 from heretic_contrast.prompts import Prompt
 from tests.plain_sweeps import CANARIES, HARMFUL, REFERENCES, random_directions
 from tests.tiny_models import SIZES, build, make_model, make_tokenizer
@@ -196,7 +196,7 @@ def test_responses_do_not_depend_on_what_is_generated_together(
 def drafts(engine: FastEngine) -> Any:
     """What the engine keeps of the one set of continuations that it has answered."""
 
-    (found,) = engine._drafts.values()
+    ((found,),) = engine._drafts.values()
     return found
 
 
@@ -280,12 +280,13 @@ def test_passes_on_a_cpu_are_limited_by_elements_and_tokens(
 ) -> None:
     continuations = known(tiny_llama, REFERENCES, [7, 12, 9, 1])
     decoder = Decoder(tiny_llama)
-    longest = TeacherForcing(decoder, continuations, 50)._width
+    (order,) = groups_by_length(continuations.sequences)
+    longest = TeacherForcing(decoder, continuations, order, 50)._width
 
     def rows(elements: int, tokens: int, n_rows: int = 50) -> list[int]:
         monkeypatch.setattr(teacher_forcing, "CPU_ELEMENTS_PER_PASS", elements)
         monkeypatch.setattr(teacher_forcing, "CPU_TOKENS_PER_PASS", tokens)
-        passes = TeacherForcing(decoder, continuations, n_rows).unmodified()
+        passes = TeacherForcing(decoder, continuations, order, n_rows).unmodified()
         return [len(item.rows) for item in passes]
 
     assert rows(2 * longest * tiny_llama.hidden_size, 0) == [2, 2]

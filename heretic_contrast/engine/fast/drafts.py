@@ -50,9 +50,14 @@ class Drafts:
         return self._unmodified is not None
 
     def respond(
-        self, interventions: Sequence[Intervention], count: Count, watch: Watch[Row]
-    ) -> list[list[Tokens]]:
-        found: dict[Row, Tokens] = {}
+        self,
+        interventions: Sequence[Intervention],
+        count: Count,
+        watch: Watch[Row],
+        found: dict[Row, Tokens],
+    ) -> None:
+        """Fills in the response to each of the prompts under each intervention."""
+
         waiting: list[Departures] = []
         for item in self._forcing.modified(interventions):
             rows, cache = self._verify(item, found, watch)
@@ -65,8 +70,6 @@ class Drafts:
             if rows:
                 waiting.append((rows, cache))
         self._generate(waiting, interventions, found, watch)
-        prompts = range(len(self._known.prompts))
-        return [[found[index, prompt] for prompt in prompts] for index in range(len(interventions))]
 
     def _verify(self, item: Pass, found: dict[Row, Tokens], watch: Watch[Row]) -> Departures:
         """
@@ -91,7 +94,8 @@ class Drafts:
         """Returns the KV cache of all drafts, where tokens can be masked in it and memory suffices, and the row of each prompt."""
 
         # Responses that go on follow the longest draft.
-        longest = max(map(len, self._known.prompts), default=0) + 2 * self._limit
+        longest = max(len(self._known.prompts[prompt]) for prompt in self._forcing.prompts)
+        longest += 2 * self._limit
         # Nothing needs to be read to know that recurrent layers do not keep every token.
         empty = new_cache(self._decoder.config)
         if (

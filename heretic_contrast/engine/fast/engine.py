@@ -3,12 +3,13 @@
 """The fast engine: what is known is not computed again."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 
 from ...ablation.hooks import Intervention
 from ...greedy import is_plainly_greedy
-from ...language_model import LanguageModel, Tokens
+from ...language_model import LanguageModel, Tokens, groups_by_length
 from ...vectors import to_device
 from ..cpu.layers import fast_on_cpu
 from ..interface import Continuations, Count, Logits, no_count
@@ -30,8 +31,9 @@ class FastEngine(PlainEngine):
         super().__init__(model)
         self._n_starts = n_starts
         self._decoder = Decoder(model)
-        self._forcings: dict[Continuations, TeacherForcing] = {}
-        self._drafts: dict[tuple[Continuations, int], Drafts] = {}
+        # One for each group of prompts, so that a long one makes nothing of the others longer.
+        self._forcings: dict[Continuations, list[TeacherForcing]] = {}
+        self._drafts: dict[tuple[Continuations, int], list[Drafts]] = {}
 
     def generate(self, prompts: Sequence[Tokens], limits: Sequence[int]) -> list[Tokens]:
         with fast_on_cpu(self.model):
@@ -50,14 +52,18 @@ class FastEngine(PlainEngine):
         if not is_plainly_greedy(self.model.model):
             # Looks at more than the next token: how a response began, how long it may become, or what else is in its batch.
             return super().respond(known, limit, interventions, count)
-        return self.drafts(known, limit).respond(interventions, count, watch)
+        found: dict[Row, Tokens] = {}
+        for drafts in self.drafts(known, limit):
+            drafts.respond(interventions, count, watch, found)
+        prompts = range(len(known.prompts))
+        return [[found[index, prompt] for prompt in prompts] for index in range(len(interventions))]
 
-    def drafts(self, known: Continuations, limit: int) -> Drafts:
+    def drafts(self, known: Continuations, limit: int) -> list[Drafts]:
         """Returns the drafts of responses of at most `limit` tokens. The model must be the unmodified one when they are asked for first."""
 
         key = known, limit
         if key not in self._drafts:
-            self._drafts[key] = Drafts(self._forcing(known), limit)
+            self._drafts[key] = [Drafts(forcing, limit) for forcing in self._forcing(known)]
         return self._drafts[key]
 
     # A decorator without gradients would hold what was yielded last beside what comes next.
@@ -67,9 +73,11 @@ class FastEngine(PlainEngine):
         interventions: Sequence[Intervention] | None = None,
         count: Count = no_count,
     ) -> Iterator[Logits]:
-        forcing, starts, lengths = self._forcing(known), known.starts, known.lengths
-        passes = forcing.unmodified() if interventions is None else forcing.modified(interventions)
-        for item in passes:
+        starts, lengths = known.starts, known.lengths
+        for item in chain.from_iterable(
+            forcing.unmodified() if interventions is None else forcing.modified(interventions)
+            for forcing in self._forcing(known)
+        ):
             places = [
                 torch.stack([torch.full((n,), index), torch.arange(n) + starts[prompt]])
                 for index, prompt in item.rows
@@ -85,8 +93,11 @@ class FastEngine(PlainEngine):
                 )
             count(len(item.rows))
 
-    def _forcing(self, known: Continuations) -> TeacherForcing:
+    def _forcing(self, known: Continuations) -> list[TeacherForcing]:
         if known not in self._forcings:
             n_rows = self.model.batch_size
-            self._forcings[known] = TeacherForcing(self._decoder, known, n_rows, self._n_starts)
+            self._forcings[known] = [
+                TeacherForcing(self._decoder, known, group, n_rows, self._n_starts)
+                for group in groups_by_length(known.sequences)
+            ]
         return self._forcings[known]

@@ -52,22 +52,26 @@ class TeacherForcing:
     """
     Continuations that a model reads.
 
-    `n_rows`: the largest number of samples in one pass. Sequences of similar length share a pass. `n_starts`: of how many layers the
-    inputs are kept. `prefix`: the tokens that all prompts begin with, at most all but the last of a prompt.
+    `prompts`: the indices of those of `known` that are read, shortest first; what is kept is padded to the last. `n_rows`: the largest
+    number of samples in one pass. `n_starts`: of how many layers the inputs are kept. `prefix`: the tokens that all prompts of `known`
+    begin with, at most all but the last of a prompt.
     """
 
     def __init__(
-        self, decoder: Decoder, known: Continuations, n_rows: int, n_starts: int = 1
+        self,
+        decoder: Decoder,
+        known: Continuations,
+        prompts: Sequence[int],
+        n_rows: int,
+        n_starts: int = 1,
     ) -> None:
         self.decoder = decoder
         self.known = known
+        self.prompts = prompts
         sequences = known.sequences
-        self._order = sorted(
-            range(len(sequences)), key=lambda index: (len(sequences[index]), index)
-        )
         self.prefix = common_prefix(known.prompts)
-        self._sequences = [sequences[index][len(self.prefix) :] for index in self._order]
-        self._width = max(map(len, self._sequences), default=0)
+        self._sequences = [sequences[index][len(self.prefix) :] for index in prompts]
+        self._width = len(self._sequences[-1])
         n_tokens = DEVICE_TOKENS_PER_PASS
         if decoder.model.device.type == "cpu":
             n_tokens = max(CPU_TOKENS_PER_PASS, CPU_ELEMENTS_PER_PASS // decoder.model.hidden_size)
@@ -126,7 +130,7 @@ class TeacherForcing:
 
         layer = 0 if start is None else start.layer
         # Those of one sequence beside each other, since they are of one length.
-        rows = [(sequence, index) for sequence in range(len(self._order)) for index in chosen]
+        rows = [(sequence, index) for sequence in range(len(self.prompts)) for index in chosen]
 
         def read(part: slice) -> Pass:
             sequences = [sequence for sequence, _ in rows[part]]
@@ -154,7 +158,7 @@ class TeacherForcing:
         `rows`: sequence and intervention of each sample.
         """
 
-        prompts = [self._order[sequence] for sequence, _ in rows]
+        prompts = [self.prompts[sequence] for sequence, _ in rows]
         lengths = torch.tensor([len(self.known.tokens[prompt]) for prompt in prompts])
         starts = torch.tensor(
             [len(self.known.prompts[prompt]) - 1 - len(self.prefix) for prompt in prompts]
@@ -201,13 +205,13 @@ class TeacherForcing:
             prefix = self.decoder.layer_input(self._batch([self.prefix]), layer, start=below)
 
         def read(part: slice) -> LayerInput:
-            sequences = range(len(self._order))[part]
+            sequences = range(len(self.prompts))[part]
             tokens = self._batch([self._sequences[index] for index in sequences])
             cache = self._select(self._prefix_cache, [0] * len(sequences))
             own = start and start.select(sequences, tokens.input_ids.shape[1])
             return self.decoder.layer_input(tokens, layer, cache, len(self.prefix), own)
 
-        parts = list(self._batches.run(len(self._order), read))
+        parts = list(self._batches.run(len(self.prompts), read))
         states = [item.hidden_states for item in parts]
         padded = [pad(item, (0, 0, 0, self._width - item.shape[1])) for item in states]
         while len(self._inputs) >= self._n_starts:
