@@ -95,7 +95,8 @@ class SweepEvaluator:
         )
         # The divergence from itself, by the same path as every cell's.
         kl = self.references.measure(self._engine, [self._nothing])[0]
-        self._base = self._judged(self._known.tokens, kl)
+        self._seen: dict[tuple[str, str], Verdict] = {}
+        self._base = self._judged(self._known.tokens, kl, self._seen)
         self.baseline, self.base_responses, *_ = self._base
         if self.baseline.refusals == 0:
             raise ContrastError(
@@ -181,6 +182,8 @@ class SweepEvaluator:
         limit = self.options.max_new_tokens
         responses = self._engine.respond(self._known, limit, interventions, count)
         kl = self.references.measure(self._engine, interventions, count)
+        # Those of earlier calls are left out: a judge's batches, and so its rounding, must not depend on what was measured before.
+        seen = self._seen.copy()
         cells = []
         for index, key in enumerate(keys):
             mean = self.configurations[key.configuration].directions.mean_direction
@@ -190,7 +193,7 @@ class SweepEvaluator:
                     *key,
                     effective_weight=max(map(effective_weight, operators[index].values())),
                     weight_along_mean=max(along),
-                    **self._judged(responses[index], kl[index])._asdict(),
+                    **self._judged(responses[index], kl[index], seen)._asdict(),
                 )
             )
         return cells
@@ -213,14 +216,36 @@ class SweepEvaluator:
             known = Continuations(known.prompts, found)
         return known
 
-    def _judged(self, tokens: Sequence[Tokens], kl: tuple[float, float]) -> Judged:
-        """Judges responses. `kl`: the divergence, and its standard error, which is not a number where there is none."""
+    def _judged(
+        self,
+        tokens: Sequence[Tokens],
+        kl: tuple[float, float],
+        seen: dict[tuple[str, str], Verdict],
+    ) -> Judged:
+        """
+        Judges responses.
+
+        `kl`: the divergence, and its standard error, which is not a number where there is none. `seen`: verdicts by prompt and
+        response, to which new ones are added.
+        """
 
         responses = tuple(
             self.model.tokenizer.batch_decode(list(map(list, tokens)), skip_special_tokens=True)
         )
         n_harmful = len(self.plan.harmful)
-        judged = self._verdicts(responses)
+        prompts = [prompt.text for prompt in (*self.plan.harmful, *self.plan.canaries)]
+        pairs = list(zip(prompts, responses, strict=True))
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in seen]
+        found = classify_all(
+            self._classify, [prompt for prompt, _ in new], [response for _, response in new]
+        )
+        for pair, tier in zip(new, found, strict=True):
+            seen[pair] = Verdict(
+                tier=tier.value,
+                coherent=is_coherent(pair[1]),
+                bigram_entropy=round(normalized_bigram_entropy(pair[1]), 6),
+            )
+        judged = tuple(seen[pair] for pair in pairs)
         verdicts, canary_verdicts = judged[:n_harmful], judged[n_harmful:]
         tiers = Counter(verdict.tier for verdict in verdicts)
         measurement = Measurement(
@@ -236,18 +261,6 @@ class SweepEvaluator:
         )
         return Judged(
             measurement, responses[:n_harmful], responses[n_harmful:], verdicts, canary_verdicts
-        )
-
-    def _verdicts(self, responses: Sequence[str]) -> tuple[Verdict, ...]:
-        prompts = [prompt.text for prompt in (*self.plan.harmful, *self.plan.canaries)]
-        tiers = classify_all(self._classify, prompts, responses)
-        return tuple(
-            Verdict(
-                tier=tier.value,
-                coherent=is_coherent(response),
-                bigram_entropy=round(normalized_bigram_entropy(response), 6),
-            )
-            for tier, response in zip(tiers, responses, strict=True)
         )
 
     def identity(self) -> Identity:

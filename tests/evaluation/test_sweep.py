@@ -200,7 +200,47 @@ def test_a_judge_reads_the_responses_of_a_state_at_once(
             tiers = [verdict.tier for verdict in getattr(cell, name)]
             assert tiers == [("COMPLY", "REFUSE")[word in prompt.text] for prompt in prompts]
     assert 0 < result.baseline.refusals < len(HARMFUL)
-    assert sizes == [len(HARMFUL) + len(CANARIES)] * (1 + len(result.cells))
+    states = [result.baseline_responses + result.baseline_canary_responses]
+    states += [cell.responses + cell.canary_responses for cell in result.cells]
+    seen: set[tuple[int, str]] = set()
+    expected = []
+    for responses in states:
+        new = set(enumerate(responses)) - seen
+        expected.append(len(new))
+        seen |= new
+    assert sizes == [size for size in expected if size] and len(sizes) > 1
+
+
+def test_a_response_that_is_given_again_is_judged_once(tiny_llama: LanguageModel) -> None:
+    configurations = {"one": random_directions(tiny_llama, 1, 0)}
+    options = SweepOptions(weights=(0.0, 0.1, 1.0), max_new_tokens=12, kl_tokens=4)
+    plan = plan_sweep(configurations, HARMFUL, CANARIES, REFERENCES, options)
+    classify = always_refuse_at_base(tiny_llama, HARMFUL)
+    judged: list[tuple[str, str]] = []
+
+    def counting(prompt: str, response: str) -> Tier:
+        judged.append((prompt, response))
+        return classify(prompt, response)  # type: ignore[no-any-return]
+
+    evaluator = SweepEvaluator(tiny_llama, plan, counting)
+    prompts = [prompt.text for prompt in (*HARMFUL, *CANARIES)]
+    base = list(judged)
+    assert [prompt for prompt, _ in base] == prompts
+    cells = evaluator.evaluate(evaluator.grid())
+    given = [zip(prompts, cell.responses + cell.canary_responses, strict=True) for cell in cells]
+    distinct = {pair for pairs in given for pair in pairs} | set(base)
+    assert len(base) < len(distinct) < len(prompts) * (1 + len(cells))
+    assert sorted(judged) == sorted(distinct)
+    for cell in cells:
+        for prompt, response, verdict in zip(HARMFUL, cell.responses, cell.verdicts, strict=True):
+            assert verdict.tier == classify(prompt.text, response).value
+            assert verdict.coherent == is_coherent(response)
+
+    # What was measured before decides nothing, not even in which batches a judge reads.
+    del judged[: len(base)]
+    first = judged.copy()
+    judged.clear()
+    assert evaluator.evaluate(evaluator.grid()) == cells and judged == first
 
 
 @pytest.mark.parametrize("n_references", [1, len(REFERENCES)])
