@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -130,7 +131,7 @@ class SweepState:
             if progress is not None:
                 progress(n_done, len(keys))
             if not missing:
-                return [done[key] for key in keys]
+                return [_CELL.validate_python(done[key]) for key in keys]
             group, trials = self._claim(groups, set(missing))
             if not trials:
                 self._take_over(set(missing))
@@ -187,9 +188,11 @@ class SweepState:
             raise ContrastError(OTHER_SWEEP.format(self._place, "model, prompts or options"))
         return trials
 
-    def _done(self) -> dict[CellKey, Cell]:
+    def _done(self) -> dict[CellKey, Any]:
+        """Returns the finished cells as they are stored; turning them into cells takes longer."""
+
         return {
-            _key(trial): _CELL.validate_python(trial.user_attrs["cell"])
+            _key(trial): trial.user_attrs["cell"]
             for trial in reversed(self._trials())
             if trial.state is TrialState.COMPLETE and "cell" in trial.user_attrs
         }

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -118,7 +119,6 @@ def test_progress_goes_on_within_a_claim(tmp_path: Path) -> None:
 
     # Only cells that are missing count, although their whole group is computed again.
     state = SweepState(str(tmp_path / "other.journal"), {"options": "f"})
-    state._choices = [["one"], ["weight"]]
     state._enqueue(KEYS)
     claimed = state._claim(group_cells(KEYS), set(KEYS))[1]
     for trial in claimed[:2]:
@@ -127,6 +127,23 @@ def test_progress_goes_on_within_a_claim(tmp_path: Path) -> None:
     shown.clear()
     state.run(KEYS, evaluate, lambda *progress: shown.append(progress))
     assert list(dict.fromkeys(shown)) == [(n_done, 9) for n_done in range(2, 10)]
+
+
+def test_a_cell_is_validated_once_and_written_five_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of groups: with thousands of cells either would take minutes."""
+
+    adapter = Mock(wraps=storage_module._CELL)
+    monkeypatch.setattr(storage_module, "_CELL", adapter)
+    storage = tmp_path / "sweep.journal"
+    state = SweepState(str(storage), {"options": "f"})
+    n_opened = len(storage.read_bytes().splitlines())
+    cells = state.run(KEYS, Evaluator())
+    assert cells == [make_cell(key) for key in KEYS]
+    assert adapter.validate_python.call_count == len(KEYS)
+    # Put there, taken, leased, measured, finished.
+    assert len(storage.read_bytes().splitlines()) - n_opened == 5 * len(KEYS)
 
 
 @pytest.mark.filterwarnings("ignore:The value of `grace_period` might be too small")
@@ -184,7 +201,6 @@ def test_unknown_storage_is_named_without_its_password() -> None:
 def test_cells_of_a_dead_process_are_taken_over(tmp_path: Path) -> None:
     storage = str(tmp_path / "sweep.journal")
     state = SweepState(storage, {"options": "f"})
-    state._choices = [["one"], ["weight"]]
     state._enqueue(KEYS)
     trials = state._claim(group_cells(KEYS), set(KEYS))[1]
     assert len(trials) == 3
