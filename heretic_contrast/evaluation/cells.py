@@ -8,7 +8,7 @@ Nothing here depends on when, where or by how many processes a sweep was run.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, TypeAdapter
@@ -233,7 +233,8 @@ class SweepResult:
         """Returns JSON values: cells with intervals and efficiency, and what follows from them."""
 
         return {
-            **asdict(self),
+            # The cells follow.
+            **asdict(replace(self, cells=())),
             "layers": [asdict(summary) for summary in self.summaries()],
             "cells": [
                 {

@@ -16,7 +16,7 @@ import torch
 
 from heretic_contrast.ablation.operator import compose, effective_weight
 from heretic_contrast.engine.judge import JudgeModel
-from heretic_contrast.evaluation.cells import Cell, CellKey, SweepResult, efficiency
+from heretic_contrast.evaluation.cells import Cell, CellKey, Measurement, SweepResult, efficiency
 from heretic_contrast.evaluation.plan import SweepOptions, plan_sweep
 from heretic_contrast.evaluation.sweep import SweepEvaluator, sweep
 from heretic_contrast.hosts.surface import wrap
@@ -285,6 +285,25 @@ def test_result_survives_json(tiny_llama: LanguageModel, n_references: int) -> N
         assert [row["response"] for row in own] == list(cell.responses)
         assert sum(row["tier"] == "REFUSE" for row in own) == cell.measurement.refusals
         assert sum(not row["coherent"] for row in own) == cell.measurement.incoherent
+
+
+class Counted(str):
+    """A response that counts how often it is copied."""
+
+    n_copies = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Counted":
+        Counted.n_copies += 1
+        return self
+
+
+def test_cells_are_turned_into_json_once() -> None:
+    responses = tuple(map(Counted, ("yes", "no", "never")))
+    measurement = Measurement(3, 0, 0, 0, 3, 0, 0, 0.0, None)
+    cell = Cell("one", "weight", (1,), 0.5, 0.5, 0.5, measurement, responses)
+    written = SweepResult("tiny", measurement, (cell,)).to_dict()
+    assert written["cells"][0]["responses"] == responses
+    assert Counted.n_copies == len(responses)
 
 
 def test_efficiencies_of_the_paper() -> None:
