@@ -267,12 +267,12 @@ def minimal_weight_table(result: SweepResult) -> Table:
     """Returns the layers that reach R = 0, with the smallest weight, as the paper's Table 1."""
 
     interval = percents(*wilson_interval(0, result.baseline.n_harmful))
+    cells = {cell.key(): cell for cell in result.cells}
     return Table.of(
         (
-            cell
+            cells[CellKey(item.configuration, item.strength, (item.layer,), item.minimal_weight)]
             for item in result.summaries()
-            for cell in result.single_cells(item.configuration, item.strength)
-            if (cell.layers[0], cell.weight) == (item.layer, item.minimal_weight)
+            if item.minimal_weight is not None
         ),
         "minimal-weight",
         "Smallest weight with R = 0 (the paper's Table 1)",

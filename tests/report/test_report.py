@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -295,6 +296,17 @@ def test_minimal_weights_are_the_first_that_reach_zero() -> None:
     assert efficiency == pytest.approx((10 - 0) / (0.001 - 0.0001))
     _, high = wilson_interval(0, 10)
     assert f"0–{100 * high:.0f} %" in table.note
+
+
+def test_minimal_weights_look_through_the_cells_of_a_configuration_once() -> None:
+    """Not for every layer, which takes seconds with thousands of cells."""
+
+    result = make_sweep()
+    with patch.object(
+        SweepResult, "single_cells", autospec=True, side_effect=SweepResult.single_cells
+    ) as looks:
+        minimal_weight_table(result)
+    assert looks.call_count == len(result.configurations()) == 4
 
 
 def test_refusals_by_layer_and_weight_carry_intervals() -> None:
