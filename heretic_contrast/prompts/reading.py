@@ -177,10 +177,13 @@ def _folder(
         )
     builder = load_dataset_builder(str(place), config)
     files = {Path(file) for split in builder.config.data_files.values() for file in split}
+    others = (file for file in set(place.rglob("*")) - files if file.is_file())
     unread = sorted(
-        file.name
-        for file in set(place.iterdir()) - files
-        if suffix_of(file) in FILE_SUFFIXES and not file.name.startswith((".", "dataset_info"))
+        name
+        for name in (file.relative_to(place).as_posix() for file in others)
+        # What is hidden, and folders like __MACOSX, `datasets` never looks at.
+        if suffix_of(Path(name)) in FILE_SUFFIXES
+        and not re.search(r"(^|/)(\.|__[^/]*/|dataset_info)", name)
     )
     # One of several configurations is not meant to read them all.
     if unread and builder.config.name == "default":

@@ -884,6 +884,26 @@ def test_what_is_not_read_of_a_folder_is_named(tmp_path: Path) -> None:
     assert pool == [Prompt("a.jsonl"), Prompt("b.jsonl")]
 
 
+@pytest.mark.parametrize(
+    ("read", "unread"),
+    [
+        ("train/a.jsonl", "other/b.jsonl"),
+        ("a.jsonl", "sub/c.csv"),
+        ("train.jsonl", "sub/harm.jsonl"),
+        ("train.jsonl", "sub/deep/harm.txt"),
+    ],
+)
+def test_what_is_not_read_of_the_folders_in_a_folder_is_named(
+    read: str, unread: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sub.json").mkdir()
+    for name in (read, unread, ".git/d.csv", "__MACOSX/a.jsonl"):
+        write(tmp_path / name, json.dumps({"text": name}))
+    with pytest.warns(ContrastWarning, match=f" holds {unread}, which are not read"):
+        pool = load_pool(PromptSource(dataset=str(tmp_path)), "harmful")
+    assert pool == [Prompt(read)]
+
+
 # Columns.
 
 
