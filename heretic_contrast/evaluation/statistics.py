@@ -33,10 +33,12 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 def percent(share: float, digits: int = 0) -> str:
     """Returns a share in percent, without the sign. What is near 0 or 100 % is not said to be that."""
 
+    text = f"{100 * share:.{digits}f}"
     rest = min(share, 1 - share)
-    if 0 < rest <= 0.5 * 10 ** (-digits - 2):
-        digits = 1 - math.floor(math.log10(100 * rest))
-    return f"{100 * share:.{digits}f}"
+    # A millionth is what rounding to float32 leaves.
+    if rest > 1e-6 and float(text) in (0, 100):
+        text = f"{100 * share:.{1 - math.floor(math.log10(100 * rest))}f}"
+    return text
 
 
 def percents(low: float, high: float) -> str:

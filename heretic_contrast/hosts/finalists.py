@@ -10,7 +10,7 @@ from questionary import Choice
 from rich.table import Table
 
 from ..errors import ContrastError
-from ..evaluation.statistics import percents, wilson_interval
+from ..evaluation.statistics import percent, percents, wilson_interval
 from ..prompts import Prompt
 from ..search.stopping import front
 from .evaluator import Evaluator, count
@@ -98,5 +98,5 @@ def second_look(
             title += ", which the first look does not agree with"
         found.append(Choice(title=title, value=trial))
         cells = (str(counted[length]) for length in lengths)
-        table.add_row(str(trial.user_attrs["index"]), *cells, interval, f"{first:.0%}")
+        table.add_row(str(trial.user_attrs["index"]), *cells, interval, f"{percent(first)} %")
     return found, table

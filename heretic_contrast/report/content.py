@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
 
+from ..evaluation.statistics import percent
 from .plots import can_plot
 
 MISSING = "–"
@@ -36,8 +37,8 @@ def thousands(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 or not value else f"{value:.2g}"
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def percentage(share: float) -> str:
+    return f"{percent(share, 1)} %"
 
 
 def layers_text(layers: Any) -> str:

@@ -17,7 +17,18 @@ from ..evaluation.results import (
     LayerGeometry,
 )
 from . import plots
-from .content import Column, Figure, Report, Section, Table, number, significant, slug, text_column
+from .content import (
+    Column,
+    Figure,
+    Report,
+    Section,
+    Table,
+    number,
+    percentage,
+    significant,
+    slug,
+    text_column,
+)
 from .sections import (
     capture_section,
     capture_table,
@@ -105,7 +116,7 @@ def summary(extracted: "Extracted", capture: CaptureResult, geometry: Geometry) 
         )
         row = captured.get(name)
         if row is not None and row[1] is not None:
-            sentence += f"; their span captures {100 * row[1]:.1f} % on average and {100 * row[2]:.1f} % at layer {row[4]}"
+            sentence += f"; their span captures {percentage(row[1])} on average and {percentage(row[2])} at layer {row[4]}"
         sentences.append(sentence + ".")
     return tuple(sentences)
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..evaluation.results import Activity, CaptureResult, Geometry, LayerCapture
 from ..outputs import json_text
 from . import plots
-from .content import Column, Figure, Section, Table, number, percent, significant, text_column
+from .content import Column, Figure, Section, Table, number, percentage, significant, text_column
 from .writing import to_csv
 
 CONFIGURATION = text_column("Configuration", "configuration")
@@ -110,14 +110,14 @@ def capture_table(capture: CaptureResult) -> Table:
         "Capture by configuration",
         (
             CONFIGURATION,
-            Column("Subspace, mean over layers", form=percent),
-            Column("Subspace, peak", form=percent),
-            Column("± at peak", form=percent, essential=False),
+            Column("Subspace, mean over layers", form=percentage),
+            Column("Subspace, peak", form=percentage),
+            Column("± at peak", form=percentage, essential=False),
             Column("Peak layer"),
-            Column("Maximal cosine, mean", form=percent),
-            Column("Maximal cosine, peak", form=percent, essential=False),
+            Column("Maximal cosine, mean", form=percentage),
+            Column("Maximal cosine, peak", form=percentage, essential=False),
             Column("Rank", essential=False),
-            Column("Random subspace", form=percent),
+            Column("Random subspace", form=percentage),
         ),
         tuple(map(row, capture.configurations())),
         f"{capture.n_pairs} pairs. Peak layer, rank and random subspace are those of the subspace's peak; "
@@ -172,7 +172,7 @@ def layer_table(geometry: Geometry) -> Table:
         Column("Smallest norm", lambda layer: min(layer.norms), significant(3)),
         Column("Largest norm", lambda layer: max(layer.norms), significant(3)),
         Column("Mean cosine", "mean_cosine", number(3)),
-        Column("Share of σ₁²", "first_share", percent),
+        Column("Share of σ₁²", "first_share", percentage),
         Column("Effective weight", "effective_weight", significant(3)),
         Column("Along mean", "weight_along_mean", significant(3)),
         note="Norms, mean pairwise cosine and share of the first squared singular value: of the class directions as trained. "
@@ -221,8 +221,10 @@ def perturbation_section(geometry: Geometry, pools: str) -> Section:
         "Occupancy and perturbation",
         CONFIGURATION,
         LAYER,
-        Column("Occupancy, harmful", lambda x: max(x.occupancy_harmful, default=None), percent),
-        Column("Occupancy, harmless", lambda x: max(x.occupancy_harmless, default=None), percent),
+        Column("Occupancy, harmful", lambda x: max(x.occupancy_harmful, default=None), percentage),
+        Column(
+            "Occupancy, harmless", lambda x: max(x.occupancy_harmless, default=None), percentage
+        ),
         Column("Natural variation", "natural_variation", significant(3)),
         *(
             Column(f"w = {weight:g}", partial(_perturbation, index), significant(3))

@@ -2,6 +2,7 @@
 
 """What adds to the residual stream, and that an ablation takes a direction out of all of it."""
 
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -222,15 +223,23 @@ def test_rounding_of_a_long_stream_is_no_missed_writer() -> None:
     assert set(missed_shares(less, 0.02)) == set(range(less.n_layers))
 
 
-def test_a_writer_that_is_not_found_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("size", [1.0, 0.03])
+def test_a_writer_that_is_not_found_is_noticed(
+    size: float, capsys: pytest.CaptureFixture[str]
+) -> None:
     family = FAMILIES["Llama"]
     network = family.make_model()
     layer = network.model.layers[2]
     original = layer.forward
-    layer.forward = lambda states, **options: original(states, **options) + states.roll(1, -1)
+    layer.forward = lambda states, **options: (
+        original(states, **options) + size * states.roll(1, -1)
+    )
     model = wrap(network, family.make_tokenizer(), name="odd")
-    assert set(missed_shares(model)) == {2}
-    assert "Layers 2 of odd have writers that were not found" in capsys.readouterr().out
+    missed = missed_shares(model)
+    assert set(missed) == {2}
+    said = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"Layers 2 of odd have writers that were not found, .*? ([\d.]+) ?% of", said)
+    assert found and float(found[1]) == pytest.approx(100 * missed[2], rel=0.1)
 
 
 def test_a_model_without_writers_is_refused() -> None:

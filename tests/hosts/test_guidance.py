@@ -146,6 +146,12 @@ def test_the_menu_tells_of_the_second_look() -> None:
     assert headings[-1] == "First look, 24 tokens"
     assert [item.value for item in found[:2]] == [item.value for item in trials]
     assert table.row_count == 2
+    # One refusal of 400 is not none, and one answer is not none.
+    trials = [choice(0, 1), choice(1, 399)]
+    for item in trials:
+        item.value.user_attrs["n_bad_prompts"] = 400
+    _, table = second_look(trials, {0: counts[0], 1: counts[0]}, 40, 24)
+    assert list(table.columns[-1].cells) == ["0.25 %", "99.75 %"]
 
 
 def test_what_broke_the_model_is_on_no_front() -> None:

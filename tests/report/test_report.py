@@ -34,7 +34,7 @@ from heretic_contrast.evaluation.results import (
     LeftOut,
     Pair,
 )
-from heretic_contrast.evaluation.statistics import percents, wilson_interval
+from heretic_contrast.evaluation.statistics import percent, percents, wilson_interval
 from heretic_contrast.report import opened as page_of_responses
 from heretic_contrast.report import plots, write_extraction_report, write_sweep_report
 from heretic_contrast.report.content import (
@@ -253,6 +253,18 @@ def test_figures_that_are_not_zero_are_not_shown_as_that() -> None:
     ends = [percents(*wilson_interval(n, 100)) for n in (0, 1, 50, 99, 100)]
     assert ends == ["0–4", "0.18–5", "40–60", "95–99.82", "96–100"]
     assert percents(*wilson_interval(1, 10_000)) == "0.0018–0.057"
+    # At an even half, one end was rounded away.
+    assert [percent(n / 200) for n in (0, 1, 2, 198, 199, 200)] == [
+        "0",
+        "0.50",
+        "1",
+        "99",
+        "99.50",
+        "100",
+    ]
+    assert [percent(share, 1) for share in (4e-4, 0.9996, 1 + 1e-7)] == ["0.040", "99.960", "100.0"]
+    # What rounding to float32 leaves is no share.
+    assert [percent(share, 1) for share in (6e-8, 1 - 6e-8)] == ["0.0", "100.0"]
     # Wilson's upper end for 0 of 1,000 is 3.8416 / 1003.8416.
     base = replace(result.baseline, refusals=1000, evasive=0, complied=0, n_harmful=1000)
     many = replace(result, baseline=base)
@@ -513,6 +525,12 @@ def test_extraction_report(tmp_path: Path) -> None:
     }
     extracted["first"].provenance["sources"] = ["bad.jsonl", "good.csv"]
     report = extraction_report("tiny", extracted, capture, geometry)
+    captured = replace(
+        capture, layers=tuple(replace(layer, subspace=0.9996) for layer in capture.layers)
+    )
+    assert capture_table(captured).texts()[0][1] == "99.960 %"
+    sentence = extraction_report("tiny", extracted, captured, geometry).summary[0]
+    assert "captures 99.960 % on average and 99.960 % at layer 0" in sentence
     names = {figure.name for figure in report.figures()}
     assert {"norms", "singular-values", "class-cosines-first", "norm-ratio", "occupancy"} <= names
     tables = {table.name: table for table in report.tables()}
