@@ -37,9 +37,10 @@ from .sections import (
     magnitude_section,
     measured_texts,
     perturbation_section,
+    say_what_is_missing,
     shown_layer,
 )
-from .writing import say_what_is_missing, to_rich, write_report
+from .writing import to_rich, write_report
 
 if TYPE_CHECKING:
     from ..directions.directions import Directions
@@ -68,16 +69,7 @@ def write_extraction_report(
     if capture.layers:
         log()
         log(to_rich(capture_table(capture)))
-    if capture.left_out:
-        log(
-            f"* [yellow]{len(capture.left_out)} pairs are left out of the capture, since the model does not treat them as "
-            "assumed.[/]"
-        )
-    if not geometry.activities:
-        log(
-            "* Occupancy and perturbation are left out: what the layers of this model add to its stream cannot be told from what passes."
-        )
-    say_what_is_missing(log)
+    say_what_is_missing(log, capture, geometry)
 
 
 def extraction_report(
@@ -91,10 +83,9 @@ def extraction_report(
     ]
     if geometry.comparisons:
         sections.append(comparison_section(geometry))
-    if geometry.activities:
-        pools = f"At most the first {N_PROMPTS} prompts of the pools of harmful and of general harmless prompts for extraction"
-        note = f"{pools}; at most {MAX_RESPONSE_LENGTH} decoding steps."
-        sections.append(perturbation_section(geometry, note))
+    pools = f"At most the first {N_PROMPTS} prompts of the pools of harmful and of general harmless prompts for extraction"
+    note = f"{pools}; at most {MAX_RESPONSE_LENGTH} decoding steps."
+    sections.append(perturbation_section(geometry, note))
     layer = shown_layer(len(geometry.layers) // len(extracted), capture)
     sections.append(classes_section(extracted, geometry, layer))
     return Report(

@@ -8,11 +8,18 @@ from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
+from rich.markup import escape
+
 from ..evaluation.results import Activity, CaptureResult, Geometry, LayerCapture
 from ..outputs import json_text
 from . import plots
 from .content import Column, Figure, Section, Table, number, percentage, significant, text_column
-from .writing import to_csv
+from .writing import NO_PLOTS, to_csv
+
+NO_ACTIVITIES = (
+    "Occupancy and perturbation are left out: what the ablated components of this model add to its stream cannot be told from what "
+    "others add or what passes."
+)
 
 CONFIGURATION = text_column("Configuration", "configuration")
 LAYER = Column("Layer", "layer")
@@ -212,8 +219,10 @@ def _perturbation(index: int, activity: Activity) -> float | None:
 
 
 def perturbation_section(geometry: Geometry, pools: str) -> Section:
-    """Returns occupancy, and the size of the perturbation against the model's natural variation."""
+    """Returns occupancy, and the size of the perturbation against the model's natural variation, where they are known."""
 
+    if not geometry.activities:
+        return Section("Perturbation", (NO_ACTIVITIES,))
     weights = [weight for weight, _ in geometry.activities[0].perturbations]
     table = Table.of(
         geometry.activities,
@@ -318,3 +327,19 @@ def shown_layer(n_layers: int, capture: CaptureResult) -> int:
     """Returns the layer that is shown where only one can be: the best captured one, else the middle one."""
 
     return max(capture.layers, key=_subspace).layer if capture.layers else n_layers // 2
+
+
+def say_what_is_missing(
+    log: Callable[..., None], capture: CaptureResult, geometry: Geometry
+) -> None:
+    """Says in the terminal what a report lacks: pairs, what could not be measured, plots."""
+
+    if capture.left_out:
+        log(
+            f"* [yellow]{len(capture.left_out)} pairs are left out of the capture, since the model does not treat them as "
+            "assumed.[/]"
+        )
+    if not geometry.activities:
+        log(f"* {NO_ACTIVITIES}")
+    if not plots.can_plot():
+        log(f"[yellow]{escape(NO_PLOTS)}[/]")

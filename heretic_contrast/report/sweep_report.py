@@ -37,8 +37,9 @@ from .sections import (
     magnitude_section,
     measured_texts,
     perturbation_section,
+    say_what_is_missing,
 )
-from .writing import say_what_is_missing, to_rich, write_report
+from .writing import to_rich, write_report
 
 STRENGTHS = {"weight": "equal weight", "effective": "equal effective weight"}
 MEANINGS = {
@@ -115,7 +116,7 @@ def write_sweep_report(
     log()
     for sentence in report.summary:
         log(f"* {escape(sentence)}")
-    say_what_is_missing(log)
+    say_what_is_missing(log, capture, geometry)
 
 
 def sweep_report(result: SweepResult, capture: CaptureResult, geometry: Geometry) -> Report:
@@ -127,13 +128,14 @@ def sweep_report(result: SweepResult, capture: CaptureResult, geometry: Geometry
         magnitude_section(geometry),
         compounding_section(geometry),
     ]
-    if geometry.activities:
-        note = "Prompts of the evaluation pools"
-        if not result.pools.get("extraction", {}).get("notes"):
-            note += ", never used for extraction"
-        if result.settings.get("components"):
-            note += ". Only layers at which what the swept components add can be told from what others do"
-        sections.append(perturbation_section(geometry, f"{note}."))
+    note = "Prompts of the evaluation pools"
+    if not result.pools.get("extraction", {}).get("notes"):
+        note += ", never used for extraction"
+    if result.settings.get("components"):
+        note += (
+            ". Only layers at which what the swept components add can be told from what others do"
+        )
+    sections.append(perturbation_section(geometry, f"{note}."))
     sections += [cells_section(result), reading_section(result)]
     base = result.baseline
     anchors, opened = opened_cells(result)

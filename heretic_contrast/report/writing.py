@@ -4,7 +4,7 @@
 
 import base64
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,3 @@ def earlier_files(directory: Path) -> set[str]:
     found = re.search(r'<meta name="files" content="([^"]*)">', page)
     # No other folder is touched, whatever a page says.
     return set(re.findall(r"(?<!\S)[\w-]+\.(?:csv|png)(?!\S)", found[1])) if found else set()
-
-
-def say_what_is_missing(log: Callable[..., None]) -> None:
-    """Says in the terminal that there are no plots, where there are none."""
-
-    if not can_plot():
-        log(f"[yellow]{escape(NO_PLOTS)}[/]")

@@ -543,6 +543,28 @@ def test_extraction_report(tmp_path: Path) -> None:
     assert page.open == [] and "bad.jsonl, good.csv" in page.text
 
 
+@pytest.mark.parametrize("is_left_out", [False, True])
+@pytest.mark.parametrize("is_sweep", [False, True])
+def test_a_report_says_what_is_left_out(
+    is_sweep: bool, is_left_out: bool, undrawn: None, tmp_path: Path
+) -> None:
+    capture, geometry = make_geometry()
+    names = geometry.configurations()
+    if is_left_out:
+        geometry = replace(geometry, activities=())
+    printed: list[Any] = []
+    rest = tmp_path, lambda *said: printed.extend(said), capture, geometry
+    if is_sweep:
+        write_sweep_report(make_sweep(), *rest)
+    else:
+        extracted = {name: make_directions(random_tensor(4, 3, 16)) for name in names}
+        write_extraction_report("tiny", extracted, *rest)
+    said = "\n".join(map(str, printed))
+    for text in ((tmp_path / "report.html").read_text(), said):
+        assert ("Occupancy and perturbation are left out: what the ab" in text) is is_left_out
+    assert "1 pairs are left out of the capture" in said
+
+
 def test_nothing_of_an_earlier_extraction_stays_among_the_files_of_another(
     undrawn: None, tmp_path: Path
 ) -> None:
