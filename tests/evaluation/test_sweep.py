@@ -220,7 +220,7 @@ def test_a_response_that_is_given_again_is_judged_once(tiny_llama: LanguageModel
 
     def counting(prompt: str, response: str) -> Tier:
         judged.append((prompt, response))
-        return classify(prompt, response)  # type: ignore[no-any-return]
+        return classify(prompt, response)
 
     evaluator = SweepEvaluator(tiny_llama, plan, counting)
     prompts = [prompt.text for prompt in (*HARMFUL, *CANARIES)]
