@@ -5,8 +5,8 @@ Self-organizing maps of many small sets of long vectors: one map per layer and h
 
 The maps are MiniSom's. Its generator first draws rows × columns × hidden_size numbers for weights that are thrown away,
 then the samples at which the weights start, then the order in which samples are visited. The same is drawn here, and
-maps are trained in a compiled loop, several in parallel, in the span of each map's samples (`som_kernel`). Their weights agree
-with MiniSom's to about 1e-12 of the samples' scale.
+maps are trained in a compiled loop, several in parallel, in the span of each map's samples where that is faster (`som_kernel`). Their
+weights agree with MiniSom's to about 1e-12 of the samples' scale.
 
 Ties. Where several neurons are equally near to a sample, MiniSom takes the first, and so is it here. Where two neurons
 are so nearly equally near that rounding decides (they started at the same sample, samples lie symmetrically, or in clusters
@@ -145,8 +145,9 @@ def train_maps(samples: Iterable[NDArray[Any]], settings: SomSettings) -> list[T
         hits = np.empty(settings.n_neurons, dtype=np.int64)
         errors = np.empty(settings.n_neurons)
         ways = [samples]
-        if len(samples) < samples.shape[1]:
-            # Otherwise coordinates would save nothing.
+        n_moves = settings.iterations * settings.n_neurons
+        if len(samples) < samples.shape[1] and len(samples) ** 2 < n_moves:
+            # Otherwise coordinates would save nothing, or cost more than training does without them.
             ways.insert(0, som_kernel.span_coordinates(samples, firsts))
         for vectors in ways:
             weights = np.empty((settings.n_neurons, vectors.shape[1]))

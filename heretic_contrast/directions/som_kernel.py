@@ -14,8 +14,8 @@ and an iteration costs n operations per neuron instead of hidden_size. Only roun
 which neuron wins, the history of the neurons in question is repeated as MiniSom computes it, bit by bit, including
 numpy's order of summation.
 
-In full dimension, with the same care: where there are more samples than dimensions, or so many doubts that repetitions cost more than
-the span saves.
+In full dimension, with the same care: where there are more samples than dimensions, or so many that their coordinates cost more than
+the training, or so many doubts that repetitions cost more than the span saves.
 
 Both record the winner of each iteration. The weights of neuron j are Σ_i A_ji x_i with rows of A that sum to 1, and A
 follows from the winners: it is all that is kept of a map.

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from minisom import MiniSom
 from numpy.typing import NDArray
 
-from heretic_contrast.directions import som
+from heretic_contrast.directions import som, som_kernel
 from heretic_contrast.directions.som import (
     Neighborhood,
     SomSettings,
@@ -107,7 +107,7 @@ def test_every_topology_and_neighborhood(topology: Topology, neighborhood: Neigh
 @pytest.mark.parametrize("topology", get_args(Topology))
 def test_seeds(topology: Topology) -> None:
     # On the hexagonal grid, some seeds start two neurons at one sample and then move them alike except for the last bit.
-    samples = noise(53, 70)
+    samples = noise(23, 70)
     vectors = []
     for seed in range(60):
         options = SomSettings(iterations=60, topology=topology, seed=seed)
@@ -241,6 +241,23 @@ def test_memory() -> None:
     for trained in maps:
         assert trained.vectors(trained.densest(1)).shape == (1, 5000)
     tracemalloc.stop()
+
+
+def test_many_samples_get_no_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of n samples take n² products of whole samples, and the training as many as neurons are moved: 2700 here."""
+
+    coordinated: list[int] = []
+    original = som_kernel.span_coordinates
+
+    def note(samples: NDArray[Any], firsts: NDArray[Any]) -> Any:
+        coordinated.append(len(samples))
+        return original(samples, firsts)
+
+    monkeypatch.setattr(som_kernel, "span_coordinates", note)
+    sets = [noise(51, 130), noise(52, 130), noise(120, 130)]
+    for trained, samples in zip(train_maps(sets, QUICK), sets, strict=True):
+        assert_same_map(trained, samples, QUICK)
+    assert coordinated == [51]
 
 
 @pytest.mark.parametrize("seed", range(60))
