@@ -25,9 +25,9 @@ def link_target(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def write_bytes_atomically(path: Path, content: bytes) -> None:
+def write_bytes_atomically(path: Path, *content: bytes | memoryview) -> None:
     """
-    Writes `content` to `path` through a temporary file in the same directory.
+    Writes `content`, one piece after the other, to `path` through a temporary file in the same directory.
 
     Either the old file or the whole new one exists at every moment. What killed processes left of earlier attempts at
     the same file is removed.
@@ -44,7 +44,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
             if is_dead(leftover.name[len(path.name) + 11 : -len(SUFFIX)]):
                 leftover.unlink(missing_ok=True)
         with temporary.open("xb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -2,18 +2,25 @@
 
 """Residuals are transformers' hidden states at the last position, to the last bit, without the language model's head."""
 
+import hashlib
+import tracemalloc
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch.nn import Module
 
+from heretic_contrast.directions.file import content_digest
+from heretic_contrast.directions.residuals import cached_residuals
 from heretic_contrast.errors import ContrastWarning
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel, Tokens
 from heretic_contrast.prompts import Prompt
 from tests.architectures import FAMILIES
+from tests.made_directions import make_directions, random_tensor
 
 # Sorted by length, as they are read.
 PROMPTS = [Prompt("Hi."), Prompt("Plant a tree."), Prompt("How do I bake some good bread?")]
@@ -95,3 +102,31 @@ def test_prompts_beyond_the_context_are_named() -> None:
         ContrastWarning, match=f"1 of {len(PROMPTS) + 1} prompts .* the {limit} that"
     ):
         assert len(model.token_ids([*PROMPTS, long])[-1]) > limit
+
+
+def test_keeping_residuals_takes_no_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: LanguageModel
+) -> None:
+    """They may be gigabytes, of which bytes to hash or to write are copies."""
+
+    expected = random_tensor(40_000, tiny_llama.n_layers + 1, tiny_llama.hidden_size)
+    prompts = [Prompt(str(index)) for index in range(len(expected))]
+    monkeypatch.setattr(LanguageModel, "residuals", lambda *_: expected)
+    monkeypatch.setattr("heretic_contrast.directions.residuals.identify", lambda *_, **__: {})
+    peaks = []
+    for _ in ("written", "read"):
+        tracemalloc.start()
+        assert torch.equal(cached_residuals(tiny_llama, prompts, tmp_path), expected)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < expected.nbytes / 10
+    (path,) = tmp_path.iterdir()
+    # What safetensors itself writes.
+    digest = hashlib.sha256(expected.numpy().tobytes()).hexdigest()
+    assert path.read_bytes() == save({"residuals": expected}, {"digest": digest})
+    tracemalloc.start()
+    directions = make_directions(expected)
+    tracemalloc.reset_peak()
+    directions.digest(), content_digest({"": expected})
+    assert tracemalloc.get_traced_memory()[1] < expected.nbytes / 10
+    tracemalloc.stop()

@@ -89,7 +89,7 @@ class Directions:
 
     def digest(self) -> str:
         digest = hashlib.sha256(json.dumps(self.names).encode())
-        digest.update(self.tensor.contiguous().numpy().tobytes())
+        digest.update(self.tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
     def save(self, path: Path | str) -> None:

@@ -223,7 +223,8 @@ def _require_usable(residuals: Residuals) -> None:
         ("general harmless", residuals.bulk, True),
         ("matched harmless", residuals.matched, False),
     ):
-        if not bool(torch.isfinite(tensor).all()):
+        # One prompt at a time, since the test takes more memory than what is tested.
+        if not all(bool(torch.isfinite(rows).all()) for rows in tensor):
             raise ContrastError(
                 f"The residuals of the {what} prompts are not all finite, so no direction can be extracted: "
                 "load the model with another dtype, for example --dtypes float32."

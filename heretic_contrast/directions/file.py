@@ -164,7 +164,7 @@ def content_digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name in sorted(tensors):
         found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
-        found.update(tensors[name].contiguous().numpy().tobytes())
+        found.update(tensors[name].contiguous().numpy().data)
     return found.hexdigest()
 
 
