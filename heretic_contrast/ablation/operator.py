@@ -146,7 +146,7 @@ def compose(vectors: Tensor, weights: Tensor, composition: Composition = "sum") 
     if composition == "sum":
         kernel = torch.diag(exact_weights)
     elif composition == "sequential":
-        kernel = _sequential_kernel(exact_vectors, exact_weights)
+        kernel = _sequential_kernel(exact_vectors @ exact_vectors.T, exact_weights)
     else:
         vectors, kernel = _capped(exact_vectors, exact_weights)
         exact_vectors = vectors
@@ -160,15 +160,14 @@ def compose(vectors: Tensor, weights: Tensor, composition: Composition = "sum") 
     return Operator(vectors.to(torch.float32), kernel.to(torch.float32))
 
 
-def _sequential_kernel(vectors: Tensor, weights: Tensor) -> Tensor:
+def _sequential_kernel(gram: Tensor, weights: Tensor) -> Tensor:
     """
-    Returns K of I − Π_k (I − w_k v_k v_kᵀ).
+    Returns K of I − Π_k (I − w_k v_k v_kᵀ), from the Gram matrix of the directions.
 
     From (I − C)(I − w v vᵀ) = I − (C + w v vᵀ − w C v vᵀ) follows one new column of K per direction.
     """
 
     n_directions = len(weights)
-    gram = vectors @ vectors.T
     kernel = torch.zeros(n_directions, n_directions, dtype=torch.float64)
     for k in range(n_directions):
         kernel[:k, k] = -weights[k] * (kernel[:k, :k] @ gram[:k, k])
@@ -210,11 +209,21 @@ def effective_weight(operator: Operator) -> float:
     For the composition `sum` with weights that are not negative this is λ_max(Σ_k w_k v_k v_kᵀ).
     """
 
+    return _spectral_norm(operator.kernel, _gram_factor(operator))
+
+
+def _gram_factor(operator: Operator) -> Tensor:
+    """Returns L of the Gram matrix G = L Lᵀ of the directions. Tensor of shape (n_directions, n_directions), float64."""
+
     vectors = operator.vectors.to(torch.float64).cpu()
-    kernel = operator.kernel.to(torch.float64).cpu()
-    # With the Gram matrix G = L Lᵀ of the directions, C has the singular values of Lᵀ K L.
     eigenvalues, eigenvectors = torch.linalg.eigh(vectors @ vectors.T)
-    factor = eigenvectors * eigenvalues.clamp_min(0).sqrt()
+    return eigenvectors * eigenvalues.clamp_min(0).sqrt()
+
+
+def _spectral_norm(kernel: Tensor, factor: Tensor) -> float:
+    """Returns the spectral norm of C from K and L, since C has the singular values of Lᵀ K L."""
+
+    kernel = kernel.to(torch.float64).cpu()
     return float(torch.linalg.matrix_norm(factor.T @ kernel @ factor, ord=2))
 
 
@@ -248,13 +257,18 @@ def equalize(vectors: Tensor, weights: Tensor, composition: Composition = "sum")
         least = 1.0 if composition == "capped" else 0.0
         return weights * max(least, largest / removed)
     # The factor at which the strongest direction alone removes the largest weight, and the others add to it.
-    strengths = weights.abs().cpu() * vectors.to(torch.float64).cpu().square().sum(dim=1)
+    exact_vectors = vectors.to(torch.float64).cpu()
+    strengths = weights.abs().cpu() * exact_vectors.square().sum(dim=1)
     low, high = 0.0, largest / float(strengths.max())
-    if effective_weight(compose(vectors, weights * high, composition)) <= largest:
+    operator = compose(vectors, weights * high, composition)
+    if effective_weight(operator) <= largest:
         return weights * high
+    # How the directions lie to each other stays the same, and is all that is needed of them.
+    gram, factor = exact_vectors @ exact_vectors.T, _gram_factor(operator)
     for _ in range(50):
         middle = (low + high) / 2
-        if effective_weight(compose(vectors, weights * middle, composition)) < largest:
+        kernel = _sequential_kernel(gram, (weights * middle).to(torch.float64).cpu())
+        if _spectral_norm(kernel.to(torch.float32), factor) < largest:
             low = middle
         else:
             high = middle

@@ -3,6 +3,7 @@
 """The operator against dense algebra."""
 
 from typing import get_args
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -120,6 +121,23 @@ def test_equalized_directions_remove_the_largest_weight_however_they_are_compose
     assert torch.allclose(equal / weights, equal[:1] / weights[:1])
     removed = dense(vectors, equal, composition)
     assert float(torch.linalg.matrix_norm(removed, ord=2)) == pytest.approx(0.9, rel=1e-5)
+
+
+def test_directions_are_composed_twice_to_be_equalized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search equalizes each layer in each trial; to compose long directions for every factor that is tried took minutes."""
+
+    vectors, weights = random_unit(), torch.tensor([0.5, 0.2, 0.9, 0.4, 0.5])
+    composed = Mock(wraps=compose)
+    monkeypatch.setattr("heretic_contrast.ablation.operator.compose", composed)
+    equal = equalize(vectors, weights, "sequential")
+    assert composed.call_count == 2
+    # The smallest factor at which the product over dense matrices removes 0.9, by trying.
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        removed = torch.linalg.matrix_norm(dense(vectors, middle * weights, "sequential"), ord=2)
+        low, high = (middle, high) if float(removed) < 0.9 else (low, middle)
+    assert torch.allclose(equal, weights * high, rtol=1e-5)
 
 
 def test_a_long_direction_of_small_weight_holds_no_other_back() -> None:
