@@ -228,17 +228,17 @@ def occupancy(second: Tensor, energy: Tensor, vectors: Tensor) -> Tensor:
     return (second.diagonal() / squares.where(squares > 0, torch.ones_like(squares))).sqrt()
 
 
-def perturbation(second: Tensor, directions: Tensor, operator: Operator) -> float:
+def perturbation(second: Tensor, inverse: Tensor, operator: Operator) -> float:
     """
     Returns the root mean square of ‖C y‖ from the mean of (D y)(D y)ᵀ, D being the directions (as rows) that C ablates.
 
-    `second`: Tensor of shape (n_directions, n_directions). `directions`: Tensor of shape (n_directions, hidden_size).
+    `second`: Tensor of shape (n_directions, n_directions). `inverse`: the pseudoinverse of D, Tensor of shape (hidden_size, n_directions).
     With C = V K Vᵀ and z = V y (vectors as rows), ‖C y‖² = zᵀ Kᵀ G K z for the Gram matrix G. V lies in the span of D.
     """
 
     vectors = operator.vectors.to(torch.float64)
     kernel = operator.kernel.to(torch.float64)
-    coordinates = vectors @ torch.linalg.pinv(directions.to(torch.float64))
+    coordinates = vectors @ inverse
     second = coordinates @ second @ coordinates.T
     form = kernel.T @ (vectors @ vectors.T) @ kernel
     return math.sqrt(max(float((form * second).sum()), 0.0))
@@ -287,10 +287,11 @@ def measure_activities(
         for layer in layers:
             variation = math.sqrt(float(decoding.variation[layer]))
             rows = directions.tensor[layer + 1]
+            inverse = torch.linalg.pinv(rows.to(torch.float64))
             perturbations = []
             for weight in weights:
                 operator = configuration.operator(layer, weight, strength)
-                size = perturbation(decoding.second[layer, own, own], rows, operator)
+                size = perturbation(decoding.second[layer, own, own], inverse, operator)
                 perturbations.append((float(weight), size / variation if variation else None))
             with_harmful, with_harmless = (
                 tuple(occupancy(seen.second[layer, own, own], seen.energy[layer], rows).tolist())

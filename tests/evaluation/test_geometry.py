@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -229,12 +230,15 @@ def test_moments_equal_those_of_all_positions(
             rows = operator.vectors.double()
             dense = (rows.T @ operator.kernel.double() @ rows).numpy()
             expected = np.sqrt(np.mean(np.sum((y.numpy() @ dense.T) ** 2, axis=1)))
-            assert perturbation(moments.second[layer], v, operator) == pytest.approx(
+            inverse = torch.linalg.pinv(v)
+            assert perturbation(moments.second[layer], inverse, operator) == pytest.approx(
                 expected, rel=1e-3
             )
 
 
-def test_activities_of_planted_directions(tiny_llama: Any) -> None:
+def test_activities_of_planted_directions(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinv = Mock(wraps=torch.linalg.pinv)
+    monkeypatch.setattr(torch.linalg, "pinv", pinv)
     # The outputs at one prompt's last position are directions themselves: one prompt lies wholly along its own.
     outputs, _ = reference_steps(tiny_llama, PROMPTS[0], 1)
     tensor = torch.zeros(tiny_llama.n_layers + 1, 2, tiny_llama.hidden_size)
@@ -249,6 +253,8 @@ def test_activities_of_planted_directions(tiny_llama: Any) -> None:
         max_new_tokens=4,
     )
     assert len(activities) == 2 * tiny_llama.n_layers
+    # It is that of the directions, whatever their weight.
+    assert pinv.call_count == len(activities)
     alone = measure_activities(
         tiny_llama, {"random": random}, PROMPTS[:1], PROMPTS, (0.5, 1.0), max_new_tokens=4
     )
