@@ -52,7 +52,13 @@ def require_apart(
         )
 
 
-def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
+Read = Callable[[PromptSources, str, str], list[Prompt]]
+"""Reads a pool, as `load_pool` does."""
+
+
+def load_pools(
+    settings: ContrastSettings, where: str = "--contrast.", read: Read = load_pool
+) -> Pools:
     """
     Reads the pools that the settings name, and assigns categories; those that a model assigns are left open.
 
@@ -61,7 +67,7 @@ def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
     no directions can be fitted to such pools.
     """
 
-    harmful, bulk = load_plain_pools(settings, where)
+    harmful, bulk = load_plain_pools(settings, where, read)
     sources = list(_plain_sources(settings))
     matched: list[Prompt] = []
     # Baselines of other packages may use what is given.
@@ -69,7 +75,7 @@ def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
         settings.matched_prompts is not None and settings.baseline not in BASELINES
     ):
         sources.append(settings.matched_prompts or matched_pool())
-        matched = load_pool(sources[-1], "matched harmless", f"{where}matched_prompts.")
+        matched = read(sources[-1], "matched harmless", f"{where}matched_prompts.")
     for name, pool in (("harmless", bulk), ("matched harmless", matched)):
         require_apart(harmful, pool, name, "contrasted with itself")
     names = tuple(map(pool_name, sources))
@@ -81,13 +87,15 @@ def load_pools(settings: ContrastSettings, where: str = "--contrast.") -> Pools:
     return pools
 
 
-def load_plain_pools(settings: ContrastSettings, where: str) -> tuple[list[Prompt], list[Prompt]]:
+def load_plain_pools(
+    settings: ContrastSettings, where: str, read: Read = load_pool
+) -> tuple[list[Prompt], list[Prompt]]:
     """Returns the harmful and the general harmless prompts that the settings name, without assigning categories."""
 
     harmful, harmless = _plain_sources(settings)
     return (
-        load_pool(harmful, "harmful", f"{where}bad_prompts."),
-        load_pool(harmless, "harmless", f"{where}good_prompts."),
+        read(harmful, "harmful", f"{where}bad_prompts."),
+        read(harmless, "harmless", f"{where}good_prompts."),
     )
 
 

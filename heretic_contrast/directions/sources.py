@@ -12,8 +12,8 @@ from rich.markup import escape
 from ..errors import one_line
 from ..files import digest
 from ..language_model import LanguageModel, Progress
-from ..prompts import Prompt, text_digest
-from ..settings import ContrastSettings
+from ..prompts import Prompt, load_pool, text_digest
+from ..settings import ContrastSettings, PromptSources
 from .directions import Directions
 from .extraction import extract, names_before_extraction
 from .pools import Log, Pools, load_plain_pools, load_pools
@@ -96,9 +96,17 @@ class DirectionSources:
         self.settings = dict(settings)
         self.pools: dict[str, Pools] = {}
         self.loaded: dict[str, Directions] = {}
+        known: dict[str, list[Prompt]] = {}
+
+        def read(source: PromptSources, what: str, where: str) -> list[Prompt]:
+            key = repr(source)
+            if key not in known:
+                known[key] = load_pool(source, what, where)
+            return known[key]
+
         for name, item in settings.items():
             if item.directions is None:
-                self.pools[name] = load_pools(item, where)
+                self.pools[name] = load_pools(item, where, read)
             else:
                 self.loaded[name] = Directions.load(item.directions)
         self.harmful: Sequence[Prompt] = ()

@@ -3,12 +3,15 @@
 """Every baseline against its formula, written out a second time, one prompt after the other."""
 
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
+from heretic_contrast import prompts
 from heretic_contrast.builtin import with_refuser_pools
 from heretic_contrast.directions.baselines import (
     BASELINES,
@@ -16,9 +19,10 @@ from heretic_contrast.directions.baselines import (
     get_baseline,
 )
 from heretic_contrast.directions.pools import load_pools
+from heretic_contrast.directions.sources import DirectionSources
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.settings import BASELINES as NAMES
-from heretic_contrast.settings import ContrastSettings
+from heretic_contrast.settings import ContrastSettings, PromptSource
 
 HIDDEN = 24
 CLASSES = ("drugs", "fraud", "hacking")
@@ -196,6 +200,26 @@ def test_only_baselines_that_use_matched_prompts_read_them() -> None:
     files = tuple(f"refuser_prompts/{name} train" for name in ("harmful", "harmless"))
     assert pools["unmatched"].sources == files
     assert pools["matched"].sources == (*files, "refuser_prompts/matched train")
+
+
+def test_configurations_read_what_they_share_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A pool may come from the network, and a sweep has a configuration more than was asked for, the random control."""
+
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "Plant a tree."}\n' * 3, encoding="utf-8")
+    settings = {name: with_refuser_pools(ContrastSettings(baseline=name)) for name in NAMES}
+    changes = {"good_prompts": PromptSource(dataset=str(other)), "control": "random"}
+    settings["random"] = settings["matched"].model_copy(update=changes)
+    expected = {name: load_pools(item) for name, item in settings.items()}
+    read = Mock(wraps=prompts.read_rows)
+    monkeypatch.setattr(prompts, "read_rows", read)
+    sources = DirectionSources(settings, "")
+    assert sources.pools == expected
+    assert len(sources.pools["random"].bulk) == 3
+    # The harmful, general and matched prompts of all, and those that one has to itself.
+    assert read.call_count == 4
 
 
 def test_another_package_can_add_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
