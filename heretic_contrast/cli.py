@@ -118,9 +118,10 @@ def main() -> None:
     """
 
     show_warnings_as_sentences()
-    if sys.stdout is None:
-        # It was closed, and nobody misses what goes there.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # It was closed, and nobody misses what goes there.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     show_every_character()
     arguments = sys.argv[1:]
     command = "run"

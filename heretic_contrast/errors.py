@@ -5,7 +5,7 @@
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 LONGEST_SENTENCE = 2_000
@@ -40,7 +40,9 @@ def show_warnings_as_sentences() -> None:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
         if issubclass(category, ContrastWarning):
-            sys.stderr.write(f"Warning: {one_line(str(message))}\n")
+            # Nobody may read it, or it may be closed.
+            with suppress(OSError, AttributeError):
+                sys.stderr.write(f"Warning: {one_line(str(message))}\n")
         else:
             previous(message, category, *place, **options)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,12 @@ from optuna.trial import TrialState
 from heretic_contrast import cli, leases
 from heretic_contrast.directions import residuals as residual_cache
 from heretic_contrast.directions.directions import Directions
-from heretic_contrast.errors import ContrastError, find_cause
+from heretic_contrast.errors import (
+    ContrastError,
+    ContrastWarning,
+    find_cause,
+    show_warnings_as_sentences,
+)
 from heretic_contrast.evaluation import storage as storage_module
 from heretic_contrast.evaluation.cells import Cell, CellKey
 from heretic_contrast.evaluation.storage import SweepState, group_cells
@@ -508,16 +514,32 @@ def test_a_place_that_may_not_be_entered_is_a_sentence() -> None:
     assert cli.sentence_of(FileNotFoundError(errno.ENOENT, "No such file", "file")) is None
 
 
-def test_output_may_be_closed() -> None:
+@pytest.mark.parametrize("closed", [[1], [2], [1, 2]])
+def test_output_may_be_closed(closed: list[int]) -> None:
+    def close() -> None:
+        for number in closed:
+            os.close(number)
+
     completed = subprocess.run(
         [sys.executable, "-m", "heretic_contrast", "doctor", "please"],
         cwd=ROOT,
-        preexec_fn=lambda: os.close(1),
-        stderr=subprocess.PIPE,
+        preexec_fn=close,
+        capture_output=True,
         text=True,
     )
-    assert completed.returncode == 2
-    assert completed.stderr.startswith("Error: ") and len(completed.stderr.splitlines()) == 1
+    assert (completed.returncode, completed.stdout) == (2, "")
+    error = completed.stderr
+    assert not error if 2 in closed else error.startswith("Error: ") and error.count("\n") == 1
+
+
+def test_a_warning_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    show_warnings_as_sentences()
+    unread = Mock(write=Mock(side_effect=BrokenPipeError))
+    for stream in (None, unread):
+        monkeypatch.setattr(sys, "stderr", stream)
+        warnings.showwarning("Something is to be known.", ContrastWarning, "file", 1)
+    unread.write.assert_called_once_with("Warning: Something is to be known.\n")
 
 
 def test_output_to_a_full_disk_is_a_sentence() -> None:
