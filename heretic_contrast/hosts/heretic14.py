@@ -31,6 +31,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from ..ablation.writers import shared_components, writers_digest
+from ..builtin import model_name
 from ..directions.pools import require_apart
 from ..directions.sources import DirectionSources
 from ..engine.text_classification import classifier_of, rules_digest
@@ -216,6 +217,8 @@ class Host:
 
     def model_class(host) -> type[HostModel]:
         class Model(HostModel):
+            model: Any
+
             def __init__(self, settings: HostSettings) -> None:
                 if settings.evaluate_model is None:
                     # Before Heretic looks for one.
@@ -247,16 +250,25 @@ class Host:
                 return []
 
             def reset_model(self) -> bool:
-                if not self.needs_reload:
+                other = host.settings.evaluate_model
+                if other is not None:
+                    size = self.model.config.get_text_config().vocab_size
                     try:
-                        return super().reset_model()
-                    except OSError as error:
-                        if host.settings.evaluate_model is None:
-                            raise
+                        super().reset_model()
+                    except Exception as error:
                         raise ContrastError(
-                            f"The model {host.settings.evaluate_model} could not be loaded ({one_line(str(error))[:300]}): check "
-                            "--evaluate-model."
+                            f"The model {other} could not be loaded ({one_line(str(error))[:300]}): check --evaluate-model."
                         ) from error
+                    other_size = self.model.config.get_text_config().vocab_size
+                    if other_size != size:
+                        # It reads the tokens of the first one, and its logits are compared with those.
+                        raise ContrastError(
+                            f"The model {other} has a vocabulary of {other_size}, and {model_name(host.settings.model)} one of {size}, so "
+                            "that they cannot be compared: check --evaluate-model."
+                        )
+                    return True
+                if not self.needs_reload:
+                    return super().reset_model()
                 # Heretic makes space for the new one, which this would take.
                 host.evaluator.forget_model()
                 super().reset_model()

@@ -12,6 +12,7 @@ import torch
 from heretic_contrast.prompts import text_digest
 from tests.conftest import Refused
 from tests.made_directions import make_directions, random_tensor
+from tests.tiny_models import make_model
 
 
 @pytest.mark.parametrize(
@@ -148,12 +149,23 @@ def test_a_flag_whose_name_begins_alike_takes_no_blame(refused: Refused, tmp_pat
     assert 'The setting "divergence" in [modifier.ContrastAbliteration]' in found
 
 
-@pytest.mark.parametrize("name", ["builtin:none", pytest.param("nowhere", marks=pytest.mark.slow)])
-def test_another_model_that_is_not_there(refused: Refused, name: str) -> None:
-    found = refused(["builtin:refuser", f"--evaluate-model={name}", "--batch-size=8"])
-    assert f"no built-in model {name}" in found or (
-        f"The model {name} could not be loaded" in found and "check --evaluate-model" in found
-    )
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("builtin:none", "no built-in model builtin:none"),
+        pytest.param("nowhere", "The model nowhere could not be loaded", marks=pytest.mark.slow),
+        ("unknown", "The model unknown could not be loaded (The checkpoint you"),
+        ("other", "The model other has a vocabulary of 320, and builtin:refuser one of 1536"),
+    ],
+)
+def test_another_model_that_cannot_be_evaluated(
+    refused: Refused, name: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text('{"model_type": "unknown"}')
+    make_model("llama").save_pretrained(tmp_path / "other")
+    short = ["--batch-size=64", "--max-response-length=1", "--response-prefix="]
+    assert expected in refused(["builtin:refuser", f"--evaluate-model={name}", *short])
 
 
 def test_a_pool_cannot_be_harmful_and_harmless(
