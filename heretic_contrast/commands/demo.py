@@ -2,10 +2,9 @@
 
 """`heretic-contrast demo`: the whole way on the built-in model, headless."""
 
-import json
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..errors import ContrastError
 from ..files import write_text_atomically
 from ..hosts.arguments import PROGRAM, normalize_arguments
 from ..hosts.installed import installed_surface, require_heretic
-from ..hosts.settings import HostSettings, contrast_table, load_settings
+from ..hosts.settings import HostSettings, contrast_table, file_table, is_typed, load_settings
 from ..hosts.unused import config_file
 from ..outputs import json_text, require_writable_file
 from ..prompts import Prompt, load_pool
@@ -49,15 +48,11 @@ def main(arguments: Sequence[str]) -> None:
     started = time.perf_counter()
     arguments = ["--model", REFUSER, *arguments]
     given = set(contrast_table(config_file()))
-    for word in normalize_arguments(DemoSettings, arguments):
-        option, _, value = word.partition("=")
-        given.add(option.removeprefix("--contrast."))
-        if option == "--contrast":
-            # What is no JSON, or no table, is complained of with all other settings, and not with a preset that nobody gave.
-            with suppress(ValueError):
-                table = json.loads(value)
-                given.update(table if isinstance(table, dict) else ["preset"])
-    if not given & {"preset", "directions"}:
+    sys.argv = [PROGRAM, *normalize_arguments(DemoSettings, arguments)]
+    names = {"preset", "directions"}
+    # An environment variable may hold them, too.
+    given |= {n for n in names if is_typed("contrast", n) or file_table("contrast", n)}
+    if not given & names:
         arguments = ["--contrast.preset", "paper-unmatched", *arguments]
     settings = load_settings(DemoSettings, f"{PROGRAM} demo", arguments)
     if not settings.output:

@@ -66,6 +66,7 @@ from .unused import (
     TomlSource,
     Unused,
     config_file,
+    holds,
     named_plugins,
     without_shipped,
 )
@@ -453,6 +454,25 @@ class CommandSettings(BaseSettings):
 SettingsType = TypeVar("SettingsType", bound=BaseSettings)
 
 
+def gives(text: str, *path: str) -> bool:
+    """Returns whether a value, which is JSON where it is a table, has a setting at a path in it, or takes the place of its table."""
+
+    with suppress(ValueError):
+        return holds(json.loads(text), path)
+    return not path
+
+
+def is_typed(*path: str) -> bool:
+    """Returns whether a setting, such as "contrast", "seed", stands on the command line."""
+
+    flag = f"--(no-)?{'.'.join(path)}".replace("_", "-")
+    return any(
+        re.match(rf"{flag}(?![\w-])", word)
+        or (word.startswith(f"--{path[0]}=") and gives(word.partition("=")[2], *path[1:]))
+        for word in sys.argv
+    )
+
+
 def file_table(*path: str) -> str | None:
     """
     Returns the table of `config.toml` that a setting, such as "contrast", "seed", stands in, or None where a flag replaces it.
@@ -460,11 +480,11 @@ def file_table(*path: str) -> str | None:
     An environment variable that replaces it takes the place of the table.
     """
 
-    flag = f"--{'.'.join(path)}".replace("_", "-")
-    if any(re.match(rf"{flag}(?![\w-])", word) for word in sys.argv):
+    if is_typed(*path):
         return None
-    variable = f"HERETIC_{'.'.join(path)}".upper()
-    if variable in map(str.upper, os.environ):
+    variable = f"HERETIC_{path[0]}".upper()
+    values = {name.upper(): value for name, value in os.environ.items()}
+    if variable in values and gives(values[variable], *path[1:]):
         return f"the environment variable {variable}"
     config = config_file()
     tables = {"config.toml": config}

@@ -141,6 +141,17 @@ def test_environment_variables_are_named(
     named = 'The setting "n_trials" in the environment variable HERETIC_N_TRIALS does not work'
     assert named in refused(["--model=builtin:refuser"])
     assert "--n-trials does not work" in refused(["--model=builtin:refuser", "--n-trials=x"])
+    # The plugin's table is one variable.
+    monkeypatch.delenv("HERETIC_N_TRIALS")
+    monkeypatch.setenv("HERETIC_CONTRAST", '{"winners": 0}')
+    named = 'The setting "winners" in the environment variable HERETIC_CONTRAST does not work'
+    assert named in refused(["--model=builtin:refuser"])
+    assert named in refused(["--model=builtin:refuser", "--contrast.seed=3"])
+    given = '--contrast={"winners": -1}'
+    assert "The setting --contrast.winners does not work" in refused(["builtin:refuser", given])
+    # A demo has a preset where none is given.
+    monkeypatch.setenv("HERETIC_CONTRAST", '{"preset": ["nothing"]}')
+    assert "no preset" in refused(["demo", "--output=out"])
 
 
 def test_a_flag_whose_name_begins_alike_takes_no_blame(refused: Refused, tmp_path: Path) -> None:

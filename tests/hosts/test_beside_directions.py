@@ -155,6 +155,14 @@ def test_settings_of_a_search_have_no_effect_without_one(
         "classes = 'category'\njudge_model = 'some/judge'\n"
     )
     assert load_settings(settings_class, "", ["some/model"]).contrast.save_directions == "d"
+    table = '{"save_directions": "e"}'
+    with pytest.raises(ContrastError, match="have no effect: save_directions;"):
+        load_settings(settings_class, "", ["some/model", f"--contrast={table}"])
+    # So may a variable.
+    monkeypatch.setenv("HERETIC_CONTRAST", table)
+    assert load_settings(settings_class, "", ["some/model"]).contrast.save_directions == "e"
+    Path("config.toml").unlink()
+    assert load_settings(settings_class, "", ["some/model"]).contrast.save_directions == "e"
 
 
 def test_what_has_an_effect_in_some_commands(monkeypatch: pytest.MonkeyPatch) -> None:
