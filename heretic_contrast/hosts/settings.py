@@ -61,6 +61,7 @@ from .unused import (
     LIKE,
     NAMESPACES,
     OF_A_SEARCH,
+    OF_HERETIC_SEARCH,
     ONLY_UNDER_14,
     SHIPPED,
     TomlSource,
@@ -333,13 +334,13 @@ class HostSettings(Settings):
             typed = {name for name in own & OF_A_SEARCH if not file_table("contrast", name)}
             if self.contrast.classifier_name is not None:
                 typed.discard("refusal_classifier")
-            if typed:
-                here = [
-                    f"{name} (here: --{name.replace('_', '-')})"
-                    if name in type(self).model_fields
-                    else name
-                    for name in sorted(typed)
-                ]
+            here = [
+                f"{name} (here: --{name.replace('_', '-')})"
+                if name in type(self).model_fields
+                else name
+                for name in sorted(typed)
+            ] + sorted(filter(is_typed, OF_HERETIC_SEARCH))
+            if here:
                 raise ContrastError(
                     f"This command makes no search, without which these settings have no effect: {', '.join(here)}; leave them out."
                 )

@@ -45,6 +45,14 @@ ONLY_UNDER_14 = set(
 OF_A_SEARCH = ONLY_UNDER_14 | {"save_directions", "search_space"}
 """Those that have no effect where directions are swept, or extracted, and no weights are searched."""
 
+OF_HERETIC_SEARCH = set(
+    """
+    n_trials n_startup_trials kl_divergence_scale kl_divergence_target study_checkpoint_dir checkpoint_action trial_index
+    model_action save_directory export_strategy max_shard_size evaluate_model
+    """.split()
+)
+"""Those of Heretic that have none there."""
+
 FORMER_POOLS = {"bad_evaluation_prompts", "good_evaluation_prompts"}
 """Prompts that judge trials: settings of Heretic 1.4, and of scorers in 2.0."""
 

@@ -149,9 +149,28 @@ def test_settings_of_a_search_have_no_effect_without_one(
         flags = [flag(other, EFFECTIVE[other]) for other in [name, *NEEDED.get(name, [])]]
         with pytest.raises(ContrastError, match=rf"makes no search, .*: .*\b{name}\b.*; leave"):
             load_settings(settings_class, "", ["some/model", *flags])
+    heretic = {
+        "n_trials": 5,
+        "n_startup_trials": 3,
+        "kl_divergence_scale": 2.0,
+        "kl_divergence_target": 1.0,
+        "checkpoint_action": "restart",
+        "trial_index": 3,
+        "model_action": "save",
+        "save_directory": "x",
+        "export_strategy": "merge",
+        "max_shard_size": "2GB",
+        "study_checkpoint_dir": "x",
+        "evaluate_model": "z",
+    }
+    # Heretic 2.0 has not all of them.
+    for name in heretic.keys() & settings_class.model_fields.keys():
+        word = f"--{name.replace('_', '-')}={heretic[name]}"
+        with pytest.raises(ContrastError, match=rf"makes no search, .*: {name}; leave"):
+            load_settings(settings_class, "", ["some/model", word])
     # A file may be for several commands.
     Path("config.toml").write_text(
-        "[modifier.ContrastAbliteration]\nsave_directions = 'd'\nsearch_space = {scale = [0, 0.5]}\n"
+        "n_trials = 5\nexport_strategy = 'merge'\n[modifier.ContrastAbliteration]\nsave_directions = 'd'\nsearch_space = {scale = [0, 0.5]}\n"
         "classes = 'category'\njudge_model = 'some/judge'\n"
     )
     assert load_settings(settings_class, "", ["some/model"]).contrast.save_directions == "d"
