@@ -355,7 +355,9 @@ class HostSettings(Settings):
             left = [
                 name
                 for name in SHARED
-                if name in {*config_file()} - given - self.contrast.model_fields_set
+                # No preset decides the rank, which goes by the number of directions.
+                if name != "full_normalization_lora_rank"
+                and name in {*config_file()} - given - self.contrast.model_fields_set
                 and getattr(self, name, None) not in (None, getattr(self.contrast, name))
             ]
             if left:

@@ -170,7 +170,7 @@ def test_what_a_file_holds_as_heretic_ships_it_is_left_to_the_preset(
 
     monkeypatch.chdir(tmp_path)
     preset = "--contrast.preset=paper-matched"
-    message = "row_normalization, orthogonalize_direction, full_normalization_lora_rank as Heretic"
+    message = "row_normalization, orthogonalize_direction as Heretic"
     with pytest.warns(ContrastWarning, match=message):
         assert chosen(shipped, preset) == (False, "none", None, 1.0)
     with warnings.catch_warnings():
