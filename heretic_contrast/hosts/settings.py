@@ -6,6 +6,7 @@ Heretic's settings with those of the plugin.
 Imports Heretic's configuration alone, which is light, so that `--help` is as fast as Heretic's.
 """
 
+import json
 import os
 import re
 import sys
