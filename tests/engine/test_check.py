@@ -2,7 +2,6 @@
 
 """The plain engine is right, and taken wherever the fast one is not."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,6 @@ from heretic_contrast.ablation.hooks import Intervention
 from heretic_contrast.ablation.operator import compose
 from heretic_contrast.engine.check import checked_engine
 from heretic_contrast.engine.fast.decoder import Decoder
-from heretic_contrast.engine.fast.drafts import Drafts
 from heretic_contrast.engine.fast.engine import FastEngine
 from heretic_contrast.engine.interface import Continuations
 from heretic_contrast.engine.plain import AloneEngine, PlainEngine
@@ -120,13 +118,13 @@ def wrong_logits(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_responses(patch: pytest.MonkeyPatch) -> None:
-    original = Drafts.respond
+    original = FastEngine.respond
 
-    def respond(self: Drafts, chosen: Sequence[Intervention], *args: Any) -> list[list[Tokens]]:
+    def respond(self: FastEngine, *args: Any) -> list[list[Tokens]]:
         # Each one that of the other intervention.
-        return original(self, chosen, *args)[::-1]
+        return original(self, *args)[::-1]
 
-    patch.setattr(Drafts, "respond", respond)
+    patch.setattr(FastEngine, "respond", respond)
 
 
 def failing(patch: pytest.MonkeyPatch) -> None:
