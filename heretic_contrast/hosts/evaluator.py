@@ -42,7 +42,7 @@ from .surface import from_heretic, heretic_prompts, log
 SCREENED_TOKENS = 4
 """How many tokens candidates are screened by: some models begin all responses with the same word."""
 
-SCREENED_PROMPTS = 16
+SCREENED_PROMPTS = 12
 """On how many prompts of each pool candidates are screened, at most: what differs between candidates differs on most of them."""
 
 
