@@ -155,6 +155,8 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
         if self.settings.directions is not None:
             self.directions = self.known_directions or Directions.load(self.settings.directions)
             self.directions.require_model(model, self.settings.directions)
+            if said := self.settings.ablation_of_file():
+                log(f"* Ablation of the directions file: [bold]{escape(said)}[/]")
             for note in self.directions.asked_otherwise(model, self.settings.directions):
                 log(f"* [yellow]{escape(one_line(note))}[/]")
         else:

@@ -8,6 +8,7 @@ This module imports neither PyTorch nor Heretic, so that `--help` stays fast.
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -399,6 +400,20 @@ ABLATION_FIELDS = set(
 """The settings that decide what is ablated by directions at given weights."""
 
 
+def said_ablation(path: str) -> dict[str, Any]:
+    """Returns these settings as the provenance of a directions file says them; none where it does not, or cannot be read."""
+
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            said = json.loads(file.metadata()["provenance"])["ablation"]
+        return {name: said[name] for name in ABLATION_FIELDS if name in said}
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError):
+        # Whoever loads the directions says what is wrong.
+        return {}
+
+
 class Need(NamedTuple):
     """What settings of these names need to have an effect, which nobody is told who has given one of `unless`."""
 
@@ -725,7 +740,9 @@ class ContrastSettings(Table, TextClassifierSettings):
     """
 
     directions: str | None = None
-    """File of directions to use instead of extracting them (see heretic-contrast extract)."""
+    """
+    File of directions to use instead of extracting them (see heretic-contrast extract), and how to ablate where nothing else is given.
+    """
 
     save_directions: str | None = None
     """File to save the directions to."""
@@ -838,6 +855,24 @@ class ContrastSettings(Table, TextClassifierSettings):
         return self
 
     @model_validator(mode="after")
+    def ablate_as_extracted(self) -> "ContrastSettings":
+        """Ablates as a directions file says of the configuration that it was extracted with, where nothing else is given."""
+
+        if self.directions is None or not os.path.isfile(self.directions):
+            return self
+        try:
+            said = ContrastSettings.model_validate(said_ablation(self.directions), context=SEVERAL)
+        except ValidationError as error:
+            raise ContrastError(
+                f"The directions file {self.directions} does not say how to ablate in a way that works: extract it again."
+            ) from error
+        # They do not count as given, so that Heretic's own flags stand before them.
+        for name in said.model_fields_set - self.model_fields_set:
+            if name != "embeddings" or self.writers != "heretic":
+                self.__dict__[name] = getattr(said, name)
+        return self
+
+    @model_validator(mode="after")
     def check_together(self, info: ValidationInfo) -> "ContrastSettings":
         given = self.model_fields_set
         alone = len(self.preset) <= 1 and self.directions is None and info.context != SEVERAL
@@ -918,6 +953,13 @@ class ContrastSettings(Table, TextClassifierSettings):
 
     def given(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.model_fields_set}
+
+    def ablation_of_file(self) -> str:
+        """Returns what a directions file has changed of the ablation, for a line that says so; empty where that is nothing."""
+
+        open_fields = ABLATION_FIELDS - self.model_fields_set
+        changed = self.model_dump(mode="json", include=open_fields, exclude_defaults=True)
+        return ", ".join(f"{name} = {json.dumps(value)}" for name, value in changed.items())
 
     def configurations(self) -> dict[str, "ContrastSettings"]:
         """Returns the settings of each configuration, or of each preset. Raises `ContrastError` when one does not work."""

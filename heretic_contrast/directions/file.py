@@ -104,6 +104,7 @@ class _Provenance(BaseModel):
     model_config = ConfigDict(strict=True)
 
     settings: dict[str, Any] = {}
+    ablation: dict[str, Any] = {}
     prompt_digests: list[str] = []
     sources: list[str] = []
     response_prefix: str = ""

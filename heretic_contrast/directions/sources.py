@@ -170,6 +170,8 @@ class DirectionSources:
                     f"Taking directions of [bold]{escape(name)}[/] from {escape(str(settings.directions))}..."
                 )
                 found[name] = self.loaded[name]
+                if said := settings.ablation_of_file():
+                    log(f"* Ablation of the directions file: [bold]{escape(said)}[/]")
                 for note in found[name].asked_otherwise(model, str(settings.directions)):
                     log(f"* [yellow]{escape(one_line(note))}[/]")
             else:

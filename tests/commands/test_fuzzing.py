@@ -467,6 +467,7 @@ def forge(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, s
         ("aligned", "1"),
         ("provenance", "[]"),
         ("provenance", '{"settings": 5}'),
+        ("provenance", '{"ablation": 5}'),
         ("provenance", '{"x": NaN}'),
         ("provenance", '{"x": 1e999}'),
         ("provenance", '{"x": "\\udfff"}'),

@@ -148,6 +148,37 @@ def test_sweep(
 
 
 @pytest.mark.slow
+def test_a_sweep_of_a_file_is_the_one_of_the_preset_it_was_extracted_with(
+    server: Server, pools: dict[str, str], scorer_tables: dict[str, Any], tmp_path: Path
+) -> None:
+    table = {name: pools[name] for name in ("bad_prompts", "good_prompts")}
+    preset = [
+        "--contrast.preset=som-sequential",
+        "--contrast.som-iterations=50",
+        *(f"--contrast.{name.replace('_', '-')}.dataset={path}" for name, path in table.items()),
+    ]
+    common = [
+        f"--bad-evaluation-prompts.dataset={scorer_tables['RefusalTiers']['prompts']['dataset']}",
+        f"--good-evaluation-prompts.dataset={scorer_tables['FalseRefusals']['prompts']['dataset']}",
+        *"--response-prefix= --layers=0,6 --weights=[1.0] --n-references=6 --kl-tokens=6".split(),
+        *"--sweep-response-length=8 --synergy-size=0 --no-random-control".split(),
+    ]
+    file = "som-sequential.safetensors"
+    for arguments in (
+        ["extract", *preset, "--response-prefix=", f"--output={file}"],
+        ["sweep", *preset, *common, "--output=preset"],
+        ["sweep", f"--contrast.directions={file}", *common, "--output=file"],
+    ):
+        command = server.run([arguments[0], "builtin:refuser", *arguments[1:]], tmp_path)
+        assert command.code == 0, command.output()
+    assert "Ablation of the directions file: embeddings = true, comp" in command.output()
+    expected, found = (
+        json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("preset", "file")
+    )
+    assert found == expected and found["settings"]["directions"]["som-sequential"]["embeddings"]
+
+
+@pytest.mark.slow
 def test_demo(server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()

@@ -294,6 +294,29 @@ def test_a_shared_direction_of_a_file_has_no_scale(run: Any, tmp_path: Path) -> 
     standins[names[1]].start()
 
 
+def test_directions_of_a_file_are_ablated_as_they_were_extracted(
+    modifier_table: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "som-sequential.safetensors"
+    pools = {name: modifier_table[name] for name in ("bad_prompts", "good_prompts")}
+    preset = {"preset": ["som-sequential"], "som_iterations": 50, "save_directions": str(path)}
+
+    def start(**table: Any) -> StandIn:
+        standin = StandIn(make_settings(MODEL, {"modifier": {"ContrastAbliteration": table}}))
+        standin.start().optimize(1)
+        return standin
+
+    expected, found = start(**preset, **pools), start(directions=str(path))
+    assert found.loaded_modifier.settings.composition == "sequential"
+    assert found.loaded_modifier.configuration == expected.loaded_modifier.configuration
+    assert found.trials == expected.trials and '"embeddings"' in found.trials[0]
+    assert same(found.factors(), expected.factors())
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.count('file: embeddings = true, composition = "sequential", row_') == 1
+    summed = start(directions=str(path), composition="sum")
+    assert not same(summed.factors(), expected.factors())
+
+
 @pytest.mark.parametrize("place", ["bad_prompts", "scorer", "directory"])
 def test_directions_are_not_saved_over_what_is_read(
     place: str, modifier_table: dict[str, Any], run: Any, tmp_path: Path

@@ -503,6 +503,36 @@ def test_a_directions_file_is_swept_as_the_extraction_that_made_it(
     assert json.loads(older.to_json())["pools"] == older.pools
 
 
+def test_a_sweep_of_a_file_is_the_one_of_the_preset_it_was_extracted_with(
+    refuser: LanguageModel, tmp_path: Path
+) -> None:
+    pools = refuser_pools(tmp_path)
+    preset: dict[str, Any] = {"preset": ["som-sequential"], "som_iterations": 50}
+    options: dict[str, Any] = {"random_control": False, "layers": "0,6", "weights": [1.0]}
+    expected = run_refuser(refuser, tmp_path, {"classes": "single", **preset}, **options)
+    own = {"bad_prompts": pools["harmful train"], "good_prompts": pools["harmless train"]}
+    sources = DirectionSources({"one": ContrastSettings(**preset, **own)}, "")
+    path = tmp_path / "som-sequential.safetensors"
+    made = sources.directions(refuser, lambda *line: None, progress_bar, 10)["one"]
+    made.save(path)
+    lines: list[str] = []
+    found = run_refuser(refuser, tmp_path, {"directions": str(path)}, lines, **options)
+    assert found.to_dict() == expected.to_dict()
+    swept = found.settings["directions"]["som-sequential"]
+    assert (swept["composition"], swept["embeddings"]) == ("sequential", True)
+    (line,) = (line for line in lines if "Ablation of the directions file" in line)
+    assert 'embeddings = true, composition = "sequential", row_normalization = "none"' in line
+    # What is given comes first, and a file of an earlier version says nothing.
+    summed = {"directions": str(path), "composition": "sum", "embeddings": False}
+    other = run_refuser(refuser, tmp_path, summed, **options)
+    del made.provenance["ablation"]
+    made.save(path)
+    lines.clear()
+    older = run_refuser(refuser, tmp_path, {"directions": str(path)}, lines, **options)
+    assert older.to_dict() == other.to_dict() != expected.to_dict()
+    assert not [line for line in lines if "Ablation of the directions file" in line]
+
+
 def test_the_prefix_of_a_directions_file_is_the_one_it_was_extracted_with(
     refuser: LanguageModel, tmp_path: Path
 ) -> None:

@@ -13,10 +13,12 @@ from heretic_contrast.commands.extract import ExtractSettings
 from heretic_contrast.commands.sweep import SweepSettings
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.settings import HostSettings, load_settings
+from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE
 from heretic_contrast.hosts.unused import OF_A_SEARCH
 from heretic_contrast.modifier import ContrastAbliteration
-from heretic_contrast.settings import ContrastSettings
+from heretic_contrast.settings import ABLATION_FIELDS, ContrastSettings
 from tests.conftest import Refused
+from tests.made_directions import make_directions, random_tensor
 
 FILE = "--contrast.directions=made/by matched.safetensors"
 
@@ -207,6 +209,92 @@ def test_heretic_2_refuses_it_as_well() -> None:
         ContrastAbliteration.validate_settings(
             {"directions": "a", "baseline": "unmatched", "method": "mean"}
         )
+
+
+SAID = {
+    "writers": "apart",
+    "embeddings": True,
+    "composition": "sequential",
+    "equal_effective_weight": True,
+    "row_normalization": "none",
+    "full_normalization_lora_rank": 4,
+}
+"""Other ways to ablate than the defaults."""
+
+
+def made(path: Path, **provenance: Any) -> str:
+    """Writes a directions file, and returns the flag that names it."""
+
+    make_directions(random_tensor(9, 2, 128), provenance=provenance).save(path)
+    return f"--contrast.directions={path}"
+
+
+@pytest.mark.parametrize("settings_class", [HostSettings, SweepSettings, ExtractSettings])
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        ([], {}),
+        (["--contrast.composition=sum"], {"composition": "sum"}),
+        (["--contrast.row-normalization=full"], {"row_normalization": "full"}),
+        (["--contrast.embeddings=false"], {"embeddings": False}),
+        (["--contrast.writers=heretic"], {"writers": "heretic", "embeddings": False}),
+        (["--contrast.writers=all"], {"writers": "all"}),
+    ],
+)
+def test_a_file_says_how_its_directions_are_ablated(
+    settings_class: Any,
+    flags: list[str],
+    given: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    assert SAID.keys() == ABLATION_FIELDS
+
+    def ablation(file: str) -> dict[str, Any]:
+        settings = load_settings(settings_class, "", ["builtin:refuser", file, *flags])
+        return settings.contrast.model_dump(mode="json", include=ABLATION_FIELDS)
+
+    default = ContrastSettings().model_dump(mode="json", include=ABLATION_FIELDS)
+    assert all(default[name] != value for name, value in SAID.items())
+    # A later version may say more.
+    said = {**SAID, "storage": "elsewhere.journal"}
+    assert ablation(made(tmp_path / "new.safetensors", ablation=said)) == {**SAID, **given}
+    # Files of earlier versions say nothing, and change nothing.
+    assert ablation(made(tmp_path / "old.safetensors")) == {**default, **given}
+
+
+@pytest.mark.skipif(HAS_PLUGIN_SURFACE, reason="Heretic 2.0 has no such settings")
+def test_flags_of_heretic_come_before_what_a_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.chdir(tmp_path)
+    file = made(tmp_path / "new.safetensors", ablation=SAID)
+    for flags, expected in (
+        (["--row-normalization=full"], ("full", 4)),
+        (["--full-normalization-lora-rank=6"], ("none", 6)),
+    ):
+        found = load_settings(HostSettings, "", ["builtin:refuser", file, *flags]).contrast
+        assert (found.row_normalization, found.full_normalization_lora_rank) == expected
+    # What stands in the file that Heretic ships was not chosen.
+    Path("config.toml").write_text("row_normalization = 'full'\nfull_normalization_lora_rank = 3\n")
+    found = load_settings(HostSettings, "", ["builtin:refuser", file]).contrast
+    assert (found.row_normalization, found.full_normalization_lora_rank) == ("none", 4)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"composition": "exec"}, {"embeddings": [1]}, {"writers": "heretic", "embeddings": True}],
+)
+def test_what_a_file_says_of_its_ablation_is_checked(said: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "forged.safetensors"
+    made(path, ablation=said)
+    with pytest.raises(ValueError, match=r"forged[.]safetensors .*: extract it again[.]") as raised:
+        ContrastSettings(directions=str(path))
+    (complaint,) = raised.value.errors()  # type: ignore[attr-defined]
+    assert isinstance(complaint["ctx"]["error"], ContrastError)
+    assert "\n" not in str(complaint["ctx"]["error"])
 
 
 @pytest.mark.slow

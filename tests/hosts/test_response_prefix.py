@@ -15,6 +15,7 @@ from heretic_contrast.hosts.settings import HostSettings, load_settings
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.modifier import ContrastAbliteration
 from heretic_contrast.prompts import load_pool
+from tests.conftest import small_pool
 from tests.made_directions import make_directions, random_tensor
 
 
@@ -71,6 +72,37 @@ def test_a_search_asks_as_its_directions_were_extracted(
     if said is not None:
         assert output.count(said) == 1
     assert output.count("were extracted with") == int(said is not None and "were" in said)
+
+
+def test_a_search_ablates_as_its_directions_were_extracted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "som-sequential.safetensors"
+    pools = [
+        f"--contrast.{name}-prompts.dataset={small_pool(tmp_path, pool, 'train', 6)}"
+        for name, pool in (("bad", "harmful"), ("good", "harmless"))
+    ]
+    preset = ["preset=som-sequential", "som-iterations=50", f"save-directions={path}"]
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("COLUMNS", "500")
+
+    def start(*flags: str) -> ContrastAbliteration:
+        common = ["--model=builtin:refuser", "--response-prefix=", "--batch-size=2"]
+        settings = load_settings(HostSettings, "heretic-contrast", [*common, *flags])
+        host = heretic14.Host(settings, ContrastAbliteration)
+        host.model_class()(settings)
+        host.modifier.init(host.context)
+        return host.modifier
+
+    expected = start(*(f"--contrast.{flag}" for flag in preset), *pools)
+    file = f"--contrast.directions={path}"
+    found = start(file)
+    assert found.configuration == expected.configuration
+    assert found.lora_rank == expected.lora_rank == 7
+    said = 'file: embeddings = true, composition = "sequential", row_normalization = "none"'
+    assert " ".join(capsys.readouterr().out.split()).count(said) == 1
+    # Heretic's own flags come first.
+    assert start(file, "--row-normalization=full").lora_rank == 9
 
 
 @pytest.mark.parametrize(("made_with", "reads"), [({"response_prefix": ""}, False), ({}, True)])
