@@ -667,9 +667,10 @@ class ContrastSettings(Table, TextClassifierSettings):
 
     warm_start: str | None = None
     """
-    The sweep.json of a sweep (at the strength that is searched, which is weight unless equal_effective_weight is given), or an earlier
-    study (its checkpoint, or its storage), whose best layers and weights, or parameters, at most ten, become the first trials of the
-    study; what lies beyond the ranges of the search is moved to their ends (Heretic 1.4).
+    The sweep.json of a sweep (with the composition and at the strength that are searched, the latter weight unless
+    equal_effective_weight is given), or an earlier study (its checkpoint, or its storage), whose best layers and weights, or
+    parameters, at most ten, become the first trials of the study; what lies beyond the ranges of the search is moved to their ends
+    (Heretic 1.4).
     """
 
     screening: int = Field(0, ge=0)

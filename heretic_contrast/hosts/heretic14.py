@@ -69,7 +69,7 @@ from .studies import (
     require_same_identity,
 )
 from .surface import heretic_prompts, log, progress_bar
-from .warm_start import first_trials, fitted
+from .warm_start import SWEPT, first_trials, fitted
 
 if TYPE_CHECKING:
     from ..modifier import ContrastAbliteration
@@ -395,6 +395,11 @@ class Host:
             if different:
                 log(
                     f"  * [yellow]They were measured on another model of that name, or on another state of this one (other {different}).[/]"
+                )
+            own = self.modifier.directions.digest()
+            if made_for.get(SWEPT, own) != own:
+                log(
+                    "  * [yellow]They were measured with other directions than those of this search, which have the same name.[/]"
                 )
             moved = sum(is_moved for _, is_moved in first)
             if moved:

@@ -20,6 +20,9 @@ from ..settings import ContrastSettings
 from .guidance import Values, measured
 from .studies import IDENTITY_KEY, STUDY_NAME
 
+SWEPT = "swept directions"
+"""What the identity of a sweep holds the digest of its configuration's directions by."""
+
 MAX_FIRST_TRIALS = 10
 """A sweep may have as many cells on its front as it has prompts, which differ in little."""
 
@@ -89,19 +92,26 @@ def _of_study(source: str, settings: ContrastSettings) -> tuple[str, list[Values
 def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values], Identity]:
     """Returns the model of a sweep, what makes a trial of each cell on the front of single layers, and the sweep's identity."""
 
+    (configuration,) = settings.configurations()
     try:
         sweep = SweepResult.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        swept = dict(sweep.settings.get("directions", {}).get(configuration, {}))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ContrastError(
             f"{path} cannot be read as a sweep: give the sweep.json of heretic-contrast sweep for a warm start."
         ) from error
-    (configuration,) = settings.configurations()
     strength = "effective" if settings.equal_effective_weight else "weight"
     if (configuration, strength) not in sweep.configurations():
         there = ", ".join(f"{name} ({kind})" for name, kind in sweep.configurations())
         raise ContrastError(
             f"The sweep {path} has no configuration {configuration} ({strength}) but {there}: sweep it, or choose one of these for "
             "the study."
+        )
+    composition = swept.get("composition", settings.composition)
+    if composition != settings.composition:
+        raise ContrastError(
+            f"The sweep {path} has swept {configuration} with the composition {composition}, and the study ablates with "
+            f"{settings.composition}: give --contrast.composition {composition}, or sweep it with {settings.composition}."
         )
     # Also those that only a synergy test has measured.
     cells = single_cells(sweep.cells, configuration, strength)
@@ -127,7 +137,8 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values],
         }
         for cell in (cells[index] for index in front(points))
     ]
-    return sweep.model, found, sweep.identity
+    directions = {SWEPT: swept["digest"]} if "digest" in swept else {}
+    return sweep.model, found, {**sweep.identity, **directions}
 
 
 def fitted(

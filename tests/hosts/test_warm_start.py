@@ -51,6 +51,12 @@ def sweep(model: str = "builtin:refuser", strength: str = "weight") -> SweepResu
     )
 
 
+def sweep_of(key: dict[str, Any], **changes: Any) -> SweepResult:
+    """The same of a configuration that this is said of."""
+
+    return replace(sweep(), settings={"directions": {"unmatched": key}}, **changes)
+
+
 def write_study(
     path: Path,
     model: str,
@@ -230,6 +236,28 @@ def test_a_study_of_another_program_is_no_warm_start(model: Any, tmp_path: Path)
         first_trials(settings(path), MODEL)
 
 
+def test_a_sweep_of_another_composition_is_no_warm_start(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    path.write_text(sweep_of({"composition": "sum"}).to_json())
+    several = {"classes": "category"}
+    with pytest.raises(
+        ContrastError, match=r"unmatched with the composition sum, .* with capped: .*[.]$"
+    ) as raised:
+        first_trials(settings(path, composition="capped", **several), MODEL)
+    assert "\n" not in str(raised.value)
+    assert len(first_trials(settings(path, **several), MODEL)[0]) == 3
+    path.write_text(sweep_of({"composition": "capped"}).to_json())
+    assert len(first_trials(settings(path, composition="capped", **several), MODEL)[0]) == 3
+
+
+@pytest.mark.parametrize("directions", [5, {"unmatched": 5}])
+def test_a_sweep_that_was_edited_is_no_warm_start(directions: Any, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    path.write_text(replace(sweep(), settings={"directions": directions}).to_json())
+    with pytest.raises(ContrastError, match="cannot be read as a sweep"):
+        first_trials(settings(path), MODEL)
+
+
 def test_an_earlier_study_in_a_database(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     study = optuna.create_study(
@@ -271,6 +299,32 @@ def test_another_model_of_the_same_name_is_said(
         path.write_text(replace(sweep(), identity=stored).to_json())
     else:
         write_study(path, MODEL, [(3, 0.2)], attributes={"identity": stored})
+    output = begun(path, monkeypatch, capsys)
+    # Long paths are cut at the end of a line.
+    assert f"trialsof{path}" in "".join(output.split())
+    assert ("another model of that name" in output) == (said is not None)
+    assert said is None or said in output
+
+
+@pytest.mark.parametrize(("digest", "is_said"), [("other", True), ("mine", False), (None, False)])
+def test_other_directions_of_the_same_name_are_said(
+    digest: str | None,
+    is_said: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "sweep.json"
+    key = {} if digest is None else {"digest": digest}
+    path.write_text(sweep_of(key, identity=IDENTITY).to_json())
+    output = begun(path, monkeypatch, capsys)
+    assert output.count("with other directions than those of this search") == is_said
+    assert "another model of that name" not in output
+
+
+def begun(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Begins a study with the trials of a sweep or a study, and returns what is said on one line."""
+
     host = heretic14.Host.__new__(heretic14.Host)
     contrast = settings(path)
     host.settings = host.evaluator = SimpleNamespace(contrast=contrast)  # type: ignore[assignment]
@@ -278,6 +332,7 @@ def test_another_model_of_the_same_name_is_said(
     host.modifier = SimpleNamespace(  # type: ignore[assignment]
         suggest_parameters=lambda context, trial: trial.suggest_float("x", 0, 1),
         model=lambda context: None,
+        directions=SimpleNamespace(digest=lambda: "mine"),
         settings=contrast,
     )
     host.shared, host.context, host.identity = None, None, IDENTITY  # type: ignore[assignment]
@@ -285,8 +340,4 @@ def test_another_model_of_the_same_name_is_said(
     monkeypatch.setattr(heretic14, "shared_components", lambda model: {})
     monkeypatch.setenv("COLUMNS", "500")
     host.create_study(directions=["minimize", "minimize"])
-    output = " ".join(capsys.readouterr().out.split())
-    # Long paths are cut at the end of a line.
-    assert f"trialsof{path}" in "".join(output.split())
-    assert ("another model of that name" in output) == (said is not None)
-    assert said is None or said in output
+    return " ".join(capsys.readouterr().out.split())
