@@ -29,7 +29,6 @@ from ..ablation.writers import apart, are_found, find_writers, named_writers
 from ..builtin import model_name
 from ..chat import require_chat
 from ..errors import ContrastError
-from ..evaluation.statistics import percent
 from ..language_model import LanguageModel
 from ..language_model import Progress as ProgressCallback
 from ..prompts import Prompt
@@ -151,7 +150,7 @@ def with_writers(model: LanguageModel, heretic_model: Any, writers: Writers) -> 
     if missed:
         log(
             f"[yellow]Layers {', '.join(map(str, missed))} of {escape(model.name)} have writers that were not found, so that up to "
-            f"{percent(max(missed.values()))} % of a direction stays in what a layer adds.[/]"
+            f"{100 * max(missed.values()):.3g} % of a direction stays in what a layer adds.[/]"
         )
     return apart(model) if writers == "apart" else model
 

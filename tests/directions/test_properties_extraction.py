@@ -346,7 +346,7 @@ def test_extraction_works_or_says_why_not(
         gram = (directions.tensor @ directions.tensor.transpose(1, 2)).double()
         assert float(gram[:, 0, 1:].abs().max()) <= 1e-5
         assert float(torch.linalg.eigvalsh(gram).max()) <= 1 + 1e-5
-    if settings.orthogonalize_direction and settings.control.value == "none":
+    if settings.orthogonalize_direction and settings.control == "none":
         harmless = unit_vectors(residuals.bulk.double().mean(dim=0))[0]
         along = (trained * harmless[:, None]).sum(-1)
         assert float(along.abs().max()) <= 1e-5 * factor * 10
