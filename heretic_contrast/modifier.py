@@ -8,6 +8,7 @@ Imports are absolute in files of plugins, since Heretic can load one by its path
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -176,7 +177,9 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
                     self.heretic_settings.max_response_length,
                 )
         if self.settings.save_directions is not None:
-            self.directions.save(self.settings.save_directions)
+            ablation = self.settings.model_dump(mode="json", include=ABLATION_FIELDS)
+            provenance = {**self.directions.provenance, "ablation": ablation}
+            replace(self.directions, provenance=provenance).save(self.settings.save_directions)
         require_ranges_of(self.directions, space)
         if not bool(self.directions.tensor.any()):
             raise ContrastError(

@@ -955,10 +955,10 @@ class ContrastSettings(Table, TextClassifierSettings):
     def given(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.model_fields_set}
 
-    def ablation_of_file(self) -> str:
+    def ablation_of_file(self, but: Collection[str] = ()) -> str:
         """Returns what a directions file has changed of the ablation, for a line that says so; empty where that is nothing."""
 
-        open_fields = ABLATION_FIELDS - self.model_fields_set
+        open_fields = ABLATION_FIELDS - self.model_fields_set - {*but}
         changed = self.model_dump(mode="json", include=open_fields, exclude_defaults=True)
         return ", ".join(f"{name} = {json.dumps(value)}" for name, value in changed.items())
 

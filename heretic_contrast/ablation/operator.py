@@ -10,6 +10,7 @@ W − C W. The change has rank n_directions at most and is exactly a LoRA pair; 
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -147,9 +148,13 @@ def compose(vectors: Tensor, weights: Tensor, composition: Composition = "sum") 
         kernel = torch.diag(exact_weights)
     elif composition == "sequential":
         kernel = _sequential_kernel(exact_vectors @ exact_vectors.T, exact_weights)
-    else:
+    elif composition == "capped":
         vectors, kernel = _capped(exact_vectors, exact_weights)
         exact_vectors = vectors
+    else:
+        raise ContrastError(
+            f'There is no composition "{composition}": choose {", ".join(get_args(Composition))}.'
+        )
     longest, largest = float(exact_vectors.norm(dim=1).max()), float(kernel.abs().max())
     # Written so that what is not a number is refused, too.
     if not (longest <= LONGEST and largest * max(longest, 1.0) ** 2 <= STRONGEST):

@@ -109,7 +109,7 @@ def extract(
             "system_prompt": model.system_prompt,
             "response_prefix": model.response_prefix,
             "prompts": {name: prompts_digest(pool) for name, pool in pools.named().items()},
-            "prompt_digests": sorted(digests),
+            "known_prompts": sorted(digests),
             "sources": list(pools.sources),
             "dropped": [list(entry) for entry in pools.dropped],
         },

@@ -105,7 +105,7 @@ class _Provenance(BaseModel):
 
     settings: dict[str, Any] = {}
     ablation: dict[str, Any] = {}
-    prompt_digests: list[str] = []
+    known_prompts: list[str] = []
     sources: list[str] = []
     response_prefix: str = ""
     system_prompt: str = ""

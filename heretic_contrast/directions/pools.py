@@ -44,7 +44,8 @@ def require_apart(
 ) -> None:
     """Raises `ContrastError` when a prompt is called both harmful and harmless."""
 
-    shared = {prompt.text for prompt in harmful} & {prompt.text for prompt in harmless}
+    known = {text_digest(prompt.text) for prompt in harmless}
+    shared = [prompt.text for prompt in harmful if text_digest(prompt.text) in known]
     if shared:
         raise ContrastError(
             f'The prompt "{min(shared)}" stands both in the harmful and in the {name} pool, so it would be {consequence}: '

@@ -36,9 +36,9 @@ class UsedPrompts:
     @classmethod
     def of(cls, configurations: Mapping[str, Directions]) -> "UsedPrompts":
         known = {
-            name: directions.provenance["prompt_digests"]
+            name: directions.provenance["known_prompts"]
             for name, directions in configurations.items()
-            if "prompt_digests" in directions.provenance
+            if "known_prompts" in directions.provenance
         }
         return cls(
             frozenset(digest for digests in known.values() for digest in digests),
@@ -170,7 +170,10 @@ class DirectionSources:
                     f"Taking directions of [bold]{escape(name)}[/] from {escape(str(settings.directions))}..."
                 )
                 found[name] = self.loaded[name]
-                if said := settings.ablation_of_file():
+                # Outputs are ablated, not weights.
+                if said := settings.ablation_of_file(
+                    but={"row_normalization", "full_normalization_lora_rank"}
+                ):
                     log(f"* Ablation of the directions file: [bold]{escape(said)}[/]")
                 for note in found[name].asked_otherwise(model, str(settings.directions)):
                     log(f"* [yellow]{escape(one_line(note))}[/]")

@@ -11,7 +11,7 @@ from ..ablation.hooks import Intervention
 from ..ablation.operator import Operator
 from ..errors import one_line, warn
 from ..greedy import is_plainly_greedy
-from ..language_model import LanguageModel, Tokens, is_of_the_machine
+from ..language_model import LanguageModel, Tokens, groups_by_length, is_of_the_machine
 from ..vectors import logits_difference, logits_tolerance, unit_vectors
 from .fast.engine import FastEngine
 from .interface import Continuations
@@ -33,9 +33,11 @@ def checked_engine(model: LanguageModel, prompts: Sequence[Tokens]) -> PlainEngi
 
     if model.for_batches(prompts) is not model:
         return AloneEngine(model)
-    # The shortest, one between, and the longest, beside which the others are padded most.
+    # The shortest, one between, and the longest; and two that are read beside each other, of which one is padded most.
     distinct = sorted(set(prompts), key=lambda tokens: (len(tokens), tokens))
-    places = {0, len(distinct) // 2, len(distinct) - 1}
+    groups = groups_by_length(distinct)
+    widest = max(groups, key=lambda group: len(distinct[group[-1]]) - len(distinct[group[0]]))
+    places = {0, len(distinct) // 2, len(distinct) - 1, widest[0], widest[-1]}
     chosen = tuple(distinct[place] for place in sorted(places))
     plain, alone = PlainEngine(model), AloneEngine(model)
     known = Continuations(chosen, tuple(alone.generate(chosen, [N_TOKENS] * len(chosen))))

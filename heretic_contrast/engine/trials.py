@@ -63,7 +63,11 @@ class TrialEngine:
             known = self._asked(prompts, first_layer)
             if known is None or not may_keep(model, prompts):
                 return None
-            if not all(drafts.are_read_once for drafts in engine.drafts(known, limit)):
+            are_read_once = [drafts.are_read_once for drafts in engine.drafts(known, limit)]
+            if not all(are_read_once):
+                if any(are_read_once):
+                    # Memory did not suffice for all groups of prompts.
+                    self._forget()
                 return None
             return engine.respond(known, limit, [weights], watch=by_prompt)[0]
 
@@ -120,10 +124,14 @@ class TrialEngine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            # What is kept beside the model is too much.
-            self._engine = None
-            self._known.clear()
+            self._forget()
             return None
+
+    def _forget(self) -> None:
+        """Lets go of what is kept beside the model, which is too much."""
+
+        self._engine = None
+        self._known.clear()
 
 
 def may_keep(model: LanguageModel, prompts: Sequence[Tokens]) -> bool:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..errors import ContrastError
 from ..evaluation.statistics import percent, percents, wilson_interval
-from ..prompts import Prompt
+from ..prompts import Prompt, text_digest
 from ..search.stopping import front
 from .evaluator import Evaluator, count
 from .guidance import FALSE_KEY, SUM_KEY, measured
@@ -21,9 +21,9 @@ LENGTHS = (30, 50, 100, 150)
 
 
 def require_fresh(prompts: Sequence[Prompt], seen: Collection[str]) -> None:
-    """Raises `ContrastError` when prompts of the second look have texts that the search sees, or directions are made from."""
+    """Raises `ContrastError` when prompts of the second look have texts, known by digests, that the search sees, or directions are made from."""
 
-    n_seen = sum(prompt.text in seen for prompt in prompts)
+    n_seen = sum(text_digest(prompt.text) in seen for prompt in prompts)
     if n_seen:
         raise ContrastError(
             f"{n_seen} of the {len(prompts)} finalist prompts are among those that directions are made from or trials are judged on, so "

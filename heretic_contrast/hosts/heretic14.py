@@ -39,7 +39,7 @@ from ..errors import ContrastError, find_cause, one_line, raising_causes
 from ..identity import OF_THE_MODEL, Identity, differences, identify
 from ..journal import CheckedJournal
 from ..outputs import remove_empty_directories, require_writable_directory, require_writable_file
-from ..prompts import Prompt, load_pool
+from ..prompts import Prompt, load_pool, text_digest
 from ..search.parameters import Parameters, require_ranges, require_ranges_of
 from ..search.samplers import make_sampler, trial_seed
 from ..search.screening import best_candidates
@@ -553,7 +553,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         pool = load_pool(source, "finalist", "--contrast.finalist_prompts.")
         # A repeated prompt would make intervals too narrow.
         host.finalist_prompts = list(dict.fromkeys(pool))
-        require_fresh(host.finalist_prompts, {prompt.text for prompt in harmful})
+        require_fresh(host.finalist_prompts, {text_digest(prompt.text) for prompt in harmful})
     if not is_evaluation:
         # Whatever can be wrong with prompts, or with a file of directions, is said before Heretic loads a model.
         space = settings.contrast.search_space
@@ -561,7 +561,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
         for directions in host.sources.loaded.values():
             require_ranges_of(directions, space)
         used = host.sources.used_prompts()
-        require_fresh(host.finalist_prompts, used.among(host.finalist_prompts))
+        require_fresh(host.finalist_prompts, used.digests)
         for name in ("bad_evaluation_prompts", "good_evaluation_prompts"):
             n_known = len(used.among(pools[name]))
             if n_known:

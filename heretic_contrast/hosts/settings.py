@@ -352,18 +352,19 @@ class HostSettings(Settings):
             self.evaluate_model = resolve_model(self.evaluate_model)  # type: ignore[has-type]
         if is_builtin(self.model):
             self._use_builtin_pools(given)
-        if self.contrast.preset:
+        if self.contrast.preset or self.contrast.directions:
             left = [
                 name
                 for name in SHARED
-                # No preset decides the rank, which goes by the number of directions.
+                # Neither decides the rank, which goes by the number of directions.
                 if name != "full_normalization_lora_rank"
                 and name in {*config_file()} - given - self.contrast.model_fields_set
                 and getattr(self, name, None) not in (None, getattr(self.contrast, name))
             ]
             if left:
                 warn(
-                    f"config.toml holds {', '.join(left)} as Heretic ships it, which is left to the preset: give a flag where it is meant."
+                    f"config.toml holds {', '.join(left)} as Heretic ships it, which is left to the preset or the directions file: give "
+                    "a flag where it is meant."
                 )
         updates: dict[str, Any] = {}
         for name in PLACES:

@@ -34,7 +34,7 @@ _THOUGHT_START = re.compile(
     r"(?:<\|start\|>assistant)?<\|channel\|>\s*analysis|(?-i:analysis(?=[A-Z]))|"
     r"(?:here is my thought process|(?:here['’]s a )?thinking process|here are my reasoning steps)\W*:|"
     # With more words it heads lines of its own, and not for a reader: "a thinking process for any problem: write down".
-    r"(?:here['’]s a )?thinking process\b(?![^:\n]*\byou)[^:\n]{0,60}:[\s*_]*(?:\n|$)|"
+    r"(?:here['’]s a )?thinking process\b(?![^:\n]*\byou(?!r (?:request|question|query|prompt|message)\b))[^:\n]{0,60}:[\s*_]*(?:\n|$)|"
     rf"{_FILLER}*{_LET_US}{{0,2}}(?:the|this) user{_ASKS}|the user wants (?:me|us) to\b|"
     rf"{_FILLER}+{_LET_US}{{0,2}}(?:the|this) user (?:wants|just (?:asked|said|sent))\b|"
     r"we (?:need|have) to (?:respond|comply|refuse|answer (?:the|this|as|with)|decide (?:if|whether)|"

@@ -204,6 +204,11 @@ def test_capped_refuses_negative_weights() -> None:
         compose(random_unit(), torch.tensor([-1.0, 0, 0, 0, 0]), "capped")
 
 
+def test_an_unknown_composition_is_refused() -> None:
+    with pytest.raises(ContrastError, match='no composition "Sum": choose sum, sequential, capped'):
+        compose(random_unit(), torch.ones(5), "Sum")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_hook_does_what_a_changed_weight_does(bias: bool) -> None:
     module = torch.nn.Linear(INPUTS, HIDDEN, bias=bias)

@@ -204,7 +204,7 @@ def test_finalists_are_none_of_those_that_directions_come_from(
     write_pool(tmp_path / "fresh.jsonl", HARMFUL[:5])
     source = ["--contrast.bad-prompts.dataset=own.jsonl"]
     if from_file:
-        digests = {"prompt_digests": [text_digest(row["text"]) for row in HARMFUL]}
+        digests = {"known_prompts": [text_digest(row["text"]) for row in HARMFUL]}
         directions = make_directions(random_tensor(9, 1, 128), provenance=digests)
         directions.save(tmp_path / "own.safetensors")
         source = ["--contrast.directions=own.safetensors"]

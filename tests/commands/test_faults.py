@@ -179,7 +179,6 @@ def make_claim(storage: Path) -> SweepState:
     state = opened(storage)
     # A process that lives.
     state._leases.worker = f"{this_process().rpartition(' ')[0]} {os.getppid()} x"
-    state._choices = [["one"], ["weight"]]
     state._enqueue(KEYS)
     state._claim(group_cells(KEYS), set(KEYS))
     return state

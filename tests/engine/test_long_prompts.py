@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from heretic_contrast import language_model
+from heretic_contrast.ablation.changes import UNCHANGED
 from heretic_contrast.engine import trials
-from heretic_contrast.engine.check import all_logits
+from heretic_contrast.engine.check import all_logits, checked_engine
 from heretic_contrast.engine.fast import teacher_forcing
+from heretic_contrast.engine.fast.decoder import Decoder, TokenBatch
 from heretic_contrast.engine.fast.engine import FastEngine
 from heretic_contrast.engine.interface import Continuations
 from heretic_contrast.engine.plain import PlainEngine
-from heretic_contrast.engine.strides import generate_watched
+from heretic_contrast.engine.strides import generate_watched, none_leaves
+from heretic_contrast.errors import ContrastWarning
 from heretic_contrast.language_model import Batches, LanguageModel, Tokens
 from tests.engine.test_cuda import interventions, on_device
 
@@ -123,3 +126,45 @@ def test_a_search_counts_what_is_kept(
     long = prompt(99, n_tokens - 4 * SHORT)
     assert trials.may_keep(model, [prompt(0, SHORT)] * 4 + [long])
     assert not trials.may_keep(model, [prompt(0, SHORT)] * 5 + [long])
+
+
+def test_groups_leave_out_the_prefix(model: LanguageModel) -> None:
+    prefix = prompt(1, 60)
+    prompts = tuple(prefix + tokens for tokens in WITH_LONG)
+    known = Continuations(prompts, ((7,),) * len(prompts))
+    assert len(FastEngine(model).drafts(known, LIMIT)) == 2
+
+
+def test_the_check_reads_prompts_beside_each_other(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Decoder.run
+
+    def wrong_where_padded(self: Decoder, tokens: TokenBatch, *others: Any) -> torch.Tensor:
+        is_padded = (tokens.attention_mask == 0).any(dim=1)
+        states = original(self, tokens, *others)
+        return torch.where(is_padded[:, None, None], -states, states)
+
+    # In groups of two, of which the last one is wide.
+    prompts = [prompt(length, length) for length in (9, 10, 48, 50, 210, 230)]
+    assert type(checked_engine(model, prompts)) is FastEngine
+    monkeypatch.setattr(Decoder, "run", wrong_where_padded)
+    with pytest.warns(ContrastWarning, match="The fast engine does not work"):
+        assert type(checked_engine(model, prompts)) is PlainEngine
+
+
+def test_a_search_keeps_nothing_where_memory_does_not_suffice_for_all(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = trials.TrialEngine(model, WITH_LONG)
+    original = Decoder.run
+
+    def exhausted(self: Decoder, tokens: TokenBatch, *others: Any) -> torch.Tensor:
+        if tokens.input_ids.shape[1] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, tokens, *others)
+
+    monkeypatch.setattr(Decoder, "run", exhausted)
+    with pytest.warns(ContrastWarning, match="Memory is exhausted"):
+        assert engine.respond(model, WITH_LONG, LIMIT, UNCHANGED, none_leaves) is None
+    assert engine._engine is None

@@ -318,7 +318,7 @@ def test_cells_that_were_equalized_as_a_sum_are_told_apart(tiny_llama: LanguageM
 def test_prompts_of_the_extraction_are_left_out_of_the_python_call() -> None:
     directions = SimpleNamespace(
         provenance={
-            "prompt_digests": [
+            "known_prompts": [
                 text_digest(f" {prompt.text.upper()}\n") for prompt in (*HARMFUL[:2], CANARIES[0])
             ]
         }
@@ -478,7 +478,7 @@ def test_a_directions_file_is_swept_as_the_extraction_that_made_it(
     assert not [line for line in lines if "cannot be known" in line]
 
     # A file of an earlier version does not say which prompts it came from.
-    provenance = {key: value for key, value in made.provenance.items() if key != "prompt_digests"}
+    provenance = {key: value for key, value in made.provenance.items() if key != "known_prompts"}
     replace(made, provenance=provenance).save(tmp_path / "unmatched.safetensors")
     older = run_refuser(refuser, tmp_path, contrast, lines, random_control=False)
     assert len([line for line in lines if "cannot be known" in line]) == 1

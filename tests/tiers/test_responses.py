@@ -243,6 +243,7 @@ def test_answers_that_speak_of_users_and_thoughts_are_read(response: str) -> Non
         "Here's a thinking process leading to the answer:\n\n1. Bread",
         "**Here's a thinking process behind the answer:**\n\n1. Bread",
         "Here's a thinking process I followed:\n\n1. Bread",
+        "Here's a thinking process to address your request:\n\n1. Bread",
         "Thinking Process (internal):\n\n1. Bread",
         "Thinking process of the model:\n\n1. Bread",
         "Got it, the user is asking about bread.",

@@ -17,7 +17,7 @@ from ..plain import PlainEngine
 from ..strides import Watch, none_leaves
 from .decoder import Decoder
 from .drafts import Drafts, Row
-from .teacher_forcing import TeacherForcing
+from .teacher_forcing import TeacherForcing, common_prefix
 
 
 class FastEngine(PlainEngine):
@@ -96,8 +96,10 @@ class FastEngine(PlainEngine):
     def _forcing(self, known: Continuations) -> list[TeacherForcing]:
         if known not in self._forcings:
             n_rows = self.model.batch_size
+            # The prefix is read apart.
+            start = len(common_prefix(known.prompts))
             self._forcings[known] = [
                 TeacherForcing(self._decoder, known, group, n_rows, self._n_starts)
-                for group in groups_by_length(known.sequences)
+                for group in groups_by_length([tokens[start:] for tokens in known.sequences])
             ]
         return self._forcings[known]

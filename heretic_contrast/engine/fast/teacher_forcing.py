@@ -4,7 +4,7 @@
 Known continuations, run through a model under many interventions.
 
 What lies below the ablated layer is run once for all interventions: what enters that layer is kept, and moved up as the
-sweep moves up the layers. The prefix that all prompts share, such as the system prompt, is read once for each intervention.
+sweep moves up the layers. The prefix that all prompts share, such as the system prompt, is read once for each intervention and group of prompts.
 """
 
 from collections.abc import Iterator, Sequence
