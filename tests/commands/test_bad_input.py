@@ -201,7 +201,7 @@ def test_finalists_are_none_of_those_that_directions_come_from(
 
     monkeypatch.setattr("heretic.main.run", None)
     write_pool(tmp_path / "own.jsonl", HARMFUL)
-    write_pool(tmp_path / "fresh.jsonl", HARMFUL[:5])
+    write_pool(tmp_path / "fresh.jsonl", [{"text": row["text"].upper()} for row in HARMFUL[:5]])
     source = ["--contrast.bad-prompts.dataset=own.jsonl"]
     if from_file:
         digests = {"known_prompts": [text_digest(row["text"]) for row in HARMFUL]}

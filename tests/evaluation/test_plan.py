@@ -173,7 +173,7 @@ def test_pools_that_say_less_than_they_seem_to(tmp_path: Path) -> None:
     assert "* Taking each prompt of the harmful evaluation pool once: 4 of 12" in lines
     assert "* Taking each prompt of the harmless evaluation pool once: 5 of 20" in lines
     with pytest.raises(ContrastError, match='"Smash number 3" stands both in the harmful and'):
-        prepare(tmp_path, rows("Smash", 4, 2), [*rows("Bake", 9), {"text": "Smash number 3"}])
+        prepare(tmp_path, rows("Smash", 4, 2), [*rows("Bake", 9), {"text": " smash  number 3"}])
     with pytest.raises(ContrastError, match="harmless evaluation pool has only one prompt"):
         prepare(tmp_path, rows("Smash", 4, 2), rows("Bake", 1) * 7)
 
@@ -521,7 +521,8 @@ def test_a_sweep_of_a_file_is_the_one_of_the_preset_it_was_extracted_with(
     swept = found.settings["directions"]["som-sequential"]
     assert (swept["composition"], swept["embeddings"]) == ("sequential", True)
     (line,) = (line for line in lines if "Ablation of the directions file" in line)
-    assert 'embeddings = true, composition = "sequential", row_normalization = "none"' in line
+    # Rows are never normalized in a sweep.
+    assert 'embeddings = true, composition = "sequential"[' in line
     # What is given comes first, and a file of an earlier version says nothing.
     summed = {"directions": str(path), "composition": "sum", "embeddings": False}
     other = run_refuser(refuser, tmp_path, summed, **options)

@@ -101,8 +101,12 @@ def test_a_search_ablates_as_its_directions_were_extracted(
     assert found.lora_rank == expected.lora_rank == 7
     said = 'file: embeddings = true, composition = "sequential", row_normalization = "none"'
     assert " ".join(capsys.readouterr().out.split()).count(said) == 1
-    # Heretic's own flags come first.
-    assert start(file, "--row-normalization=full").lora_rank == 9
+    # Heretic's own flags come first, and a copy of the file says how the model was made.
+    copy = f"{tmp_path / 'copy.safetensors'}"
+    save = f"--contrast.save-directions={copy}"
+    own = start(file, "--row-normalization=full", "--contrast.composition=sum", save)
+    assert own.lora_rank == 9
+    assert start(f"--contrast.directions={copy}").configuration == own.configuration
 
 
 @pytest.mark.parametrize(("made_with", "reads"), [({"response_prefix": ""}, False), ({}, True)])
