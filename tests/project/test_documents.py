@@ -119,7 +119,7 @@ NOT_RUN = {
     "python benchmarks/search.py --output DIR --model MODEL --harmful harmful.jsonl --harmless harmless.jsonl --trials 30 --startup-trials 10 --judged 100 --fresh 100 --tokens 100 --batch-size 100 --seeds 3 --configurations heretic --add 'screened, ended early=--contrast.screening=100 --contrast.stop-dominated'": (
         "takes hours on a real model: the first such command runs less of the same"
     ),
-    "python benchmarks/search.py --output DIR --model MODEL --harmful harmful.jsonl --harmless harmless.jsonl --trials 30 --startup-trials 10 --judged 40 --fresh 40 --tokens 24 --batch-size 40 --seeds 2 --configurations heretic --add 'screened, ended early=--contrast.screening=60 --contrast.stop-dominated'": (
+    "python benchmarks/search.py --output DIR --model MODEL --harmful harmful.jsonl --harmless harmless.jsonl --trials 30 --startup-trials 10 --judged 40 --fresh 40 --tokens 24 --batch-size 40 --seeds 3 --configurations heretic --add 'screened, ended early=--contrast.screening=60 --contrast.stop-dominated'": (
         "takes hours on a real model: the first such command runs less of the same"
     ),
     r"""python benchmarks/search.py --output DIR --model MODEL --harmful harmful.jsonl --harmless harmless.jsonl --trials 30 --startup-trials 10 --judged 40 --fresh 40 --tokens 24 --batch-size 40 --options='--dtypes=[\"bfloat16\"]' --configurations heretic "default, not normalized" "maps, not normalized" default""": (
