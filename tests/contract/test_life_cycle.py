@@ -294,6 +294,7 @@ def test_a_shared_direction_of_a_file_has_no_scale(run: Any, tmp_path: Path) -> 
     standins[names[1]].start()
 
 
+@pytest.mark.slow
 def test_directions_of_a_file_are_ablated_as_they_were_extracted(
     modifier_table: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

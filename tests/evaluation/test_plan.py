@@ -503,6 +503,7 @@ def test_a_directions_file_is_swept_as_the_extraction_that_made_it(
     assert json.loads(older.to_json())["pools"] == older.pools
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_file_is_the_one_of_the_preset_it_was_extracted_with(
     refuser: LanguageModel, tmp_path: Path
 ) -> None:
