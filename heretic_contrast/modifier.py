@@ -62,7 +62,6 @@ from heretic_contrast.search.parameters import (
     suggest_parameters,
 )
 from heretic_contrast.settings import (
-    ABLATION_FIELDS,
     ContrastSettings,
     datasets_of,
     require_effect,
@@ -125,8 +124,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
 
     @property
     def configuration(self) -> str:
-        ablation = self.settings.model_dump(mode="json", include=ABLATION_FIELDS)
-        return configuration_digest(self.directions, ablation)
+        return configuration_digest(self.directions, self.settings.ablation())
 
     def init(self, ctx: Context) -> None:
         """Makes directions, and applies LoRA adapters. Raises `ContrastError` when settings, prompts or a directions file do not fit."""
@@ -177,8 +175,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
                     self.heretic_settings.max_response_length,
                 )
         if self.settings.save_directions is not None:
-            ablation = self.settings.model_dump(mode="json", include=ABLATION_FIELDS)
-            provenance = {**self.directions.provenance, "ablation": ablation}
+            provenance = {**self.directions.provenance, "ablation": self.settings.ablation()}
             replace(self.directions, provenance=provenance).save(self.settings.save_directions)
         require_ranges_of(self.directions, space)
         if not bool(self.directions.tensor.any()):

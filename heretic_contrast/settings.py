@@ -955,6 +955,11 @@ class ContrastSettings(Table, TextClassifierSettings):
     def given(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.model_fields_set}
 
+    def ablation(self) -> dict[str, Any]:
+        """Returns the settings that decide what is ablated by directions at given weights, as JSON values."""
+
+        return self.model_dump(mode="json", include=ABLATION_FIELDS)
+
     def ablation_of_file(self, but: Collection[str] = ()) -> str:
         """Returns what a directions file has changed of the ablation, for a line that says so; empty where that is nothing."""
 

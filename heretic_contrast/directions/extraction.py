@@ -24,7 +24,7 @@ from .. import __version__
 from ..errors import ContrastError, one_line
 from ..language_model import LanguageModel, Progress
 from ..prompts import prompts_digest
-from ..settings import ABLATION_FIELDS, EXTRACTION_FIELDS, ContrastSettings
+from ..settings import EXTRACTION_FIELDS, ContrastSettings
 from ..vectors import unit_vectors
 from .baselines import Residuals, get_baseline, mean
 from .classes import not_excluded, select_classes
@@ -202,7 +202,7 @@ def extract_directions(
         provenance={
             **(provenance or {}),
             "settings": settings.model_dump(mode="json", include=EXTRACTION_FIELDS),
-            "ablation": settings.model_dump(mode="json", include=ABLATION_FIELDS),
+            "ablation": settings.ablation(),
             "n_prompts": {
                 "harmful": dict(sorted(Counter(residuals.harmful_classes).items())),
                 "harmless": len(residuals.bulk),

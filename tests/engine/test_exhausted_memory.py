@@ -129,6 +129,6 @@ def test_long_prompts_are_read_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     known = Continuations(tuple((n, *[7] * 23) for n in range(9)), ((5, 6),) * 9)
     with PretendedDevices():
         model = replace(on_device("llama"), batch_size=128)
-        passes = TeacherForcing(Decoder(model), known, range(9), model.batch_size).unmodified()
+        passes = TeacherForcing(Decoder(model), known, range(9), (), model.batch_size).unmodified()
         # Of 25 tokens each.
         assert [len(item.rows) for item in passes] == [4, 4, 1]

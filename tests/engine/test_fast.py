@@ -17,6 +17,7 @@ from heretic_contrast.ablation.operator import compose
 from heretic_contrast.engine.check import all_logits
 from heretic_contrast.engine.compat import keeps_every_token, select_rows
 from heretic_contrast.engine.fast import decoder as decoder_module
+from heretic_contrast.engine.fast import engine as engine_module
 from heretic_contrast.engine.fast import teacher_forcing
 from heretic_contrast.engine.fast.decoder import Decoder, TokenBatch
 from heretic_contrast.engine.fast.engine import FastEngine
@@ -138,9 +139,10 @@ def test_logits_are_those_of_whole_passes(
     expected = [all_logits(plain, continuations, group) for group in chosen]
     for n_rows, has_prefix in [(3, True), (50, True), (3, False), (50, False)]:
         if not has_prefix:
-            monkeypatch.setattr(teacher_forcing, "common_prefix", lambda prompts: ())
+            monkeypatch.setattr(engine_module, "common_prefix", lambda prompts: ())
         engine = FastEngine(replace(model, batch_size=n_rows))
         assert all(len(item.values) <= 7 for item in engine.logits(continuations))
+        assert bool(engine._forcing(continuations)[0].prefix) == has_prefix
         for group, logits in zip(chosen, expected, strict=True):
             n_read: list[int] = []
             found = list(engine.logits(continuations, group, n_read.append))
@@ -281,12 +283,13 @@ def test_passes_on_a_cpu_are_limited_by_elements_and_tokens(
     continuations = known(tiny_llama, REFERENCES, [7, 12, 9, 1])
     decoder = Decoder(tiny_llama)
     (order,) = groups_by_length(continuations.sequences)
-    longest = TeacherForcing(decoder, continuations, order, 50)._width
+    prefix = common_prefix(continuations.prompts)
+    longest = TeacherForcing(decoder, continuations, order, prefix, 50)._width
 
     def rows(elements: int, tokens: int, n_rows: int = 50) -> list[int]:
         monkeypatch.setattr(teacher_forcing, "CPU_ELEMENTS_PER_PASS", elements)
         monkeypatch.setattr(teacher_forcing, "CPU_TOKENS_PER_PASS", tokens)
-        passes = TeacherForcing(decoder, continuations, order, n_rows).unmodified()
+        passes = TeacherForcing(decoder, continuations, order, prefix, n_rows).unmodified()
         return [len(item.rows) for item in passes]
 
     assert rows(2 * longest * tiny_llama.hidden_size, 0) == [2, 2]

@@ -97,9 +97,9 @@ class FastEngine(PlainEngine):
         if known not in self._forcings:
             n_rows = self.model.batch_size
             # The prefix is read apart.
-            start = len(common_prefix(known.prompts))
+            prefix = common_prefix(known.prompts)
             self._forcings[known] = [
-                TeacherForcing(self._decoder, known, group, n_rows, self._n_starts)
-                for group in groups_by_length([tokens[start:] for tokens in known.sequences])
+                TeacherForcing(self._decoder, known, group, prefix, n_rows, self._n_starts)
+                for group in groups_by_length([tokens[len(prefix) :] for tokens in known.sequences])
             ]
         return self._forcings[known]

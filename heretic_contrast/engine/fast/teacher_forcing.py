@@ -62,14 +62,15 @@ class TeacherForcing:
         decoder: Decoder,
         known: Continuations,
         prompts: Sequence[int],
+        prefix: Tokens,
         n_rows: int,
         n_starts: int = 1,
     ) -> None:
         self.decoder = decoder
         self.known = known
         self.prompts = prompts
+        self.prefix = prefix
         sequences = known.sequences
-        self.prefix = common_prefix(known.prompts)
         self._sequences = [sequences[index][len(self.prefix) :] for index in prompts]
         self._width = len(self._sequences[-1])
         n_tokens = DEVICE_TOKENS_PER_PASS
