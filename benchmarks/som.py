@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
-import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +27,8 @@ from typing import Any, get_args
 
 import numpy as np
 from measuring import best_times, resident_bytes
-from minisom import MiniSom
 from numpy.typing import NDArray
+from reference_maps import train_minisom
 from rich.console import Console
 from rich.table import Table
 
@@ -123,25 +122,6 @@ def measure_start() -> dict[str, float]:
     return {"cold_seconds": cold, "warm_seconds": warm}
 
 
-def train_by_minisom(samples: NDArray[np.float32], settings: SomSettings) -> MiniSom:
-    som = MiniSom(
-        settings.rows,
-        settings.columns,
-        samples.shape[1],
-        sigma=settings.sigma,
-        learning_rate=settings.learning_rate,
-        neighborhood_function=settings.neighborhood,
-        topology=settings.topology,
-        random_seed=settings.seed,
-    )
-    with warnings.catch_warnings():
-        # It warns of widths and topologies that it handles all the same.
-        warnings.simplefilter("ignore")
-        som.random_weights_init(samples)
-        som.train(samples, settings.iterations, random_order=True)
-    return som
-
-
 def compare(
     samples: list[NDArray[np.float32]], settings: SomSettings, n_reference: int, repeats: int
 ) -> dict[str, float]:
@@ -155,7 +135,7 @@ def compare(
         reference_times.append(
             best_times(
                 lambda index=index: references.append(  # type: ignore[misc]
-                    train_by_minisom(samples[index], settings)
+                    train_minisom(samples[index], settings)
                 ),
                 1,
             )

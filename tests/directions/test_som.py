@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -16,9 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minisom import MiniSom
 from numpy.typing import NDArray
 
+from benchmarks.reference_maps import train_minisom
 from heretic_contrast.directions import som, som_kernel
 from heretic_contrast.directions.som import (
     Neighborhood,
@@ -30,26 +29,6 @@ from heretic_contrast.directions.som import (
 from heretic_contrast.errors import ContrastError
 
 QUICK = SomSettings(iterations=300)
-
-
-def train_minisom(samples: NDArray[Any], options: SomSettings) -> MiniSom:
-    """Trains MiniSom as its documentation says."""
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reference = MiniSom(
-            options.rows,
-            options.columns,
-            samples.shape[1],
-            sigma=options.sigma,
-            learning_rate=options.learning_rate,
-            neighborhood_function=options.neighborhood,
-            topology=options.topology,
-            random_seed=options.seed,
-        )
-        reference.random_weights_init(samples)
-        reference.train_random(samples, options.iterations)
-    return reference
 
 
 def assert_same_map(trained: TrainedMap, samples: NDArray[Any], options: SomSettings) -> None:
