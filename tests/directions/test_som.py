@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.reference_maps import train_minisom
 from heretic_contrast.directions import som, som_kernel
+from heretic_contrast.directions.extraction import winning_neurons
 from heretic_contrast.directions.som import (
     Neighborhood,
     SomSettings,
@@ -291,6 +292,12 @@ def test_densest() -> None:
     assert trained.densest(1) == [3]
     assert trained.densest(5) == [3, 4, 1, 0, 5]
     assert trained.densest(6) == [3, 4, 1, 0, 5, 2]
+
+
+def test_neurons_that_win_nothing_are_no_directions() -> None:
+    trained = make_map([0, 7, 0, 1], [np.inf, 0.5, np.inf, 0.0])
+    found = winning_neurons(trained, 3)
+    assert found.tolist() == [[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
 
 
 def test_vectors_follow_the_indices() -> None:
