@@ -187,10 +187,12 @@ def test_other_settings_have_other_residuals(original: Path, tmp_path: Path) -> 
         replace(model, system_prompt="Be rude."),
         replace(model, response_prefix="Well,"),
         replace(model, winsorization_quantile=0.5),
+        # Other prompts beside a prompt round it otherwise.
+        replace(model, batch_size=1),
     ):
         found = cached_residuals(other, PROMPTS, tmp_path)
         assert torch.equal(found, other.residuals(PROMPTS))
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 @torch.no_grad()
