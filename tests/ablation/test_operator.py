@@ -170,7 +170,9 @@ def test_a_row_that_is_all_but_removed_does_not_grow(rest: float) -> None:
     direction = rest * torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
     direction[7] = 1
     operator = compose(torch.nn.functional.normalize(direction, dim=0)[None], torch.ones(1))
-    factor_a, factor_b = lora_factors(operator, weight, "full", 3)
+    factor_a, factor_b = lora_factors(operator, weight, "full")
+    # One direction has the rank that Heretic has by default.
+    assert factor_a.shape == (3, 32) and factor_b.shape == (64, 3)
     lengths = (weight + factor_b @ factor_a).norm(dim=1) / weight.norm(dim=1)
     assert float(lengths[7]) < 1.01
     kept = torch.arange(64) != 7
@@ -202,6 +204,22 @@ def test_zero_and_duplicate_directions() -> None:
 def test_capped_refuses_negative_weights() -> None:
     with pytest.raises(ContrastError, match="negative weight"):
         compose(random_unit(), torch.tensor([-1.0, 0, 0, 0, 0]), "capped")
+
+
+@pytest.mark.parametrize(
+    ("length", "weight"), [(1e15, 900.0), (1e15, 1100.0), (1e-3, 0.9e33), (1e-3, 1.1e33)]
+)
+def test_what_overflows_float32_is_refused(length: float, weight: float) -> None:
+    """A weight times the square of a length of 1 or more is 1e33 at most."""
+
+    vectors = torch.eye(1, HIDDEN, dtype=torch.float64) * length
+    weights = torch.tensor([weight], dtype=torch.float64)
+    if weight in (1100.0, 1.1e33):
+        with pytest.raises(ContrastError, match="within the range of float32"):
+            compose(vectors, weights)
+        return
+    found = compose(vectors, weights).apply(torch.eye(1, HIDDEN))
+    torch.testing.assert_close(found, torch.eye(1, HIDDEN) * weight * length**2)
 
 
 def test_an_unknown_composition_is_refused() -> None:
