@@ -21,6 +21,7 @@ from heretic_contrast.directions.transforms import around_shared, orthogonalize,
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.settings import ContrastSettings
+from tests.made_directions import make_directions, random_tensor
 
 LAYERS, HIDDEN = 4, 20
 CLASSES = ("drugs", "fraud", "hacking")
@@ -361,6 +362,37 @@ def test_saving_is_deterministic_and_lossless(tmp_path: Path) -> None:
     ):
         assert torch.equal(getattr(loaded, name), getattr(original, name))
     assert loaded.provenance["settings"]["baseline"] == "unmatched"
+
+
+@pytest.mark.parametrize("name", ["tensor", "class_directions", "mean_direction"])
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_numbers_of_a_file_are_finite(name: str, number: float, tmp_path: Path) -> None:
+    tensor = random_tensor(3, 2, 5)
+    damaged = getattr(made := make_directions(tensor), name).clone()
+    damaged.flatten()[-1] = number
+    replace(made, **{name: damaged}).save(tmp_path / "file")
+    with pytest.raises(ContrastError, match="holds numbers that are not finite"):
+        Directions.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "scale", "has_shared"),
+    [
+        ({}, "shared", "unit", False),
+        ({"scale": "unit", "shared_direction": True}, "shared", "unit", True),
+        ({"scale": "raw", "shared_direction": True}, "fraud", "raw", False),
+        ({"scale": "unmatched", "shared_direction": False}, "shared", "raw", False),
+        # What a file of a stranger may say.
+        ({"scale": 1, "shared_direction": "yes"}, "shared", "raw", False),
+    ],
+)
+def test_what_the_settings_of_an_extraction_say(
+    settings: dict[str, Any], first: str, scale: str, has_shared: bool
+) -> None:
+    directions = make_directions(
+        random_tensor(3, 2, 5), names=(first, "theft"), provenance={"settings": settings}
+    )
+    assert (directions.scale, directions.has_shared) == (scale, has_shared)
 
 
 def test_model_of_another_shape_is_refused(tmp_path: Path, tiny_llama: Any) -> None:
