@@ -217,7 +217,7 @@ def suggest_parameters(
     lowest, highest = HERETIC_RANGES["max_weight"]
     if n_directions > 1 and not directions.has_shared:
         # The average scale is 0.5, so n parallel directions remove n / 2 times the kernel's weight.
-        lowest = min(lowest, 2 * lowest / n_directions)
+        lowest = 2 * lowest / n_directions
     ranges = {**HERETIC_RANGES, **EMBEDDINGS_RANGES, "max_weight": (lowest, highest)}
     spaces = (space or {}, default or {}, ranges)
 
