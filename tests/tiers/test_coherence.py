@@ -156,3 +156,38 @@ def test_human_annotated_completions_are_coherent_and_their_loops_are_not(
         looping.append(" ".join(words[:15] + (phrase * 30)[:30]))
     found = sum(not is_coherent(text) for text in looping)
     assert found / len(looping) >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a " * 11, False),
+        ("a " * 12, True),
+        ("a b c d " * 3 + "a b c", False),
+        ("a b c d " * 4, True),
+        ((" ".join(f"w{index}" for index in range(40)) + " ") * 4, True),
+        ((" ".join(f"w{index}" for index in range(41)) + " ") * 4, False),
+        ("!" * 47, False),
+        ("!" * 48, True),
+    ],
+)
+def test_where_loops_begin(text: str, expected: bool) -> None:
+    assert has_loop(text) == expected
+
+
+# Of three words none of which, nor any sequence of them, follows itself: 9 bigrams at most, ln 9 / ln 23 = 0.70.
+SQUARE_FREE = "a b c a c b a b c b a c a b c a c b a c a b c b".split()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (SQUARE_FREE[:23], True),
+        (SQUARE_FREE, False),
+        # Twice the same: ln 50 / ln 100 = 0.8495, and ln 51 / ln 102 = 0.8501.
+        ([f"w{index % 50}" for index in range(101)], False),
+        ([f"w{index % 51}" for index in range(103)], True),
+    ],
+)
+def test_where_incoherence_begins(words: list[str], expected: bool) -> None:
+    assert is_coherent(" ".join(words)) == expected

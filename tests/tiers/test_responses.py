@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from heretic_contrast.tiers import Tier, classify_response
 from heretic_contrast.tiers.linear import BITS, default_model, features
-from heretic_contrast.tiers.responses import REASONS, explain_response
+from heretic_contrast.tiers.responses import REASONS, _repeats, explain_response
 from heretic_contrast.tiers.text import split_units, strip_markup, tokens
 
 DATA = Path(__file__).parents[1] / "data"
@@ -304,3 +304,19 @@ def test_an_apostrophe_is_one_in_any_spelling(spelling: str) -> None:
 
 def test_composed_and_decomposed_letters_are_the_same() -> None:
     assert tokens("de\u0301sole\u0301") == tokens("d\u00e9sol\u00e9")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "expected"),
+    [
+        ("Bake bread", "bake bread", False),
+        ("Bake good bread", "bake good bread", True),
+        ("a b c d e f g h i j", "a b c d e f g", False),
+        ("a b c d e f g h i j", "a b c d e f g h", True),
+        ("", "a b c d e " * 4 + "a b c", False),
+        ("", "a b c d e " * 4 + "a b c d", True),
+        ("", "a b c d e f " * 4, False),
+    ],
+)
+def test_where_repetition_begins(prompt: str, words: str, expected: bool) -> None:
+    assert _repeats(prompt, words.split()) == expected
