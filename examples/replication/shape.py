@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heretic_contrast.directions.directions import Directions
-from heretic_contrast.evaluation.capture import max_cosine, subspace_capture
+from heretic_contrast.evaluation.capture import max_cosine, span_basis, subspace_capture
 from heretic_contrast.evaluation.geometry import compare, measure_activities, measure_layer
 from heretic_contrast.evaluation.plan import Configuration
 from heretic_contrast.evaluation.plan_settings import WEIGHTS
@@ -38,11 +38,12 @@ def describe_shape(configurations: Mapping[str, Directions], differences: Tensor
         reference = configurations[f"{method} unmatched"]
         layers = range(directions.tensor.shape[0] - 1)
         comparisons = [compare("reference", reference, name, directions, layer) for layer in layers]
+        at_layers = zip(differences.unbind(dim=1)[1:], directions.tensor[1:], strict=True)
+        measured = [
+            (subspace_capture(d, span_basis(rows)), max_cosine(d, rows)) for d, rows in at_layers
+        ]
         # Of shape (n_layers, n_pairs).
-        subspace, cosines = (
-            torch.stack([measure(differences[:, i + 1], directions.tensor[i + 1]) for i in layers])
-            for measure in (subspace_capture, max_cosine)
-        )
+        subspace, cosines = map(torch.stack, zip(*measured, strict=True))
         angles = [list(item.class_angles.values()) for item in comparisons]
         described[name] = {
             "norm_ratio": _rounded(item.norm_ratio for item in comparisons),

@@ -91,23 +91,23 @@ def span_basis(vectors: Tensor) -> Tensor:
     return rows[(singular_values > RANK_TOLERANCE * singular_values[:1]) & (singular_values > 0)]
 
 
-def subspace_capture(differences: Tensor, vectors: Tensor) -> Tensor:
+def subspace_capture(differences: Tensor, basis: Tensor) -> Tensor:
     """
     Returns ‖P δ‖ / ‖δ‖ for every difference δ, with P the projector on the directions' span (paper, section 4.4).
 
-    `differences`: Tensor of shape (n_pairs, hidden_size). `vectors`: Tensor of shape (n_directions, hidden_size).
+    `differences`: Tensor of shape (n_pairs, hidden_size). `basis`: their `span_basis`, Tensor of shape (rank, hidden_size).
     Tensor of shape (n_pairs,), float64; NaN where a difference is zero.
     """
 
     exact = differences.to(torch.float64)
-    return (exact @ span_basis(vectors).T).norm(dim=-1) / exact.norm(dim=-1)
+    return (exact @ basis.T).norm(dim=-1) / exact.norm(dim=-1)
 
 
 def max_cosine(differences: Tensor, vectors: Tensor) -> Tensor:
     """
     Returns max_k |cos(δ, v_k)| for every difference δ; a zero direction has no cosine and counts as 0 (paper, section 4.4).
 
-    Shapes, dtype and NaN as in `subspace_capture`.
+    `vectors`: Tensor of shape (n_directions, hidden_size). Other shapes, dtype and NaN as in `subspace_capture`.
     """
 
     exact = differences.to(torch.float64)
@@ -126,15 +126,15 @@ def measure_capture(name: str, directions: Directions, differences: Tensor) -> l
     layers = []
     for index in range(1, differences.shape[1]):
         vectors = directions.tensor[index]
-        rank = len(span_basis(vectors))
+        basis = span_basis(vectors)
         layers.append(
             LayerCapture(
                 name,
                 index - 1,
-                *_mean_and_error(subspace_capture(differences[:, index], vectors)),
+                *_mean_and_error(subspace_capture(differences[:, index], basis)),
                 *_mean_and_error(max_cosine(differences[:, index], vectors)),
-                rank,
-                random_subspace=math.sqrt(rank / differences.shape[2]),
+                len(basis),
+                random_subspace=math.sqrt(len(basis) / differences.shape[2]),
             )
         )
     return layers

@@ -11,7 +11,7 @@ between baselines, occupancy). Layers are decoder layers, counted from 0: layer 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor
@@ -56,14 +56,13 @@ def angle(first: Tensor, second: Tensor) -> float:
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """
-    Returns the principal angles between the spans of two sets of directions, in degrees, smallest first.
+    Returns the principal angles between two spans, in degrees, smallest first.
 
-    Tensors of shape (n_directions, hidden_size) to one of shape (min(rank, rank),), float64. From the sines where
+    Orthonormal bases of shape (rank, hidden_size) to a Tensor of shape (min(rank, rank),), float64. From the sines where
     cosines are near 1, as Björck and Golub (1973) propose.
     """
 
-    bases = sorted((span_basis(first), span_basis(second)), key=len)
-    smaller, larger = bases
+    smaller, larger = sorted((first, second), key=len)
     if not len(smaller):
         return torch.zeros(0, dtype=torch.float64)
     cosines = torch.linalg.svdvals(smaller @ larger.T).clamp(0, 1)
@@ -99,11 +98,21 @@ def measure_layer(name: str, configuration: Configuration, layer: int) -> LayerG
 
 
 def compare(
-    first_name: str, first: Directions, second_name: str, second: Directions, layer: int
+    first_name: str,
+    first: Directions,
+    second_name: str,
+    second: Directions,
+    layer: int,
+    spans: Sequence[Tensor] = (),
 ) -> Comparison:
-    """Returns how the directions of two configurations lie to each other at one decoder layer (paper, section 5.1)."""
+    """
+    Returns how the directions of two configurations lie to each other at one decoder layer (paper, section 5.1).
+
+    `spans`: the `span_basis` of both there, where it is known.
+    """
 
     index = layer + 1
+    spans = spans or [span_basis(item.tensor[index]) for item in (first, second)]
     # Several neurons of one class share its name; only single ones can be told to belong together.
     rows = [
         dict(zip(item.class_direction_names, item.class_directions[index], strict=True))
@@ -118,9 +127,7 @@ def compare(
         layer=layer,
         norm_ratio=lengths[1] / lengths[0] if lengths[0] else None,
         class_angles={name: value for name, value in angles.items() if not math.isnan(value)},
-        principal_angles=tuple(
-            principal_angles(first.tensor[index], second.tensor[index]).tolist()
-        ),
+        principal_angles=tuple(principal_angles(*spans).tolist()),
     )
 
 
@@ -131,16 +138,22 @@ def measure_geometry(
 
     completed = complete(configurations)
     directions = {name: item.directions for name, item in completed.items()}
+    n_layers = min((len(item.tensor) for item in directions.values()), default=1) - 1
+
+    def compare_all(layer: int) -> list[Comparison]:
+        spans = {name: span_basis(item.tensor[layer + 1]) for name, item in directions.items()}
+        return [
+            compare(a, directions[a], b, directions[b], layer, (spans[a], spans[b]))
+            for a, b in combinations(directions, 2)
+        ]
+
     layers = [
         measure_layer(name, configuration, layer)
         for name, configuration in completed.items()
-        for layer in range(configuration.directions.tensor.shape[0] - 1)
+        for layer in range(n_layers)
     ]
-    comparisons = [
-        compare(first, directions[first], second, directions[second], layer)
-        for first, second in combinations(directions, 2)
-        for layer in range(directions[first].tensor.shape[0] - 1)
-    ]
+    # The bases of one layer are kept at a time, and each pair's layers stand together.
+    comparisons = chain.from_iterable(zip(*map(compare_all, range(n_layers)), strict=True))
     names = tuple((name, item.class_direction_names) for name, item in directions.items())
     return Geometry(tuple(layers), tuple(comparisons), tuple(activities), names)
 

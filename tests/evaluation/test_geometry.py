@@ -17,6 +17,7 @@ from heretic_contrast.ablation.hooks import output_projections
 from heretic_contrast.ablation.operator import compose
 from heretic_contrast.engine.observation import observe_decoding, passing_layers
 from heretic_contrast.engine.plain import PlainEngine
+from heretic_contrast.evaluation.capture import measure_capture, span_basis
 from heretic_contrast.evaluation.geometry import (
     angle,
     compare,
@@ -111,16 +112,19 @@ def test_principal_angles_equal_those_of_scipy(n_first: int, n_second: int, size
     expected = np.sort(
         np.rad2deg(subspace_angles(first.double().numpy().T, second.double().numpy().T))
     )
-    np.testing.assert_allclose(principal_angles(first, second), expected, atol=1e-8)
+    found = principal_angles(span_basis(first), span_basis(second))
+    np.testing.assert_allclose(found, expected, atol=1e-8)
 
 
 def test_principal_angles_of_equal_and_orthogonal_spans() -> None:
     rows = torch.eye(6)
     mixed = torch.tensor([[1.0, 2.0], [3.0, -1.0]]) @ rows[:2]
-    np.testing.assert_allclose(principal_angles(rows[:2], mixed), [0, 0], atol=1e-9)
+    np.testing.assert_allclose(
+        principal_angles(rows[:2].double(), span_basis(mixed)), [0, 0], atol=1e-9
+    )
     np.testing.assert_allclose(principal_angles(rows[:2], rows[2:4]), [90, 90])
     np.testing.assert_allclose(principal_angles(rows[:2], rows[1:3]), [0, 90], atol=1e-9)
-    assert len(principal_angles(rows[:2], torch.zeros(2, 6))) == 0
+    assert len(principal_angles(rows[:2], span_basis(torch.zeros(2, 6)))) == 0
 
 
 def test_comparison_of_two_configurations() -> None:
@@ -148,6 +152,20 @@ def test_comparison_of_two_configurations() -> None:
     assert geometry.configurations() == ["a", "b"]
     assert len(geometry.comparisons) == 1
     json.dumps(asdict(geometry), allow_nan=False)
+
+
+def test_the_basis_of_each_span_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    configurations = {
+        name: make_directions(random_tensor(3, 2, 8, seed=ord(name))) for name in "abcd"
+    }
+    found = Mock(wraps=torch.linalg.svd)
+    monkeypatch.setattr(torch.linalg, "svd", found)
+    geometry = measure_geometry(configurations)
+    assert found.call_count == 4 * 2
+    measure_capture("a", configurations["a"], random_tensor(5, 3, 8))
+    assert found.call_count == 4 * 2 + 2
+    pairs = [(item.first + item.second, item.layer) for item in geometry.comparisons]
+    assert pairs == [(pair, layer) for pair in "ab ac ad bc bd cd".split() for layer in (0, 1)]
 
 
 @torch.no_grad()
