@@ -187,7 +187,10 @@ def _folder(
     )
     # One of several configurations is not meant to read them all.
     if unread and builder.config.name == "default":
-        warn(f"{path} holds {', '.join(unread)}, which are not read: give each as a source.")
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        warn(
+            f"{path} holds {', '.join(unread[:3])}{more}, which are not read: give each as a source."
+        )
     labels = labels_of(builder.info.features or {})
 
     def read(files: Sequence[str]) -> Rows:

@@ -882,6 +882,10 @@ def test_what_is_not_read_of_a_folder_is_named(tmp_path: Path) -> None:
     with pytest.warns(ContrastWarning, match=r"mixed holds c\.txt, d\.csv, which are not read"):
         pool = load_pool(PromptSource(dataset=str(tmp_path / "mixed")), "harmful")
     assert pool == [Prompt("a.jsonl"), Prompt("b.jsonl")]
+    for name in ("e.tsv", "f.parquet", "g.xml", "h.arrow"):
+        write(tmp_path / "mixed" / name, "text")
+    with pytest.warns(ContrastWarning, match=r"holds c\.txt, d\.csv, e\.tsv and 2 more, which"):
+        load_pool(PromptSource(dataset=str(tmp_path / "mixed")), "harmful")
 
 
 @pytest.mark.parametrize(
