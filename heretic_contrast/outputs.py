@@ -16,22 +16,28 @@ from .errors import ContrastError
 from .files import link_target
 
 
-def json_text(value: Any, sort_keys: bool = True, indent: int | None = 2) -> str:
-    """
-    Returns JSON text of JSON values or dataclasses, which ends its line; the same value gives the same bytes.
-
-    JSON knows neither infinite numbers nor such that are none: they become null.
-    """
+def json_values(value: Any) -> Any:
+    """Returns JSON values of such or dataclasses. JSON knows neither infinite numbers nor such that are none: they become null."""
 
     # The command line, which imports this file, answers some questions without it.
     from pydantic_core import to_jsonable_python
 
-    value = to_jsonable_python(value, inf_nan_mode="null")
-    return json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=False) + "\n"
+    return to_jsonable_python(value, inf_nan_mode="null")
+
+
+def json_text(value: Any, sort_keys: bool = True) -> str:
+    """Returns `json_values` as text that ends its line; the same value gives the same bytes."""
+
+    # `json.dumps` would keep a list of all pieces.
+    buffer = io.StringIO()
+    json.dump(json_values(value), buffer, indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    buffer.write("\n")
+    return buffer.getvalue()
 
 
 def json_lines(rows: Iterable[Any]) -> str:
-    return "".join(json_text(row, sort_keys=False, indent=None) for row in rows)
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    return "".join(encode(json_values(row)) + "\n" for row in rows)
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:

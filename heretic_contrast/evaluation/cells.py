@@ -8,7 +8,7 @@ Nothing here depends on when, where or by how many processes a sweep was run.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, TypeAdapter
@@ -229,31 +229,22 @@ class SweepResult:
             )
         return found
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values: cells with intervals and efficiency, and what follows from them."""
-
-        return {
-            # The cells follow.
-            **asdict(replace(self, cells=())),
-            "layers": [asdict(summary) for summary in self.summaries()],
-            "cells": [
-                {
-                    **asdict(cell),
-                    "refusal_interval": list(cell.measurement.refusal_interval()),
-                    "efficiency": self.efficiency(cell),
-                }
-                for cell in self.cells
-            ],
-        }
-
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "SweepResult":
         return TypeAdapter(cls).validate_python(data)
 
     def to_json(self) -> str:
-        """Returns the sweep as JSON text; the same sweep gives the same bytes."""
+        """Returns the sweep as JSON text, cells with intervals and efficiency; the same sweep gives the same bytes."""
 
-        return json_text(self.to_dict())
+        cells = [
+            {
+                **vars(cell),
+                "refusal_interval": cell.measurement.refusal_interval(),
+                "efficiency": self.efficiency(cell),
+            }
+            for cell in self.cells
+        ]
+        return json_text({**vars(self), "layers": self.summaries(), "cells": cells})
 
     def to_csv(self) -> str:
         def short(value: float | None) -> str:
