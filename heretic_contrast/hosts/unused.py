@@ -48,7 +48,9 @@ OF_A_SEARCH = ONLY_UNDER_14 | {"save_directions", "search_space"}
 OF_HERETIC_SEARCH = set(
     """
     n_trials n_startup_trials kl_divergence_scale kl_divergence_target study_checkpoint_dir checkpoint_action trial_index
-    model_action save_directory export_strategy max_shard_size evaluate_model
+    model_action save_directory export_strategy max_shard_size evaluate_model print_responses print_residual_geometry
+    plot_residuals residual_plot_path residual_plot_title residual_plot_style benchmarks refusal_markers reproduce
+    collect_reproducibles
     """.split()
 )
 """Those of Heretic that have none there."""

@@ -164,6 +164,16 @@ def test_settings_of_a_search_have_no_effect_without_one(
         "max_shard_size": "2GB",
         "study_checkpoint_dir": "x",
         "evaluate_model": "z",
+        "print_responses": "true",
+        "print_residual_geometry": "true",
+        "plot_residuals": "true",
+        "residual_plot_path": "x",
+        "residual_plot_title": "x",
+        "residual_plot_style": "x",
+        "benchmarks": "[]",
+        "refusal_markers": "[]",
+        "reproduce": "x",
+        "collect_reproducibles": "x",
     }
     # Heretic 2.0 has not all of them.
     for name in heretic.keys() & settings_class.model_fields.keys():
