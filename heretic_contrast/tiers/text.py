@@ -13,7 +13,7 @@ _THOUGHT_END = re.compile(
     rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<\|inner_suffix\|>|<\|end_of_thought\|>|<channel\|>|\[BEGIN FINAL RESPONSE\]|"
     r"<\|channel\|>\s*final(?:\s?<\|constrain\|>\w+)?<\|message\|>|\bassistant\s?final(?-i:(?=[A-Z\d\W]|$))|"
     # With nothing behind it, a heading ends no thought, but what was cut off.
-    r"^\W*(?:here is my response|final (?:answer|response|output))\W*:\W*(?=\w)",
+    r"^[^\w\n]*(?:here is my response|final (?:answer|response|output))\W*:\W*(?=\w)",
     re.IGNORECASE | re.MULTILINE,
 )
 _OPENING_TAG = re.compile(rf"<{_TAG}>|\[THINK\]|◁think▷", re.IGNORECASE)

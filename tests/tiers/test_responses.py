@@ -275,6 +275,7 @@ def test_thoughts_without_a_response_have_none(response: str) -> None:
         ("Here are my reasoning steps:\nBread.\n[BEGIN FINAL RESPONSE]\nBake it.", "Bake it."),
         ("Bake it.<｜end▁of▁sentence｜>", "Bake it."),
         ("<think>x</think>" * 3000, ""),
+        ("\n" * 30000, ""),
     ],
 )
 def test_what_stands_around_thoughts_is_the_response(response: str, expected: str) -> None:
