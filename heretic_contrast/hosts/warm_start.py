@@ -74,7 +74,9 @@ def _of_study(source: str, settings: ContrastSettings) -> tuple[str, list[Values
             # It would be made.
             raise FileNotFoundError
         study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(source))
-        model = str(json.loads(study.user_attrs["settings"])["model"])
+        stored = json.loads(study.user_attrs["settings"])
+        # Plain Heretic has none of the plugin's.
+        model, contrast = str(stored["model"]), dict(stored.get("contrast", {}))
         points = {trial.number: point for trial in study.trials if (point := measured(trial))}
     except ContrastError:
         raise
@@ -84,6 +86,16 @@ def _of_study(source: str, settings: ContrastSettings) -> tuple[str, list[Values
             f"{without_password(source)} holds no study of Heretic's: give one for a warm start, or the sweep.json of a sweep."
         ) from error
     trials = [study.trials[number] for number in front(points)]
+    # One direction, which has no scale, is ablated alike with all of them.
+    if any(name.startswith("scale.") for trial in trials for name in trial.params):
+        for name in ("composition", "equal_effective_weight"):
+            own = getattr(settings, name)
+            other, flag = contrast.get(name, own), f"--contrast.{name.replace('_', '-')}"
+            if other != own:
+                raise ContrastError(
+                    f"The study {without_password(source)} was made with {flag} {other}, and this one would be with {own}: give "
+                    f"{flag} {other}, or leave out the warm start."
+                )
     # Plain Heretic writes none.
     identity: Identity = trials[0].user_attrs.get(IDENTITY_KEY, {}) if trials else {}
     return model, [{"rest": 0.0, **trial.params} for trial in trials], identity

@@ -63,6 +63,7 @@ def write_study(
     points: list[tuple[int, float]],
     parameters: dict[str, Any] | None = None,
     attributes: dict[str, Any] | None = None,
+    **stored: Any,
 ) -> None:
     """A checkpoint as plain Heretic leaves it; its trials have x = 0, 0.1, ..., or these parameters, and more attributes."""
 
@@ -71,7 +72,7 @@ def write_study(
         storage=JournalStorage(JournalFileBackend(str(path))),
         directions=["minimize", "minimize"],
     )
-    study.set_user_attr("settings", json.dumps({"model": model}))
+    study.set_user_attr("settings", json.dumps({"model": model, **stored}))
     for number, (refusals, divergence) in enumerate(points):
         values = {"x": number / 10} if parameters is None else parameters
         trial = study.ask(
@@ -248,6 +249,34 @@ def test_a_sweep_of_another_composition_is_no_warm_start(tmp_path: Path) -> None
     assert len(first_trials(settings(path, **several), MODEL)[0]) == 3
     path.write_text(sweep_of({"composition": "capped"}).to_json())
     assert len(first_trials(settings(path, composition="capped", **several), MODEL)[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("composition", "capped"), ("equal_effective_weight", True)]
+)
+def test_a_study_with_another_strength_of_several_directions_is_no_warm_start(
+    name: str, other: Any, tmp_path: Path
+) -> None:
+    several, own = {"classes": "category"}, ContrastSettings.model_fields[name].default
+    for parameters, stored in (({"scale.drugs": 1.0}, own), ({"x": 1.0}, other)):
+        path = tmp_path / f"{stored}.jsonl"
+        write_study(path, MODEL, [(3, 0.2)], parameters, contrast={name: stored})
+        assert len(first_trials(settings(path, **several), MODEL)[0]) == 1
+    path = tmp_path / "study.jsonl"
+    write_study(path, MODEL, [(3, 0.2)], {"scale.drugs": 1.0}, contrast={name: other})
+    flag = f"--contrast.{name.replace('_', '-')}"
+    with pytest.raises(
+        ContrastError, match=f"with {flag} {other}, .* with {own}: give {flag} {other}, .*[.]$"
+    ):
+        first_trials(settings(path, **several), MODEL)
+    assert len(first_trials(settings(path, **{name: other}, **several), MODEL)[0]) == 1
+
+
+def test_a_study_whose_settings_were_edited_is_no_warm_start(tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    write_study(path, MODEL, [(3, 0.2)], contrast=5)
+    with pytest.raises(ContrastError, match="holds no study of Heretic's"):
+        first_trials(settings(path), MODEL)
 
 
 @pytest.mark.parametrize("directions", [5, {"unmatched": 5}])
