@@ -14,7 +14,7 @@ With W = diag(ρ) Ŵ, rows of Ŵ of length 1, and C the ablation operator, the c
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -107,6 +107,10 @@ def lora_factors(
     factor_a = rows_times(vectors / safe_norms.T, weight)
     if row_normalization == "pre":
         return factor_a, factor_b * norms
+    if row_normalization != "full":
+        raise ContrastError(
+            f'There is no row normalization "{row_normalization}": choose {", ".join(get_args(RowNormalization))}.'
+        )
 
     # Row lengths from Gram terms: ‖ŵ + b A‖² = ‖ŵ‖² + 2 b (A ŵ) + b (A Aᵀ) bᵀ.
     cross, gram = (weight @ factor_a.T) / safe_norms, factor_a @ factor_a.T

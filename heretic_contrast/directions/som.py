@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ class SomSettings:
     Neuron r · columns + c stands in row r and column c. The neighborhood "mexican_hat" pushes neurons away from samples, and
     "triangle" moves them beyond samples where sigma² · learning_rate exceeds 1: with many iterations they may diverge.
 
-    Raises `ContrastError` where values that are usable by themselves do not work together.
+    Raises `ContrastError` where there is no such neighborhood or topology, and where values do not work together.
     """
 
     rows: int = 3
@@ -54,6 +54,11 @@ class SomSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, choices in (("neighborhood", Neighborhood), ("topology", Topology)):
+            if getattr(self, name) not in get_args(choices):
+                raise ContrastError(
+                    f'There is no {name} "{getattr(self, name)}": choose {", ".join(get_args(choices))}.'
+                )
         if self.sigma > math.hypot(self.rows, self.columns):
             raise ContrastError(
                 f"The self-organizing map has sigma = {self.sigma}, which is more than the diagonal of its {self.rows} × "

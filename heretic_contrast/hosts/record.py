@@ -44,6 +44,8 @@ OF_THE_SEARCH = {
     *POOLS,
     *"directions save_directions residual_cache preset search_space".split(),
     *ONLY_UNDER_14,
+    # Of earlier versions, which trained the same maps with both of its values.
+    "som_backend",
 }
 """Settings of the plugin that decide no weights once a trial is chosen, and those that are kept as places."""
 

@@ -227,6 +227,12 @@ def test_an_unknown_composition_is_refused() -> None:
         compose(random_unit(), torch.ones(5), "Sum")  # type: ignore[arg-type]
 
 
+def test_an_unknown_row_normalization_is_refused() -> None:
+    operator = compose(random_unit(), torch.ones(5))
+    with pytest.raises(ContrastError, match='no row normalization "Full": choose none, pre, full'):
+        lora_factors(operator, torch.randn(HIDDEN, 6), "Full")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_hook_does_what_a_changed_weight_does(bias: bool) -> None:
     module = torch.nn.Linear(INPUTS, HIDDEN, bias=bias)

@@ -347,3 +347,9 @@ def test_widest_sigma() -> None:
     options = SomSettings(rows=3, columns=4, sigma=5.0, iterations=100)
     (trained,) = train_maps([samples], options)
     assert_same_map(trained, samples, options)
+
+
+@pytest.mark.parametrize("name", ["neighborhood", "topology"])
+def test_an_unknown_form_of_a_map_is_refused(name: str) -> None:
+    with pytest.raises(ContrastError, match=f'no {name} "Bubble": choose '):
+        SomSettings(**{name: "Bubble"})  # type: ignore[arg-type]

@@ -173,6 +173,8 @@ def test_a_record_of_a_stranger_decides_nothing_else(made: Made, tmp_path: Path)
     content = json.loads(made.record().to_json())
     elsewhere = str(tmp_path / "elsewhere")
     content["contrast"].update(save_directions=elsewhere, text_classifier="some/model")
+    # An earlier version had it, whose records are read on.
+    content["contrast"]["som_backend"] = "numba"
     content["settings"].update(study_checkpoint_dir=elsewhere, max_response_length=7)
     content["versions"]["torch"] = "1.0"
     content["places"] = {
