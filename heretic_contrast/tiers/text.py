@@ -13,7 +13,7 @@ _THOUGHT_END = re.compile(
     rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<\|inner_suffix\|>|<\|end_of_thought\|>|<channel\|>|\[BEGIN FINAL RESPONSE\]|"
     r"<\|channel\|>\s*final(?:\s?<\|constrain\|>\w+)?<\|message\|>|\bassistant\s?final(?-i:(?=[A-Z\d\W]|$))|"
     # With nothing behind it, a heading ends no thought, but what was cut off.
-    r"^[^\w\n]*(?:here is my response|final (?:answer|response|output))\W*:\W*(?=\w)",
+    r"^[^\w\n]*(?:here is my response|final (?:answer|response|output))[^\w:]*:\W*(?=\w)",
     re.IGNORECASE | re.MULTILINE,
 )
 _OPENING_TAG = re.compile(rf"<{_TAG}>|\[THINK\]|◁think▷", re.IGNORECASE)
@@ -82,7 +82,7 @@ def strip_markup(response: str) -> str:
 # Scripts without spaces, and Hangul, whose endings are glued on, are read character by character.
 _SIGNS = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _TOKEN = re.compile(
-    rf"[{_SIGNS}]|[^\W_{_SIGNS}]+(?:'[^\W_]+)*|\n\s*(?:[-•–+]|\d{{1,2}}[.)])(?=\s)|\n|[.!?:,;。！？：，、…]"
+    rf"[{_SIGNS}]|[^\W_{_SIGNS}]+(?:'[^\W_]+)*|\n\s{{0,99}}(?:[-•–+]|\d{{1,2}}[.)])(?=\s)|\n|[.!?:,;。！？：，、…]"
 )
 _PLAIN = str.maketrans(
     dict.fromkeys("’‘ʼ`´′＇", "'") | {"ё": "е", "Ё": "Е"} | dict.fromkeys("*_#~")
@@ -98,7 +98,7 @@ _QUOTATION = re.compile(
     r"(?<!\w)‘[^‘\n]{1,400}?’(?!\w)|(?<!\w)'[^'\n]*\w'\w[^'\n]*'(?!\w)"
 )
 _LETTER = re.compile(r"[^\W\d_]")
-_STAR = re.compile(r"^(\s*)\*(?=\s)", re.MULTILINE)
+_STAR = re.compile(r"^([^\S\n]*)\*(?=\s)", re.MULTILINE)
 _FIRST_ITEM = re.compile(r"\s*(?:[-•–+*]|\d{1,2}[.)])\s")
 # "Response:", "### Answer": who speaks, and no part of what is said.
 _LABEL = re.compile(

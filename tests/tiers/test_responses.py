@@ -276,10 +276,15 @@ def test_thoughts_without_a_response_have_none(response: str) -> None:
         ("Bake it.<｜end▁of▁sentence｜>", "Bake it."),
         ("<think>x</think>" * 3000, ""),
         ("\n" * 30000, ""),
+        ("Bake it.\n" + "final answer" + ":" * 30000, "Bake it.\nfinal answer" + ":" * 30000),
     ],
 )
 def test_what_stands_around_thoughts_is_the_response(response: str, expected: str) -> None:
     assert strip_markup(response) == expected
+
+
+def test_many_empty_lines_take_no_longer_than_as_many_characters() -> None:
+    assert classify_response("", "Bake it.\n" + "\n" * 100_000 + "Slice it.") is Tier.COMPLY
 
 
 @pytest.mark.parametrize("label", ["Response: ", "### Answer\n\n", "**Assistant:** ", "AI: "])
