@@ -6,12 +6,14 @@ The one reader of prompts: rows of a dataset on the Hub, a saved dataset, a fold
 `datasets` reads the first two and says which files of a folder belong to which split; files are read by `formats`.
 """
 
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from ..errors import ContrastError, warn
 from ..settings import PromptSource
@@ -59,6 +61,8 @@ def read_rows(source: PromptSource, columns: Collection[str], setting: Setting) 
 
     dataset = load_from_disk(str(path))
     parts = dataset if isinstance(dataset, DatasetDict) else {dataset.split or "train": dataset}
+    for file in (file["filename"] for part in parts.values() for file in part.cache_files):
+        _require_inside(path, file, path)
     return _take_split(
         {
             str(name): partial(_dataset_rows, part, str(path), columns)
@@ -166,6 +170,7 @@ def _folder(
 ) -> dict[str, Callable[[], Rows]]:
     """Returns what reads each split of a folder of data files; `datasets` says which files belong to which."""
 
+    import datasets.data_files
     from datasets import load_dataset_builder
 
     from .formats import read_file
@@ -175,7 +180,15 @@ def _folder(
         raise ContrastError(
             f'The path of the folder {path} has "[", "*", "?" or "::", a pattern that another folder may fit: rename it, or give files.'
         )
-    builder = load_dataset_builder(str(place), config)
+    resolve = datasets.data_files.resolve_pattern
+
+    def resolve_inside(pattern: str, base_path: str, *others: Any, **options: Any) -> list[str]:
+        _require_inside(place, os.path.join(base_path, pattern), path)
+        return resolve(pattern, base_path, *others, **options)
+
+    # All that the folder's README.md and its like name comes there, before anything is looked for.
+    with patch.object(datasets.data_files, "resolve_pattern", resolve_inside):
+        builder = load_dataset_builder(str(place), config)
     files = {Path(file) for split in builder.config.data_files.values() for file in split}
     others = (file for file in set(place.rglob("*")) - files if file.is_file())
     unread = sorted(
@@ -198,6 +211,16 @@ def _folder(
         return replace(rows, labels={**rows.labels, **labels})
 
     return {str(name): partial(read, files) for name, files in builder.config.data_files.items()}
+
+
+def _require_inside(place: Path, file: str, name: Path) -> None:
+    """Raises `ContrastError` when a folder names a file, or a pattern of files, that does not lie in it."""
+
+    inside = os.path.abspath(file).startswith(os.path.join(os.path.abspath(place), ""))
+    if "://" in file or not inside:
+        raise ContrastError(
+            f"The folder {name} names {file}, which lies outside it: give the files themselves."
+        )
 
 
 def _dataset_rows(dataset: "Dataset", name: str, columns: Collection[str]) -> Rows:

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import pickle
+import socket
 import sys
 import warnings
 import zipfile
@@ -873,6 +874,44 @@ def test_refused_places(
     for name in ("pool[1]", "pool1", "a::b"):
         write(Path(name, "train.jsonl"), json.dumps({"text": name}))
     assert expected in refusal(PromptSource(dataset=dataset))
+
+
+OUTSIDE = {
+    "files": "data_files: ../secret/*.jsonl",
+    "absolute": "data_files: [{split: train, path: SECRET/*.jsonl}]",
+    "folder": "data_dir: ../secret",
+    "address": 'data_files: "http://127.0.0.1:PORT/train.jsonl"',
+    "chain": 'data_files: "zip://*.jsonl::http://127.0.0.1:PORT/a.zip"',
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_folder_names_no_files_outside_it(name: str, card: str, tmp_path: Path) -> None:
+    """A folder of a stranger's would have the user's own files read as its prompts, or tell a server that it is read."""
+
+    write(tmp_path / "secret" / "train.jsonl", json.dumps({"text": "secret"}))
+    write(tmp_path / "pool" / "train.jsonl", json.dumps({"text": "a"}))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        line = OUTSIDE[name].replace("SECRET", str(tmp_path / "secret"))
+        line = line.replace("PORT", str(listener.getsockname()[1]))
+        text = f"configs:\n- config_name: default\n  {line}\n"
+        write(tmp_path / "pool" / card, f"---\n{text}---\n" if card == "README.md" else text)
+        assert "pool names " in (said := refusal(PromptSource(dataset=str(tmp_path / "pool"))))
+        assert "outside" in said and said.endswith("give the files themselves.")
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_a_saved_dataset_names_no_files_outside_it(tmp_path: Path) -> None:
+    for name in ("secret", "pool"):
+        Dataset.from_dict({"text": [name]}).save_to_disk(tmp_path / name)
+    (file,) = (tmp_path / "secret").glob("*.arrow")
+    state = json.loads((tmp_path / "pool" / "state.json").read_text())
+    state["_data_files"] = [{"filename": f"../secret/{file.name}"}]
+    write(tmp_path / "pool" / "state.json", json.dumps(state))
+    assert "outside" in refusal(PromptSource(dataset=str(tmp_path / "pool")))
 
 
 def test_what_is_not_read_of_a_folder_is_named(tmp_path: Path) -> None:
