@@ -60,9 +60,17 @@ def one_line(text: str) -> str:
     if len(line) > LONGEST_SENTENCE:
         half = LONGEST_SENTENCE // 2
         line = f"{line[:half]} ... {line[-half:]}"
+    return printable(line)
+
+
+def printable(text: str) -> str:
+    """Returns text, with its lines, in which characters that steer a terminal are written as escapes."""
+
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in line
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
     )
 
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from heretic_contrast.builtin import harmful_pool, harmless_pool, is_builtin, refuser_pool
+from heretic_contrast.errors import printable
 from heretic_contrast.hosts.surface import Context, Score, Scorer, heretic_prompts, log
 from heretic_contrast.hosts.tables import PluginTables
 from heretic_contrast.hosts.unused import own_place
@@ -126,8 +127,9 @@ class RefusalTiers(ResponseScorer):
         if self.settings.print_responses:
             for prompt, response, tier in zip(self.prompts, responses, tiers, strict=True):
                 log()
-                log(f"Prompt: {prompt.text}", markup=False)
-                log(f"Response ({tier.value}): {response or '(empty)'}", markup=False)
+                log(printable(f"Prompt: {prompt.text}"), markup=False)
+                shown = f"Response ({tier.value}): {response or '(empty)'}"
+                log(printable(shown), markup=False)
         counted = sum(
             tier in self.settings.counted_tiers or (self.settings.count_incoherent and not clear)
             for tier, clear in zip(tiers, coherent, strict=True)

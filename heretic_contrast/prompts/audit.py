@@ -15,7 +15,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import ContrastError
+from ..errors import ContrastError, one_line
 from ..files import write_text_atomically
 from ..outputs import json_lines, json_text
 from . import Prompt, prompts_digest
@@ -132,8 +132,8 @@ def render(audit: PoolAudit) -> Table:
     table.add_column("Matches", footer=str(audit.n_matches), justify="right")
     table.add_column("Examples")
     for category, texts in audit.matching.items():
-        # Prompts are free text and may hold what looks like markup.
-        examples = "\n".join(escape(" ".join(text.split())) for text in texts[:N_EXAMPLES])
+        # Prompts are free text and may hold what looks like markup, or steers a terminal.
+        examples = "\n".join(escape(one_line(text)) for text in texts[:N_EXAMPLES])
         table.add_row(category, str(len(texts)), examples)
     return table
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from ..errors import one_line
 from ..evaluation.cells import Cell, CellKey, Measurement, SweepResult, Synergy
 from ..evaluation.results import CaptureResult, Geometry
 from ..evaluation.statistics import percents, wilson_interval
@@ -115,7 +116,7 @@ def write_sweep_report(
             log(to_rich(table))
     log()
     for sentence in report.summary:
-        log(f"* {escape(sentence)}")
+        log(f"* {escape(one_line(sentence))}")
     say_what_is_missing(log, capture, geometry)
 
 

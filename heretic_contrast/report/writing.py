@@ -14,6 +14,7 @@ import rich.box
 import rich.table
 from rich.markup import escape
 
+from ..errors import one_line
 from ..files import write_bytes_atomically, write_text_atomically
 from ..outputs import csv_text
 from .content import Column, Report, Table
@@ -28,8 +29,8 @@ def to_rich(table: Table) -> rich.table.Table:
     """Returns a table for the terminal, with its essential columns."""
 
     rendered = rich.table.Table(
-        title=escape(table.title),
-        caption=escape(table.note) or None,
+        title=_shown(table.title),
+        caption=_shown(table.note) or None,
         title_justify="left",
         caption_justify="left",
         box=rich.box.SIMPLE_HEAD,
@@ -39,13 +40,17 @@ def to_rich(table: Table) -> rich.table.Table:
     for index in shown:
         column = table.columns[index]
         rendered.add_column(
-            escape(column.header),
+            _shown(column.header),
             justify="right" if column.numeric else "left",
             no_wrap=index < table.n_keys,
         )
     for row in table.texts():
-        rendered.add_row(*(escape(row[index]) for index in shown))
+        rendered.add_row(*(_shown(row[index]) for index in shown))
     return rendered
+
+
+def _shown(text: str) -> str:
+    return escape(one_line(text))
 
 
 def to_csv(table: Table) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ablation.writers import EMBEDDINGS
 from ..directions.directions import Directions
 from ..directions.transforms import with_orthonormal_rest
-from ..errors import ContrastError
+from ..errors import ContrastError, one_line
 from ..files import digest
 from ..settings import HERETIC_RANGES, Range, Scale, general_parameter
 
@@ -86,7 +86,7 @@ class Parameters:
                     shown[f"{component}.{name}"] = f"{value:.2f}"
         for name, value in self.scales.items():
             # Heretic prints names as markup; in Markdown, a bracket that is escaped is the same.
-            shown[f"scale.{escape(name)}"] = f"{value:.2f}"
+            shown[f"scale.{escape(one_line(name))}"] = f"{value:.2f}"
         return shown
 
     @classmethod

@@ -5,6 +5,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from heretic_contrast.evaluation.cells import SweepResult
 from heretic_contrast.evaluation.sweep import SweepEvaluator
 from heretic_contrast.hosts.surface import Modifier, Scorer
 from heretic_contrast.language_model import LanguageModel
-from heretic_contrast.prompts import load_pool
+from heretic_contrast.prompts import Prompt, load_pool
 from tests.contract.conftest import MODEL
 from tests.contract.standin import load_plugin, make_settings
 from tests.engine.test_judge import write_keyword_judge
@@ -51,6 +52,15 @@ def test_counted_tiers_are_a_setting(run: Any, scorer_tables: dict[str, Any]) ->
     assert score("RefusalTiers", {**table, "counted_tiers": ["EVASIVE"]}, run).value == 0.0
     both = score("RefusalTiers", {**table, "counted_tiers": ["REFUSE", "EVASIVE"]}, run)
     assert both.value == 1.0
+
+
+def test_printed_responses_do_not_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = scorer("RefusalTiers", {"print_responses": True})
+    loaded.prompts = [Prompt("How?\x1b[2J")]
+    loaded.get_score(SimpleNamespace(get_responses=lambda prompts: ["I\n\x1b[31mcannot."]))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "How?\\x1b[2J\n" in shown and ": I\n\\x1b[31mcannot.\n" in shown
 
 
 def test_a_text_classifier_judges(run: Any, scorer_tables: dict[str, Any], tmp_path: Path) -> None:

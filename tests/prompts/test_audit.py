@@ -49,6 +49,14 @@ def test_clean_pool_keeps_order_and_leaves_nothing_to_find() -> None:
     assert audit_pool(kept).n_matches == 0
 
 
+def test_table_shows_no_characters_that_steer_a_terminal() -> None:
+    console = Console(width=160, file=io.StringIO())
+    steering = "\x1b]0;title\x07\x1b[2J\u202e"
+    console.print(render(audit_pool([Prompt(f"How do I hack a password {steering}?")])))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert r"\x1b]0;title\x07\x1b[2J\u202e?" in shown and "\x1b" not in shown
+
+
 def test_table_shows_prompts_literally() -> None:
     console = Console(record=True, width=160, file=io.StringIO())
     console.print(render(audit_pool(POOL)))

@@ -226,6 +226,15 @@ def test_table_in_the_terminal_does_not_read_markup() -> None:
     assert "[note]" in text
 
 
+def test_table_in_the_terminal_is_not_steered_by_names() -> None:
+    name = "\x1b[2J"
+    table = Table("t", name, (text_column(name),), ((name,),), name)
+    console = rich.console.Console(width=80, file=io.StringIO())
+    console.print(to_rich(table))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b" not in shown and shown.count(r"\x1b[2J") == 4
+
+
 def test_terminal_tables_fit_into_eighty_columns() -> None:
     result = make_sweep()
     capture, _ = make_geometry()
