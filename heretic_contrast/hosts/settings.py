@@ -462,7 +462,7 @@ SettingsType = TypeVar("SettingsType", bound=BaseSettings)
 def gives(text: str, *path: str) -> bool:
     """Returns whether a value, which is JSON where it is a table, has a setting at a path in it, or takes the place of its table."""
 
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return holds(json.loads(text), path)
     return not path
 

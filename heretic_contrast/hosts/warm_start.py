@@ -108,7 +108,7 @@ def _of_sweep(path: str, settings: ContrastSettings) -> tuple[str, list[Values],
     try:
         sweep = SweepResult.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         swept = dict(sweep.settings.get("directions", {}).get(configuration, {}))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ContrastError(
             f"{path} cannot be read as a sweep: give the sweep.json of heretic-contrast sweep for a warm start."
         ) from error

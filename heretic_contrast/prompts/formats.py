@@ -13,6 +13,7 @@ import json
 import lzma
 import re
 import zlib
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -244,8 +245,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise ValueError(f'an object has the key "{twice}" twice')
     return found
 
@@ -272,7 +273,11 @@ def _rows_of_columns(
         if isinstance(value, list) and any(isinstance(item, dict) for item in value)
     }
     if not (set(columns) - {CATEGORY_COLUMN} - turns).isdisjoint(values):
-        rows = {tuple(value) if isinstance(value, dict) else len(value) for value in table.values()}
+        rows = {
+            tuple(value) if isinstance(value, dict) else len(value)
+            for value in table.values()
+            if isinstance(value, dict | list)
+        }
         if len(values) < len(table) or len(rows) > 1:
             raise ContrastError(
                 f"{path} is an object of columns that differ in length, or are none: correct it."

@@ -179,6 +179,7 @@ def test_a_component_of_its_own_begins_with_what_it_had_among_others() -> None:
         ("sweep.json", None, "There is no file"),
         ("sweep.json", "{", "cannot be read as a sweep"),
         ("sweep.json", "[1]", "cannot be read as a sweep"),
+        ("sweep.json", "[" * 100_000, "cannot be read as a sweep"),
         ("sweep.json", sweep("other").to_json(), "made for other and not for builtin:refuser"),
         ("sweep.json", sweep(strength="effective").to_json(), "but unmatched [(]effective[)]"),
         ("study.jsonl", "", "holds no study of Heretic's"),

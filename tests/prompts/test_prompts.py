@@ -39,6 +39,7 @@ from heretic_contrast.hosts.settings import HostSettings, load_settings, prompt_
 from heretic_contrast.prompts import Prompt, load_pool, prompts_digest
 from heretic_contrast.prompts.audit import run_audit
 from heretic_contrast.prompts.categories import assign
+from heretic_contrast.prompts.formats import _object
 from heretic_contrast.response_scorers import RefusalTiers
 from heretic_contrast.settings import ContrastSettings, PromptSource
 from tests.conftest import DATA
@@ -902,6 +903,23 @@ def test_a_folder_names_no_files_outside_it(name: str, card: str, tmp_path: Path
         assert "outside" in said and said.endswith("give the files themselves.")
         with pytest.raises(BlockingIOError):
             listener.accept()
+
+
+def test_a_key_that_stands_twice_is_found_without_comparing_all_keys() -> None:
+    compared = 0
+
+    class Key(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    names = [*map(str, range(1000)), "999"]
+    with pytest.raises(ValueError, match='the key "999" twice'):
+        _object([(Key(name), 1) for name in names])
+    assert compared < 10 * len(names)
 
 
 def test_a_saved_dataset_names_no_files_outside_it(tmp_path: Path) -> None:
