@@ -63,7 +63,7 @@ from heretic_contrast.search.parameters import (
 )
 from heretic_contrast.settings import (
     ContrastSettings,
-    datasets_of,
+    inputs_of,
     require_effect,
 )
 from heretic_contrast.weights import base_weight
@@ -146,7 +146,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
 
             # Beside its own prompts, Heretic's settings name those of its scorers.
             read = [item.model_dump(mode="json") for item in (self.settings, self.heretic_settings)]
-            require_writable_file(Path(self.settings.save_directions), datasets_of(read))
+            require_writable_file(Path(self.settings.save_directions), inputs_of(read))
         model = self.model(ctx, self.settings.batch_size).identified()
         self.require_changeable(model)
         self.identity = model.identity()

@@ -85,8 +85,8 @@ def require_writable_file(path: Path, inputs: Iterable[str] = ()) -> None:
     """
     Checks that a file of this name can be made, and creates the directory that it will lie in.
 
-    `inputs`: names of what is read, which may be files. Raises `ContrastError` when `path` is one of them, or anything but a
-    file, or its directory cannot be written to.
+    `inputs`: names of what is read, which may be files or folders. Raises `ContrastError` when `path` is one of them or lies
+    in it, or is anything but a file, or its directory cannot be written to.
     """
 
     if os.path.isdir(path):
@@ -96,7 +96,11 @@ def require_writable_file(path: Path, inputs: Iterable[str] = ()) -> None:
         raise ContrastError(
             f"{path} is a device, a pipe or a socket: give the name of a file to write."
         )
-    if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in inputs):
+    target = path.resolve()
+    if path.exists() and any(
+        os.path.exists(name) and (path.samefile(name) or Path(name).resolve() in target.parents)
+        for name in inputs
+    ):
         raise ContrastError(
             f"{path} is read, so it cannot be written as well: give another name for what is written."
         )

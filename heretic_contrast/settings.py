@@ -295,17 +295,25 @@ else:
     PromptSources = Annotated[PromptSource, WrapValidator(_validate_sources), SerializeAsAny()]
 
 
-def datasets_of(content: Any) -> list[str]:
-    """Returns the names of all datasets in settings as JSON values, however deep."""
+def datasets_of(content: Any, keys: Collection[str] = ("dataset",)) -> list[str]:
+    """Returns the names of all datasets in settings as JSON values, however deep; `keys`: what names them."""
 
     found: set[str] = set()
     if isinstance(content, dict):
-        if isinstance(content.get("dataset"), str):
-            found.add(content["dataset"])
+        found.update(content[key] for key in keys if isinstance(content.get(key), str))
         content = list(content.values())
     if isinstance(content, list):
-        found.update(name for value in content for name in datasets_of(value))
+        found.update(name for value in content for name in datasets_of(value, keys))
     return sorted(found)
+
+
+def inputs_of(content: Any) -> list[str]:
+    """Returns the names of all that is read in settings as JSON values, which may be files or folders."""
+
+    names = (
+        "dataset directions evaluate_model file judge_model model pairs text_classifier warm_start"
+    )
+    return datasets_of(content, names.split())
 
 
 PAPER: dict[str, Any] = {"method": "som", "classes": "category", "svd": False}

@@ -10,7 +10,7 @@ from pydantic import Field
 from ..errors import ContrastError
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
-from ..outputs import require_writable_directory, require_writable_file
+from ..outputs import require_writable_file
 from ..settings import PromptSource
 
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
 
     settings = load_settings(AuditSettings, f"{PROGRAM} audit", arguments)
     cleaned = None if settings.cleaned is None else Path(settings.cleaned)
-    require_writable_directory(Path(settings.output))
+    require_writable_file(Path(settings.output) / "audit.json", [settings.dataset])
     if cleaned is not None:
         require_writable_file(cleaned, [settings.dataset])
         if cleaned.suffix not in (".jsonl", ".ndjson"):

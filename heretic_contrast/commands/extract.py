@@ -16,7 +16,7 @@ from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings
 from ..outputs import require_writable_directory, require_writable_file
-from ..settings import datasets_of
+from ..settings import inputs_of
 
 
 class ExtractSettings(HostSettings, PairsSettings):  # type: ignore[misc]
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     paths = {} if settings.output is None else output_paths(settings.output, configurations)
     for path in paths.values():
-        require_writable_file(path, datasets_of(settings.model_dump(mode="json")))
+        require_writable_file(path, inputs_of(settings.model_dump(mode="json")))
     if settings.report is not None:
         report = Path(settings.report)
         require_writable_directory(report)

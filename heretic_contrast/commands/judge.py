@@ -16,10 +16,10 @@ from ..evaluation.statistics import percent, percents, wilson_interval
 from ..files import write_text_atomically
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
-from ..outputs import json_lines, require_writable_file
+from ..outputs import json_lines, json_text, require_writable_file
 from ..prompts import is_text
 from ..prompts.formats import read_file
-from ..settings import TextClassifierSettings
+from ..settings import TextClassifierSettings, inputs_of
 from ..tiers.agreement import TIERS_OF_LABELS, Agreement
 from ..tiers.coherence import is_coherent
 from ..tiers.responses import Tier, explain_response
@@ -66,7 +66,15 @@ def read_rows(settings: JudgeSettings) -> list[dict[str, Any]]:
             raise ContrastError(
                 f'{place} has no text under "{key}": name the key by --response-key.'
             )
-        if not is_text(json.dumps(dict(cells), ensure_ascii=False, default=str)):
+        try:
+            text = json.dumps(dict(cells), ensure_ascii=False, default=str)
+            # It writes fewer levels than can be read.
+            json_text(dict(cells) if is_text(text) else {})
+        except (ValueError, RecursionError) as error:
+            raise ContrastError(
+                f"{place} is nested too deeply to be written again: correct it."
+            ) from error
+        if not is_text(text):
             raise ContrastError(
                 f"{place} holds half a character, which cannot be written: correct it."
             )
@@ -172,7 +180,8 @@ def main(arguments: Sequence[str]) -> None:
     rows = read_rows(settings)
     people = [people_tier(row.get(settings.label_key), settings.labels, path) for row in rows]
     if settings.output is not None:
-        require_writable_file(Path(settings.output), [settings.file])
+        read = inputs_of(settings.model_dump(mode="json"))
+        require_writable_file(Path(settings.output), read)
         if settings.label_key in JUDGED:
             raise ContrastError(
                 f'The labels under "{settings.label_key}" would be replaced in {settings.output}: give them another key, or leave out '

@@ -2,6 +2,7 @@
 
 """`heretic-contrast sweep`: tests each layer alone at fixed weights."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +16,8 @@ from ..evaluation.plan_settings import SweepPlanSettings
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings, prompt_sources
-from ..settings import require_effect
+from ..outputs import require_writable_file
+from ..settings import inputs_of, require_effect
 
 
 class SweepSettings(HostSettings, SweepPlanSettings):  # type: ignore[misc]
@@ -38,6 +40,10 @@ def main(arguments: Sequence[str]) -> None:
     if not settings.output:
         raise ContrastError("The sweep needs a place for its report: give --output DIR.")
     output = Path(settings.output)
+    # A folder that is read may hold the report of a sweep that goes on.
+    read = list(filter(os.path.isfile, inputs_of(settings.model_dump(mode="json"))))
+    for name in ("sweep.json", "sweep.csv", "responses.jsonl"):
+        require_writable_file(output / name, read)
     for name in ("text_classifier", "judge_model"):
         if getattr(settings.contrast, name) is not None and settings.classifier_name is None:
             flag = name.replace("_", "-")

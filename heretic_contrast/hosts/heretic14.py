@@ -44,7 +44,7 @@ from ..search.parameters import Parameters, require_ranges, require_ranges_of
 from ..search.samplers import make_sampler, trial_seed
 from ..search.screening import best_candidates
 from ..search.stopping import Point
-from ..settings import datasets_of
+from ..settings import inputs_of
 from .answers import TRIAL_QUESTION, Answers, or_nothing, require_answers
 from .evaluator import Evaluator, own_prompts, require_judge, sensitive_prompts
 from .finalists import count_refusals, front_choices, require_fresh, second_look
@@ -575,7 +575,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
     if settings.save_directory is not None:
         require_writable_directory(Path(settings.save_directory))
     if settings.contrast.save_directions is not None:
-        read = datasets_of(settings.model_dump(mode="json"))
+        read = inputs_of(settings.model_dump(mode="json"))
         require_writable_file(Path(settings.contrast.save_directions), read)
     # Heretic's main() would show an interruption as an ordinary end.
     rich.traceback.install()

@@ -3,14 +3,17 @@
 """Bad input: one sentence that names what is wrong, exit code 2, nothing overwritten."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from heretic_contrast.builtin import DATA
 from heretic_contrast.prompts import text_digest
 from tests.conftest import Refused
+from tests.hosts.test_warm_start import sweep
 from tests.made_directions import make_directions, random_tensor
 from tests.tiny_models import make_model
 
@@ -370,7 +373,9 @@ def test_pools(
     assert output.read_bytes() == b"kept"
 
 
-def test_what_is_read_is_not_written_to(refused: Refused, tmp_path: Path) -> None:
+def test_what_is_read_is_not_written_to(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     harmful, harmless = (
         Path(write_pool(tmp_path / f"{name}.jsonl", rows))
         for name, rows in (("bad", HARMFUL), ("good", HARMLESS))
@@ -390,6 +395,32 @@ def test_what_is_read_is_not_written_to(refused: Refused, tmp_path: Path) -> Non
     ):
         assert "cannot be written as well" in refused(words)
     assert harmless.read_bytes() == content
+    # Parts of a folder that is read, and files that a command names itself.
+    monkeypatch.setattr("heretic_contrast.hosts.loading.open_model", None)
+    monkeypatch.setattr("heretic.main.run", None)
+    shutil.copytree(DATA / "refuser", tmp_path / "model")
+    for folder, name in (
+        ("pool/data", "train.jsonl"),
+        ("a", "audit.json"),
+        ("s", "responses.jsonl"),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(harmful, tmp_path / folder / name)
+    (tmp_path / "sweep.json").write_text(sweep().to_json())
+    for line in (
+        "extract model --output=model/model.safetensors",
+        "model --bad-evaluation-prompts.dataset=bad.jsonl --contrast.save-directions=model/config.json --model-action=none",
+        "builtin:refuser --contrast.warm-start=sweep.json --contrast.save-directions=sweep.json --model-action=none",
+        "audit --dataset=pool --output=a --cleaned=pool/data/train.jsonl",
+        "audit --dataset=a/audit.json --output=a",
+        "sweep builtin:refuser --bad-evaluation-prompts.dataset=s/responses.jsonl --output=s",
+        "judge bad.jsonl --response-key=text --judge-model=model --output=model/config.json",
+    ):
+        command, *options = line.split()
+        extra = [] if command in ("audit", "judge", "sweep") else pools
+        if command not in ("audit", "judge", "extract"):
+            extra = [*extra, "--good-evaluation-prompts.dataset=good.jsonl"]
+        assert "cannot be written as well" in refused([command, *options, *extra]), line
     assert "JSON Lines" in refused(
         [
             "audit",

@@ -157,6 +157,7 @@ def test_what_another_judge_found_is_not_kept_in_part(tmp_path: Path) -> None:
         ('{"response": "r", "label": "odd"}', 'the label "odd"'),
         ('{"response": "\\ud83d"}', "Line 1 of .* holds half a character"),
         ('{"response": "r", "more": ["\\ud83d"]}', "Line 1 of .* holds half a character"),
+        ('{"response": ["r"], "more": 3}', "is an object of columns that differ in length, or are"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
@@ -166,6 +167,13 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
         main([str(path)])
     with pytest.raises(ContrastError, match="There is no file"):
         main([str(tmp_path / "missing.jsonl")])
+
+
+def test_lines_that_are_nested_too_deeply_to_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"response": "r", "more": ' + "[" * 400 + "]" * 400 + "}")
+    with pytest.raises(ContrastError, match=r"Line 1 of .* is nested too deeply"):
+        main([str(path), f"--output={tmp_path / 'judged.jsonl'}"])
 
 
 @pytest.mark.parametrize("option", ["--prompt-key", "--label-key"])
