@@ -5,7 +5,7 @@ Ablation by forward hooks: of all samples of a batch in one way, or of each in i
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, cast
@@ -22,7 +22,7 @@ from .operator import Operator
 from .writers import EMBEDDINGS, Writer, some_tokens, with_embeddings
 
 LENGTH = 0.125
-"""Root mean square that no stream is above where writers are looked for that were missed."""
+"""Root mean square that no stream is above where it is looked at what layers add to it: see `short_streams`."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,24 @@ def carries_samples(model: LanguageModel) -> bool:
     )
 
 
+def short_streams(layers: Iterable[Module]) -> AbstractContextManager[None]:
+    """
+    Shortens the stream that each layer is given for as long as the context lasts.
+
+    A long stream in 16 bits holds its rounding in place of the little that a layer adds.
+    """
+
+    def shorten(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = args[0] if args else kwargs["hidden_states"]
+        lengths = before.float().square().mean(dim=-1, keepdim=True).sqrt()
+        before = (before / (lengths / LENGTH).clamp_min(1)).to(before.dtype)
+        if args:
+            return (before, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": before}
+
+    return hooked([(layer, shorten) for layer in layers])
+
+
 @torch.no_grad()
 def missed_shares(model: LanguageModel, tolerance: float | None = None) -> dict[int, float]:
     """
@@ -251,15 +269,8 @@ def missed_shares(model: LanguageModel, tolerance: float | None = None) -> dict[
     entered: dict[int, Tensor] = {}
     states: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def shorten(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # A long stream in 16 bits holds its rounding in place of the little that a layer adds.
-        before = args[0] if args else kwargs["hidden_states"]
-        lengths = before.float().square().mean(dim=-1, keepdim=True).sqrt()
-        before = (before / (lengths / LENGTH).clamp_min(1)).to(before.dtype)
-        entered[layers[module]] = before
-        if args:
-            return (before, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": before}
+    def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered[layers[module]] = args[0] if args else kwargs["hidden_states"]
 
     def leave(module: Module, args: Any, output: Any) -> None:
         before, after = (
@@ -270,7 +281,8 @@ def missed_shares(model: LanguageModel, tolerance: float | None = None) -> dict[
 
     decoder, tokens = model.decoder(), some_tokens(model)
     with (
-        hooked([(layer, shorten) for layer in layers], [(layer, leave) for layer in layers]),
+        short_streams(layers),
+        hooked([(layer, enter) for layer in layers], [(layer, leave) for layer in layers]),
         ExitStack() as stack,
     ):
         decoder(input_ids=tokens, use_cache=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import LogitsProcessorList
 
-from ..ablation.hooks import carries_samples
+from ..ablation.hooks import carries_samples, short_streams
 from ..ablation.writers import some_tokens
 from ..language_model import LanguageModel, Tokens, hooked, plain_settings
 from ..vectors import exact_type, exactly, to_device
@@ -24,7 +24,7 @@ Observe = Callable[[Tensor, Tensor, Tensor], None]
 Components = tuple[str, ...] | None
 """Some components of a model, or None for all."""
 
-SUM_TOLERANCE = 0.05
+SUM_TOLERANCE = 0.01
 """By which share of its length what a layer adds may differ from the sum of its writers' outputs: what 16 bits round."""
 
 
@@ -48,10 +48,11 @@ def passing_layers(model: LanguageModel) -> dict[int, Passing] | None:
     tokens = some_tokens(model).view(-1, 1)
     decoder = model.decoder()
     adds_up = carries_samples(model)
-    with _last_positions(model, len(tokens), adds_up) as seen:
-        decoder(input_ids=tokens, use_cache=False)
-    with _silent_writers(model), _last_positions(model, len(tokens), False) as silent:
-        decoder(input_ids=tokens, use_cache=False)
+    with short_streams(model.layers):
+        with _last_positions(model, len(tokens), adds_up) as seen:
+            decoder(input_ids=tokens, use_cache=False)
+        with _silent_writers(model), _last_positions(model, len(tokens), False) as silent:
+            decoder(input_ids=tokens, use_cache=False)
     found = {}
     for layer, before in silent.entered.items():
         y = exactly(silent.states[layer])

@@ -384,6 +384,26 @@ def test_what_layers_add_is_seen_behind_numbers_and_gates(name: str, factor: flo
     torch.testing.assert_close(found[0], torch.stack(added), rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "is_multiplied"),
+    [("Llama", False), ("Gemma 2", False), ("Command R7B", False), ("Granite", True)],
+)
+def test_layers_that_multiply_are_told_in_16_bits(
+    name: str, is_multiplied: bool, dtype: torch.dtype
+) -> None:
+    """Of a stream whose rounding is longer than what layers add, as at the first position of real models."""
+
+    family = FAMILIES[name]
+    network = family.make_model().eval().to(dtype)
+    network.get_input_embeddings().weight *= 1000
+    model = wrap(network, family.make_tokenizer(), name)
+    passing = passing_layers(model)
+    assert passing is not None
+    assert list(passing) == (list(range(model.n_layers)) if is_multiplied else [])
+
+
 def test_activities_of_a_model_that_mixes_several_streams_are_left_out() -> None:
     family = FAMILIES["Gemma 3n"]
     model = wrap(family.make_model().eval(), family.make_tokenizer(), "Gemma 3n")
