@@ -56,6 +56,21 @@ def loaded(module: Module, device: torch.device | None = CPU) -> Iterator[None]:
         hook.execution_device = computes_on
 
 
+@contextmanager
+def changing(module: Module) -> Iterator[None]:
+    """
+    Gives an offloaded module its parameters on the CPU for as long as the context lasts, and keeps what has become of them.
+
+    They are kept in memory, as PEFT keeps what it merges.
+    """
+
+    with loaded(module):
+        yield
+        for hook in _hooks(module):
+            if getattr(hook, "offload", False):
+                hook.weights_map = module.state_dict()
+
+
 def computing_device(module: Module, default: torch.device) -> torch.device:
     """Returns where a module, or the first of its children that is offloaded, computes; `default` where none is."""
 

@@ -19,6 +19,7 @@ from torch.nn import Embedding, Module, Parameter
 
 from ..errors import ContrastError, warn
 from ..language_model import LanguageModel
+from ..offloading import changing
 from ..weights import FULL_PRECISION, is_plain, is_projection, is_transposed, require_known
 from .hooks import ablated
 from .operator import Operator
@@ -116,6 +117,7 @@ def subtract(writer: Writer, operator: Operator, weight: bool = True) -> None:
     Changes the weights of a writer to W − C W, and its biases, where they are ablated, to b − C b.
 
     `operator`: what is to be removed from the writer's contribution. `weight`: whether the weight is changed, or the bias alone.
+    Raises `ContrastError` where they have no data.
     """
 
     operator = writer.operator(operator)
@@ -124,6 +126,10 @@ def subtract(writer: Writer, operator: Operator, weight: bool = True) -> None:
     def remove(vectors: Tensor) -> None:
         """Ablates rows of shape (..., hidden_size) in place."""
 
+        if vectors.is_meta:
+            raise ContrastError(
+                f"The weights of {writer.component} have no data, so that they cannot be changed: load the whole model."
+            )
         moved = operator.to(vectors.device)
         vectors -= moved.apply(vectors.float()).to(vectors.dtype)
 
@@ -140,7 +146,7 @@ def subtract(writer: Writer, operator: Operator, weight: bool = True) -> None:
         # Vocabularies are large, and a part in float32 is enough.
         for part in rows.split(ROWS_AT_A_TIME):
             remove(part)
-    if writer.bias is not None:
+    if writer.with_bias and getattr(layer, "bias", None) is not None:
         remove(layer.bias.data)
 
 
@@ -206,24 +212,25 @@ class Changes:
             module = (network if is_embedding else layers[layer]).get_submodule(writer.path)
             if is_embedding:
                 untie(network, module)
-            subtract(replace(writer, module=module), operator, not is_adapted)
+            with changing(module):
+                subtract(replace(writer, module=module), operator, not is_adapted)
 
 
 def untie(network: Any, embedding: Any) -> None:
     """Gives the output head of a model, and all else that is tied, weights of its own, where it shares those of an embedding."""
 
     head = network.get_output_embeddings()
-    if head is None or head.weight is not embedding.weight:
+    names = [name.rpartition(".") for name in network.all_tied_weights_keys]
+    tied = {(network.get_submodule(path), leaf) for path, _, leaf in names}
+    # Offloaded weights are not one tensor, though they are tied.
+    if head is None or (head.weight is not embedding.weight and (head, "weight") not in tied):
         return
-    head.weight = Parameter(embedding.weight.detach().clone(), requires_grad=False)
     for configuration in (network.config, network.config.get_text_config()):
         if getattr(configuration, "tie_word_embeddings", False):
             configuration.tie_word_embeddings = False
     # Without the setting nothing is tied when the model is loaded, such as the blocks that layers of Zamba share.
-    for name in network.all_tied_weights_keys:
-        path, _, leaf = name.rpartition(".")
-        owner = network.get_submodule(path)
-        if owner is not head:
+    for owner, leaf in tied | {(head, "weight")}:
+        with changing(owner):
             own = getattr(owner, leaf).detach().clone()
             setattr(owner, leaf, Parameter(own, requires_grad=False))
     network.all_tied_weights_keys = {}

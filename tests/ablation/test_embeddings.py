@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import optuna
 import pytest
 import torch
@@ -15,10 +16,10 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from heretic_contrast.ablation.changes import Changes, require_editable
+from heretic_contrast.ablation.changes import Changes, require_editable, subtract
 from heretic_contrast.ablation.hooks import Intervention, ablated_samples
 from heretic_contrast.ablation.operator import compose
-from heretic_contrast.ablation.writers import find_embeddings
+from heretic_contrast.ablation.writers import Writer, find_embeddings, with_embeddings
 from heretic_contrast.engine.check import checked_engine
 from heretic_contrast.engine.fast.engine import FastEngine
 from heretic_contrast.errors import ContrastError
@@ -136,6 +137,53 @@ def test_a_model_without_its_adapters_is_the_original(name: str, tmp_path: Path)
     assert torch.equal(logits(case.host.model, case.plain), modified)
     assert case.modifier.changes.first_layer == first_layer == -1
     assert relative(modified, original) > 0.01
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "gpt-oss"])
+@pytest.mark.filterwarnings("ignore:The output head shares", "ignore:Attempting to save")
+@torch.no_grad()
+def test_a_model_that_waits_on_disk_is_saved_with_all_changes(name: str, tmp_path: Path) -> None:
+    options = ['--max-memory={"cpu": "1KB"}']
+    case = make_case(name, tmp_path / "model", options=options, embeddings=True)
+    original = logits(case.plain.model, case.plain)
+    head = case.plain.model.get_output_embeddings().weight
+    case.modifier.modify_model(case.context, everything(case, 0.9, 0.4))
+    modified = logits(case.host.model, case.plain)
+    case.host.get_merged_model().save_pretrained(tmp_path / "saved")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert torch.equal(reloaded.get_output_embeddings().weight, head)
+    assert relative(logits(reloaded, case.plain), modified) < 1e-4 < relative(modified, original)
+    assert not reloaded.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Qwen3 MoE"])
+@pytest.mark.filterwarnings("ignore:The output head shares", "ignore:Attempting to save")
+@torch.no_grad()
+def test_weights_that_wait_in_memory_are_changed_and_saved(name: str, tmp_path: Path) -> None:
+    model = with_embeddings(model_of(name))
+    head = model.model.get_output_embeddings().weight.clone()
+    accelerate.cpu_offload(model.model, execution_device=torch.device("cpu"))
+    # transformers saves only what it has offloaded itself.
+    model.model.hf_device_map = {"": "cpu"}
+    original = logits(model.model, model)
+    changes, operator = Changes(), compose(unit_direction(model)[None], torch.ones(1))
+    for layer, writers in enumerate(model.writers):
+        for writer in writers:
+            changes.add(layer, writer, operator)
+    modified = logits(model.model, model)
+    changes.write(model.model, model.layers)
+    changes.undo()
+    assert relative(logits(model.model, model), modified) < 1e-4 < relative(modified, original)
+    model.model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(reloaded.get_output_embeddings().weight, head)
+    assert relative(logits(reloaded, model), modified) < 1e-4
+
+
+def test_weights_without_data_are_refused() -> None:
+    writer = Writer("mlp.down_proj", "", torch.nn.Linear(4, 6, bias=False, device="meta"))
+    with pytest.raises(ContrastError, match=r"mlp.down_proj have no data"):
+        subtract(writer, compose(torch.ones(1, 6), torch.ones(1)))
 
 
 ZAMBA: dict[str, Any] = {

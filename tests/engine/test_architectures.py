@@ -47,6 +47,7 @@ from heretic_contrast.hosts.loading import (  # noqa: E402
 from heretic_contrast.hosts.surface import from_heretic, wrap  # noqa: E402
 from heretic_contrast.language_model import LanguageModel  # noqa: E402
 from heretic_contrast.modifier import ContrastAbliteration  # noqa: E402
+from heretic_contrast.offloading import input_device  # noqa: E402
 from heretic_contrast.prompts import Prompt  # noqa: E402
 from heretic_contrast.search.parameters import Kernel, Parameters  # noqa: E402
 from heretic_contrast.settings import ContrastSettings  # noqa: E402
@@ -194,7 +195,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def logits(model: Any, wrapped: LanguageModel) -> Tensor:
     """Returns the logits at the last position of every prompt: (n_prompts, vocabulary)."""
 
-    inputs = {name: ids.to(model.device) for name, ids in wrapped.tokenize(PROMPTS).items()}
+    device = input_device(model)
+    inputs = {name: ids.to(device) for name, ids in wrapped.tokenize(PROMPTS).items()}
     return model(**inputs).logits[:, -1].float().cpu()
 
 
