@@ -417,7 +417,7 @@ def plot(results: Mapping[str, Any], memory: Mapping[str, Any] | None) -> bytes:
 
     n_panels = len(results) + (memory is not None)
     n_rows = -(-n_panels // 2)
-    figure = Figure(figsize=(9.6, 3.5 * n_rows), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12.8, 3.5 * n_rows), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(n_rows, 2, squeeze=False).flat)
     for axes, result in zip(panels, results.values(), strict=False):
@@ -460,7 +460,8 @@ def plot(results: Mapping[str, Any], memory: Mapping[str, Any] | None) -> bytes:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(True, which="major", color="#dddddd")
-        axes.legend(fontsize=9, framealpha=0.9)
+        # Outside, where it hides no point.
+        axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     for axes in panels[n_panels:]:
         axes.set_axis_off()
     buffer = io.BytesIO()
