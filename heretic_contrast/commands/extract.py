@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
         if name in paths:
             directions.save(paths[name])
             log(
-                f"* Saved [bold]{directions.n_directions}[/] directions per layer to [bold]{escape(str(paths[name]))}[/]"
+                f"* Saved [bold]{directions.n_directions}[/] direction{'s' if directions.n_directions > 1 else ''} per layer to [bold]{escape(str(paths[name]))}[/]"
             )
 
     found = sources.directions(model, log, progress_bar, settings.max_response_length, save)

@@ -41,6 +41,10 @@ def percentage(share: float) -> str:
     return f"{percent(share, 1)} %"
 
 
+def plural(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def layers_text(layers: Any) -> str:
     runs: list[list[int]] = []
     for layer in sorted(layers):

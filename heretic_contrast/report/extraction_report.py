@@ -2,6 +2,7 @@
 
 """The report of an extraction: what a baseline does to the directions, before any model is changed."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from .content import (
     Table,
     number,
     percentage,
+    plural,
     significant,
     slug,
     text_column,
@@ -90,7 +92,7 @@ def extraction_report(
     sections.append(classes_section(extracted, geometry, layer))
     return Report(
         title=f"Refusal directions of {model}",
-        subtitle=f"{len(extracted)} configuration{'s' if len(extracted) > 1 else ''}: {', '.join(extracted)}",
+        subtitle=f"{plural(len(extracted), 'configuration')}: {', '.join(extracted)}",
         summary=summary(extracted, capture, geometry),
         sections=tuple(sections),
     )
@@ -102,9 +104,12 @@ def summary(extracted: "Extracted", capture: CaptureResult, geometry: Geometry) 
     for name, directions in extracted.items():
         strongest = max(geometry.of(name), key=lambda layer: layer.effective_weight)
         sentence = (
-            f"{name}: {directions.n_directions} directions per layer, effective weight at weight 1 up to "
-            f"{strongest.effective_weight:.3g} (layer {strongest.layer})"
+            f"{name}: {plural(directions.n_directions, 'direction')} per layer, effective weight at weight 1 up to "
+            f"{strongest.effective_weight:.3g}"
         )
+        # Where all look equal, rounding noise has chosen the layer.
+        if len({f"{layer.effective_weight:.3g}" for layer in geometry.of(name)}) > 1:
+            sentence += f" (layer {strongest.layer})"
         row = captured.get(name)
         if row is not None and row[1] is not None:
             sentence += f"; their span captures {percentage(row[1])} on average and {percentage(row[2])} at layer {row[4]}"
@@ -134,7 +139,7 @@ def configuration_table(extracted: "Extracted", geometry: Geometry) -> Table:
         text_column("Scale", setting("scale"), essential=False),
         Column("Mean norm", partial(average, attribute="mean_norm"), significant(3)),
         Column("Mean cosine", partial(average, attribute="mean_cosine"), number(3)),
-        Column("Share of σ₁²", partial(average, attribute="first_share"), number(3)),
+        Column("Share of σ₁²", partial(average, attribute="first_share"), percentage),
         Column("Effective weight", partial(average, attribute="effective_weight"), significant(3)),
         text_column(
             "Prompts from",
@@ -157,14 +162,15 @@ def classes_section(extracted: "Extracted", geometry: Geometry, layer: int) -> S
         for name, item in measured.items()
         for first in item.singular_values[:1]
     }
-    figures = [
-        Figure(
-            "singular-values",
-            f"Singular values of the class directions, layer {layer}",
-            f"Line plot: singular values relative to the first one, for {', '.join(spectra)}.",
-            partial(plots.lines, spectra, "Index", "Singular value / first one", from_zero=True),
+    figures = []
+    if any(len(index) > 1 for index, _ in spectra.values()):
+        title = f"Singular values of the class directions, layer {layer}"
+        alternative = (
+            f"Line plot: singular values relative to the first one, for {', '.join(spectra)}."
         )
-    ]
+        axes = "Index", "Singular value / first one"
+        draw = partial(plots.lines, spectra, *axes, from_zero=True)
+        figures.append(Figure("singular-values", title, alternative, draw))
     rows = []
     drawn: list[Directions] = []
     for name, directions in extracted.items():
@@ -212,6 +218,8 @@ def classes_section(extracted: "Extracted", geometry: Geometry, layer: int) -> S
 
 
 def cosine_figure(name: str, classes: tuple[str, ...], measured: LayerGeometry) -> Figure:
+    # Directions of classes are often nearly parallel.
+    lowest = min(0.9, math.floor(10 * np.min(measured.cosines)) / 10)
     return Figure(
         f"class-cosines-{slug(name)}",
         f"Cosines between classes: {name}, layer {measured.layer}",
@@ -221,7 +229,7 @@ def cosine_figure(name: str, classes: tuple[str, ...], measured: LayerGeometry) 
             np.array(measured.cosines),
             (classes, classes),
             ("Class", "Class", "Cosine"),
-            limits=(-1, 1),
+            limits=(lowest, 1),
             annotate="{:.2f}",
         ),
     )

@@ -8,6 +8,7 @@ version of matplotlib and the same fonts: nothing about time or software is writ
 """
 
 import io
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -22,7 +23,8 @@ DOTS_PER_INCH = 144
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's palette, whose colors differ for all common kinds of color vision."""
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""One more than colors, so that both together repeat only after 56 series."""
 
 FALLBACK_FONTS = (
     "Noto Sans CJK SC, Microsoft YaHei, PingFang SC, WenQuanYi Micro Hei, Hiragino Sans, Malgun Gothic, Apple SD Gothic Neo, "
@@ -32,6 +34,9 @@ FALLBACK_FONTS = (
 
 MAX_TICKS = 26
 """More labels on one axis would overlap."""
+
+MAX_CHARACTERS = 26
+"""Longer names would take the room of what is drawn, or overlap."""
 
 
 def can_plot() -> bool:
@@ -73,9 +78,18 @@ def literal(text: str) -> str:
 def _label_axis(axis: Any, labels: Sequence[str], **options: Any) -> None:
     """Labels the positions 0, 1, ... of an axis, only some of them where there are many. `options`: those of matplotlib's texts."""
 
+    labels = [
+        text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…" for text in labels
+    ]
     step = -(-len(labels) // MAX_TICKS)
     positions = range(0, len(labels), step)
     axis.set_ticks(list(positions), [literal(labels[index]) for index in positions], **options)
+
+
+def _only_integers(axis: Any) -> None:
+    """Puts the ticks of an axis at integers, one where there is room for no more."""
+
+    axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def heat_map(
@@ -89,7 +103,8 @@ def heat_map(
     Returns a heat map.
 
     `values`: array of shape (n_rows, n_columns); NaN leaves a cell blank. `labels`: those of rows and columns. `titles`: those of
-    rows, columns and values. `limits`: the values at the ends of the color map. `annotate` formats the value that is written into each cell, unless there are more than 32 columns or 64 rows.
+    rows, columns and values. `limits`: the values at the ends of the color map. `annotate` formats the value that is written into each cell, where there is room; without
+    decimals, values are counts.
     """
 
     n_rows, n_columns = values.shape
@@ -108,9 +123,12 @@ def heat_map(
     _label_axis(axes.yaxis, rows)
     axes.set_xlabel(column_title)
     axes.set_ylabel(row_title)
-    if n_columns <= 32 and n_rows <= 64:
+    longest = max((len(annotate.format(value)) for value in values[np.isfinite(values)]), default=0)
+    if n_columns * (longest + 1) <= 80 and n_rows <= 64:
         write_values(axes, values, low, high, annotate)
-    figure.colorbar(image, ax=axes, label=value_title, fraction=0.06)
+    bar = figure.colorbar(image, ax=axes, label=value_title, fraction=0.06)
+    if ".0f" in annotate:
+        _only_integers(bar.ax.yaxis)
     return to_png(figure)
 
 
@@ -134,6 +152,7 @@ def lines(
     """
     Returns lines with markers, one for each series of x and y values; None breaks a line.
 
+    A series without values is not shown, but keeps its color from others.
     `level`: a value that is drawn as a dashed horizontal line, and what it means.
     """
 
@@ -142,6 +161,8 @@ def lines(
     figure = new_figure(6.0, 3.9)
     axes = figure.subplots()
     for index, (name, (x, y)) in enumerate(series.items()):
+        if not len(y):
+            continue
         axes.plot(
             x,
             [np.nan if value is None else value for value in y],
@@ -157,9 +178,13 @@ def lines(
         value is not None and value > 0 for _, y in series.values() for value in y
     ):
         axes.set_yscale("log")
-    elif from_zero:
-        axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        low, high = axes.get_ylim()
+        # Rounding noise is no curve: less than this share of the values is not spread over the whole height.
+        least = (0.1 if from_zero else 0.01) * max(-low, high)
+        margin = max(0.0, least - (high - low)) / 2
+        axes.set_ylim(0 if from_zero else low - margin, high + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return _finished(figure, axes, x_title, y_title)
 
 
@@ -167,12 +192,13 @@ def fronts(
     series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[bool]]],
     x_title: str,
     y_title: str,
+    n_prompts: int,
 ) -> bytes:
     """
     Returns points, one color for each series, and a stepped line through those on its Pareto front.
 
-    Each series: x values (positive, on a logarithmic axis), y values, and whether each point is on the front. Infinite
-    values, which broken models have, are left out of the picture.
+    Each series: x values (positive, on a logarithmic axis), y values (counts of `n_prompts`), and whether each point is on the
+    front. Infinite values, which broken models have, are left out of the picture.
     """
 
     figure = new_figure(6.0, 4.4)
@@ -196,13 +222,14 @@ def fronts(
         axes.set_xscale("log")
         # Within one decade the small ticks have labels, too, which are long.
         axes.tick_params(axis="x", which="both", labelrotation=30)
-    axes.set_ylim(bottom=-0.4)
+    axes.set_ylim(-0.04 * n_prompts, 1.04 * n_prompts)
+    _only_integers(axes.yaxis)
     return _finished(figure, axes, x_title, y_title)
 
 
 def hit_maps(hits: NDArray[Any], titles: Sequence[str]) -> bytes:
     """
-    Returns maps of the prompts that each neuron wins, side by side, with counts in the cells.
+    Returns maps of the prompts that each neuron wins, side by side, with counts in the cells where there is room.
 
     `hits`: array of shape (n_maps, rows, columns), integers.
     """
@@ -219,8 +246,8 @@ def hit_maps(hits: NDArray[Any], titles: Sequence[str]) -> bytes:
         axes.imshow(counts, cmap="cividis", vmin=0, vmax=high)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(literal(title), fontsize=9)
-        if counts.size <= 100:
+        axes.set_title(literal(textwrap.fill(title, MAX_CHARACTERS)), fontsize=9)
+        if max(counts.shape) * (len(str(high)) + 1) <= 30:
             write_values(axes, counts, 0, high, "{}")
     return to_png(figure)
 

@@ -70,8 +70,8 @@ def capture_section(capture: CaptureResult) -> Section:
             "Line plot: share of the residual differences captured, over layers, for {names}. "
             "The table below has mean and peak.",
             {item: capture.of(item) for item in capture.configurations()},
-            attrgetter(name),
-            "Captured share (0 to 1)",
+            partial(_captured, name),
+            "Captured share (%)",
             from_zero=True,
         )
         for name, title in (
@@ -96,6 +96,11 @@ def capture_section(capture: CaptureResult) -> Section:
             )
         )
     return Section("Capture", tuple(paragraphs), tuple(figures), tuple(tables))
+
+
+def _captured(name: str, layer: LayerCapture) -> float | None:
+    share = getattr(layer, name)
+    return None if share is None else 100 * share
 
 
 def _subspace(layer: LayerCapture) -> float:
@@ -192,9 +197,15 @@ def layer_table(geometry: Geometry) -> Table:
 def compounding_section(geometry: Geometry) -> Section:
     figures = []
     eigenvalue = "Effective weight at weight 1"
-    for name, title, attribute, axis in (
-        ("cosines", "Cosine between class directions", "mean_cosine", "Mean pairwise cosine"),
-        ("effective-weight", "Effective weight", "effective_weight", eigenvalue),
+    for name, title, attribute, axis, from_zero in (
+        (
+            "cosines",
+            "Cosine between class directions",
+            "mean_cosine",
+            "Mean pairwise cosine",
+            False,
+        ),
+        ("effective-weight", "Effective weight", "effective_weight", eigenvalue, True),
     ):
         value = attrgetter(attribute)
         layers = {item: geometry.of(item) for item in geometry.configurations()}
@@ -203,7 +214,9 @@ def compounding_section(geometry: Geometry) -> Section:
         }
         if known:
             alternative = "Line plot: {axis} over layers, for {names}."
-            figures.append(over_layers(name, title, alternative, known, value, axis))
+            figures.append(
+                over_layers(name, title, alternative, known, value, axis, from_zero=from_zero)
+            )
     return Section(
         "Compounding",
         (

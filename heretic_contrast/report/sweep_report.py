@@ -24,6 +24,7 @@ from .content import (
     Section,
     Table,
     layers_text,
+    plural,
     significant,
     slug,
     text_column,
@@ -66,6 +67,7 @@ def _refusals(cell: Cell) -> str:
 
 
 REFUSALS = attrgetter("measurement.refusals")
+
 
 STRENGTH = text_column("Strength", "strength")
 LAYER = Column("Layer", lambda cell: cell.layers[0])
@@ -115,7 +117,7 @@ def write_sweep_report(
             log()
             log(to_rich(table))
     log()
-    for sentence in report.summary:
+    for sentence in summary(result):
         log(f"* {escape(one_line(sentence))}")
     say_what_is_missing(log, capture, geometry)
 
@@ -347,14 +349,14 @@ def refusal_figure(result: SweepResult, configuration: str, strength: str) -> Fi
     )
     return Figure(
         f"refusals-{slug(configuration, strength)}",
-        label(configuration, strength),
+        f"R per layer and weight: {label(configuration, strength)}",
         f"Heat map of refusals over layers and weights for {label(configuration, strength)}; "
         "the table of the same title has the numbers.",
         partial(
             plots.heat_map,
             plots.matrix(values, layers, weights),
             ([str(layer) for layer in layers], [f"{weight:g}" for weight in weights]),
-            ("Layer", weight_title, f"Refusals R (of {n_harmful} prompts)"),
+            ("Layer", weight_title, f"Refusals R (of {plural(n_harmful, 'prompt')})"),
             limits=(0, n_harmful),
         ),
     )
@@ -370,7 +372,8 @@ def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
 def divergence_section(result: SweepResult) -> Section:
     on_fronts: list[Cell] = []
     figures = []
-    title = f"Refusals R (of {result.baseline.n_harmful} prompts)"
+    n_harmful = result.baseline.n_harmful
+    title = f"Refusals R (of {plural(n_harmful, 'prompt')})"
     for strength, names in _by_strength(result).items():
         series = {}
         for configuration in names:
@@ -388,7 +391,7 @@ def divergence_section(result: SweepResult) -> Section:
                 f"Refusals against KL divergence, {STRENGTHS[strength]}",
                 f"Scatter plot of every cell's refusals against its KL divergence, with the Pareto fronts of "
                 f"{', '.join(series)}; the table below lists the cells on the fronts.",
-                partial(plots.fronts, series, "KL divergence (nats)", title),
+                partial(plots.fronts, series, "KL divergence (nats)", title, n_harmful),
             )
         )
     table = Table.of(
@@ -432,8 +435,8 @@ def synergy_figures(result: SweepResult) -> Iterable[Figure]:
         names = [str(layer) for layer in layers]
         yield Figure(
             f"synergy-{slug(*pair)}",
-            label(*pair),
-            f"Matrix of synergies of layer pairs for {label(*pair)}; the table has the numbers.",
+            f"Synergy of pairs at w = {own[0].weight:g}: {label(*pair)}",
+            f"Matrix of synergies of layer pairs for {label(*pair)}; the table of sets of layers has the numbers.",
             partial(
                 plots.heat_map,
                 plots.matrix(values, layers, layers),

@@ -45,7 +45,7 @@ from heretic_contrast.report.content import (
     text_column,
     thousands,
 )
-from heretic_contrast.report.extraction_report import extraction_report
+from heretic_contrast.report.extraction_report import cosine_figure, extraction_report
 from heretic_contrast.report.sections import capture_table
 from heretic_contrast.report.sweep_report import (
     configuration_table,
@@ -67,6 +67,15 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the drawing of figures to tests that look at them."""
 
     monkeypatch.setattr(plots, "to_png", lambda figure: b"")
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collects figures instead of drawing them."""
+
+    found: list[Any] = []
+    monkeypatch.setattr(plots, "to_png", lambda figure: found.append(figure) or b"")
+    return found
 
 
 def measurement(refusals: int, divergence: float) -> Measurement:
@@ -423,6 +432,8 @@ def test_files_of_a_sweep(written: tuple[Path, list[Any]], tmp_path: Path) -> No
             assert width > 500 and height > 300
             assert b"matplotlib" not in content.lower()
     assert any("R reaches 0 on 1 of 3 layers" in str(item) for item in printed)
+    # In the terminal nothing can be opened.
+    assert not any("opens the responses" in str(item) for item in printed)
 
     # The same sweep gives the same bytes.
     write_sweep_report(result, tmp_path, nothing, *make_geometry())
@@ -605,10 +616,93 @@ def drawings(name: str) -> list[bytes]:
 
     return [
         plots.lines({name: ([1, 2], [1, 2])}, "x", "y"),
-        plots.fronts({name: ([1, 2], [1, 2], [True, True])}, "x", "y"),
+        plots.fronts({name: ([1, 2], [1, 2], [True, True])}, "x", "y", 2),
         plots.hit_maps(np.ones((1, 2, 2), dtype=int), [name]),
         plots.heat_map(np.ones((1, 1)), ([name], [name]), ("a", "b", "c"), (0, 1)),
     ]
+
+
+def visible_ticks(axis: Any) -> list[float]:
+    low, high = axis.get_view_interval()
+    return [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+
+
+def test_axes_show_no_rounding_noise(figures: list[Any]) -> None:
+    noise = [1 - 6e-8, 1, 1 + 1.2e-7, 1]
+    plots.lines({"weights": (range(4), noise)}, "Layer", "y", from_zero=True)
+    plots.lines({"cosines": (range(4), noise)}, "Layer", "y")
+    plots.lines({"cosines": (range(4), [0.5, 0.7, 0.8, 0.9])}, "Layer", "y")
+    weights, alike, apart = (figure.axes[0].get_ylim() for figure in figures)
+    assert weights[0] == 0 and 1.03 < weights[1] < 1.1
+    assert alike[1] - alike[0] == pytest.approx(0.01) and sum(alike) / 2 == pytest.approx(1)
+    assert apart == pytest.approx((0.48, 0.92))
+
+
+def test_ticks_are_at_values_that_there_are(figures: list[Any]) -> None:
+    plots.lines({"a": ([1], [1.0])}, "Index", "y")
+    plots.fronts({"a": ([1e-3, 1e-2], [0, 0], [True, False])}, "x", "y", 10)
+    plots.fronts({"a": ([1e-3, 1e-2], [2, 1], [True, True])}, "x", "y", 3)
+    plots.heat_map(np.eye(2), ("ab", "ab"), ("a", "b", "R"), (0, 1))
+    plots.heat_map(np.eye(2), ("ab", "ab"), ("a", "b", "c"), (0, 1), "{:.2f}")
+    one, none, few, counts, shares = figures
+    assert visible_ticks(one.axes[0].xaxis) == [1]
+    assert none.axes[0].get_ylim() == pytest.approx((-0.4, 10.4))
+    assert visible_ticks(few.axes[0].yaxis) == [0, 1, 2, 3]
+    assert visible_ticks(counts.axes[1].yaxis) == [0, 1]
+    assert len(visible_ticks(shares.axes[1].yaxis)) > 2
+
+
+def test_values_and_names_are_written_where_they_fit(figures: list[Any]) -> None:
+    name = "chemical, biological, radiological and nuclear weapons"
+    for size in (9, 20):
+        labels = [f"{index} {name}" for index in range(size)]
+        plots.heat_map(np.full((size, size), 0.92), (labels, labels), ("a",) * 3, (0, 1), "{:.2f}")
+    plots.hit_maps(np.full((1, 4, 4), 480), [name])
+    plots.hit_maps(np.full((1, 10, 10), 4321), [name])
+    assert [len(figure.axes[0].texts) for figure in figures] == [81, 0, 16, 0]
+    shown = figures[0].axes[0].get_yticklabels()[0].get_text()
+    assert shown == "0 chemical, biological, r…" and len(shown) == 26
+    lines = figures[2].axes[0].get_title().split("\n")
+    assert " ".join(lines) == name and max(map(len, lines)) <= 26
+
+
+def test_more_series_than_colors_can_be_told_apart() -> None:
+    styles = [plots._style(index) for index in range(56)]
+    assert len({(style["color"], style["marker"]) for style in styles}) == 56
+
+
+def test_cosines_fill_the_scale_of_their_colors(figures: list[Any]) -> None:
+    layer = make_geometry()[1].layers[0]
+    for cosine in (0.84, 1.0, -0.31):
+        measured = replace(layer, cosines=((1.0, cosine), (cosine, 1.0)))
+        assert cosine_figure("a", ("a", "b"), measured).png == b""
+    limits = [figure.axes[0].images[0].get_clim() for figure in figures]
+    assert limits == [(0.8, 1), (0.9, 1), (-0.4, 1)]
+
+
+def test_one_direction_is_described_as_it_is(undrawn: None) -> None:
+    tensor = torch.nn.functional.normalize(random_tensor(4, 1, 16), dim=-1)
+    extracted = {"default": make_directions(tensor)}
+    geometry = measure_geometry(extracted)
+    report = extraction_report("tiny", extracted, CaptureResult(0, ()), geometry)
+    assert report.summary == (
+        "default: 1 direction per layer, effective weight at weight 1 up to 1.",
+    )
+    assert "singular-values" not in {figure.name for figure in report.figures()}
+    tables = {table.name: table for table in report.tables()}
+    for name in ("configurations", "geometry"):
+        shares = [column.header for column in tables[name].columns].index("Share of σ₁²")
+        assert tables[name].texts()[0][shares] == "100.0 %"
+
+
+def test_figures_are_called_what_they_and_their_tables_show(undrawn: None) -> None:
+    report = sweep_report(make_sweep(), *make_geometry())
+    titles = {figure.name: figure.title for figure in report.figures()}
+    for table in report.tables():
+        if table.name.startswith("refusals"):
+            assert titles[table.name] == table.title
+    assert titles["synergy-first-weight"] == "Synergy of pairs at w = 0.3: first, equal weight"
+    assert titles["refusals-first-weight"] == "R per layer and weight: first, equal weight"
 
 
 def test_small_lengths_and_weights_are_not_shown_as_zero() -> None:
