@@ -69,12 +69,16 @@ def _refusals(cell: Cell) -> str:
 REFUSALS = attrgetter("measurement.refusals")
 
 
+def _refusals_alone(cell: Cell) -> str:
+    return str(cell.measurement.refusals)
+
+
 STRENGTH = text_column("Strength", "strength")
 LAYER = Column("Layer", lambda cell: cell.layers[0])
 LAYERS = Column("Layers", "layers", layers_text)
 WEIGHT = Column("Weight", "weight", "{:g}".format)
 # The value is the cell, which the page opens.
-R = Column("R", lambda cell: cell, _refusals, plain=REFUSALS)
+R = Column("R", lambda cell: cell, _refusals, plain=REFUSALS, short=_refusals_alone)
 DIVERGENCE = (
     Column("KL", "measurement.kl_divergence", significant(3)),
     Column("± KL", "measurement.kl_standard_error", significant(2), essential=False),
@@ -314,7 +318,7 @@ def refusal_table(result: SweepResult, configuration: str, strength: str) -> Tab
         f"R per layer and weight: {label(configuration, strength)}",
         (
             Column("Layer"),
-            *(Column(f"w = {weight:g}", form=_refusals, plain=REFUSALS) for weight in weights),
+            *(replace(R, header=f"w = {weight:g}") for weight in weights),
         ),
         tuple((layer, *(by_place.get((layer, weight)) for weight in weights)) for layer in layers),
         f"{_prompts_note(result)} {INTERVAL}",

@@ -4,17 +4,20 @@
 
 import base64
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import rich.box
 import rich.table
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 
-from ..errors import one_line
+from ..errors import one_line, printable
 from ..files import write_bytes_atomically, write_text_atomically
 from ..outputs import csv_text
 from .content import Column, Report, Table
@@ -22,30 +25,74 @@ from .plots import can_plot
 
 NO_PLOTS = 'Plots are left out, since they need matplotlib: pip install "heretic-contrast[plot]"'
 
+READABLE = 8
+"""Characters of a name in one line of the terminal, at least."""
+
 TEMPLATE = Path(__file__).parent / "page.html"
 
 
-def to_rich(table: Table) -> rich.table.Table:
-    """Returns a table for the terminal, with its essential columns."""
+def to_rich(table: Table) -> RenderableType:
+    """Returns a table for the terminal, with its essential columns. Numbers are never cut; long names are folded."""
 
+    return _Fitted(
+        _chosen(table, [i for i, column in enumerate(table.columns) if column.essential])
+    )
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A table that takes the form that the terminal has room for: in full, with short values, or as several tables."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table, n_columns = self.table, len(self.table.columns)
+        for is_short in (False, True):
+            rendered = _rich_table(table, is_short)
+            least = sum(column.min_width or 0 for column in rendered.columns)
+            if least + n_columns * (1 if is_short else 2) < options.max_width:
+                yield rendered
+                return
+        keys, rest = range(table.n_keys), range(table.n_keys, n_columns)
+        if len(rest) < 2:
+            yield rendered
+            return
+        half = len(rest) // 2
+        yield _Fitted(replace(_chosen(table, [*keys, *rest[:half]]), note=""))
+        yield _Fitted(replace(_chosen(table, [*keys, *rest[half:]]), title=""))
+
+
+def _chosen(table: Table, indices: Sequence[int]) -> Table:
+    """Returns a table with some of its columns."""
+
+    rows = tuple(tuple(row[index] for index in indices) for row in table.rows)
+    return replace(table, columns=tuple(table.columns[index] for index in indices), rows=rows)
+
+
+def _rich_table(table: Table, is_short: bool) -> rich.table.Table:
     rendered = rich.table.Table(
         title=_shown(table.title),
         caption=_shown(table.note) or None,
         title_justify="left",
         caption_justify="left",
         box=rich.box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=(0, 0 if is_short else 1, 0, 0),
     )
-    shown = [index for index, column in enumerate(table.columns) if column.essential]
-    for index in shown:
-        column = table.columns[index]
+    texts = table.texts(is_short)
+    for index, column in enumerate(table.columns):
+        # Of headers no word is cut, but they are folded between words, since they are often longer than all values.
+        longest = max(map(len, [*column.header.split(), *(row[index] for row in texts)]))
+        width = longest if column.numeric else min(longest, READABLE)
+        header = "\n".join(textwrap.wrap(column.header, width))
         rendered.add_column(
-            _shown(column.header),
+            escape(printable(header if column.numeric else column.header)),
             justify="right" if column.numeric else "left",
-            no_wrap=index < table.n_keys,
+            overflow="fold",
+            no_wrap=column.numeric,
+            min_width=width,
         )
-    for row in table.texts():
-        rendered.add_row(*(_shown(row[index]) for index in shown))
+    for row in texts:
+        rendered.add_row(*map(_shown, row))
     return rendered
 
 

@@ -260,6 +260,40 @@ def test_terminal_tables_fit_into_eighty_columns() -> None:
             assert str(value) in text
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_numbers_are_whole_in_a_narrow_terminal(width: int) -> None:
+    result = make_sweep()
+    long_name = "directions-of-my-own-qwen3-4b-matched-pool-v2-seed-17"
+    cells = tuple(
+        replace(
+            cell,
+            configuration=long_name,
+            weight=cell.weight + more,
+            measurement=replace(cell.measurement, refusals=399 * (more > 0), n_harmful=400),
+        )
+        for cell in result.single_cells("first", "weight")
+        for more in range(0, 10, 2)
+    )
+    result = replace(result, cells=cells, settings={}, synergies=())
+    for table in (
+        configuration_table(result),
+        minimal_weight_table(result),
+        refusal_table(result, long_name, "weight"),
+        capture_table(make_geometry()[0]),
+    ):
+        console = rich.console.Console(width=width, file=io.StringIO(), record=True)
+        console.print(to_rich(table))
+        lines = console.export_text().splitlines()
+        found = [word for line in lines for word in line.split()]
+        for column, *values in zip(table.columns, *table.rows, strict=True):
+            for value in values if column.numeric and column.essential else ():
+                whole = column.text(value)
+                assert any(whole in line for line in lines) or str(column.plain(value)) in found
+        if table.name.startswith("refusals"):
+            # Three layers at fifteen weights, three of which refuse nothing.
+            assert found.count("399") == 3 * 12
+
+
 def test_figures_that_are_not_zero_are_not_shown_as_that() -> None:
     assert [thousands(value) for value in (0, 4 / 9, -0.04, 12345.6)] == [
         "0",
