@@ -15,14 +15,15 @@ from .evidence import Study
 from .statistics import divergences, share_at, shares
 from .wording import label
 
+# What both panels show has one place in both, and so one color and marker.
 CURVES = {
     "one mean direction": [
         f"mean {name}"
         for name in ("unmatched", "matched", "sensitive", "residualized", "nearest", "random")
     ],
     "class directions": [
-        *("som unmatched", "som matched", "svd matched", "svd1 matched"),
-        *("som residualized", "som random"),
+        *("som unmatched", "som matched", "svd matched", "som residualized"),
+        *("svd1 matched", "som random"),
     ],
 }
 
@@ -45,7 +46,8 @@ def curves(study: Study) -> bytes | None:
     axes_list = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, measured) in zip(axes_list, panels, strict=True):
         smallest = np.inf
-        for index, (name, outcomes) in enumerate(measured.items()):
+        for name, outcomes in measured.items():
+            index = CURVES[title].index(name)
             kl, share = divergences(outcomes, study.draws), shares(outcomes, study.draws)
             color = COLORS[index % len(COLORS)]
             positive = kl[0][kl[0] > 1e-7]
@@ -106,16 +108,18 @@ def heat_maps(study: Study) -> bytes:
             layers = sorted(by_layer)
             weights = [cell.weight for cell in by_layer[layers[0]]]
             values = np.array([[cell.refusals for cell in by_layer[layer]] for layer in layers])
-            image = axes.imshow(
-                values, aspect="auto", cmap="cividis", vmin=0, vmax=study.sweep_base
-            )
-            write_values(axes, values, 0, study.sweep_base, "{}", fontsize=6)
+            # An ablation may raise refusals above those of the unmodified model.
+            most = study.sweep_prompts
+            image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=most)
+            write_values(axes, values, 0, most, "{}", fontsize=6)
             axes.set_xticks(range(len(weights)), [f"{w:g}" for w in weights], fontsize=7)
             axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=6)
             kind = "equal weight" if strength == "weight" else "equal effective weight"
             axes.set_title(f"{preset}\n{kind}", fontsize=8)
             if column == 0:
                 axes.set_ylabel("layer")
+            if row == len(strengths) - 1:
+                axes.set_xlabel("weight", fontsize=8)
     figure.colorbar(image, ax=grid, label=f"R of {study.sweep_prompts}", fraction=0.03)
     return to_png(figure)
 
@@ -123,14 +127,14 @@ def heat_maps(study: Study) -> bytes:
 def lengths(study: Study) -> bytes:
     """Returns the length of class directions over that of the unmatched ones, by layer."""
 
-    names = ("som matched", "som sensitive", "som mixed", "som nearest", "som residualized")
+    names = ("", "som matched", "som sensitive", "som residualized", "som nearest", "", "som mixed")
     return _by_layer(study, names, "norm_ratio", "length over unmatched", (1.0, "unmatched"))
 
 
 def captures(study: Study) -> bytes:
     """Returns the subspace capture by layer."""
 
-    names = ("som unmatched", "som matched", "svd1 matched", "som random")
+    names = ("som unmatched", "som matched", "", "", "svd1 matched", "som random")
     return _by_layer(study, names, "capture", "capture (subspace), mean over pairs", None)
 
 
@@ -141,18 +145,14 @@ def _by_layer(
     title: str,
     level: tuple[float, str] | None,
 ) -> bytes:
+    """Draws the `names` at the places, and so in the colors, of `curves`; what is missing or named "" keeps its place."""
+
     layers = list(map(float, range(study.data["n_layers"])))
-    return lines(
-        {
-            label(name): (layers, study.shape_by_layer(name, what))
-            for name in names
-            if study.shape(name, what) is not None
-        },
-        "layer",
-        title,
-        from_zero=True,
-        level=level,
-    )
+    series: dict[str, tuple[list[float], list[float | None]]] = {
+        label(name) or str(place): (layers, study.shape_by_layer(name, what))
+        for place, name in enumerate(names)
+    }
+    return lines(series, "layer", title, from_zero=True, level=level)
 
 
 def write_figures(study: Study, directory: Path) -> dict[str, str]:

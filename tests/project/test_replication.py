@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.replication import report
+from examples.replication import figures, report
 from examples.replication.claims import (
     ABSENT,
     APPEARS,
@@ -69,6 +69,7 @@ from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation.cells import Cell, Measurement, SweepResult, Verdict
 from heretic_contrast.prompts import Prompt
 from heretic_contrast.prompts.sampling import draw_evenly
+from heretic_contrast.report import plots
 
 N_LAYERS = 4
 N_POOL = 60
@@ -307,6 +308,32 @@ def test_hints_are_confirmed_or_overturned() -> None:
     assert found(fails, "smollm2-refuser")[1] == CONFIRMED
     # No difference between nearest and unmatched.
     assert found(works, "other") == [CONFIRMED]
+
+
+def test_a_name_has_one_color_and_no_count_is_beyond_the_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Any] = []
+    for module in (figures, plots):
+        monkeypatch.setattr(module, "to_png", lambda figure: drawn.append(figure) or b"")
+    data = made_up_study(everything_works, n_seeds=1)
+    for seed in data["seeds"]:
+        # Not every study has these.
+        seed["curves"] = [c for c in seed["curves"] if c["condition"] != "mean sensitive"]
+        seed["shape"].pop("som sensitive", None)
+    data["sweep"]["baseline"]["refusals"] = 7
+    study = Study(data)
+    for draw_figure in (figures.curves, figures.lengths, figures.captures):
+        draw_figure(study)
+    looks: dict[str, set[Any]] = {}
+    for line in (line for figure in drawn for axes in figure.axes for line in axes.lines):
+        if line.get_marker() != "None":
+            name = str(line.get_label()).removeprefix("mean, ")
+            looks.setdefault(name, set()).add((line.get_color(), line.get_marker()))
+    assert {"matched", "residualized", "nearest", "random", "mixed"} <= set(looks)
+    assert all(len(found) == 1 for found in looks.values()), looks
+    figures.heat_maps(study)
+    assert drawn[-1].axes[0].images[0].get_clim() == (0, 10)
 
 
 def test_open_question_needs_length_purity_and_effect() -> None:
