@@ -314,8 +314,13 @@ def test_a_name_has_one_color_and_no_count_is_beyond_the_scale(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[Any] = []
+
+    def collect(figure: Any) -> bytes:
+        drawn.append(figure)
+        return b""
+
     for module in (figures, plots):
-        monkeypatch.setattr(module, "to_png", lambda figure: drawn.append(figure) or b"")
+        monkeypatch.setattr(module, "to_png", collect)
     data = made_up_study(everything_works, n_seeds=1)
     for seed in data["seeds"]:
         # Not every study has these.

@@ -74,7 +74,12 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collects figures instead of drawing them."""
 
     found: list[Any] = []
-    monkeypatch.setattr(plots, "to_png", lambda figure: found.append(figure) or b"")
+
+    def collect(figure: Any) -> bytes:
+        found.append(figure)
+        return b""
+
+    monkeypatch.setattr(plots, "to_png", collect)
     return found
 
 
