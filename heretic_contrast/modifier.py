@@ -50,7 +50,7 @@ from heretic_contrast.hosts.surface import (
 )
 from heretic_contrast.hosts.tables import PluginTables
 from heretic_contrast.hosts.unused import own_place
-from heretic_contrast.identity import Identity
+from heretic_contrast.identity import OF_THE_MODEL, Identity, differences
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.search.parameters import (
     HERETIC_20_RANGES,
@@ -319,10 +319,29 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
             self.changes.add(layer_index, writer, operator)
 
     def reset_model(self, ctx: Context) -> None:
-        """Undoes the modification; after an export, the reloaded model gets its LoRA adapters anew."""
+        """
+        Undoes the modification; after an export, the reloaded model gets its LoRA adapters anew.
+
+        Raises `ContrastError` when that is another model.
+        """
 
         self.changes.undo()
         heretic_model = ctx.get_model()
-        # Under Heretic 1.4 the model itself applies the adapters after it has been loaded again.
+        # Under Heretic 1.4 the model itself applies the adapters after it has been loaded again, and compares it.
         if not heretic_model.reset_model():
+            self.require_same_model(ctx)
             self._apply_lora(ctx)
+
+    def require_same_model(self, ctx: Context) -> None:
+        """Raises `ContrastError` when a model that has been loaded again has become another one, and lets go of it."""
+
+        model = self.model(ctx)
+        different = differences(self.identity, model.identity(), OF_THE_MODEL)
+        if different:
+            # Whatever Heretic is asked for next, nothing is made of it.
+            heretic_model = ctx.get_model()
+            heretic_model.model, heretic_model.needs_reload = None, True
+            raise ContrastError(
+                f"{model.name} has become another model since it was loaded (other {different}): what was saved before is "
+                "whole; start again for the new one."
+            )

@@ -272,15 +272,7 @@ class Host:
                 # Heretic makes space for the new one, which this would take.
                 host.evaluator.forget_model()
                 super().reset_model()
-                found = host.modifier.model(host.context)
-                different = differences(host.modifier.identity, found.identity(), OF_THE_MODEL)
-                if different:
-                    # Whatever Heretic is asked for next, nothing is made of it.
-                    self.model, self.needs_reload = None, True
-                    raise ContrastError(
-                        f"{found.name} has become another model since it was loaded (other {different}): what was saved before is "
-                        "whole; start again for the new one."
-                    )
+                host.modifier.require_same_model(host.context)
                 return True
 
             def abliterate(self, *args: Any, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -67,6 +68,28 @@ def test_factors_are_exact_and_restored_bit_for_bit(run: Any) -> None:
     run.export()
     run.restore(run.trials[0])
     assert same(first, run.factors())
+
+
+def test_another_model_in_the_folder_is_noticed_when_it_is_loaded_again(
+    modifier_table: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    tables = {"modifier": {"ContrastAbliteration": {**modifier_table, "classes": "single"}}}
+    run = StandIn(make_settings(str(folder), tables)).start()
+    run.optimize(2)
+    original = (folder / "model.safetensors").read_bytes()
+    run.restore(run.trials[0])
+    expected = run.factors()
+    run.export().save_pretrained(folder)
+    # Nothing can be done with the other one.
+    for trial in run.trials:
+        with pytest.raises(ContrastError, match=r"another model since .* \(other weights\)"):
+            run.restore(trial)
+        assert run.model.model is None
+    (folder / "model.safetensors").write_bytes(original)
+    run.restore(run.trials[0])
+    assert same(run.factors(), expected)
 
 
 def test_a_shared_direction_and_components_apart(modifier_table: dict[str, Any]) -> None:
