@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import heretic.main
+import heretic.plugin
 import heretic.utils
 import rich.traceback
 from heretic.config import Settings, SingleDatasetSpecification
@@ -25,12 +26,12 @@ from heretic.scorers.keyword_rate import KeywordRate
 from ..errors import ContrastError, raising_causes
 from ..outputs import require_writable_directory
 from ..processes import alone_in
-from ..prompts import Prompt
+from ..prompts import Prompt, load_pool
 from ..search.parameters import Parameters
 from ..settings import PromptSources
 from .model_folder import replaced_as_a_whole, with_final_name
 from .record import Made
-from .settings import PLUGIN, TABLE, HostSettings, listed
+from .settings import PLUGIN, TABLE, HostSettings, listed, prompt_sources
 from .surface import Context, heretic_prompts, log
 
 if TYPE_CHECKING:
@@ -61,6 +62,12 @@ def plugin_settings(settings: HostSettings) -> dict[str, Any]:
 def specifications(sources: PromptSources) -> list[dict[str, Any]]:
     known = set(SingleDatasetSpecification.model_fields)
     return [source.model_dump(include=known, exclude_none=True) for source in listed(sources)]
+
+
+def load_prompts(settings: Any, specification: Any) -> list[Any]:
+    """Returns the prompts of a scorer of Heretic's, which would take each line of any file for one."""
+
+    return heretic_prompts(load_pool(prompt_sources(specification), "evaluation"), settings)
 
 
 def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) -> None:
@@ -123,6 +130,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
                 format_exception=format_exception,
                 print=show,
             ),
+            patch.multiple(heretic.plugin, load_prompts=load_prompts),
             raising_causes(),
         ):
             heretic.main.run()

@@ -2,6 +2,7 @@
 
 """Every command under Heretic 2.0: the installed one, or the stand-in for it."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -225,6 +226,24 @@ def test_demo_that_saves_an_adapter(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "model" / "adapter_model.safetensors").exists()
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["base_refusals"] == 108 and summary["kl_divergence"] > 0
+
+
+@pytest.mark.slow
+def test_demo_judges_trials_on_the_prompts_of_a_file(
+    server: Server, scorer_tables: dict[str, Any], tmp_path: Path
+) -> None:
+    lines = Path(scorer_tables["RefusalTiers"]["prompts"]["dataset"]).read_text().splitlines()
+    with (tmp_path / "harmful.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["category", "text"], *(["a", json.loads(line)["text"]] for line in lines)]
+        )
+    options = "--output=demo --n-trials=1 --n-startup-trials=1 --contrast.preset=arditi".split()
+    command = server.run(
+        ["demo", *options, "--bad-evaluation-prompts.dataset=harmful.csv"], tmp_path
+    )
+    assert command.code == 0, command.output()
+    # The refuser refuses all of them.
+    assert "* Baseline 18/18" in command.output()
 
 
 @pytest.mark.slow
