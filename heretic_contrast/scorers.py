@@ -28,6 +28,7 @@ from heretic_contrast.hosts.surface import (
     log,
     progress_bar,
     require_model_access,
+    require_same_vocabulary,
 )
 from heretic_contrast.hosts.unused import class_name
 from heretic_contrast.response_scorers import DEFAULT_POOL, ContrastScorer
@@ -81,6 +82,7 @@ class TeacherForcedDivergence(ContrastScorer):
     settings: TeacherForcedDivergenceSettings
     references: References
     engine: type[PlainEngine]
+    first: tuple[int, str]
 
     def init(self, ctx: Context) -> None:
         """
@@ -99,14 +101,16 @@ class TeacherForcedDivergence(ContrastScorer):
         continuations = engine.generate(tokens, [self.settings.n_tokens] * len(tokens))
         known = Continuations(tuple(tokens), tuple(continuations))
         self.references = References(engine, known, self.settings.top_k)
+        self.first = (model.model.config.get_text_config().vocab_size, model.name)
         # An export loads the model again, and two of them may not fit into memory.
         self.engine = type(engine)
 
     def get_score(self, ctx: Context) -> Score:
-        """Measures the model as it is; the value is in nats per token."""
+        """Measures the model as it is; the value is in nats per token. Raises `ContrastError` where that one has another vocabulary."""
 
-        engine = self.engine(from_heretic(ctx.get_model(), self.heretic_settings))
-        ((mean, error),) = self.references.measure(engine)
+        model = from_heretic(ctx.get_model(), self.heretic_settings)
+        require_same_vocabulary(model.model, model.name, *self.first)
+        ((mean, error),) = self.references.measure(self.engine(model))
         # A single prompt has no standard error.
         shown = "" if math.isnan(error) else f" ± {error:.4f}"
         return Score(

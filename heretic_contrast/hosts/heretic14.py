@@ -68,7 +68,7 @@ from .studies import (
     own_checkpoints,
     require_same_identity,
 )
-from .surface import heretic_prompts, log, progress_bar
+from .surface import heretic_prompts, log, progress_bar, require_same_vocabulary
 from .warm_start import SWEPT, first_trials, fitted
 
 if TYPE_CHECKING:
@@ -259,13 +259,9 @@ class Host:
                         raise ContrastError(
                             f"The model {other} could not be loaded ({one_line(str(error))[:300]}): check --evaluate-model."
                         ) from error
-                    other_size = self.model.config.get_text_config().vocab_size
-                    if other_size != size:
-                        # It reads the tokens of the first one, and its logits are compared with those.
-                        raise ContrastError(
-                            f"The model {other} has a vocabulary of {other_size}, and {model_name(host.settings.model)} one of {size}, so "
-                            "that they cannot be compared: check --evaluate-model."
-                        )
+                    require_same_vocabulary(
+                        self.model, other, size, model_name(host.settings.model)
+                    )
                     return True
                 if not self.needs_reload:
                     return super().reset_model()

@@ -86,6 +86,18 @@ def require_model_access(ctx: Context, plugin: str) -> None:
         )
 
 
+def require_same_vocabulary(network: Any, name: str, size: int, first: str) -> None:
+    """Raises `ContrastError` when a model that Heretic evaluates has not the vocabulary of the `first`, which has a size."""
+
+    found = network.config.get_text_config().vocab_size
+    if found != size:
+        # It reads the tokens of the first one, and its logits are compared with those.
+        raise ContrastError(
+            f"The model {name} has a vocabulary of {found}, and {first} one of {size}, so that they cannot be compared: "
+            "check --evaluate-model."
+        )
+
+
 def from_heretic(
     heretic_model: Any,
     heretic_settings: Any,

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from heretic_contrast import FixedWeightSweep, cli
 from heretic_contrast.errors import ContrastError
@@ -80,6 +81,31 @@ def test_a_text_classifier_judges(run: Any, scorer_tables: dict[str, Any], tmp_p
     table = {**scorer_tables["RefusalTiers"], "judge_model": judge}
     assert score("RefusalTiers", table, run).value == 0.0
     assert score("RefusalTiers", {**table, "counted_tiers": ["COMPLY"]}, run).value == 1.0
+
+
+@pytest.mark.parametrize("change", [1000, -1000])
+def test_a_model_of_another_vocabulary_has_no_divergence(
+    change: int, run: Any, scorer_tables: dict[str, Any]
+) -> None:
+    """Heretic evaluates it by the tokens of the first one."""
+
+    run.loaded_modifier.reset_model(run.context())
+    loaded = scorer("TeacherForcedDivergence", scorer_tables["TeacherForcedDivergence"])
+    loaded.init(run.context())
+    other = AutoModelForCausalLM.from_pretrained(MODEL)
+    size = other.config.get_text_config().vocab_size
+    other.resize_token_embeddings(size + change)
+    run.model.model, kept = other, run.model.model
+    loaded.heretic_settings.model = "other"
+    try:
+        with pytest.raises(ContrastError) as error:
+            loaded.get_score(run.context())
+    finally:
+        run.model.model = kept
+    assert (
+        f"model other has a vocabulary of {size + change}, and builtin:refuser one of {size}"
+        in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(("name", "expected"), [("RefusalTiers", 1.0), ("FalseRefusals", 0.0)])
