@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 from pydantic import Field, PositiveInt
+from rich.markup import escape
 
 from heretic_contrast.builtin import is_builtin, model_name, with_refuser_pools
 from heretic_contrast.engine.check import checked_engine
@@ -226,7 +227,7 @@ class FixedWeightSweep(ContrastScorer):
                 f"{label(configuration, strength)}: {functional} functional, {successful} successful of {len(layers)} layers"
             )
         text = "; ".join(shown)
-        self.score = Score(value=best, rich_display=text, md_display=text)
+        self.score = Score(value=best, rich_display=escape(text), md_display=text)
         return self.score
 
     def get_score(self, ctx: Context) -> Score:

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.text import Text
 from transformers import AutoModelForCausalLM
 
-from heretic_contrast import FixedWeightSweep, cli
+from heretic_contrast import FixedWeightSweep, cli, report, scorers
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.evaluation import sweep
 from heretic_contrast.evaluation.cells import SweepResult
@@ -238,6 +239,23 @@ def test_directions_of_a_sweep_need_no_pools(run: Any, tmp_path: Path) -> None:
     contrast["bad_prompts"] = {"dataset": "nowhere"}
     with pytest.raises(ContrastError, match="these settings have no effect: bad_prompts;"):
         scorer("FixedWeightSweep", table).init(run.context())
+
+
+def test_names_with_brackets_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heretic prints a score as markup."""
+
+    layers = [SimpleNamespace(functional=True, successful=False)]
+    result = SimpleNamespace(
+        configurations=lambda: [("[bold]", "weight")], summaries_of=lambda *names: layers
+    )
+    monkeypatch.setattr(scorers, "run_prepared", lambda *arguments: (result, None, None))
+    monkeypatch.setattr(scorers, "from_heretic", lambda *arguments: None)
+    monkeypatch.setattr(report, "write_sweep_report", lambda *arguments: None)
+    sweep = scorer("FixedWeightSweep", {})
+    sweep.prepared = SimpleNamespace(contrast=sweep.settings.contrast)
+    found = sweep.get_baseline_score(SimpleNamespace(get_model=lambda: None))
+    expected = "[bold], equal weight: 1 functional, 0 successful of 1 layers"
+    assert found.md_display == expected == Text.from_markup(found.rich_display).plain
 
 
 def test_incoherent_responses_can_count(
