@@ -179,6 +179,22 @@ def classify_all(
     return list(map(classify, prompts, responses))
 
 
+def judge_all(
+    classify: Classifier,
+    counted_tiers: Sequence[str],
+    prompts: Sequence[str],
+    responses: Sequence[str],
+) -> tuple[list[Tier], list[float]]:
+    """Tiers of responses, and how far each is counted: 0 or 1, or what a judge model takes for the probability."""
+
+    if isinstance(classify, JudgeModel):
+        found = classify.probabilities(prompts, responses)
+        tiers = list(map(classify.tier, found))
+        return tiers, found if "REFUSE" in counted_tiers else [1 - value for value in found]
+    tiers = classify_all(classify, prompts, responses)
+    return tiers, [float(tier.value in counted_tiers) for tier in tiers]
+
+
 def classifier_of(settings: TextClassifierSettings) -> Classifier:
     """
     Returns the text classifier or judge model that settings name, loaded once, or the rules that come with the plugin.
@@ -192,6 +208,23 @@ def classifier_of(settings: TextClassifierSettings) -> Classifier:
         return classify_response
     labels = tuple(sorted(settings.text_classifier_labels.items()))
     return _loaded(settings.text_classifier, labels, settings.text_classifier_reads_prompt)
+
+
+def require_judge(settings: TextClassifierSettings, counted_tiers: Sequence[str]) -> None:
+    """Raises `ContrastError` when a text classifier or judge model cannot be loaded, or cannot tell what is counted from what is not."""
+
+    classifier = classifier_of(settings)
+    if not isinstance(classifier, ModelClassifier):
+        return
+    tiers = {tier.value for tier in classifier.tiers}
+    counted = tiers & set(counted_tiers)
+    if not counted or counted == tiers:
+        is_judge = settings.judge_model is not None
+        remedy = "either REFUSE or COMPLY" if is_judge else "some of these tiers, and not all,"
+        raise ContrastError(
+            f"{settings.classifier_name} gives the tiers {', '.join(sorted(tiers))}, and {', '.join(counted_tiers)} count as "
+            f"refusals, so that {'all' if counted else 'no'} responses would: give {remedy} in counted_tiers."
+        )
 
 
 def rules_digest(classify: Classifier) -> str:

@@ -23,18 +23,16 @@ from ..builtin import is_builtin, matched_pool, refuser_pool
 from ..engine.check import all_logits, checked_engine
 from ..engine.cpu.layers import fast_on_cpu
 from ..engine.interface import Continuations
-from ..engine.judge import loaded_judge
 from ..engine.plain import PlainEngine
 from ..engine.strides import Watch, generate_watched, is_watchable, none_leaves
-from ..engine.text_classification import ModelClassifier, classifier_of, classify_all
+from ..engine.text_classification import classifier_of, judge_all
 from ..engine.trials import TrialEngine
-from ..errors import ContrastError
 from ..evaluation.divergence import References
 from ..language_model import Batches, LanguageModel, Tokens
 from ..prompts import Prompt, load_pool
 from ..search.screening import spread
 from ..search.stopping import Point, dominates
-from ..settings import ContrastSettings, PromptSources
+from ..settings import PromptSources
 from .guidance import BOUND_KEY, EXCLUDED_KEY, FALSE_KEY, SUM_KEY, measured
 from .settings import HostSettings
 from .surface import from_heretic, heretic_prompts, log
@@ -60,23 +58,6 @@ def sensitive_prompts(settings: HostSettings) -> list[Prompt]:
     source: PromptSources = contrast.sensitive_prompts or shipped
     # A repeated prompt would count twice.
     return list(dict.fromkeys(load_pool(source, "sensitive", "--contrast.sensitive_prompts.")))
-
-
-def require_judge(contrast: ContrastSettings) -> None:
-    """Raises `ContrastError` when a text classifier or judge model cannot be loaded, or cannot tell what is counted from what is not."""
-
-    classifier = classifier_of(contrast)
-    if not isinstance(classifier, ModelClassifier):
-        return
-    tiers = {tier.value for tier in classifier.tiers}
-    counted = tiers & set(contrast.counted_tiers)
-    if not counted or counted == tiers:
-        is_judge = contrast.judge_model is not None
-        remedy = "either REFUSE or COMPLY" if is_judge else "some of these tiers, and not all,"
-        raise ContrastError(
-            f"{contrast.classifier_name} gives the tiers {', '.join(sorted(tiers))}, and {', '.join(contrast.counted_tiers)} count as "
-            f"refusals, so that {'all' if counted else 'no'} responses would: give {remedy} in counted_tiers."
-        )
 
 
 def first_token_divergence(found: Tensor, base: Tensor) -> float:
@@ -135,11 +116,7 @@ class Evaluator(heretic.main.Evaluator):
         if contrast.refusal_classifier == "markers":
             return [super(Evaluator, self).is_refusal(response) for response in responses]
         users = [prompt.user for prompt in prompts]
-        if contrast.judge_model is not None:
-            found = loaded_judge(contrast.judge_model).probabilities(users, responses)
-            return found if "REFUSE" in contrast.counted_tiers else [1 - value for value in found]
-        tiers = classify_all(classifier_of(contrast), users, responses)
-        return [tier.value in contrast.counted_tiers for tier in tiers]
+        return judge_all(classifier_of(contrast), contrast.counted_tiers, users, responses)[1]
 
     def is_settled(self, response: str) -> bool:
         """Returns whether a marker stands before the last two words of a response, to which what follows may belong."""

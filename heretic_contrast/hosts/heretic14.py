@@ -34,7 +34,7 @@ from ..ablation.writers import shared_components, writers_digest
 from ..builtin import model_name
 from ..directions.pools import require_apart
 from ..directions.sources import DirectionSources
-from ..engine.text_classification import classifier_of, rules_digest
+from ..engine.text_classification import classifier_of, require_judge, rules_digest
 from ..errors import ContrastError, find_cause, one_line, raising_causes
 from ..identity import OF_THE_MODEL, Identity, differences, identify
 from ..journal import CheckedJournal
@@ -46,7 +46,7 @@ from ..search.screening import best_candidates
 from ..search.stopping import Point
 from ..settings import inputs_of
 from .answers import TRIAL_QUESTION, Answers, or_nothing, require_answers
-from .evaluator import Evaluator, own_prompts, require_judge, sensitive_prompts
+from .evaluator import Evaluator, own_prompts, sensitive_prompts
 from .finalists import count_refusals, front_choices, require_fresh, second_look
 from .guidance import (
     BOUND_KEY,
@@ -558,7 +558,7 @@ def run(settings: HostSettings, modifier_class: type["ContrastAbliteration"]) ->
                     "are made from, and say less about prompts that are new.[/]"
                 )
     require_answers(settings)
-    require_judge(settings.contrast)
+    require_judge(settings.contrast, settings.contrast.counted_tiers)
     require_writable_directory(Path(settings.study_checkpoint_dir))
     if settings.save_directory is not None:
         require_writable_directory(Path(settings.save_directory))

@@ -72,7 +72,9 @@ def test_a_text_classifier_judges(run: Any, scorer_tables: dict[str, Any], tmp_p
         "text_classifier": str(write_classifier(tmp_path)),
         "text_classifier_labels": {**dict.fromkeys(LABELS, "EVASIVE"), "answer": "COMPLY"},
     }
-    assert score("RefusalTiers", table, run).value == 0.0
+    # Nothing is called a refusal by it.
+    with pytest.raises(ContrastError, match=r"gives the tiers COMPLY, EVASIVE, and REFUSE count"):
+        scorer("RefusalTiers", table).init(run.context())
     shares = [
         score("RefusalTiers", {**table, "counted_tiers": [tier]}, run).value
         for tier in ("EVASIVE", "COMPLY")
@@ -80,8 +82,17 @@ def test_a_text_classifier_judges(run: Any, scorer_tables: dict[str, Any], tmp_p
     assert sum(shares) == 1.0
     judge = str(write_keyword_judge(tmp_path / "judge", ("unheard",)))
     table = {**scorer_tables["RefusalTiers"], "judge_model": judge}
-    assert score("RefusalTiers", table, run).value == 0.0
-    assert score("RefusalTiers", {**table, "counted_tiers": ["COMPLY"]}, run).value == 1.0
+    # Of a word that it does not know, it says yes with odds of 1 to e.
+    probability = 1 / (1 + math.e)
+    found = score("RefusalTiers", table, run)
+    assert found.value == pytest.approx(probability, abs=1e-5)
+    assert found.md_display.startswith("0/18 (REFUSE 0, EVASIVE 0, COMPLY 18, ")
+    assert found.md_display.endswith(", sum of probabilities 4.84")
+    others = score("RefusalTiers", {**table, "counted_tiers": ["COMPLY"]}, run)
+    assert others.value == pytest.approx(1 - probability, abs=1e-5)
+    for tiers, count in ((["EVASIVE"], "no"), (["REFUSE", "COMPLY"], "all")):
+        with pytest.raises(ContrastError, match=f"so that {count} responses would: give either"):
+            scorer("RefusalTiers", {**table, "counted_tiers": tiers}).init(run.context())
 
 
 @pytest.mark.parametrize("change", [1000, -1000])
