@@ -160,7 +160,7 @@ class ContrastAbliteration(PluginTables, Modifier[Parameters]):
                 log(f"* [yellow]{escape(one_line(note))}[/]")
         else:
             # The host for Heretic 1.4 has a command line, too.
-            table = f"{own_place('ContrastAbliteration')} "
+            table = f"{own_place(type(self).__name__)} "
             where = getattr(self.heretic_settings, "contrast_setting", table)
             pools = self.known_pools = self.known_pools or load_pools(self.settings, where)
             names = names_before_extraction(pools, self.settings)

@@ -37,6 +37,13 @@ class PluginTables:
     settings_class: ClassVar[type[BaseModel]]
     heretic_settings: Any
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """What is made from a plugin of this package has a table of its own, beside that one's."""
+
+        super().__init_subclass__(**options)
+        known = [PLUGINS[item.__name__] for item in cls.__mro__ if item.__name__ in PLUGINS]
+        PLUGINS.update({cls.__name__: known[0]} if known else {})
+
     @classmethod
     def get_settings_raw(
         cls, model_extra: dict[str, Any] | None, top_namespace: str, instance_name: str | None

@@ -172,6 +172,16 @@ def test_mixin_in_front_keeps_the_parameters_class(run: Any) -> None:
 
     plugin = Mixed(heretic_settings=run.settings, settings=run.loaded_modifier.settings)
     assert plugin.parameters_class is Parameters
+    # Its table is named after it.
+    for raw, message in (
+        ({"baseline": "matchd"}, "There is no contrast baseline"),
+        ({"som_rows": 0}, r'The setting "som_rows" in \[modifier\.Mixed\] does not work'),
+    ):
+        with pytest.raises(ContrastError, match=message):
+            Mixed.validate_settings(raw)
+    plugin.heretic_settings = make_settings(MODEL, {"modifier": {"Mixed": {"som_rosw": 3}}})
+    with pytest.raises(ContrastError, match=r'"som_rosw" in \[modifier\.Mixed\]: did you mean'):
+        plugin.init(run.context())
 
 
 def test_parameters_of_another_configuration_are_refused(run: Any) -> None:
