@@ -193,7 +193,7 @@ def extract_directions(
             "The residuals are so large that their directions do not fit into float32, so none can be extracted: look for "
             "a broken model."
         )
-    return Directions(
+    directions = Directions(
         **tensors,
         names=names,
         aligned=not settings.svd,
@@ -214,6 +214,8 @@ def extract_directions(
             },
         },
     )
+    directions.provenance["digest"] = directions.digest()
+    return directions
 
 
 def _require_usable(residuals: Residuals) -> None:

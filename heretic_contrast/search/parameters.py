@@ -115,8 +115,9 @@ class Parameters:
             or len({self.configuration, configuration} - {""}) > 1
         ):
             raise ContrastError(
-                "The parameters of this trial belong to another configuration of the plugin: give the settings that it was made with, "
-                "start from scratch (checkpoint action restart), or give another study_checkpoint_dir."
+                "The parameters of this trial belong to another configuration of the plugin: give the settings, prompts, directions and "
+                "model, and the kind of device and versions of the libraries, that it was made with, start from scratch (checkpoint "
+                "action restart), or give another study_checkpoint_dir."
             )
 
 
@@ -124,7 +125,8 @@ def configuration_digest(directions: Directions, settings: Mapping[str, Any]) ->
     """
     Returns a digest of what decides, beside a trial's parameters, what the trial does to a model.
 
-    That is what directions were made from (their names, settings, prompts and model), and the settings of ablation, as JSON values.
+    That is what directions were made from (their names, settings, prompts and model), their numbers where that does not say these,
+    and the settings of ablation, as JSON values.
     """
 
     content = {
@@ -136,6 +138,10 @@ def configuration_digest(directions: Directions, settings: Mapping[str, Any]) ->
     if equalizes or directions.has_shared:
         # Earlier versions equalized every composition as a sum, and mixed directions around a shared one otherwise between layers.
         content["revision"] = 2
+    made, own = directions.provenance, directions.digest()
+    # What was extracted is told by what it was made from, since its last digits may differ; earlier files do not say their numbers.
+    if made.get("digest", own if "identity" in made else None) != own:
+        content["digest"] = own
     return digest(content)[:16]
 
 

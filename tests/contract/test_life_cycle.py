@@ -20,10 +20,11 @@ from optuna.storages.journal import JournalFileBackend
 from safetensors.torch import load_file
 
 from heretic_contrast import ContrastAbliteration
+from heretic_contrast.directions.directions import Directions
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.hosts.surface import HAS_PLUGIN_SURFACE, Modifier, checkpointed_trials
 from heretic_contrast.prompts import prompts_digest
-from heretic_contrast.search.parameters import Parameters
+from heretic_contrast.search.parameters import Parameters, configuration_digest
 from heretic_contrast.settings import ContrastSettings
 from tests.contract.conftest import MODEL
 from tests.contract.standin import StandIn, load_plugin, make_settings
@@ -90,6 +91,34 @@ def test_another_model_in_the_folder_is_noticed_when_it_is_loaded_again(
     (folder / "model.safetensors").write_bytes(original)
     run.restore(run.trials[0])
     assert same(run.factors(), expected)
+
+
+def test_directions_of_a_file_are_told_by_their_numbers(run: Any, tmp_path: Path) -> None:
+    own = run.loaded_modifier
+
+    def configuration(directions: Directions) -> str:
+        directions.save(tmp_path / "mine.safetensors")
+        return configuration_digest(
+            Directions.load(tmp_path / "mine.safetensors"), own.settings.ablation()
+        )
+
+    assert configuration(own.directions) == own.configuration
+    # As earlier versions have written them.
+    made = {name: value for name, value in own.directions.provenance.items() if name != "digest"}
+    assert configuration(replace(own.directions, provenance=made)) == own.configuration
+    nothing: dict[str, Any] = {}
+    for provenance in (own.directions.provenance, nothing):
+        mine = replace(own.directions, provenance=provenance)
+        assert configuration(mine) != configuration(replace(mine, tensor=-mine.tensor))
+        assert configuration(mine) == configuration(mine)
+    provenance = {**own.directions.provenance, "identity": {}}
+    other = replace(own.directions, provenance=provenance)
+    with pytest.raises(ContrastError, match="prompts, directions and model, and the kind of dev"):
+        Parameters.from_dict(json.loads(run.trials[0])).require_fit(
+            other,
+            own.model(run.context()).component_names,
+            configuration_digest(other, own.settings.ablation()),
+        )
 
 
 def test_a_shared_direction_and_components_apart(modifier_table: dict[str, Any]) -> None:

@@ -152,12 +152,12 @@ def test_trials_that_earlier_versions_meant_otherwise_have_another_digest(
         composition=composition,  # type: ignore[arg-type]
         equal_effective_weight=is_equal,
     ).model_dump(mode="json", include=ABLATION_FIELDS)
-    made_with = {"settings": {"shared_direction": first == "shared"}}
+    made_with = {"settings": {"shared_direction": first == "shared"}, "identity": {}}
     directions = make_directions(
         random_tensor(3, 2, 8), names=(first, "theft"), provenance=made_with
     )
     # What they digested.
-    content = {"names": [first, "theft"], **made_with, "prompts": None, "identity": None}
+    content = {"names": [first, "theft"], **made_with, "prompts": None}
     text = json.dumps({**content, "ablation": settings}, sort_keys=True)
     is_the_same = hashlib.sha256(text.encode()).hexdigest()[:16] == configuration_digest(
         directions, settings
