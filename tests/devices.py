@@ -3,7 +3,7 @@
 """
 An imitation of GPUs on a CPU: tensors carry a device that they pretend to be on, and what CUDA refuses is refused.
 
-On "mps", Apple's, numbers in float64 are refused as well.
+On "mps", Apple's, numbers in float64 are refused as well, and copies from the CPU that are not waited for, which may be wrong.
 
 It looks at what programs call, not at the operations that these consist of.
 """
@@ -201,6 +201,8 @@ class PretendedDevices(TorchFunctionMode):
             return args[0].to("meta", *dtypes)
         result = args[0].to(*dtypes) if dtypes else args[0]
         if source != target:
+            if source.type == "cpu" and target.type == "mps" and kwargs.get("non_blocking"):
+                raise RuntimeError("what is copied may have been let go of before it is read")
             asks = target.type == "cpu" or not kwargs.get("non_blocking")
             if "cpu" in (source.type, target.type) and asks:
                 self._wait("copy")

@@ -21,6 +21,7 @@ from heretic_contrast.evaluation.sweep import sweep, swept_layers
 from heretic_contrast.hosts.surface import wrap
 from heretic_contrast.language_model import LanguageModel
 from heretic_contrast.tiers.responses import Tier
+from heretic_contrast.vectors import to_device
 from tests.architectures import FAMILIES, Family
 from tests.devices import PretendedDevices, spread
 from tests.plain_sweeps import CANARIES, HARMFUL, REFERENCES, random_directions
@@ -73,6 +74,16 @@ def test_what_apple_refuses_is_refused() -> None:
         with pytest.raises(TypeError, match="float64"):
             here.double()
         assert here.cpu().double().sum() == 4
+        with pytest.raises(RuntimeError, match="let go of"):
+            torch.ones(4).to(APPLE, non_blocking=True)
+
+
+@pytest.mark.parametrize("device", [FIRST, APPLE])
+def test_numbers_that_are_let_go_of_at_once_reach_a_device(device: torch.device) -> None:
+    with PretendedDevices() as devices:
+        assert to_device([3, 1, 2], device).tolist() == [3, 1, 2]
+        # To read them, and, on Apple's, to send them.
+        assert sum(devices.waits.values()) == (1 if device == FIRST else 2)
 
 
 def test_what_cuda_takes_is_taken() -> None:
