@@ -21,21 +21,30 @@ LOCK = ".lock"
 """The file in a folder that says that a process works there."""
 
 
-def this_process() -> str:
-    """Returns the name of the host and the number of this process, separated by a space."""
+def _host() -> str:
+    """Returns the name of the host and, on Linux, the number of the namespace in which its processes have their numbers."""
 
-    return f"{socket.gethostname()} {os.getpid()}"
+    with suppress(OSError):
+        # Containers may bear one name, and number their processes each by itself.
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
+
+
+def this_process() -> str:
+    """Returns the name of the host, as `_host`, and the number of this process, separated by a space."""
+
+    return f"{_host()} {os.getpid()}"
 
 
 def is_dead(process: str) -> bool:
     """
     Returns whether a process, named as by `this_process`, is known to have ended.
 
-    Nothing is known of processes on other machines.
+    Nothing is known of processes on other machines and in other containers.
     """
 
     host, _, number = process.rpartition(" ")
-    if host != socket.gethostname() or not number.isdecimal():
+    if host != _host() or not number.isdecimal():
         return False
     try:
         # No signal of its own: on Windows, number 0 is Ctrl+C and reaches the process.

@@ -173,6 +173,21 @@ def test_only_processes_of_this_machine_are_known_to_be_dead() -> None:
     assert not is_dead("")
 
 
+def test_processes_of_another_container_are_not_known() -> None:
+    # A host of the same name, whose processes are numbered anew.
+    code = "from heretic_contrast.processes import this_process; print(this_process())"
+    apart = [*"unshare --user --map-root-user --pid --fork --mount-proc".split(), sys.executable]
+    try:
+        found = subprocess.run([*apart, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if "unshare" in found.stderr:
+        pytest.skip("needs namespaces")
+    name, number = found.stdout.split()
+    assert number == "1" and this_process().split()[0] != name
+    assert not is_dead(f"{name} {dead_process().split()[1]}")
+
+
 def make_claim(storage: Path) -> SweepState:
     """A state that has claimed the cells of one layer."""
 
