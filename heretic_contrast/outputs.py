@@ -6,14 +6,13 @@ import csv
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import ContrastError
-from .files import link_target
+from .files import SUFFIX, link_target
 
 
 def json_values(value: Any) -> Any:
@@ -60,8 +59,12 @@ def require_writable_directory(path: Path) -> None:
     try:
         _made.extend(folder for folder in (path, *path.parents) if not folder.exists())
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        # On Windows, tempfile takes a refusal for a name that is taken, and tries others without end.
+        probe = path / f".writable{SUFFIX}"
+        probe.touch()
+        # Another process may have removed it.
+        with suppress(OSError):
+            probe.unlink()
     except OSError as error:
         raise ContrastError(
             f"The output directory {path} cannot be written to ({error.strerror or error}): choose another one."

@@ -2,11 +2,15 @@
 
 """Writing files where writing fails."""
 
+import errno
 import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -44,6 +48,27 @@ def test_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ContrastError, match="cannot be written to"):
         require_writable_directory(tmp_path / "file" / "directory")
+
+
+def test_a_place_that_refuses_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on Windows, where any folder seems writable and tempfile tries one name after the other.
+    refuse = Mock(side_effect=PermissionError(errno.EACCES, "Access is denied"))
+    monkeypatch.setattr(os, "open", refuse)
+    windows = SimpleNamespace(**{**vars(os), "name": "nt", "O_TEMPORARY": 0})
+    monkeypatch.setattr(tempfile, "_os", windows)
+    monkeypatch.setattr(tempfile, "TemporaryFile", tempfile.NamedTemporaryFile)
+    monkeypatch.setattr(tempfile, "TMP_MAX", 10)
+    with pytest.raises(ContrastError, match=r"cannot be written to \(Access is denied\)"):
+        require_writable_directory(tmp_path)
+    assert refuse.call_count == 1
+
+
+def test_what_a_killed_process_left_while_it_looked_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".writable.incomplete").write_text("")
+    require_writable_directory(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
