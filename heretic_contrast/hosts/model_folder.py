@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,9 @@ def publish_model(source: Path, target: Path) -> None:
     try:
         for path in source.iterdir():
             if path.is_file():
-                # Libraries save weights as private files.
-                path.chmod(usual_mode())
+                # Libraries save weights as private files; network shares may refuse to change that.
+                with suppress(OSError):
+                    path.chmod(usual_mode())
         # What a process that was killed here has moved into it is replaced anyway.
         shutil.rmtree(previous, ignore_errors=True)
         previous.mkdir()

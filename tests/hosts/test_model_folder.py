@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -177,6 +178,19 @@ def test_a_card_that_peft_wrote_goes_with_its_adapter(base: Path, tmp_path: Path
     save_adapter(base, target / UNFINISHED, 3)
     publish_model(target / UNFINISHED, target)
     assert "peft" in (target / "README.md").read_text()
+
+
+def test_a_share_that_refuses_modes_takes_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / UNFINISHED).mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / UNFINISHED / name).write_text("{}")
+    refuse = Mock(side_effect=PermissionError(1, "Operation not permitted"))
+    monkeypatch.setattr(Path, "chmod", refuse)
+    publish_model(tmp_path / UNFINISHED, tmp_path)
+    assert {item.name for item in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert refuse.call_count == 2
 
 
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
