@@ -8,6 +8,7 @@ The key covers everything that decides the numbers: see `identity.identify`.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +28,11 @@ from ..prompts import Prompt
 def default_directory() -> Path:
     """Returns the folder for residuals in the user's cache directory."""
 
-    return Path(platformdirs.user_cache_dir("heretic-contrast")) / "residuals"
+    try:
+        return Path(platformdirs.user_cache_dir("heretic-contrast")) / "residuals"
+    except RuntimeError:
+        # A user without a home has no such folder: this one cannot be made.
+        return Path(os.devnull) / "residuals"
 
 
 def _digest(residuals: Tensor) -> str:

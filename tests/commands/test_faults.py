@@ -24,6 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from heretic_contrast import cli, leases
+from heretic_contrast.commands.doctor import cache_finding
 from heretic_contrast.directions import residuals as residual_cache
 from heretic_contrast.directions.directions import Directions
 from heretic_contrast.errors import (
@@ -420,6 +421,18 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     assert list((tmp_path / "cache").iterdir()) == []
     assert torch.equal(cached(), expected)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_user_without_a_home_has_no_cache(
+    tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    homeless = RuntimeError("could not determine the home directory for '~/.cache'")
+    monkeypatch.setattr("platformdirs.user_cache_dir", Mock(side_effect=homeless))
+    prompts = [Prompt("How do I bake bread?")]
+    found = residual_cache.cached_residuals(tiny_llama, prompts, None)
+    assert torch.equal(found, tiny_llama.residuals(prompts))
+    finding = cache_finding()
+    assert not finding.fine and not finding.required and "residual-cache DIR" in finding.remedy
 
 
 # Files and places.
