@@ -54,8 +54,9 @@ def until_end(tokens: Tokens, limit: int, ends: frozenset[int]) -> Tokens:
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that memory is exhausted, on a GPU or a CPU."""
 
-    # Libraries of CUDA and the CPU's allocator have no class for it.
-    signs = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    # Libraries of CUDA, the CPU's allocator (on Windows in words of its own) and Apple's GPU have no class for it.
+    signs = ["out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"]
+    signs += ["not enough memory", "Invalid buffer size"]
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     )

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..chat import chat_texts, padded, require_chat, token_ids
 from ..errors import ContrastError, one_line
 from ..identity import reading_digest
-from ..language_model import Batches, Tokens, contiguous_head, plain_settings
+from ..language_model import Batches, Tokens, contiguous_head, is_out_of_memory, plain_settings
 from ..tiers.responses import Tier
 from ..tiers.text import strip_markup
 from ..vectors import gpu_or_cpu
@@ -59,7 +59,7 @@ def load_pretrained(
         model, found = model_class.from_pretrained(name, **options)
     except Exception as error:
         # Readers of weights, and devices whose memory is exhausted, have errors of their own.
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             remedy = "give a smaller one"
         elif "custom code" in str(error):
             remedy = f"give a {kind} that needs no code of its own"

@@ -24,7 +24,7 @@ from ..builtin import model_name
 from ..chat import chat_texts, note_on_system_role, padded, require_chat, token_ids
 from ..directions.sources import DirectionSources
 from ..errors import ContrastError, one_line
-from ..language_model import LanguageModel, contiguous_head
+from ..language_model import LanguageModel, contiguous_head, is_out_of_memory
 from ..prompts import Prompt, load_pool
 from .settings import HostSettings, prompt_sources
 from .surface import find_layers, from_heretic, log
@@ -81,7 +81,7 @@ class ChatModel(Model):
         except Exception as error:
             # Whatever transformers raises, the user needs to know that it was the model.
             cause = failures[-1] if failures else error
-            if isinstance(cause, torch.OutOfMemoryError):
+            if is_out_of_memory(cause):
                 remedy = (
                     "use a smaller model, --quantization bnb_4bit, or a device with more memory"
                 )

@@ -5,11 +5,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from heretic_contrast.engine import judge
 from heretic_contrast.engine.check import all_logits
 from heretic_contrast.engine.fast import drafts, teacher_forcing
 from heretic_contrast.engine.fast.decoder import Decoder
@@ -17,8 +20,9 @@ from heretic_contrast.engine.fast.engine import FastEngine
 from heretic_contrast.engine.fast.teacher_forcing import TeacherForcing
 from heretic_contrast.engine.interface import Continuations
 from heretic_contrast.engine.plain import PlainEngine
-from heretic_contrast.errors import ContrastWarning
-from heretic_contrast.language_model import LanguageModel
+from heretic_contrast.errors import ContrastError, ContrastWarning
+from heretic_contrast.hosts import loading
+from heretic_contrast.language_model import Batches, LanguageModel
 from tests.devices import PretendedDevices
 from tests.engine.test_cuda import interventions, known, on_device
 from tests.plain_sweeps import CANARIES, HARMFUL
@@ -112,6 +116,34 @@ def test_residuals_do_not_depend_on_memory(tiny_llama: LanguageModel) -> None:
         "Memory is exhausted by 4 sequences at once: going on with 2.",
         "Memory is exhausted by 2 sequences at once: going on with 1.",
     ]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "MPS backend out of memory (MPS allocated: 1.00 GB)",
+        "Invalid buffer size: 19.45 GB",
+        "[enforce fail at alloc_cpu.cpp:75] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.",
+        r"[enforce fail at ..\c10\core\impl\alloc_cpu.cpp:72] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+    ],
+)
+def test_exhausted_memory_is_known_by_its_words(
+    message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(rows: slice) -> slice:
+        if rows.stop - rows.start > 1:
+            raise RuntimeError(message)
+        return rows
+
+    with pytest.warns(ContrastWarning, match="going on with 1"):
+        assert len(list(Batches(2).run(2, run))) == 2
+    exhausted = Mock(side_effect=RuntimeError(message))
+    monkeypatch.setattr(judge, "AutoTokenizer", Mock())
+    with pytest.raises(ContrastError, match="give a smaller one"):
+        judge.load_pretrained(Mock(from_pretrained=exhausted), "name", "judge", "judge")
+    monkeypatch.setattr(loading.Model, "__init__", exhausted)
+    with pytest.raises(ContrastError, match="use a smaller model"):
+        loading.ChatModel(SimpleNamespace(model="name"))
 
 
 @pytest.mark.parametrize("kind", [PlainEngine, FastEngine])
