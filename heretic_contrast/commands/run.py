@@ -3,7 +3,7 @@
 """`heretic-contrast run`: abliterates a model through Heretic 1.4."""
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
@@ -24,24 +24,10 @@ DIRECTION_CHOICES = {
 }
 
 
-def choose(question: str, choices: Mapping[str, str]) -> str:
-    """Asks the user a question in Heretic's style. Raises `KeyboardInterrupt` when the user leaves the menu."""
-
-    import questionary
-    from questionary import Choice, Style
-
-    answer = questionary.select(
-        question,
-        choices=[Choice(title=title, value=name) for name, title in choices.items()],
-        style=Style([("highlighted", "reverse")]),
-    ).ask()
-    if answer is None:
-        raise KeyboardInterrupt
-    return str(answer)
-
-
 def choose_directions(given: Collection[str]) -> list[str]:
     """Asks for what decides the directions and is not given: the contrast baseline, and how many there are. Returns flags."""
+
+    from ..hosts.answers import choose
 
     flags = []
     if "baseline" not in given:

@@ -6,13 +6,14 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import heretic.utils
+from questionary import Choice
 from rich.markup import escape
 
 from ..errors import ContrastError, one_line
@@ -239,6 +240,16 @@ def or_nothing(ask: Callable[..., str | None]) -> Callable[..., str | None]:
             return None
 
     return asked
+
+
+def choose(question: str, choices: Mapping[str, str]) -> str:
+    """Asks the user for the name of a choice, as Heretic asks. Raises `KeyboardInterrupt` when the user leaves the menu."""
+
+    titled = [Choice(title=title, value=name) for name, title in choices.items()]
+    answer = or_nothing(heretic.utils.prompt_select)(question, titled)
+    if answer is None:
+        raise KeyboardInterrupt
+    return answer
 
 
 def has_terminal() -> bool:

@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ heretic_model = pytest.importorskip("heretic.model")
 heretic_utils = pytest.importorskip("heretic.utils")
 pytest.importorskip("heretic.analyzer", reason="needs Heretic 1.4")
 
+from heretic_contrast.commands.run import choose_directions  # noqa: E402
 from heretic_contrast.errors import ContrastError  # noqa: E402
 from heretic_contrast.files import file_digest  # noqa: E402
 from heretic_contrast.hosts import answers as questions  # noqa: E402
@@ -37,6 +39,20 @@ from tests.conftest import small_pool  # noqa: E402
 
 FIRST_TRIAL = "the first trial"
 SAVE, BACK, MORE, EXIT = "Save the model to a local folder", "", "continue", ""
+
+
+def test_notebooks_are_asked_for_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLAB_GPU", "1")
+    monkeypatch.setattr("builtins.input", Mock(side_effect=["2", "2", EOFError]))
+    assert choose_directions([]) == (
+        "--contrast.baseline matched --contrast.method som --contrast.classes category".split()
+    )
+    shown = capsys.readouterr().out
+    assert "[2] Matched: harmless" in shown and "[1] One: the difference" in shown
+    with pytest.raises(KeyboardInterrupt):
+        choose_directions([])
 
 
 @pytest.mark.slow
