@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import time
 import uuid
 from contextlib import suppress
 from functools import lru_cache
@@ -23,6 +24,16 @@ def link_target(path: Path) -> Path:
     """Returns what is written where a file is a link, which stays one; any other path unchanged."""
 
     return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def replace(source: Path, target: Path) -> None:
+    """Does what `os.replace` does. Windows refuses it while somebody looks at the file, so that it is tried for 2 s there."""
+
+    for _ in range(10 if os.name == "nt" else 0):
+        with suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.2)
+    os.replace(source, target)
 
 
 def write_bytes_atomically(path: Path, *content: bytes | memoryview) -> None:
@@ -47,10 +58,10 @@ def write_bytes_atomically(path: Path, *content: bytes | memoryview) -> None:
             file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        replace(temporary, path)
     except OSError as error:
         raise ContrastError(
-            f"{path} could not be written ({error.strerror or error}): choose a writable place with enough room."
+            f"{path} could not be written ({error.strerror or error}): choose a writable place with enough room, or close it where it is open."
         ) from error
     finally:
         with suppress(OSError):

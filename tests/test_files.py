@@ -7,13 +7,14 @@ import os
 import resource
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 
+from heretic_contrast import files
 from heretic_contrast.builtin import pool_name
 from heretic_contrast.errors import ContrastError
 from heretic_contrast.files import write_text_atomically
@@ -69,6 +70,32 @@ def test_what_a_killed_process_left_while_it_looked_is_removed(tmp_path: Path) -
     (tmp_path / ".writable.incomplete").write_text("")
     require_writable_directory(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("system", "n_refused", "n_tries"), [("nt", 3, 4), ("nt", 99, 11), ("posix", 3, 1)]
+)
+def test_what_somebody_looks_at_is_replaced_later(
+    system: str, n_refused: int, n_tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "sweep.json"
+    path.write_text("old")
+    original, waits = os.replace, Mock()
+
+    def refuse(*places: Path) -> None:
+        if move.call_count <= n_refused:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        original(*places)
+
+    move = Mock(side_effect=refuse)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", move)
+        patched.setattr(files, "time", SimpleNamespace(sleep=waits), raising=False)
+        patched.setattr(os, "name", system)
+        with suppress(ContrastError):
+            write_text_atomically(path, "new")
+    assert move.call_count == n_tries and waits.call_count == n_tries - 1
+    assert path.read_text() == ("new" if n_tries > n_refused else "old")
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:

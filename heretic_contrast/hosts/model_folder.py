@@ -18,7 +18,7 @@ from typing import Any
 from rich.markup import escape
 
 from ..errors import ContrastError
-from ..files import usual_mode
+from ..files import replace, usual_mode
 
 UNFINISHED = ".unfinished"
 """The folder inside the one that a model is saved to where it lies until it is whole."""
@@ -137,7 +137,7 @@ def publish_model(source: Path, target: Path) -> None:
             undoing.callback(previous.rmdir)
             for origin, place in moves:
                 undoing.callback(_move_back, origin, place)
-                os.replace(origin, place)
+                replace(origin, place)
             undoing.pop_all()
     except OSError as error:
         raise ContrastError(
@@ -151,4 +151,4 @@ def publish_model(source: Path, target: Path) -> None:
 def _move_back(origin: Path, place: Path) -> None:
     # What was interrupted may not have been moved.
     if not os.path.lexists(origin):
-        os.replace(place, origin)
+        replace(place, origin)

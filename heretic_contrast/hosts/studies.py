@@ -9,7 +9,6 @@ first trial.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.markup import escape
 
 from ..builtin import model_name
 from ..errors import ContrastError
+from ..files import replace
 from ..identity import Identity, differences
 from ..journal import CheckedJournal, remove_locks
 from ..leases import open_storage, readable, without_password
@@ -106,7 +106,7 @@ def repair_checkpoint(path: Path) -> None:
         if "index" in trial.user_attrs:
             trial.set_user_attr("index", number)
     repaired.add_trials(complete)
-    os.replace(temporary, path)
+    replace(temporary, path)
 
 
 def open_shared(settings: HostSettings) -> BaseStorage | None:
