@@ -87,7 +87,9 @@ def has_lost_its_reader() -> bool:
         # It would be tried again at the end, and fail with a message of its own.
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return isinstance(error, BrokenPipeError)
+        # Windows may call a closed pipe an invalid argument.
+        is_closed = os.name == "nt" and error.errno == errno.EINVAL
+        return is_closed or isinstance(error, BrokenPipeError)
     return False
 
 

@@ -569,6 +569,26 @@ def test_a_warning_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatc
     unread.write.assert_called_once_with("Warning: Something is to be known.\n")
 
 
+@pytest.mark.parametrize(
+    ("system", "number", "is_lost"),
+    [
+        ("posix", errno.EPIPE, True),
+        ("posix", errno.EINVAL, False),
+        ("nt", errno.EINVAL, True),
+        ("nt", errno.ENOSPC, False),
+    ],
+)
+def test_closed_pipes_of_windows_are_known(
+    system: str, number: int, is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = Mock(side_effect=OSError(number, "closed"))
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", Mock(flush=fails, fileno=fails))
+        patched.setattr(os, "name", system)
+        found = cli.has_lost_its_reader()
+    assert found == is_lost
+
+
 def test_output_to_a_full_disk_is_a_sentence() -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
