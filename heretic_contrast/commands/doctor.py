@@ -70,12 +70,15 @@ def heretic_findings() -> list[Finding]:
 def torch_finding() -> Finding:
     import torch
 
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name(0)
-    elif torch.backends.mps.is_available():
+    from ..vectors import gpu_or_cpu
+
+    kind = gpu_or_cpu()
+    if kind == "cpu":
+        device = f"CPU with {torch.get_num_threads()} threads"
+    elif kind == "mps":
         device = "Apple GPU"
     else:
-        device = f"CPU with {torch.get_num_threads()} threads"
+        device = torch.get_device_module(kind).get_device_name(0)
     return Finding("PyTorch", True, f"{torch.__version__}, {device}")
 
 

@@ -719,6 +719,21 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         main(["now"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("cuda", "NVIDIA H200"), ("xpu", "Intel Arc B580"), ("mps", "Apple GPU")]
+)
+def test_doctor_names_the_gpu_that_is_used(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from heretic_contrast.commands.doctor import torch_finding
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "get_device_name", {0: name}.get)
+    assert torch_finding().detail == f"{torch.__version__}, {name}"
+
+
 def test_doctor_notices_a_heretic_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     from heretic_contrast.commands.doctor import findings
 
