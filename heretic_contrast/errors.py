@@ -7,9 +7,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
+from unicodedata import category
 
 LONGEST_SENTENCE = 2_000
 """How many characters of a message are shown."""
+
+STEERING = ("Cc", "Cs", "Zl", "Zp")
+"""Categories of Unicode that steer a terminal, or cannot be shown in one."""
+
+ORDERS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that turn the order of others round."""
 
 ErrorType = TypeVar("ErrorType", bound=BaseException)
 
@@ -67,9 +74,9 @@ def printable(text: str) -> str:
     """Returns text, with its lines, in which characters that steer a terminal are written as escapes."""
 
     return "".join(
-        character
-        if character.isprintable() or character in "\n\t"
-        else character.encode("unicode_escape").decode("ascii")
+        character.encode("unicode_escape").decode("ascii")
+        if character not in "\n\t" and (category(character) in STEERING or character in ORDERS)
+        else character
         for character in text
     )
 

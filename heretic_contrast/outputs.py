@@ -88,8 +88,8 @@ def require_writable_file(path: Path, inputs: Iterable[str] = ()) -> None:
     """
     Checks that a file of this name can be made, and creates the directory that it will lie in.
 
-    `inputs`: names of what is read, which may be files or folders. Raises `ContrastError` when `path` is one of them or lies
-    in it, or is anything but a file, or its directory cannot be written to.
+    `inputs`: names of what is read, which may be files or folders. Raises `ContrastError` when `path` is one of them or a part
+    of it, or is anything but a file, or its directory cannot be written to.
     """
 
     if os.path.isdir(path):
@@ -99,9 +99,11 @@ def require_writable_file(path: Path, inputs: Iterable[str] = ()) -> None:
         raise ContrastError(
             f"{path} is a device, a pipe or a socket: give the name of a file to write."
         )
-    target = path.resolve()
+    # Of safetensors in a folder, those of a model bear these names: others may be directions that were made from it.
+    is_part = path.suffix != ".safetensors" or path.name.startswith(("model", "adapter_model"))
+    folders = path.resolve().parents if is_part else ()
     if path.exists() and any(
-        os.path.exists(name) and (path.samefile(name) or Path(name).resolve() in target.parents)
+        os.path.exists(name) and (path.samefile(name) or Path(name).resolve() in folders)
         for name in inputs
     ):
         raise ContrastError(

@@ -422,6 +422,10 @@ def said_ablation(path: str) -> dict[str, Any]:
         return {}
 
 
+def has_several_directions(settings: "ContrastSettings") -> bool:
+    return settings.classes == "category" or settings.winners > 1
+
+
 class Need(NamedTuple):
     """What settings of these names need to have an effect, which nobody is told who has given one of `unless`."""
 
@@ -442,7 +446,7 @@ NEEDS = (
         set(
             "composition equal_effective_weight shared_direction small_classes svd svd_rank".split()
         ),
-        lambda settings: settings.classes == "category" or settings.winners > 1,
+        has_several_directions,
         "on one direction: give the classes category as well, or a preset with several directions",
         frozenset({"method", "classes"}),
     ),
@@ -676,8 +680,8 @@ class ContrastSettings(Table, TextClassifierSettings):
     warm_start: str | None = None
     """
     The sweep.json of a sweep (with the composition and at the strength that are searched, the latter weight unless
-    equal_effective_weight is given), or an earlier study (its checkpoint, or its storage), whose best layers and weights, or
-    parameters, at most ten, become the first trials of the study; what lies beyond the ranges of the search is moved to their ends
+    equal_effective_weight is given), or an earlier study (its checkpoint, or its storage; of several directions with the same two
+    settings), whose best layers and weights, or parameters, at most ten, become the first trials of the study; what lies beyond the ranges of the search is moved to their ends
     (Heretic 1.4).
     """
 

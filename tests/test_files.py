@@ -16,7 +16,7 @@ import pytest
 
 from heretic_contrast import files
 from heretic_contrast.builtin import pool_name
-from heretic_contrast.errors import ContrastError
+from heretic_contrast.errors import ContrastError, printable
 from heretic_contrast.files import write_text_atomically
 from heretic_contrast.outputs import require_writable_directory, require_writable_file
 from heretic_contrast.settings import PromptSource
@@ -130,3 +130,22 @@ def test_a_name_that_is_no_utf_8_is_stored_as_text(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"b\xe8d.jsonl")
     path.write_text("")
     assert pool_name(PromptSource(dataset=str(path))).encode() == b"b?d.jsonl"
+
+
+def test_text_is_shown_but_for_what_steers_a_terminal() -> None:
+    ordinary = "Je refuse\u202f!\n日本語\u3000全角\tمی\u200cخواهم 👩\u200d👩"
+    assert printable(ordinary) == ordinary
+    assert printable("\x1b[2J\u202ea\u2028\x9b") == r"\x1b[2J\u202ea\u2028\x9b"
+
+
+def test_what_is_no_part_of_a_folder_that_is_read_is_written_again(tmp_path: Path) -> None:
+    folder, read = tmp_path / "model", [str(tmp_path / "model")]
+    (folder / "out").mkdir(parents=True)
+    for name in ("model-00001-of-00002.safetensors", "config.json", "out/train.jsonl"):
+        require_writable_file(folder / name, read)
+        (folder / name).touch()
+        with pytest.raises(ContrastError, match="is read, so it cannot be written"):
+            require_writable_file(folder / name, read)
+    for name in ("directions.safetensors", "out/unmatched.safetensors"):
+        (folder / name).touch()
+        require_writable_file(folder / name, read)

@@ -16,7 +16,7 @@ from ..evaluation.statistics import percent, percents, wilson_interval
 from ..files import write_text_atomically
 from ..hosts.arguments import PROGRAM
 from ..hosts.settings import CommandSettings, load_settings
-from ..outputs import json_lines, json_text, require_writable_file
+from ..outputs import json_lines, require_writable_file
 from ..prompts import is_text
 from ..prompts.formats import read_file
 from ..settings import TextClassifierSettings, inputs_of
@@ -66,18 +66,18 @@ def read_rows(settings: JudgeSettings) -> list[dict[str, Any]]:
             raise ContrastError(
                 f'{place} has no text under "{key}": name the key by --response-key.'
             )
-        try:
-            text = json.dumps(dict(cells), ensure_ascii=False, default=str)
-            # It writes fewer levels than can be read.
-            json_text(dict(cells) if is_text(text) else {})
-        except (ValueError, RecursionError) as error:
-            raise ContrastError(
-                f"{place} is nested too deeply to be written again: correct it."
-            ) from error
-        if not is_text(text):
+        if not is_text(json.dumps(dict(cells), ensure_ascii=False, default=str)):
             raise ContrastError(
                 f"{place} holds half a character, which cannot be written: correct it."
             )
+        if settings.output is not None:
+            try:
+                json_lines([dict(cells)])
+            except (ValueError, RecursionError) as error:
+                # Fewer levels can be written than read.
+                raise ContrastError(
+                    f"{place} is nested too deeply to be written again: correct it, or leave --output out."
+                ) from error
         rows.append(dict(cells))
     if not rows:
         raise ContrastError(f"{settings.file} has no lines: give a JSON Lines file with responses.")

@@ -2,7 +2,6 @@
 
 """`heretic-contrast run`: abliterates a model through Heretic 1.4."""
 
-import sys
 from collections.abc import Collection, Sequence
 
 from ..hosts.arguments import PROGRAM
@@ -51,10 +50,12 @@ def main(arguments: Sequence[str]) -> None:
     given = settings.contrast.model_fields_set
     undecided = not {"preset", "directions"} & given
     headless = settings.trial_index is not None or settings.model_action is not None
-    can_be_asked = sys.stdin is not None and sys.stdin.isatty()
-    if undecided and not headless and can_be_asked and settings.evaluate_model is None:
-        arguments = [*choose_directions(given), *arguments]
-        settings = load_settings(HostSettings, PROGRAM, arguments)
+    if undecided and not headless and settings.evaluate_model is None:
+        from ..hosts.answers import has_terminal
+
+        if has_terminal():
+            arguments = [*choose_directions(given), *arguments]
+            settings = load_settings(HostSettings, PROGRAM, arguments)
 
     # Heavy imports come last, so that bad settings are answered at once.
     from ..hosts import heretic14

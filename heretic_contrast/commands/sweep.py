@@ -16,6 +16,7 @@ from ..evaluation.plan_settings import SweepPlanSettings
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings, prompt_sources
+from ..hosts.unused import OF_A_SEARCH
 from ..outputs import require_writable_file
 from ..settings import inputs_of, require_effect
 
@@ -41,7 +42,12 @@ def main(arguments: Sequence[str]) -> None:
         raise ContrastError("The sweep needs a place for its report: give --output DIR.")
     output = Path(settings.output)
     # A folder that is read may hold the report of a sweep that goes on.
-    read = list(filter(os.path.isfile, inputs_of(settings.model_dump(mode="json"))))
+    read = list(
+        filter(
+            os.path.isfile,
+            inputs_of(settings.model_dump(mode="json", exclude={"contrast": OF_A_SEARCH})),
+        )
+    )
     for name in ("sweep.json", "sweep.csv", "responses.jsonl"):
         require_writable_file(output / name, read)
     for name in ("text_classifier", "judge_model"):

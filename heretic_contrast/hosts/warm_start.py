@@ -16,7 +16,7 @@ from ..evaluation.cells import SweepResult, single_cells
 from ..identity import Identity
 from ..leases import open_storage, without_password
 from ..search.stopping import front
-from ..settings import ContrastSettings
+from ..settings import ContrastSettings, has_several_directions
 from .guidance import Values, measured
 from .studies import IDENTITY_KEY, STUDY_NAME
 
@@ -86,8 +86,10 @@ def _of_study(source: str, settings: ContrastSettings) -> tuple[str, list[Values
             f"{without_password(source)} holds no study of Heretic's: give one for a warm start, or the sweep.json of a sweep."
         ) from error
     trials = [study.trials[number] for number in front(points)]
-    # One direction, which has no scale, is ablated alike with all of them.
-    if any(name.startswith("scale.") for trial in trials for name in trial.params):
+    # One direction, which has no scale, is ablated alike with all of them, here as there.
+    if has_several_directions(settings) and any(
+        name.startswith("scale.") for trial in trials for name in trial.params
+    ):
         for name in ("composition", "equal_effective_weight"):
             own = getattr(settings, name)
             other, flag = contrast.get(name, own), f"--contrast.{name.replace('_', '-')}"

@@ -172,6 +172,7 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
 def test_lines_that_are_nested_too_deeply_to_be_written(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"response": "r", "more": ' + "[" * 400 + "]" * 400 + "}")
+    main([str(path)])
     with pytest.raises(ContrastError, match=r"Line 1 of .* is nested too deeply"):
         main([str(path), f"--output={tmp_path / 'judged.jsonl'}"])
 

@@ -271,6 +271,8 @@ def test_a_study_with_another_strength_of_several_directions_is_no_warm_start(
     ):
         first_trials(settings(path, **several), MODEL)
     assert len(first_trials(settings(path, **{name: other}, **several), MODEL)[0]) == 1
+    # One direction is ablated alike with each of them.
+    assert len(first_trials(settings(path), MODEL)[0]) == 1
 
 
 def test_a_study_whose_settings_were_edited_is_no_warm_start(tmp_path: Path) -> None:
