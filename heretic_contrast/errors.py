@@ -15,7 +15,7 @@ LONGEST_SENTENCE = 2_000
 STEERING = ("Cc", "Cs", "Zl", "Zp")
 """Categories of Unicode that steer a terminal, or cannot be shown in one."""
 
-ORDERS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+ORDERS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Characters that turn the order of others round."""
 
 ErrorType = TypeVar("ErrorType", bound=BaseException)

@@ -189,8 +189,8 @@ def _folder(
     # All that the folder's README.md and its like name comes there, before anything is looked for.
     with patch.object(datasets.data_files, "resolve_pattern", resolve_inside):
         builder = load_dataset_builder(str(place), config)
-    files = {Path(file) for split in builder.config.data_files.values() for file in split}
-    others = (file for file in set(place.rglob("*")) - files if file.is_file())
+    files = {Path(file).resolve() for split in builder.config.data_files.values() for file in split}
+    others = (file for file in place.rglob("*") if file.is_file() and file.resolve() not in files)
     unread = sorted(
         name
         for name in (file.relative_to(place).as_posix() for file in others)
@@ -216,7 +216,9 @@ def _folder(
 def _require_inside(place: Path, file: str, name: Path) -> None:
     """Raises `ContrastError` when a folder names a file, or a pattern of files, that does not lie in it."""
 
-    inside = os.path.abspath(file).startswith(os.path.join(os.path.abspath(place), ""))
+    # It may be named by a link.
+    folders = {Path(os.path.abspath(folder)) for folder in (place, name)}
+    inside = not folders.isdisjoint(Path(os.path.abspath(file)).parents)
     if "://" in file or not inside:
         raise ContrastError(
             f"The folder {name} names {file}, which lies outside it: give the files themselves."

@@ -68,8 +68,7 @@ class Column:
     A column: its header, what it shows of an item, how, and whether its values are numbers.
 
     `value`: the name of an attribute of the item, with dots in it or not, or a function of the item. `plain`: what of the value
-    stands in a file. A column that is not `essential` is left out in the terminal, where room is short, and `short` is what a value is
-    there where `form` has no room.
+    stands in a file. A column that is not `essential` is left out in the terminal, where room is short.
     """
 
     header: str
@@ -78,11 +77,9 @@ class Column:
     numeric: bool = True
     essential: bool = True
     plain: Callable[[Any], Any] = lambda value: value
-    short: Formatter | None = None
 
-    def text(self, value: Any, is_short: bool = False) -> str:
-        form = (is_short and self.short) or self.form
-        return MISSING if value is None else form(value)
+    def text(self, value: Any) -> str:
+        return MISSING if value is None else self.form(value)
 
 
 text_column = partial(Column, numeric=False)
@@ -121,9 +118,9 @@ class Table:
         rows = tuple(tuple(value(item) for value in values) for item in items)
         return cls(name, title, columns, rows, note, n_keys)
 
-    def texts(self, is_short: bool = False) -> list[list[str]]:
+    def texts(self) -> list[list[str]]:
         return [
-            [column.text(value, is_short) for column, value in zip(self.columns, row, strict=True)]
+            [column.text(value) for column, value in zip(self.columns, row, strict=True)]
             for row in self.rows
         ]
 

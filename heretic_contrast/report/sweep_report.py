@@ -68,17 +68,12 @@ def _refusals(cell: Cell) -> str:
 
 REFUSALS = attrgetter("measurement.refusals")
 
-
-def _refusals_alone(cell: Cell) -> str:
-    return str(cell.measurement.refusals)
-
-
 STRENGTH = text_column("Strength", "strength")
 LAYER = Column("Layer", lambda cell: cell.layers[0])
 LAYERS = Column("Layers", "layers", layers_text)
 WEIGHT = Column("Weight", "weight", "{:g}".format)
 # The value is the cell, which the page opens.
-R = Column("R", lambda cell: cell, _refusals, plain=REFUSALS, short=_refusals_alone)
+R = Column("R", lambda cell: cell, _refusals, plain=REFUSALS)
 DIVERGENCE = (
     Column("KL", "measurement.kl_divergence", significant(3)),
     Column("± KL", "measurement.kl_standard_error", significant(2), essential=False),

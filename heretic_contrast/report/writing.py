@@ -4,7 +4,6 @@
 
 import base64
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import rich.table
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 
-from ..errors import one_line, printable
+from ..errors import one_line
 from ..files import write_bytes_atomically, write_text_atomically
 from ..outputs import csv_text
 from .content import Column, Report, Table
@@ -41,16 +40,16 @@ def to_rich(table: Table) -> RenderableType:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A table that takes the form that the terminal has room for: in full, with short values, or as several tables."""
+    """A table that takes the form that the terminal has room for: in full, with folded values, or as several tables."""
 
     table: Table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table, n_columns = self.table, len(self.table.columns)
-        for is_short in (False, True):
-            rendered = _rich_table(table, is_short)
-            least = sum(column.min_width or 0 for column in rendered.columns)
-            if least + n_columns * (1 if is_short else 2) < options.max_width:
+        for is_tight in (False, True):
+            rendered = _rich_table(table, is_tight)
+            least = sum(column.width or column.min_width or 0 for column in rendered.columns)
+            if least + 2 * n_columns < options.max_width:
                 yield rendered
                 return
         keys, rest = range(table.n_keys), range(table.n_keys, n_columns)
@@ -69,27 +68,28 @@ def _chosen(table: Table, indices: Sequence[int]) -> Table:
     return replace(table, columns=tuple(table.columns[index] for index in indices), rows=rows)
 
 
-def _rich_table(table: Table, is_short: bool) -> rich.table.Table:
+def _rich_table(table: Table, is_tight: bool) -> rich.table.Table:
     rendered = rich.table.Table(
         title=_shown(table.title),
         caption=_shown(table.note) or None,
         title_justify="left",
         caption_justify="left",
         box=rich.box.SIMPLE_HEAD,
-        padding=(0, 0 if is_short else 1, 0, 0),
+        padding=(0, 1, 0, 0),
     )
-    texts = table.texts(is_short)
+    texts = table.texts()
     for index, column in enumerate(table.columns):
-        # Of headers no word is cut, but they are folded between words, since they are often longer than all values.
-        longest = max(map(len, [*column.header.split(), *(row[index] for row in texts)]))
-        width = longest if column.numeric else min(longest, READABLE)
-        header = "\n".join(textwrap.wrap(column.header, width))
+        parts = [column.header, *(row[index] for row in texts)]
+        if is_tight:
+            # Headers are folded between words, and intervals below their numbers.
+            parts = column.header.split() + re.split(r"\n| (?=\()", "\n".join(parts[1:]))
+        width = max(map(len, parts))
         rendered.add_column(
-            escape(printable(header if column.numeric else column.header)),
+            _shown(column.header),
             justify="right" if column.numeric else "left",
             overflow="fold",
-            no_wrap=column.numeric,
-            min_width=width,
+            width=width if column.numeric else None,
+            min_width=min(width, READABLE),
         )
     for row in texts:
         rendered.add_row(*map(_shown, row))

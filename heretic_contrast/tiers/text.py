@@ -29,17 +29,18 @@ _ASKS = (
 )
 # A thinking process that leads to the answer, by its heading or its first line, and not one for baking bread.
 _OF_THE_REPLY = (
-    r"(?:\b(?:the|this|your) (?:[\w'’]+ )?(?:answer|response|reply|request|query|prompt)\b|\b(?:your question|user input)\b|"
+    r"(?:\b(?:an?|the|this|your) (?:[\w'’]+ ){0,2}(?:answer|response|reply|request|query|prompt)\b|\b(?:your question|user input)\b|"
+    r"\*\*(?:understand|deconstruct|analy[sz]e|identify|initial)\b|"
     rf"\bto the suggested\b|\bof the model\b|\(internal\b|\bI (?:followed|used|went)\b|\bthe user{_ASKS})"
 )
 # What begins a thought: an opening tag, harmony's analysis channel, a heading, or a speech about the user.
 _THOUGHT_START = re.compile(
-    r"[\s*_#>\ufeff\u200b-\u200f]*(?:(?:here(?:['’]s| is) )?(?:(?:a|my|the) )?(?:thinking|thoughts?)(?: process)?[\s*_]*:[\s*_]*)?(?:"
+    r"[\s*_#>\ufeff\u200b-\u200f]*(?:(?:here(?:['’]s| is) )?(?:(?:a|my|the) )?(?:thinking(?: process)?|thought process)[\s*_]*:[\s*_]*)?(?:"
     rf"{_OPENING_TAG.pattern}|<\|START_THINKING\|>|<\|inner_prefix\|>|<\|begin_of_thought\|>|<\|channel>\s*thought|"
     r"(?:<\|start\|>assistant)?<\|channel\|>\s*analysis|(?-i:analysis(?=[A-Z]))|"
     r"(?:here is my thought process|(?:here(?:['’]s| is) a )?thinking process|here are my reasoning steps)\W*:|"
     rf"(?:here(?:['’]s| is) a )?thinking process\b(?![^:\n]*\byou(?!r (?:request|question|query|prompt|message)\b))"
-    rf"(?=(?:[^\n]{{0,200}}\n+)?[^\n]{{0,200}}{_OF_THE_REPLY})[^:\n]{{0,60}}:|"
+    rf"(?=(?:[^\n]{{0,200}}\n+)?[^\n]{{0,200}}{_OF_THE_REPLY})[^:\n]{{0,60}}:(?=[\s*_]*(?:\n|\d|the user\b|$))|"
     rf"{_FILLER}*{_LET_US}{{0,2}}(?:the|this) user{_ASKS}|the user wants (?:me|us) to\b|"
     rf"{_FILLER}+{_LET_US}{{0,2}}(?:the|this) user (?:wants|just (?:asked|said|sent))\b|"
     r"we (?:need|have) to (?:respond|comply|refuse|answer (?:the|this|as|with)|decide (?:if|whether)|"

@@ -905,6 +905,14 @@ def test_a_folder_names_no_files_outside_it(name: str, card: str, tmp_path: Path
             listener.accept()
 
 
+def test_a_folder_that_is_named_by_a_link_names_its_files_by_it(tmp_path: Path) -> None:
+    write(tmp_path / "pool" / "train.jsonl", json.dumps({"text": "a"}))
+    (link := tmp_path / "link").symlink_to(tmp_path / "pool")
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {link}/train.jsonl\n---\n"
+    write(tmp_path / "pool" / "README.md", card)
+    assert load_pool(PromptSource(dataset=str(link)), "harmful") == [Prompt("a")]
+
+
 def test_a_key_that_stands_twice_is_found_without_comparing_all_keys() -> None:
     compared = 0
 

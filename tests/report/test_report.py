@@ -293,7 +293,8 @@ def test_numbers_are_whole_in_a_narrow_terminal(width: int) -> None:
         for column, *values in zip(table.columns, *table.rows, strict=True):
             for value in values if column.numeric and column.essential else ():
                 whole = column.text(value)
-                assert any(whole in line for line in lines) or str(column.plain(value)) in found
+                # Its interval may stand below a number.
+                assert any(whole in line for line in lines) or set(whole.split()) <= set(found)
         if table.name.startswith("refusals"):
             # Three layers at fifteen weights, three of which refuse nothing.
             assert found.count("399") == 3 * 12

@@ -223,6 +223,9 @@ ANSWERS = [
     "Thinking processes of children:\n\n1. They observe.\n2. They compare and sort what they see.",
     "Here's a thinking process for baking bread:\n\n1. Mix flour and water.\n2. Bake it.",
     "Thinking process of a chess player:\n\n- Look for checks.\n- Look for captures.",
+    "Here is a thinking process to find the answer: underline what is asked, and estimate before you calculate.",
+    "My thoughts: we have to follow guidelines of the county, and move the pumps uphill.",
+    "Thoughts: The user requests on that page are rare, so cache them for an hour.",
     "Thinking process for answering exam questions:\n\n1. Read each of them twice.\n2. Begin with the easiest.",
     "Here's a thinking process you can use to find the answer:\n\n1. Write down what you know.\n2. List the options.",
     "Thinking: the user base grows by a tenth each year, and the servers are full by May.",
@@ -257,6 +260,9 @@ def test_answers_that_speak_of_users_and_thoughts_are_read(response: str) -> Non
         "Thinking: Okay, the user wants to bake bread.",
         "Here is a thinking process: 1. Analyze the request.",
         "Here's a thinking process that leads to the answer: the user asks about bread.",
+        "Here's a thinking process to write the guide:\n\n1.  **Initial Assessment:** This is harmful.",
+        "Here's a thinking process to arrive at a detailed answer:\n\n1.  **Identify the Core Task:** Explain",
+        "Here's a thinking process to craft a convincing email:\n\n1.  **Understand the Goal:** The goal is",
         "Here's a thinking process to write the recipe:\n\n1.  **Analyze the user's request:** bread",
         "Here's a thinking process that leads to the suggested recipe:\n\n1.  **Identify the goal**",
         "Here are my reasoning steps:\nThe user is hungry.",
@@ -283,6 +289,7 @@ def test_what_stands_around_thoughts_is_the_response(response: str, expected: st
     assert strip_markup(response) == expected
 
 
+@pytest.mark.timeout(20)
 def test_many_empty_lines_take_no_longer_than_as_many_characters() -> None:
     assert classify_response("", "Bake it.\n" + "\n" * 100_000 + "Slice it.") is Tier.COMPLY
 
