@@ -170,7 +170,7 @@ def test_settings_of_a_search_have_no_effect_without_one(
         "residual_plot_path": "x",
         "residual_plot_title": "x",
         "residual_plot_style": "x",
-        "benchmarks": "[]",
+        "benchmarks": '[{"task": "a", "name": "b", "description": "c"}]',
         "refusal_markers": "[]",
         "reproduce": "x",
         "collect_reproducibles": "x",
