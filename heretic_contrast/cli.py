@@ -2,6 +2,7 @@
 
 """The command line: `heretic-contrast`."""
 
+import difflib
 import errno
 import io
 import os
@@ -93,6 +94,14 @@ def has_lost_its_reader() -> bool:
     return False
 
 
+def like_a_command(words: list[str]) -> str | None:
+    """Returns the command that the first word, which names no place, was likely meant to be."""
+
+    if not words or os.path.exists(words[0]):
+        return None
+    return next(iter(difflib.get_close_matches(words[0], COMMANDS, 1, 0.8)), None)
+
+
 def end(code: int, message: str = "") -> NoReturn:
     with suppress(OSError):
         sys.stderr.write(message)
@@ -141,6 +150,8 @@ def main() -> None:
     try:
         if arguments and arguments[0] in COMMANDS:
             command, *arguments = arguments
+        elif meant := like_a_command(arguments[:1]):
+            raise ContrastError(f"There is no command {arguments[0]}: did you mean {meant}?")
         elif arguments[:1] in (["-h"], ["--help"]) or not (arguments or is_configured):
             print(OVERVIEW, flush=True)
             if not arguments:

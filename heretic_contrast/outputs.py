@@ -66,8 +66,9 @@ def require_writable_directory(path: Path) -> None:
         with suppress(OSError):
             probe.unlink()
     except OSError as error:
+        reason = "it is a file" if path.is_file() else error.strerror or error
         raise ContrastError(
-            f"The output directory {path} cannot be written to ({error.strerror or error}): choose another one."
+            f"The output directory {path} cannot be written to ({reason}): choose another one."
         ) from error
 
 
@@ -102,11 +103,11 @@ def require_writable_file(path: Path, inputs: Iterable[str] = ()) -> None:
     # Of safetensors in a folder, those of a model bear these names: others may be directions that were made from it.
     is_part = path.suffix != ".safetensors" or path.name.startswith(("model", "adapter_model"))
     folders = path.resolve().parents if is_part else ()
-    if path.exists() and any(
-        os.path.exists(name) and (path.samefile(name) or Path(name).resolve() in folders)
-        for name in inputs
-    ):
-        raise ContrastError(
-            f"{path} is read, so it cannot be written as well: give another name for what is written."
-        )
+    for name in filter(os.path.exists, inputs):
+        is_read = path.exists() and path.samefile(name)
+        if is_read or Path(name).resolve() in folders:
+            where = "is read" if is_read else f"lies in {name}, which is read"
+            raise ContrastError(
+                f"{path} {where}, so it cannot be written as well: give another name for what is written."
+            )
     require_writable_directory(link_target(path).parent)

@@ -50,7 +50,7 @@ class JudgeSettings(TextClassifierSettings, CommandSettings):  # type: ignore[mi
 
     output: str | None = None
     """
-    File to write the lines to, as JSON Lines, each with tier, coherence and reason, and with a judge model the probability that it
+    File to write the lines to, as JSON Lines, each with "tier", "coherent" and "reason", and with a judge model the probability that it
     is a refusal. From Parquet and Arrow come prompts, responses and labels alone.
     """
 

@@ -373,6 +373,12 @@ def test_pools(
     assert output.read_bytes() == b"kept"
 
 
+@pytest.mark.parametrize(("word", "meant"), [("sweeep", "sweep"), ("exract", "extract")])
+def test_a_command_that_there_is_not(word: str, meant: str, refused: Refused) -> None:
+    sentence = f"There is no command {word}: did you mean {meant}?"
+    assert sentence in refused([word, "builtin:refuser", "--output=x"])
+
+
 def test_what_is_read_is_not_written_to(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
