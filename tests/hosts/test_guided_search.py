@@ -250,7 +250,7 @@ def test_the_front_is_judged_on_fresh_prompts(command_server: Server, tmp_path: 
         expected.append(str(count_refusals(settings, [], texts)))
     index = next(trial["attributes"]["index"] for trial in trials if measured(trial) == best[0])
     found = rows[str(index)]
-    assert found[:5] == expected and found[6] == f"{best[0][0] / 18:.0%}"
+    assert found[:5] == expected and found[6] == f"{100 * best[0][0] / 18:.0f} %"
 
     # What the search has seen is not fresh.
     seen = next(word for word in shared if word.startswith("--contrast.bad-prompts")).split("=")[1]
