@@ -4,7 +4,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from unicodedata import category
@@ -79,6 +79,13 @@ def printable(text: str) -> str:
         else character
         for character in text
     )
+
+
+def require_choice(what: str, value: str, choices: Collection[str]) -> None:
+    """Raises `ContrastError` when a value is none of the choices."""
+
+    if value not in choices:
+        raise ContrastError(f'There is no {what} "{value}": choose {", ".join(choices)}.')
 
 
 def find_cause(error: BaseException | None, kind: type[ErrorType]) -> ErrorType | None:

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from ..errors import ContrastError
+from ..errors import ContrastError, require_choice
 from ..offloading import computing_device
 from ..settings import RowNormalization
 from ..weights import FULL_PRECISION, is_bitsandbytes, is_plain
@@ -96,6 +96,7 @@ def lora_factors(
     or `rank` for `full`, where `seed` fixes the random projection.
     """
 
+    require_choice("row normalization", row_normalization, get_args(RowNormalization))
     vectors = operator.vectors.to(weight.device)
     factor_b = -operator.mixed_vectors.T.to(weight.device)
     if row_normalization == "none":
@@ -107,10 +108,6 @@ def lora_factors(
     factor_a = rows_times(vectors / safe_norms.T, weight)
     if row_normalization == "pre":
         return factor_a, factor_b * norms
-    if row_normalization != "full":
-        raise ContrastError(
-            f'There is no row normalization "{row_normalization}": choose {", ".join(get_args(RowNormalization))}.'
-        )
 
     # Row lengths from Gram terms: ‖ŵ + b A‖² = ‖ŵ‖² + 2 b (A ŵ) + b (A Aᵀ) bᵀ.
     cross, gram = (weight @ factor_a.T) / safe_norms, factor_a @ factor_a.T

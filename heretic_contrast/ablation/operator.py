@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ..errors import ContrastError
+from ..errors import ContrastError, require_choice
 from ..settings import Composition
 from ..vectors import to_device, unit_vectors
 
@@ -144,17 +144,14 @@ def compose(vectors: Tensor, weights: Tensor, composition: Composition = "sum") 
             raise ContrastError(
                 f"A {what} to ablate is infinite or not a number: look for a broken model or a broken file of directions."
             )
+    require_choice("composition", composition, get_args(Composition))
     if composition == "sum":
         kernel = torch.diag(exact_weights)
     elif composition == "sequential":
         kernel = _sequential_kernel(exact_vectors @ exact_vectors.T, exact_weights)
-    elif composition == "capped":
+    else:
         vectors, kernel = _capped(exact_vectors, exact_weights)
         exact_vectors = vectors
-    else:
-        raise ContrastError(
-            f'There is no composition "{composition}": choose {", ".join(get_args(Composition))}.'
-        )
     longest, largest = float(exact_vectors.norm(dim=1).max()), float(kernel.abs().max())
     # Written so that what is not a number is refused, too.
     if not (longest <= LONGEST and largest * max(longest, 1.0) ** 2 <= STRONGEST):

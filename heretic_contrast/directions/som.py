@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ContrastError
+from ..errors import ContrastError, require_choice
 
 Neighborhood = Literal["gaussian", "mexican_hat", "bubble", "triangle"]
 Topology = Literal["rectangular", "hexagonal"]
@@ -54,11 +54,8 @@ class SomSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in (("neighborhood", Neighborhood), ("topology", Topology)):
-            if getattr(self, name) not in get_args(choices):
-                raise ContrastError(
-                    f'There is no {name} "{getattr(self, name)}": choose {", ".join(get_args(choices))}.'
-                )
+        require_choice("neighborhood", self.neighborhood, get_args(Neighborhood))
+        require_choice("topology", self.topology, get_args(Topology))
         if self.sigma > math.hypot(self.rows, self.columns):
             raise ContrastError(
                 f"The self-organizing map has sigma = {self.sigma}, which is more than the diagonal of its {self.rows} × "
