@@ -681,8 +681,8 @@ class ContrastSettings(Table, TextClassifierSettings):
     """
     The sweep.json of a sweep (with the composition and at the strength that are searched, the latter weight unless
     equal_effective_weight is given), or an earlier study (its checkpoint, or its storage; of several directions with the same two
-    settings), whose best layers and weights, or parameters, at most ten, become the first trials of the study; what lies beyond the ranges of the search is moved to their ends
-    (Heretic 1.4).
+    settings), whose best layers and weights, or parameters, at most ten, become the first trials of the study; what lies beyond
+    the ranges of the search is moved to their ends (Heretic 1.4).
     """
 
     screening: int = Field(0, ge=0)

@@ -15,9 +15,7 @@ from ..evaluation.plan_settings import PairsSettings
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings
-from ..hosts.unused import OF_A_SEARCH
 from ..outputs import require_writable_directory, require_writable_file
-from ..settings import inputs_of
 
 
 class ExtractSettings(HostSettings, PairsSettings):  # type: ignore[misc]
@@ -58,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
             "and give --report DIR, or leave --contrast.directions out."
         )
     paths = {} if settings.output is None else output_paths(settings.output, configurations)
-    read = inputs_of(settings.model_dump(mode="json", exclude={"contrast": OF_A_SEARCH}))
+    read = settings.inputs_without_search()
     for path in paths.values():
         require_writable_file(path, read)
     if settings.report is not None:

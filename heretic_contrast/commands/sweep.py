@@ -16,9 +16,8 @@ from ..evaluation.plan_settings import SweepPlanSettings
 from ..hosts.arguments import PROGRAM
 from ..hosts.installed import require_heretic
 from ..hosts.settings import HostSettings, load_settings, prompt_sources
-from ..hosts.unused import OF_A_SEARCH
 from ..outputs import require_writable_file
-from ..settings import inputs_of, require_effect
+from ..settings import require_effect
 
 
 class SweepSettings(HostSettings, SweepPlanSettings):  # type: ignore[misc]
@@ -42,12 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ContrastError("The sweep needs a place for its report: give --output DIR.")
     output = Path(settings.output)
     # A folder that is read may hold the report of a sweep that goes on.
-    read = list(
-        filter(
-            os.path.isfile,
-            inputs_of(settings.model_dump(mode="json", exclude={"contrast": OF_A_SEARCH})),
-        )
-    )
+    read = list(filter(os.path.isfile, settings.inputs_without_search()))
     for name in ("sweep.json", "sweep.csv", "responses.jsonl"):
         require_writable_file(output / name, read)
     for name in ("text_classifier", "judge_model"):

@@ -52,6 +52,7 @@ from ..settings import (
     check_text,
     datasets_of,
     error_path,
+    inputs_of,
     nearest,
     require_effect,
     validation_error,
@@ -404,6 +405,11 @@ class HostSettings(Settings):
 
         tables = filter(None, (file_table("contrast", name) for name in POOLS))
         return next((f"{table} " for table in tables), "--contrast.")
+
+    def inputs_without_search(self) -> list[str]:
+        """Returns the names of all that is read where no search is made."""
+
+        return inputs_of(self.model_dump(mode="json", exclude={"contrast": OF_A_SEARCH}))
 
     def configuration_digest(self) -> str:
         """

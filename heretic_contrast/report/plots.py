@@ -103,8 +103,8 @@ def heat_map(
     Returns a heat map.
 
     `values`: array of shape (n_rows, n_columns); NaN leaves a cell blank. `labels`: those of rows and columns. `titles`: those of
-    rows, columns and values. `limits`: the values at the ends of the color map. `annotate` formats the value that is written into each cell, where there is room; without
-    decimals, values are counts.
+    rows, columns and values. `limits`: the values at the ends of the color map. `annotate` formats the value that is written
+    into each cell, where there is room; without decimals, values are counts.
     """
 
     n_rows, n_columns = values.shape
